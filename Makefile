@@ -1,0 +1,45 @@
+# What people and CI both call. `make` alone lists the targets.
+SHELL := /bin/bash
+VENV  ?= .venv
+PY    := $(VENV)/bin/python
+SETUP := $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python,$(shell command -v $(p)))) \
+         scripts/setup.py $(if $(PYTHON),--python $(PYTHON)) $(if $(ENGINE),--engine $(ENGINE))
+# `MODEL=… PROFILE=… PORT=… ENGINE_PORT=… HOST=… make serve`
+UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(PORT),--port $(PORT)) \
+         $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-fast check fix bench lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## the virtual environment, from the pinned requirements
+	@$(SETUP) --venv $(VENV)
+
+setup-dev:
+	@$(SETUP) --venv $(VENV) --dev
+
+serve: setup ## engine and gateway, here and now; Ctrl-C stops both
+	@exec $(PY) -m launcher up $(UP) $(ARGS)
+
+test: check ## every test, the real engine included, on every Python at hand
+	@$(PY) -m pytest $(ARGS)
+	@scripts/test_pythons.sh $(VENV)
+
+test-fast: setup-dev ## the tests that need no engine
+	@$(PY) -m pytest -m "not engine" $(ARGS)
+
+check: setup-dev ## style, types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+fix: setup-dev ## mend what the style checker can mend
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+bench: setup-dev ## gateway time over direct time, interleaved, with a control
+	@$(PY) scripts/bench.py $(ARGS)
+
+lock: setup-dev ## resolve the requirements anew
+	@scripts/lock.sh $(VENV)/bin/uv

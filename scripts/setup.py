@@ -2,8 +2,8 @@
 """Makes the virtual environment that everything else runs in, from the pinned requirements.
 
 Called by `make`; needs nothing but a Python with `venv`. It picks the engine for this machine (the
-CUDA build of vLLM where an NVIDIA GPU answers, the CPU build elsewhere) and does nothing at all when
-the environment is already what the requirement files say.
+CUDA build of vLLM where an NVIDIA GPU answers, the CPU build elsewhere) and does nothing at all
+when the environment is already what the requirement files say.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--venv", default=str(ROOT / ".venv"), help="where the environment goes")
-    parser.add_argument("--python", help="a version (3.12) or an interpreter; default: the first found")
+    parser.add_argument("--python", help="a version (3.12) or an interpreter")
     parser.add_argument(
         "--engine",
         choices=("auto", "cpu", "cuda", "none"),
@@ -97,7 +97,7 @@ def version_of(python: str) -> str | None:
 
 def has_gpu() -> bool:
     try:
-        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)  # noqa: S607
     except OSError:
         return False
     return result.returncode == 0 and "GPU 0" in result.stdout
@@ -105,7 +105,8 @@ def has_gpu() -> bool:
 
 def build_environment(venv: Path, python: str, engine: str, *, dev: bool) -> None:
     locks = {"cpu": ["torch-cpu.txt", "cpu.txt"], "cuda": ["cuda.txt"], "none": ["gateway.txt"]}
-    stamps = {name: stamp(name, python) for name in locks[engine] + ["dev.txt"] * dev}
+    version = version_of(python) or python
+    stamps = {name: stamp(name, version) for name in locks[engine] + ["dev.txt"] * dev}
     record = venv / "setup.stamps"
     done = record.read_text().splitlines() if record.is_file() else []
     missing = [name for name, value in stamps.items() if value not in done]
@@ -113,7 +114,7 @@ def build_environment(venv: Path, python: str, engine: str, *, dev: bool) -> Non
         return
     started = time.monotonic()
     say(f"{venv.name}: {engine} engine, {python}" + (", with test tools" if dev else ""))
-    if done and missing != ["dev.txt"] or not (venv / "bin" / "python").exists():
+    if (done and missing != ["dev.txt"]) or not (venv / "bin" / "python").exists():
         # Nothing is mended in place: leftovers of another engine or Python break imports.
         shutil.rmtree(venv, ignore_errors=True)
         run([python, "-m", "venv", str(venv)], "could not make a virtual environment")
@@ -125,8 +126,8 @@ def build_environment(venv: Path, python: str, engine: str, *, dev: bool) -> Non
     say(f"{venv.name}: done in {time.monotonic() - started:.0f} s")
 
 
-def stamp(name: str, python: str) -> str:
-    content = (REQUIREMENTS / name).read_bytes() + python.encode()
+def stamp(name: str, version: str) -> str:
+    content = (REQUIREMENTS / name).read_bytes() + version.encode()
     return f"{name} {hashlib.sha256(content).hexdigest()}"
 
 
@@ -142,8 +143,9 @@ def install(venv: Path, name: str) -> None:
         run_counted(
             [*pip, "--index-url", os.environ.get("TORCH_INDEX_URL", TORCH_INDEX_URL)],
             name,
-            "no CPU build of torch 2.13.0 for this Python within reach: neither in pip's find-links "
-            "nor on PyTorch's index. TORCH_INDEX_URL names a mirror; PYTHON=3.11 another Python",
+                       "no CPU build of torch 2.13.0 for this Python within reach: neither in pip's "
+            "find-links nor on PyTorch's index. TORCH_INDEX_URL names a mirror of that; "
+            "PYTHON=3.11 another Python",
         )
 
 
@@ -156,7 +158,8 @@ def run(command: list[str], problem: str) -> None:
 def run_counted(command: list[str], name: str, problem: str | None = None) -> None:
     """Runs pip and shows how far it is: a first set-up takes minutes."""
     total = len(re.findall(r"^[\w.-]+==", (REQUIREMENTS / name).read_text(), re.MULTILINE))
-    count, tail = 0, []
+    count = 0
+    tail: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

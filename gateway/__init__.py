@@ -1,0 +1,1 @@
+"""The gateway: the HTTP face over one or several vLLM engines."""

@@ -1,0 +1,64 @@
+"""`python -m gateway`: read the settings, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from gateway.app import build_app
+from gateway.config import Settings, SettingsError, load_settings
+from gateway.logs import configure_logging
+from gateway.pool import POOL
+
+log = structlog.get_logger("gateway")
+
+
+def main() -> int:
+    try:
+        settings = load_settings(sys.argv[1:])
+        configure_logging(settings)
+        app = build_app(settings)
+        return uvloop.run(serve(app, settings))
+    except SettingsError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 2
+
+
+async def serve(app: web.Application, settings: Settings) -> int:
+    """Listens; at SIGTERM or SIGINT readiness goes first, then running requests finish."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(
+        app,
+        # Without it a caller who hangs up leaves the engine working to the end.
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=settings.drain_timeout_s,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise SettingsError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
+            "stop what uses it or set GATEWAY_PORT"
+        ) from None
+    log.info("gateway_listening", host=settings.host, port=runner.addresses[0][1])
+    await stop.wait()
+    log.info("gateway_draining")
+    app[POOL].draining = True
+    await runner.cleanup()
+    log.info("gateway_stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

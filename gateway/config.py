@@ -1,0 +1,223 @@
+"""Every setting of the gateway, declared once; the only reader of environment and command line.
+
+From the one declaration come the variable (`GATEWAY_PORT`), the flag (`--port`), `--help`, the
+check at start and the table in the README.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from aiohttp import web
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+
+PREFIX = "GATEWAY_"
+_SYSTEM_PROMPTS = Path(__file__).parent / "system_prompts"
+_DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
+
+TextList = Annotated[tuple[str, ...], NoDecode]
+
+
+class SettingsError(Exception):
+    """A setting that is unknown or bad; the text is the one line the user sees."""
+
+
+class Settings(BaseSettings):
+    """An OpenAI-compatible gateway over vLLM engines."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_prog_name="python -m gateway",
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    engines: TextList = Field(
+        ("http://127.0.0.1:8001",), description="Base URLs of the engines, separated by commas."
+    )
+    tokenizer: Path | None = Field(
+        None,
+        description="Folder with the model's tokenizer.json and chat template; without it prompts "
+        "travel as text and the style `chat` cannot be used.",
+    )
+
+    prompt_style: Literal["chat", "chatml", "qa", "raw"] = Field(
+        "chat", description="How /predict turns a question into a prompt: chat is the model's own."
+    )
+    system_prompt: str = Field("", description="System prompt of /predict.")
+    system_prompt_file: str = Field(
+        "", description="The same from a file, or the shipped `one-line` (the course's 1)… 2)…)."
+    )
+    enable_thinking: bool = Field(
+        False, description="Passed to chat templates that know it, such as Qwen3's."
+    )
+    max_input_tokens: int = Field(
+        0,
+        ge=0,
+        description="Cut a question so that its prompt fits these tokens; 0: refuse it.",
+    )
+
+    max_tokens: int = Field(256, ge=1, description="New tokens an answer of /predict may have.")
+    temperature: float = Field(0.0, ge=0, le=2, description="Sampling of /predict; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sampling of /predict.")
+    top_k: int = Field(0, ge=-1, description="Sampling of /predict; 0 or -1: all tokens.")
+    seed: int | None = Field(None, description="Sampling of /predict.")
+    stop: TextList = Field((), description="Texts that end an answer, separated by commas.")
+    single_line: bool = Field(False, description="Fold an answer's line breaks into spaces.")
+    strip_thinking: bool = Field(True, description="Leave a <think> block out of an answer.")
+    single_as_list: bool = Field(
+        False, description="Answer a single prompt with a list of one, as one course entry does."
+    )
+
+    root_status: Literal["batch", "ok"] = Field(
+        "batch", description="What GET / says when warm: the course's judge reads its mode there."
+    )
+    root_hold_s: float = Field(
+        10.0, ge=0, description="How long GET / waits for the warm-up before it answers 503."
+    )
+    warmup_prompts: int = Field(
+        358, ge=1, description="Questions in the warm-up batch: the batch size that will be served."
+    )
+    warmup_file: Path = Field(
+        _DEMO_QUESTIONS, description="Warm-up questions, one JSON object with `question` a line."
+    )
+    warmup_timeout_s: float = Field(600.0, gt=0, description="Time for one warm-up batch.")
+
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body.")
+    max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
+    max_prompts_per_call: int = Field(
+        1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
+    )
+    max_running: int = Field(
+        4096, ge=1, description="Sequences that may be inside the engines at once."
+    )
+    max_waiting: int = Field(16_384, ge=0, description="Sequences that may wait for that.")
+    queue_timeout_s: float = Field(120.0, gt=0, description="How long a request may wait for that.")
+
+    connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect to an engine.")
+    engine_timeout_s: float = Field(900.0, gt=0, description="Time for one call to an engine.")
+    engine_keepalive_s: float = Field(
+        4.0, ge=0, description="Idle connections are kept this long; below the engine's own (5 s)."
+    )
+    probe_interval_s: float = Field(1.0, gt=0, description="Pause between two looks at an engine.")
+    probe_timeout_s: float = Field(5.0, gt=0, description="Time for one look at an engine.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Told to stop: time for running requests to finish."
+    )
+
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: readable on a terminal, JSON elsewhere."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe line logged."
+    )
+
+    @field_validator("engines", "stop", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("engines")
+    @classmethod
+    def _check_engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one engine is needed")
+        for url in value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is not an http:// or https:// address")
+        return tuple(url.rstrip("/") for url in value)
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Settings:
+        if self.system_prompt and self.system_prompt_file:
+            raise ValueError("give system_prompt or system_prompt_file, not both")
+        if self.prompt_style == "chat" and self.tokenizer is None:
+            raise ValueError(
+                "prompt_style chat needs the model's template: set tokenizer to the model's "
+                "folder, or prompt_style to chatml, qa or raw"
+            )
+        if self.tokenizer is not None and not self.tokenizer.is_dir():
+            raise ValueError(f"tokenizer: there is no folder {str(self.tokenizer)!r}")
+        if not self.warmup_file.is_file():
+            raise ValueError(f"warmup_file: there is no file {str(self.warmup_file)!r}")
+        self.read_system_prompt()
+        return self
+
+    def read_system_prompt(self) -> str:
+        """The system prompt of /predict, from whichever setting holds it."""
+        if not self.system_prompt_file:
+            return self.system_prompt
+        shipped = _SYSTEM_PROMPTS / f"{self.system_prompt_file}.txt"
+        path = shipped if shipped.is_file() else Path(self.system_prompt_file)
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            names = ", ".join(sorted(file.stem for file in _SYSTEM_PROMPTS.glob("*.txt")))
+            raise ValueError(
+                f"system_prompt_file: cannot read {str(path)!r} ({error.strerror}); "
+                f"shipped: {names}"
+            ) from None
+
+
+SETTINGS = web.AppKey("settings", Settings)
+
+
+def load_settings(arguments: list[str] | None = None) -> Settings:
+    """Flags, then the environment, then defaults; `SettingsError` says what is wrong."""
+    _refuse_unknown_variables()
+    try:
+        return CliApp.run(Settings, cli_args=arguments if arguments is not None else [])
+    except ValidationError as error:
+        raise SettingsError(_describe(error)) from None
+
+
+def list_settings() -> list[tuple[str, str, str, str]]:
+    """Variable, flag, default and description of every setting, in order: the README's table."""
+    return [
+        (
+            PREFIX + name.upper(),
+            "--" + name.replace("_", "-"),
+            _show_default(field.default),
+            field.description or "",
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def _show_default(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if value == _DEMO_QUESTIONS:
+        return "demo/questions.jsonl"
+    return "" if value is None else str(value)
+
+
+def _refuse_unknown_variables() -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"unknown setting {name}{hint}")
+
+
+def _describe(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not field:
+        return message
+    name = field.split(".", maxsplit=1)[0].upper()
+    return f"{PREFIX}{name}: {message} (got {problem['input']!r})"

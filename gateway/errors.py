@@ -1,0 +1,104 @@
+"""Every error a caller can see: one tree, each with its status, its code and who failed.
+
+GatewayError
+├── InvalidRequest 400        the request itself is wrong; `param` names the field
+│   └── PromptRefused 400     one prompt cannot be served; the others of its batch can
+├── NotFound 404
+├── MethodNotAllowed 405
+├── PayloadTooLarge 413
+├── Overloaded 429            too much is waiting already
+├── Unavailable 503           no engine is ready: warming, restarting, draining
+└── EngineError 502           the engine failed
+    ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
+    ├── EngineAborted 502     it gave a sequence up
+    └── EngineTimeout 504
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Source = Literal["gateway", "engine"]
+
+
+class GatewayError(Exception):
+    """What a handler raises and the middleware turns into OpenAI's envelope."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "api_error"
+    code: ClassVar[str] = "internal_error"
+    source: ClassVar[Source] = "gateway"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.error_code = code or self.code
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(GatewayError):
+    status = 400
+    kind = "invalid_request_error"
+    code = "invalid_value"
+
+
+class PromptRefused(InvalidRequest):
+    code = "prompt_refused"
+
+
+class NotFound(GatewayError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    status = 405
+    kind = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class PayloadTooLarge(GatewayError):
+    status = 413
+    kind = "invalid_request_error"
+    code = "body_too_large"
+
+
+class Overloaded(GatewayError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "overloaded"
+
+
+class Unavailable(GatewayError):
+    status = 503
+    kind = "service_unavailable"
+    code = "not_ready"
+
+
+class EngineError(GatewayError):
+    status = 502
+    code = "engine_failed"
+    source = "engine"
+
+
+class EngineUnreachable(EngineError):
+    status = 503
+    code = "engine_unreachable"
+
+
+class EngineAborted(EngineError):
+    code = "engine_aborted"
+
+
+class EngineTimeout(EngineError):
+    status = 504
+    code = "engine_timeout"

@@ -1,0 +1,47 @@
+"""GET /, /healthz, /readyz and /metrics: what others ask before they send work."""
+
+from __future__ import annotations
+
+import orjson
+from aiohttp import web
+
+from gateway.config import SETTINGS
+from gateway.errors import Unavailable
+from gateway.metrics import METRICS
+from gateway.pool import POOL
+
+_RETRY_AFTER_S = 1
+
+
+async def handle_root(request: web.Request) -> web.Response:
+    """The course's judge polls this: held until warm, for as long as the setting allows."""
+    settings = request.app[SETTINGS]
+    if await request.app[POOL].wait_ready(settings.root_hold_s):
+        return _json({"status": settings.root_status})
+    return _json({"status": "warming"}, status=503, headers={"Retry-After": str(_RETRY_AFTER_S)})
+
+
+async def handle_healthz(_request: web.Request) -> web.Response:
+    return _json({"status": "ok"})
+
+
+async def handle_readyz(request: web.Request) -> web.Response:
+    pool = request.app[POOL]
+    if not pool.is_ready:
+        raise Unavailable(pool.describe(), retry_after_s=_RETRY_AFTER_S)
+    return _json({"status": "ready"})
+
+
+async def handle_metrics(request: web.Request) -> web.Response:
+    return web.Response(
+        body=request.app[METRICS].render(),
+        headers={"Content-Type": "application/openmetrics-text; version=1.0.0; charset=utf-8"},
+    )
+
+
+def _json(
+    data: object, *, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(data), status=status, headers=headers, content_type="application/json"
+    )

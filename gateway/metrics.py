@@ -1,0 +1,80 @@
+"""What the gateway counts; one object an app, its own registry, bounded labels.
+
+The names start with `gateway_`; `vllm:` belongs to the engine.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.openmetrics.exposition import generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 358, 512, 1024, 2048, 4096, 10_000)
+
+
+class Metrics:
+    """The instruments, by name; `render` is the body of GET /metrics."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "gateway_requests", "Requests answered.", ["route", "status"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "gateway_request_seconds",
+            "From a request's first byte to its answer's last.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.queue_seconds = Histogram(
+            "gateway_queue_seconds",
+            "Time a request waited to enter.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.predict_prompts = Histogram(
+            "gateway_predict_prompts",
+            "Prompts in a /predict call.",
+            buckets=PROMPTS,
+            registry=self.registry,
+        )
+        self.prompts_failed = Counter(
+            "gateway_prompts_failed",
+            "Prompts of /predict that got no answer.",
+            ["code"],
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            "gateway_tokens",
+            "Tokens of /predict by the engine's count.",
+            ["direction"],
+            registry=self.registry,
+        )
+        self.running = Gauge(
+            "gateway_running_sequences", "Sequences inside the engines.", registry=self.registry
+        )
+        self.waiting = Gauge(
+            "gateway_waiting_sequences", "Sequences waiting to enter.", registry=self.registry
+        )
+        self.engine_ready = Gauge(
+            "gateway_engine_ready",
+            "1 when the engine has answered its warm-up.",
+            ["engine"],
+            registry=self.registry,
+        )
+        self.warmup_seconds = Gauge(
+            "gateway_warmup_seconds",
+            "How long the last warm-up batch took.",
+            ["engine"],
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """OpenMetrics text, which Prometheus and people read."""
+        return bytes(generate_latest(self.registry))  # type: ignore[no-untyped-call]
+
+
+METRICS = web.AppKey("metrics", Metrics)

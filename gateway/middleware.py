@@ -1,0 +1,113 @@
+"""What surrounds every request: its id, log line and metrics, and errors in OpenAI's envelope."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gateway.config import SETTINGS
+from gateway.errors import (
+    GatewayError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+)
+from gateway.metrics import METRICS
+from gateway.trace import TRACE, Trace
+from gateway.wire import build_error
+
+log = structlog.get_logger("gateway")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
+
+
+@web.middleware
+async def trace_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Outermost: every request gets an id, one log line and its place in the metrics."""
+    trace = Trace(_request_id(request), _route(request))
+    request[TRACE] = trace
+    status = 499  # what the log says of a caller who hung up
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        duration_s = trace.elapsed_s()
+        metrics = request.app[METRICS]
+        metrics.requests.labels(trace.route, str(status)).inc()
+        metrics.request_seconds.labels(trace.route).observe(duration_s)
+        write = log.debug if trace.route in _QUIET_ROUTES and status < 500 else log.info
+        write(
+            "request_done",
+            request_id=trace.request_id,
+            route=trace.route,
+            status=status,
+            duration_s=round(duration_s, 4),
+            **trace.log_fields(),
+        )
+
+
+@web.middleware
+async def translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The one place where exceptions become answers."""
+    try:
+        return await handler(request)
+    except GatewayError as error:
+        return _answer_error(request, error)
+    except web.HTTPException as error:
+        return _answer_error(request, _translate(request, error))
+    except ConnectionError:
+        raise  # the caller is gone: nobody is left to answer
+    except Exception:
+        log.exception("request_crashed", request_id=request[TRACE].request_id)
+        return _answer_error(request, GatewayError("the gateway failed; see its log"))
+
+
+def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        limit = request.app[SETTINGS].max_body_bytes
+        return PayloadTooLarge(f"the body is larger than {limit} bytes; send it in parts")
+    if isinstance(error, web.HTTPNotFound):
+        return NotFound(f"there is no {request.path}")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}")
+    return InvalidRequest(error.reason, code="bad_request")
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """On every answer, streams included, as its headers leave."""
+    trace = request.get(TRACE)
+    if trace is not None:
+        response.headers["X-Request-Id"] = trace.request_id
+        response.headers["Server-Timing"] = trace.server_timing()
+
+
+def _request_id(request: web.Request) -> str:
+    given = request.headers.get("X-Request-Id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _route(request: web.Request) -> str:
+    """The route's pattern, not the path: callers must not be able to invent label values."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "other"
+
+
+def _answer_error(request: web.Request, error: GatewayError) -> web.Response:
+    request[TRACE].error_code = error.error_code
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return web.Response(
+        body=build_error(error),
+        status=error.status,
+        headers=headers,
+        content_type="application/json",
+    )

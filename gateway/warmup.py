@@ -1,0 +1,146 @@
+"""Ready means warm: watches each engine and lets it serve only after it has answered a batch of the
+shape it will serve. An engine that went away is warmed again when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import orjson
+import structlog
+from aiohttp import web
+
+from gateway.config import SETTINGS, Settings, SettingsError
+from gateway.engine import Engine, EngineState
+from gateway.errors import EngineError, GatewayError
+from gateway.metrics import METRICS, Metrics
+from gateway.pool import POOL, Pool
+from gateway.prompts import PROMPTS, PromptBuilder
+from gateway.wire import default_sampling
+
+log = structlog.get_logger("gateway")
+
+
+class Warmup:
+    """One watch an engine; the only writer of engine states."""
+
+    def __init__(
+        self, settings: Settings, pool: Pool, builder: PromptBuilder, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._builder = builder
+        self._metrics = metrics
+        self._questions = read_questions(settings)
+
+    async def watch(self, engine: Engine) -> None:
+        """Keeps `engine.state` true, for ever."""
+        failures = 0
+        while True:
+            try:
+                await self._look(engine)
+                failures = 0
+            except (GatewayError, TimeoutError) as error:
+                failures += 1
+                reason = str(error) or "it did not answer in time"
+                await self._set(engine, EngineState.DOWN, f"warm-up failed: {reason}")
+                log.warning("warmup_failed", engine=engine.url, reason=reason)
+            pause_s = self._settings.probe_interval_s * min(2**failures, 30)
+            engine.suspect.clear()
+            try:
+                async with asyncio.timeout(pause_s):
+                    await engine.suspect.wait()
+            except TimeoutError:
+                continue
+            # Traffic has seen a failure: look at once, but never in a tight loop.
+            await asyncio.sleep(min(pause_s, 0.1))
+
+    async def _look(self, engine: Engine) -> None:
+        if not await engine.is_healthy():
+            if engine.state is not EngineState.DOWN:
+                log.warning("engine_lost", engine=engine.url)
+            await self._set(engine, EngineState.DOWN, "it does not answer GET /health")
+        elif engine.state is not EngineState.READY:
+            await self._warm(engine)
+
+    async def _warm(self, engine: Engine) -> None:
+        await self._set(engine, EngineState.WARMING, "answering its warm-up")
+        cards = await engine.read_model_cards()
+        if not cards:
+            raise EngineError("it serves no model", code="no_model")
+        engine.card = cards[0]
+        started = time.perf_counter()
+        async with asyncio.timeout(self._settings.warmup_timeout_s):
+            tokens = await self._run_batch(engine)
+        took_s = time.perf_counter() - started
+        self._metrics.warmup_seconds.labels(engine.url).set(took_s)
+        log.info(
+            "warmup_done",
+            engine=engine.url,
+            model=engine.card.name,
+            n_prompts=self._settings.warmup_prompts,
+            completion_tokens=tokens,
+            duration_s=round(took_s, 3),
+        )
+        await self._set(engine, EngineState.READY)
+
+    async def _run_batch(self, engine: Engine) -> int:
+        questions = list(
+            itertools.islice(itertools.cycle(self._questions), self._settings.warmup_prompts)
+        )
+        prompts = await self._builder.build(questions, None, engine.max_model_len)
+        good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
+        if not good:
+            raise next(prompt for prompt in prompts if isinstance(prompt, GatewayError))
+        sampling = default_sampling(self._settings)
+        if engine.max_model_len is not None:
+            # A model with a short context still warms up; asked for more than it has, it refuses.
+            sampling = replace(
+                sampling, max_tokens=min(sampling.max_tokens, engine.max_model_len - 1)
+            )
+        sampling = replace(
+            sampling,
+            stop=(*sampling.stop, *self._builder.stop),
+            stop_token_ids=self._builder.stop_token_ids,
+        )
+        completion = await self._pool.generate(good, sampling, engine)
+        for answer in completion.answers:
+            if isinstance(answer, GatewayError):
+                raise answer
+        return completion.completion_tokens
+
+    async def _set(self, engine: Engine, state: EngineState, reason: str = "") -> None:
+        self._metrics.engine_ready.labels(engine.url).set(state is EngineState.READY)
+        await self._pool.set_state(engine, state, reason)
+
+
+def read_questions(settings: Settings) -> list[str]:
+    """The warm-up's questions; a bad file stops the start."""
+    questions = []
+    path = settings.warmup_file
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(str(orjson.loads(line)["question"]))
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise SettingsError(
+                f'GATEWAY_WARMUP_FILE: line {number} of {path} is not {{"question": "…"}}'
+            ) from None
+    if not questions:
+        raise SettingsError(f"GATEWAY_WARMUP_FILE: {path} holds no question")
+    return questions
+
+
+async def run_warmup(app: web.Application) -> AsyncIterator[None]:
+    """The watches live as long as the app."""
+    warmup = Warmup(app[SETTINGS], app[POOL], app[PROMPTS], app[METRICS])
+    tasks = [asyncio.create_task(warmup.watch(engine)) for engine in app[POOL].engines]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -61,7 +61,10 @@ async def translate_errors(request: web.Request, handler: Handler) -> web.Stream
     except GatewayError as error:
         return _answer_error(request, error)
     except web.HTTPException as error:
-        return _answer_error(request, _translate(request, error))
+        response = _answer_error(request, _translate(request, error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
     except ConnectionError:
         raise  # the caller is gone: nobody is left to answer
     except Exception:
@@ -86,6 +89,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     trace = request.get(TRACE)
     if trace is not None:
         response.headers["X-Request-Id"] = trace.request_id
+        response.headers["Server"] = "vllm-gateway"
         response.headers["Server-Timing"] = trace.server_timing()
 
 

@@ -143,8 +143,8 @@ def install(venv: Path, name: str) -> None:
         run_counted(
             [*pip, "--index-url", os.environ.get("TORCH_INDEX_URL", TORCH_INDEX_URL)],
             name,
-                       "no CPU build of torch 2.13.0 for this Python within reach: neither in pip's "
-            "find-links nor on PyTorch's index. TORCH_INDEX_URL names a mirror of that; "
+            "no CPU build of torch 2.13.0 for this Python within reach: neither in "
+            "pip's find-links nor on PyTorch's index. TORCH_INDEX_URL names a mirror of that; "
             "PYTHON=3.11 another Python",
         )
 

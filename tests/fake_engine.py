@@ -127,7 +127,9 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     async with _working(behaviour, 1):
         await asyncio.sleep(behaviour.delay_s)
     if call.get("model") != behaviour.model:
-        body = {"error": {"message": f"The model `{call.get('model')}` does not exist.", "code": 404}}
+        body = {
+            "error": {"message": f"The model `{call.get('model')}` does not exist.", "code": 404}
+        }
         return _json(body, status=404)
     if call.get("stream"):
         return await _stream(request, [question])

@@ -1,0 +1,77 @@
+"""Settings: declared once, checked at start, one clear line when bad."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from gateway.config import SettingsError, list_settings, load_settings
+
+
+def test_settings_come_from_flags_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", "9001")
+    monkeypatch.setenv("GATEWAY_ENGINES", "http://a:1/, http://b:2")
+    monkeypatch.setenv("GATEWAY_PROMPT_STYLE", "raw")
+
+    settings = load_settings(["--port", "9002", "--single-line"])
+
+    assert (settings.port, settings.single_line) == (9002, True)
+    assert settings.engines == ("http://a:1", "http://b:2")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GATEWAY_PROT", "1", "unknown setting GATEWAY_PROT; did you mean GATEWAY_PORT?"),
+        ("GATEWAY_PORT", "x", "GATEWAY_PORT: "),
+        ("GATEWAY_ENGINES", "localhost:1", "is not an http"),
+        ("GATEWAY_TOKENIZER", "/nowhere", "there is no folder '/nowhere'"),
+        ("GATEWAY_PROMPT_STYLE", "chat", "prompt_style chat needs the model's template"),
+        ("GATEWAY_SYSTEM_PROMPT_FILE", "nope", "shipped: one-line"),
+        ("GATEWAY_WARMUP_FILE", "/nope", "there is no file '/nope'"),
+        ("GATEWAY_TEMPERATURE", "3", "GATEWAY_TEMPERATURE: "),
+    ],
+)
+def test_settings_bad_value_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    if name != "GATEWAY_PROMPT_STYLE":
+        monkeypatch.setenv("GATEWAY_PROMPT_STYLE", "raw")
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_shipped_system_prompt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PROMPT_STYLE", "raw")
+    monkeypatch.setenv("GATEWAY_SYSTEM_PROMPT_FILE", "one-line")
+
+    assert "1)" in load_settings().read_system_prompt()
+
+
+def test_settings_each_has_a_description() -> None:
+    assert all(description.endswith(".") for *_, description in list_settings())
+
+
+def test_program_help_names_every_flag_and_bad_settings_exit_2() -> None:
+    helped = _run("--help")
+    refused = _run("--tokenizer", "/nowhere")
+    unknown = _run("--nonsense", "1")
+
+    assert helped.returncode == 0
+    assert all(flag in helped.stdout for _, flag, _, _ in list_settings())
+    assert refused.returncode == unknown.returncode == 2
+    assert refused.stderr.startswith("gateway: ")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gateway", *arguments], capture_output=True, text=True, check=False
+    )

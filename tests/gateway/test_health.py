@@ -1,0 +1,104 @@
+"""Ready means warm: GET /, /healthz, /readyz, /metrics, and the warm-up behind them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from gateway.config import SettingsError
+from tests.fake_engine import Behaviour
+from tests.gateway.conftest import Serve, make_settings, until
+
+
+@pytest.mark.parametrize("status", ["batch", "ok"])
+async def test_root_warm_tells_the_mode(serve: Serve, status: str) -> None:
+    async with serve(root_status=status) as served:
+        answer = await served.client.get("/")
+
+        assert (answer.status_code, answer.json()) == (200, {"status": status})
+
+
+async def test_root_cold_is_held_then_503(serve: Serve) -> None:
+    async with serve(Behaviour(is_healthy=False), wait_ready=False, root_hold_s=0.3) as served:
+        answer = await served.client.get("/")
+
+        assert (answer.status_code, answer.json()) == (503, {"status": "warming"})
+        assert answer.elapsed.total_seconds() >= 0.3
+        assert answer.headers["Retry-After"] == "1"
+
+
+async def test_root_held_answers_as_soon_as_warm(serve: Serve) -> None:
+    async with serve(Behaviour(is_healthy=False), wait_ready=False, root_hold_s=10) as served:
+        waiting = asyncio.create_task(served.client.get("/"))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+
+        served.engine.is_healthy = True
+
+        assert (await waiting).status_code == 200
+
+
+async def test_warmup_has_the_shape_that_will_be_served(serve: Serve) -> None:
+    engine = Behaviour()
+    async with serve(engine, wait_ready=False, warmup_prompts=358, max_tokens=77) as served:
+        await until(lambda: len(engine.calls) == 1)
+
+        call = engine.calls[0]
+        assert (len(call["prompt"]), call["max_tokens"], call["temperature"]) == (358, 77, 0.0)
+        await until(lambda: _status(served.client, "/readyz", 200))
+
+
+async def _status(client: object, path: str, status: int) -> bool:
+    answer = await client.get(path)  # type: ignore[attr-defined]
+    return bool(answer.status_code == status)
+
+
+async def test_readyz_says_why_not(serve: Serve) -> None:
+    async with serve(Behaviour(status=500), wait_ready=False) as served:
+        await until(lambda: len(served.engine.calls) > 0)
+        await until(lambda: _tells(served.client, "warm-up failed: broken"))
+
+        answer = await served.client.get("/readyz")
+
+        assert answer.status_code == 503
+        assert (await served.client.get("/healthz")).status_code == 200
+        assert (await served.predict("a")).status_code == 503
+
+
+async def _tells(client: object, text: str) -> bool:
+    answer = await client.get("/readyz")  # type: ignore[attr-defined]
+    return text in answer.text
+
+
+async def test_engine_back_after_a_restart_is_warmed_again(serve: Serve) -> None:
+    async with serve() as served:
+        served.engine.is_healthy = False
+        await until(lambda: _status(served.client, "/readyz", 503))
+        assert served.engine.calls == []
+
+        served.engine.is_healthy = True
+
+        await until(lambda: _status(served.client, "/readyz", 200))
+        assert len(served.engine.calls) == 1
+
+
+async def test_metrics_are_prometheus_text(serve: Serve) -> None:
+    async with serve() as served:
+        await served.predict(["a", "b", ""])
+
+        text = (await served.client.get("/metrics")).text
+
+        assert 'gateway_requests_total{route="/predict",status="200"} 1.0' in text
+        assert 'gateway_prompts_failed_total{code="empty_prompt"} 1.0' in text
+        assert 'gateway_tokens_total{direction="out"} 4.0' in text
+        assert f'gateway_engine_ready{{engine="{served.engine_url}"}} 1.0' in text
+
+
+async def test_warmup_file_without_questions_stops_the_start(tmp_path: object) -> None:
+    from gateway.warmup import read_questions  # noqa: PLC0415
+
+    path = tmp_path / "bad.jsonl"  # type: ignore[operator]
+    path.write_text('{"question": "a"}\n{"no": 1}\n')
+    with pytest.raises(SettingsError, match="line 2"):
+        read_questions(make_settings(warmup_file=path))

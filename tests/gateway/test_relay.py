@@ -1,0 +1,101 @@
+"""/v1/*: what the engine says, as it says it, and nothing administrative."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+
+from tests.gateway.conftest import Served, until
+
+
+def _sdk(served: Served) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+async def test_relay_sdk_lists_models_and_completes(served: Served) -> None:
+    async with _sdk(served) as client:
+        models = [model.id async for model in await client.models.list()]
+        completion = await client.completions.create(model="fake", prompt="hello")
+
+    assert models == ["fake"]
+    assert completion.choices[0].text == " answer:hello "
+
+
+async def test_relay_sdk_streams_piece_by_piece(served: Served) -> None:
+    async with _sdk(served) as client:
+        stream = await client.chat.completions.create(
+            model="fake", messages=[{"role": "user", "content": "hi"}], stream=True
+        )
+        pieces = [chunk.choices[0].delta.content async for chunk in stream]
+
+    assert pieces == list("answer:hi")
+
+
+async def test_relay_unknown_model_is_the_engines_404(served: Served) -> None:
+    async with _sdk(served) as client:
+        with pytest.raises(openai.NotFoundError, match="`nope` does not exist"):
+            await client.chat.completions.create(
+                model="nope", messages=[{"role": "user", "content": "hi"}]
+            )
+
+
+async def test_relay_passes_the_body_on_unchanged(served: Served) -> None:
+    direct = await _post(served.engine_url, {"model": "fake", "prompt": "x", "unknown": [1]})
+    through = await _post(served.url, {"model": "fake", "prompt": "x", "unknown": [1]})
+
+    assert through.content == direct.content
+    assert served.engine.calls[-1] == {"model": "fake", "prompt": "x", "unknown": [1]}
+
+
+async def _post(url: str, body: object) -> httpx.Response:
+    async with httpx.AsyncClient() as client:
+        return await client.post(f"{url}/v1/completions", json=body)
+
+
+async def test_relay_keeps_the_callers_secrets_from_the_engine(served: Served) -> None:
+    await served.client.post(
+        "/v1/completions",
+        json={"model": "fake", "prompt": "x"},
+        headers={"Authorization": "Bearer secret", "Cookie": "a=b", "X-Request-Id": "r1"},
+    )
+
+    sent = {name.lower(): value for name, value in served.engine.headers[-1].items()}
+    assert "authorization" not in sent
+    assert "cookie" not in sent
+    assert sent["x-request-id"] == "r1"
+
+
+@pytest.mark.parametrize(
+    "path", ["/collective_rpc", "/v1/../collective_rpc", "/v1/%2e%2e/collective_rpc", "/health"]
+)
+async def test_relay_administrative_path_is_404(served: Served, path: str) -> None:
+    answer = await served.client.post(path, json={})
+
+    assert answer.status_code == 404
+
+
+async def test_relay_gone_caller_cancels_the_engines_work(served: Served) -> None:
+    served.engine.delay_s = 30
+    call = asyncio.create_task(
+        served.client.post(
+            "/v1/chat/completions",
+            json={"model": "fake", "messages": [{"role": "user", "content": "x"}]},
+        )
+    )
+    await until(lambda: served.engine.running == 1)
+
+    call.cancel()
+
+    await until(lambda: served.engine.running == 0, timeout_s=1)
+
+
+async def test_relay_dead_engine_is_an_error_in_the_envelope(served: Served) -> None:
+    served.engine.cuts_connection = True
+
+    answer = await served.client.post("/v1/completions", json={"model": "fake", "prompt": "x"})
+
+    assert answer.status_code == 502
+    assert answer.json()["error"]["source"] == "engine"

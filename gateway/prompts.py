@@ -8,6 +8,7 @@ gateway together. A template that changes its question (trims it, say) is render
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -21,24 +22,26 @@ from aiohttp import web
 from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
-from gateway.errors import PromptRefused
+from gateway.errors import InvalidRequest, PromptRefused
 from gateway.wire import Prompt
 
-# Text that no question contains and no template alters, with blanks to catch one that trims.
-_MARKER = " \ue000question\ue001 "
+# No question contains it; a template that trims, quotes or escapes its question alters it.
+_MARKER = " \n\"'\\<&\ue000question\ue001 "
 # Below this, handing the batch to a thread costs more than encoding it on the event loop.
 _CHARACTERS_WORTH_A_THREAD = 4_000
+_LARGEST_CACHED_SYSTEM = 20_000
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "</s>")
 _THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
 _LINE_BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
 CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
 QA_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}\n\n"
-    "{% else %}Q: {{ message.content }}\nA:{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
+    "{% else %}{{ 'Q: ' + message.content + '\nA:' }}{% endif %}{% endfor %}"
 )
 RAW_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 _STYLES = {"chatml": CHATML_TEMPLATE, "qa": QA_TEMPLATE, "raw": RAW_TEMPLATE}
@@ -54,9 +57,13 @@ class PromptBuilder:
         self._tokenizer = _load_tokenizer(folder)
         self._render = _compile(self._template(folder), settings, _special_texts(folder))
         self._system = settings.read_system_prompt()
-        self._around = lru_cache(maxsize=64)(self._render_around)
+        self._cached_around = lru_cache(maxsize=64)(self._render_around)
         # A template writes its own begin-of-sequence; the plain styles leave that to the tokenizer.
         self._adds_special = settings.prompt_style in {"qa", "raw"}
+        try:
+            self._text("?", None)
+        except InvalidRequest as error:
+            raise SettingsError(error.message) from None
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -104,9 +111,14 @@ class PromptBuilder:
         ]
 
     def _text(self, question: str, system: str | None) -> str:
-        around = self._around(self._system if system is None else system)
+        system = self._system if system is None else system
+        around = (
+            self._cached_around(system)
+            if len(system) <= _LARGEST_CACHED_SYSTEM
+            else self._render_around(system)
+        )
         if around is None:
-            return self._render(question, self._system if system is None else system)
+            return self._render(question, system)
         return f"{around[0]}{question}{around[1]}"
 
     def _render_around(self, system: str) -> tuple[str, str] | None:
@@ -212,13 +224,13 @@ def _compile(
     """Question and system prompt -> text. A model's template is a stranger's code: sandboxed."""
 
     def refuse(message: str) -> None:
-        raise SettingsError(f"the chat template refuses: {message}")
+        raise jinja2.TemplateRuntimeError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **_: orjson.dumps(value).decode()
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -228,12 +240,15 @@ def _compile(
         messages = [{"role": "user", "content": question}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
-        return template.render(
-            messages=messages,
-            add_generation_prompt=True,
-            enable_thinking=settings.enable_thinking,
-            tools=None,
-            **specials,
-        )
+        try:
+            return template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                enable_thinking=settings.enable_thinking,
+                tools=None,
+                **specials,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InvalidRequest(f"the chat template refuses this: {error}") from None
 
     return render

@@ -1,0 +1,86 @@
+"""The real thing: `launcher up` with the real vLLM and the demo model, once a test run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+LONGEST_START_S = 60
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running engine and gateway."""
+
+    gateway: str
+    engine: str
+    start_s: float
+    log: Path
+
+    def predict(self, prompt: object, **fields: object) -> httpx.Response:
+        body = {"prompt": prompt, **fields}
+        return httpx.post(f"{self.gateway}/predict", json=body, timeout=300)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for held in sockets:
+            held.bind(("127.0.0.1", 0))
+        return [held.getsockname()[1] for held in sockets]
+    finally:
+        for held in sockets:
+            held.close()
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[dict[str, str]]:
+    """The demo's questions and answers."""
+    lines = (ROOT / "demo" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    port, engine_port, status_port = free_ports(3)
+    folder = tmp_path_factory.mktemp("stack")
+    command = [sys.executable, "-m", "launcher", "up", "--port", str(port)]
+    command += ["--engine-port", str(engine_port), "--status-port", str(status_port)]
+    environment = os.environ | {"XDG_STATE_HOME": str(folder)}
+    log_path = folder / "up.log"
+    started = time.monotonic()
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        try:
+            gateway = f"http://127.0.0.1:{port}"
+            _wait_ready(gateway, process, log_path)
+            start_s = time.monotonic() - started
+            yield Stack(gateway, f"http://127.0.0.1:{engine_port}", start_s, log_path)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=60)
+    assert code == 0, log_path.read_text()[-3000:]
+
+
+def _wait_ready(gateway: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    deadline = time.monotonic() + 110
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{gateway}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"the stack is not ready:\n{log_path.read_text()[-3000:]}")

@@ -9,7 +9,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast check fix bench lock
+.PHONY: help setup serve test test-fast check fix bench docs lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ fix: setup-dev ## mend what the style checker can mend
 
 bench: setup-dev ## gateway time over direct time, interleaved, with a control
 	@$(PY) scripts/bench.py $(ARGS)
+
+docs: setup-dev ## the README's tables, from the settings themselves
+	@$(PY) scripts/readme.py
 
 lock: setup-dev ## resolve the requirements anew
 	@scripts/lock.sh $(VENV)/bin/uv

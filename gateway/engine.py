@@ -131,10 +131,11 @@ class Engine:
         message, param = parse_engine_error(body)
         if status in {429, 503}:
             return Unavailable(message, code="engine_busy", retry_after_s=1)
-        if 400 <= status < 500:
+        if status in {400, 422}:
             return InvalidRequest(message, param=param, code="engine_refused")
+        # Any other refusal is not about the prompts: a model that is gone, a key it wants.
         self.suspect.set()
-        return EngineError(message)
+        return EngineError(f"the engine answered {status}: {message}")
 
 
 def build_session(settings: Settings) -> aiohttp.ClientSession:

@@ -13,7 +13,7 @@ from aiohttp import web
 from gateway.config import Settings
 from gateway.engine import Engine, EngineState
 from gateway.errors import EngineError, GatewayError, InvalidRequest, PromptRefused, Unavailable
-from gateway.wire import Answer, Completion, Prompt, Sampling
+from gateway.wire import SAMPLING_FIELDS, Answer, Completion, Prompt, Sampling
 
 
 class Pool:
@@ -68,11 +68,15 @@ class Pool:
         """
         size = self._max_prompts_per_call
         pieces = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._answer_piece(piece, sampling, engine or self.choose()))
-                for piece in pieces
-            ]
+        chosen = [engine or self.choose() for _ in pieces]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._answer_piece(piece, sampling, one))
+                    for piece, one in zip(pieces, chosen, strict=True)
+                ]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # one reason is enough for one caller
         whole = _merge([task.result() for task in tasks])
         if not any(isinstance(answer, Answer) for answer in whole.answers):
             _raise_engine_failure(whole.answers)
@@ -85,6 +89,8 @@ class Pool:
             return await engine.complete(piece, sampling)
         except InvalidRequest as error:
             # vLLM refuses a whole list for one bad prompt and does not say which.
+            if error.param in SAMPLING_FIELDS:
+                raise  # nothing to be halved: it refuses how it was asked, not a prompt
             if len(piece) == 1:
                 refusal = PromptRefused(error.message, param=error.param, code=error.error_code)
                 return Completion([refusal])

@@ -17,9 +17,8 @@ Prompt = str | list[int]
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
-PREDICT_FIELDS = frozenset(
-    ("prompt", "prompts", "max_tokens", "temperature", "top_p", "top_k", "stop", "seed", "system")
-)
+SAMPLING_FIELDS = frozenset(("max_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
+PREDICT_FIELDS = SAMPLING_FIELDS | {"prompt", "prompts", "system"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ def parse_sampling(data: Mapping[str, Any], settings: Settings) -> Sampling:
         max_tokens=_integer(data, "max_tokens", settings.max_tokens, low=1),
         temperature=_number(data, "temperature", settings.temperature, low=0, high=2),
         top_p=_number(data, "top_p", settings.top_p, low=0, high=1, above_low=True),
-        top_k=_integer(data, "top_k", settings.top_k, low=-1),
+        top_k=max(0, _integer(data, "top_k", settings.top_k, low=-1)),  # -1 and 0 both mean all
         stop=_stops(data.get("stop"), settings.stop),
         seed=_seed(data, settings),
     )

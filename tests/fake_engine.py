@@ -32,6 +32,7 @@ class Behaviour:
     is_healthy: bool = True
     delay_s: float = 0.0
     refuses: Callable[[str], bool] = lambda question: False
+    refused_field: str | None = None
     aborts: Callable[[str], bool] = lambda question: False
     status: int = 200
     body: bytes | None = None
@@ -101,7 +102,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
         body = behaviour.body or orjson.dumps({"error": {"message": "broken", "code": 500}})
         return web.Response(status=behaviour.status, body=body, content_type="application/json")
     if any(behaviour.refuses(question) for question in questions):
-        return _refusal("one of the prompts is not to my taste")
+        return _refusal("this is not to my taste", behaviour.refused_field)
     if call.get("stream"):
         return await _stream(request, questions)
     choices = [
@@ -179,8 +180,9 @@ def _question(prompt: str | list[int], tokenizer: Tokenizer) -> str:
     return turn.group(1) if turn else text
 
 
-def _refusal(message: str) -> web.Response:
-    return _json({"error": {"message": message, "type": "BadRequestError", "code": 400}}, 400)
+def _refusal(message: str, param: str | None) -> web.Response:
+    error = {"message": message, "type": "BadRequestError", "param": param, "code": 400}
+    return _json({"error": error}, 400)
 
 
 def _json(data: object, status: int = 200) -> web.Response:

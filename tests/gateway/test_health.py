@@ -57,7 +57,9 @@ async def _status(client: object, path: str, status: int) -> bool:
 async def test_readyz_says_why_not(serve: Serve) -> None:
     async with serve(Behaviour(status=500), wait_ready=False) as served:
         await until(lambda: len(served.engine.calls) > 0)
-        await until(lambda: _tells(served.client, "warm-up failed: broken"))
+        await until(
+            lambda: _tells(served.client, "warm-up failed: the engine answered 500: broken")
+        )
 
         answer = await served.client.get("/readyz")
 

@@ -96,6 +96,15 @@ async def test_predict_bad_prompts_cost_the_others_nothing(serve: Serve) -> None
             assert text == ("" if str(index) in body["errors"] else f"answer:q{index}")
 
 
+async def test_predict_refused_sampling_is_one_error_for_all(serve: Serve) -> None:
+    engine = Behaviour(refuses=lambda question: "q" in question, refused_field="temperature")
+    async with serve(engine) as served:
+        answer = await served.predict([f"q{number}" for number in range(2000)])
+
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temperature")
+        assert len(served.engine.calls) == 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "code"),
     [("", "empty_prompt"), (" \n", "empty_prompt"), ("长" * 4000, "prompt_too_long")],
@@ -182,6 +191,7 @@ async def test_predict_body_over_the_limit_is_413(serve: Serve) -> None:
     ("behaviour", "status", "code"),
     [
         ({"status": 500}, 502, "engine_failed"),
+        ({"status": 404}, 502, "engine_failed"),
         ({"status": 503}, 503, "engine_busy"),
         ({"body": b"<html>"}, 502, "engine_garbled"),
         ({"body": b'{"choices": 1}'}, 502, "engine_garbled"),

@@ -6,14 +6,24 @@ check at start and the table in the README.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
+import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 PREFIX = "GATEWAY_"
 _SYSTEM_PROMPTS = Path(__file__).parent / "system_prompts"
@@ -35,7 +45,12 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        env_ignore_empty=True,  # compose passes an unset variable as an empty one
         cli_prog_name="python -m gateway",
+    )
+
+    config: Path | None = Field(
+        None, description="TOML file with any of these settings; read again when it changes."
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -172,13 +187,51 @@ class Settings(BaseSettings):
 SETTINGS = web.AppKey("settings", Settings)
 
 
-def load_settings(arguments: list[str] | None = None) -> Settings:
-    """Flags, then the environment, then defaults; `SettingsError` says what is wrong."""
+def load_settings(arguments: Sequence[str] = ()) -> Settings:
+    """Flags, then the environment, then the file; `SettingsError` says what is wrong."""
     _refuse_unknown_variables()
+    values = _read_file(_find_file(arguments))
+
+    class FileSettings(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
+
+    FileSettings.__doc__ = Settings.__doc__
     try:
-        return CliApp.run(Settings, cli_args=arguments if arguments is not None else [])
+        return CliApp.run(FileSettings, cli_args=list(arguments))
     except ValidationError as error:
         raise SettingsError(_describe(error)) from None
+
+
+def _find_file(arguments: Sequence[str]) -> Path | None:
+    """The file must be known before the rest can be read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    path = parser.parse_known_args(list(arguments))[0].config
+    given = path or os.environ.get(PREFIX + "CONFIG") or None
+    return Path(given) if given else None
+
+
+def _read_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+    for name in values:
+        if name not in Settings.model_fields:
+            hint = _nearest(name, Settings.model_fields)
+            raise SettingsError(f"unknown setting {name} in {path}{hint}")
+    return values
 
 
 def list_settings() -> list[tuple[str, str, str, str]]:
@@ -208,9 +261,12 @@ def _refuse_unknown_variables() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"unknown setting {name}{hint}")
+            raise SettingsError(f"unknown setting {name}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _describe(error: ValidationError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,37 @@ def test_settings_bad_value_is_one_clear_line(
 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_file_stands_below_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text('prompt_style = "raw"\nport = 1111\nmax_tokens = 5\nengines = ["http://a:1"]\n')
+    monkeypatch.setenv("GATEWAY_CONFIG", str(path))
+    monkeypatch.setenv("GATEWAY_PORT", "2222")
+    monkeypatch.setenv("GATEWAY_HOST", "")
+
+    settings = load_settings(["--top-k", "3"])
+
+    assert (settings.port, settings.max_tokens, settings.top_k) == (2222, 5, 3)
+    assert (settings.engines, settings.host) == (("http://a:1",), "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot = 1", "unknown setting prot in .*; did you mean port?"),
+        ("port = [", "cannot read the settings file"),
+        ("port = 'x'\nprompt_style = 'raw'", "GATEWAY_PORT: "),
+    ],
+)
+def test_settings_file_that_is_bad_stops_the_start(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(text)
+
+    with pytest.raises(SettingsError, match=message):
+        load_settings(["--config", str(path)])
 
 
 def test_settings_shipped_system_prompt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

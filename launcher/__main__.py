@@ -1,0 +1,41 @@
+"""`python -m launcher up|serve|explain|doctor|tune`: read the settings, do the one thing."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from launcher.config import COMMANDS, Settings, load_settings, suggest
+from launcher.errors import LauncherError, SettingsError
+from launcher.up import prepare, run
+
+_HELP = """usage: python -m launcher COMMAND [--help]
+
+  up       start the engine, then the gateway; stop both on a signal
+  serve    start the engine alone
+  explain  what the engine would be told, why, and what fits into its memory
+  doctor   check this host, the model and every flag before anything is started
+  tune     measure what is fastest on this host, for the profile `course` to use
+"""
+
+
+def main() -> int:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(_HELP, end="")
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise SettingsError(f"unknown command {command}{suggest(command, COMMANDS)}")
+        return _dispatch(command, load_settings(COMMANDS[command], arguments))
+    except LauncherError as error:
+        print(f"launcher: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _dispatch(command: str, settings: Settings) -> int:
+    return asyncio.run(run(prepare(settings), with_gateway=command == "up"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The gateway as a program to supervise: known by HTTP and names of variables, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+import httpx
+
+from launcher import engine_log
+from launcher.config import Settings
+from launcher.process import ChildProcess
+from launcher.profiles import Plan
+
+_POLL_S = 0.2
+_LISTEN_TIMEOUT_S = 60.0
+_QUICK_TIMEOUT_S = 5.0
+
+
+class Gateway:
+    name = "gateway"
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        client: httpx.AsyncClient,
+        *,
+        log_format: str,
+        engine_ready: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._plan = plan
+        self._client = client
+        self._log_format = log_format
+        self._engine_ready = engine_ready
+        # It waits for the engine, so only its own listening has a limit of its own.
+        self.start_timeout_s = _LISTEN_TIMEOUT_S + settings.start_timeout_s * 2
+        self.drain_timeout_s = 0.0
+        self.kill_timeout_s = settings.drain_timeout_s + settings.kill_timeout_s
+
+    def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
+        ours = {
+            "GATEWAY_HOST": self._settings.host,
+            "GATEWAY_PORT": str(self._settings.port),
+            "GATEWAY_ENGINES": self._settings.engine_url,
+            "GATEWAY_TOKENIZER": str(self._plan.model.path),
+            "GATEWAY_WARMUP_PROMPTS": str(self._plan.warmup_prompts),
+            "GATEWAY_LOG_FORMAT": self._log_format,
+            "GATEWAY_DRAIN_TIMEOUT_S": str(self._settings.drain_timeout_s),
+        }
+        exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
+        return [sys.executable, "-m", "gateway"], {**ours, **exported}
+
+    def read_line(self, line: str) -> None:
+        """Its lines are shown as they are."""
+
+    def find_cause(self, lines: Sequence[str]) -> str:
+        return engine_log.find_cause(lines)
+
+    async def is_up(self) -> bool:
+        return await self._answers("/healthz")
+
+    async def warm(self) -> None:
+        await self._engine_ready.wait()  # before that, asking would only fill its log
+        while not await self._answers("/readyz"):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+    async def watch(self) -> str:
+        # It has no state worth judging from outside; its crash is noticed, its slowness is load.
+        await asyncio.Event().wait()
+        return ""
+
+    async def dump(self, child: ChildProcess) -> list[str]:
+        return [f"{member.pid} {member.name}: state {member.state}" for member in child.members()]
+
+    async def drain(self, timeout_s: float) -> None:
+        """At SIGTERM it lets running requests finish by itself."""
+
+    async def _answers(self, path: str) -> bool:
+        url = self._settings.gateway_url + path
+        try:
+            response = await self._client.get(url, timeout=_QUICK_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK

@@ -1,0 +1,122 @@
+"""What the engine runs on: the GPU or CPU found here, or one named for planning."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config import suggest
+from launcher.errors import SettingsError
+
+GIB = 2**30
+_GPUS = Path(__file__).parent / "gpus.toml"
+_QUERY = "name,memory.total,memory.used,compute_cap,driver_version"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device and how many of it the engine may use."""
+
+    name: str
+    generation: str  # "sm_90", or "cpu": the section of a profile that applies
+    memory_bytes: int  # of one device; for a CPU the host's memory
+    count: int = 1
+    driver: str = ""
+    used_bytes: int = 0
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.generation != "cpu"
+
+    @property
+    def title(self) -> str:
+        many = f"{self.count}x " if self.count > 1 else ""
+        return f"{many}{self.name} ({self.memory_bytes / GIB:.0f} GiB, {self.generation})"
+
+
+def find_device(wanted: str, *, engine_build: str) -> Device:
+    """The device named by the setting `gpu`; else what this host and this vLLM can use."""
+    if wanted:
+        return parse_device(wanted)
+    if engine_build == "cpu":
+        return read_cpu()
+    return read_gpu() or read_cpu()
+
+
+def parse_device(text: str) -> Device:
+    """`H200`, `4x RTX 4090` or `cpu`."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(.+?)\s*", text, re.IGNORECASE)
+    count, name = (int(match[1] or 1), match[2]) if match else (1, text)
+    if name.lower() == "cpu":
+        return read_cpu()
+    known = {_fold(row["name"]): row for row in list_gpus()}
+    row = known.get(_fold(name))
+    if row is None:
+        names = ", ".join(row["name"] for row in list_gpus())
+        near = suggest(name.upper(), [row["name"] for row in list_gpus()])
+        raise SettingsError(f"LAUNCHER_GPU: no GPU {name!r} is known{near} (known: {names})")
+    return Device(row["name"], row["generation"], int(row["memory_gib"] * GIB), count)
+
+
+def list_gpus() -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = tomllib.loads(_GPUS.read_text())["gpu"]
+    return rows
+
+
+def read_cpu() -> Device:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device("CPU", "cpu", min(pages, _container_limit() or pages))
+
+
+def read_gpu() -> Device | None:
+    """The first GPU that the engine would see, by nvidia-smi; None without one."""
+    rows = query_gpus(_QUERY)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        chosen = [part.strip() for part in visible.split(",") if part.strip()]
+        rows = [rows[int(part)] for part in chosen if part.isdigit() and int(part) < len(rows)]
+    if not rows:
+        return None
+    name, total, used, capability, driver = rows[0]
+    return Device(
+        name.removeprefix("NVIDIA ").strip(),
+        generation_of(capability),
+        int(total) * 2**20,
+        len(rows),
+        driver,
+        int(used) * 2**20,
+    )
+
+
+def query_gpus(fields: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if result.returncode != 0:
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines()]
+
+
+def generation_of(capability: str) -> str:
+    """A profile's sections are per generation: 8.6 is served by what is known of 8.0."""
+    major, _, minor = capability.partition(".")
+    if major == "8":
+        return "sm_89" if minor == "9" else "sm_80"
+    return {"9": "sm_90", "10": "sm_100", "11": "sm_100", "12": "sm_120"}.get(major, "sm_80")
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _container_limit() -> int | None:
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return None

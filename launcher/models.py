@@ -1,0 +1,188 @@
+"""The model: where it lies on this machine, its shape, and what it costs in memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config import DEMO_MODEL, Settings
+from launcher.errors import SettingsError
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
+# Weights per element, packed scales included, by the checkpoint's own quantisation.
+_QUANT_BYTES = {"fp8": 1.0, "awq": 0.56, "gptq": 0.56, "bitsandbytes": 0.56}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model's config.json decides sizes."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    max_positions: int
+    is_tied: bool
+    quantization: str
+    latent: int  # MLA keeps one latent vector a layer instead of keys and values; 0: it does not
+
+    def kv_bytes_per_token(self, element_bytes: float) -> int:
+        per_layer = self.latent or 2 * self.kv_heads * self.head_size
+        return int(self.layers * per_layer * element_bytes)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Those that weight quantisation shrinks: not the embeddings."""
+        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that the engine can be pointed at."""
+
+    name: str  # as the user wrote it
+    served_name: str
+    path: Path
+    shape: Shape
+    file_bytes: int  # of the weights on disk; 0 where only the config is here
+
+    def weight_bytes(self, quantization: str) -> int:
+        """In device memory, under the engine option `quantization` (empty: as the files are)."""
+        if self.file_bytes and not quantization:
+            return self.file_bytes
+        element = 1.0 if quantization else _QUANT_BYTES.get(self.shape.quantization, 2.0)
+        return int(self.shape.linear_parameters * element + self.shape.embedding_parameters * 2)
+
+
+def find_model(settings: Settings, *, config_only: bool = False) -> Model:
+    """The model on this machine, fetched from its hub when it is not there yet."""
+    path = _find_folder(settings, config_only=config_only)
+    shape = read_shape(path)
+    weights = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
+    size = sum(file.stat().st_size for file in weights)
+    if not size and not config_only:
+        raise SettingsError(f"model: {path} has no weights (*.safetensors, *.bin)")
+    return Model(settings.model, settings.served_model_name or _name(settings), path, shape, size)
+
+
+def read_shape(path: Path) -> Shape:
+    try:
+        whole = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"model: {path} has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"model: {path / 'config.json'} cannot be read: {error}") from None
+    text = {**whole, **whole.get("text_config", {})}
+    try:
+        return _build_shape(whole, text)
+    except KeyError as error:
+        raise SettingsError(f"model: {path / 'config.json'} does not say {error}") from None
+
+
+def _build_shape(whole: dict[str, Any], text: dict[str, Any]) -> Shape:
+    heads = text["num_attention_heads"]
+    latent = text.get("kv_lora_rank") or 0
+    return Shape(
+        architecture=(whole.get("architectures") or ["unknown"])[0],
+        layers=text["num_hidden_layers"],
+        hidden=text["hidden_size"],
+        intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_size=text.get("head_dim") or text["hidden_size"] // heads,
+        vocabulary=text["vocab_size"],
+        max_positions=text.get("max_position_embeddings") or 2048,
+        is_tied=bool(text.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))),
+        quantization=(whole.get("quantization_config") or {}).get("quant_method", ""),
+        latent=latent + text.get("qk_rope_head_dim", 0) if latent else 0,
+    )
+
+
+def _name(settings: Settings) -> str:
+    """A folder is served by its own name, a hub's model by its full one."""
+    if settings.model == str(DEMO_MODEL):
+        return "demo"
+    path = Path(settings.model).expanduser()
+    return path.resolve().name if path.is_dir() else settings.model
+
+
+def _find_folder(settings: Settings, *, config_only: bool) -> Path:
+    path = Path(settings.model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or settings.model[:1] in ".~" or not _HUB_NAME.fullmatch(settings.model):
+        raise SettingsError(
+            f"model: there is no folder {settings.model!r}, and it is no hub's name"
+        )
+    if settings.hub == "modelscope":
+        return _fetch_modelscope(settings.model, config_only=config_only)
+    return _fetch_huggingface(settings.model, config_only=config_only)
+
+
+def _fetch_huggingface(name: str, *, config_only: bool) -> Path:
+    # Imported late: `--help` should not wait for it.
+    from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        if config_only:
+            return Path(hf_hub_download(name, "config.json")).parent
+        try:
+            here = Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            here = Path()
+        if _is_complete(here):
+            return here
+        return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SettingsError(f"model: cannot get {name} from Hugging Face: {_line(error)}") from None
+
+
+def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
+    try:
+        modelscope = importlib.import_module("modelscope")
+    except ImportError:
+        raise SettingsError(
+            "model: LAUNCHER_HUB=modelscope needs its package: pip install modelscope"
+        ) from None
+    only = {"allow_patterns": ["config.json"]} if config_only else {}
+    try:
+        here = Path(modelscope.snapshot_download(name, local_files_only=True))
+        if config_only or _is_complete(here):
+            return here
+    except Exception:  # noqa: BLE001, S110  (it raises plain ValueErrors for "not here yet")
+        pass
+    try:
+        return Path(modelscope.snapshot_download(name, **only))
+    except Exception as error:  # noqa: BLE001  (no tree of its own to catch)
+        raise SettingsError(f"model: cannot get {name} from ModelScope: {_line(error)}") from None
+
+
+def _is_complete(folder: Path) -> bool:
+    """A download that was cut off leaves a folder that looks whole from outside."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / name).is_file() for name in names)
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

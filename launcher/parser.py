@@ -1,0 +1,100 @@
+"""Runs inside the engine's Python: lists or tries the flags of the vLLM that is installed there.
+
+A program, never imported by the launcher: importing vLLM takes seconds and gigabytes of address
+space. `list` prints every flag with its kind; `try` reads one argv a line (JSON) and prints the
+parser's verdict on each, `null` being no objection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import sys
+
+NESTED = {
+    "compilation-config": "CompilationConfig",
+    "attention-config": "AttentionConfig",
+    "speculative-config": "SpeculativeConfig",
+    "kernel-config": "KernelConfig",
+    "structured-outputs-config": "StructuredOutputsConfig",
+    "compilation-config.pass_config": "PassConfig",
+}
+
+
+def main() -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs while it is imported
+        parser = build_parser()
+        flags = list_flags(parser)
+        fields = list_fields(flags)
+    if sys.argv[1] == "list":
+        print(json.dumps({"flags": flags, "fields": fields}))  # noqa: T201
+    else:
+        for line in sys.stdin:
+            print(json.dumps(try_argv(parser, json.loads(line))), flush=True)  # noqa: T201
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """vLLM's own; the module it lives in has moved, newest place first."""
+    for name in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(name)
+            break
+    try:
+        utils = importlib.import_module("vllm.utils.argparse_utils")
+    except ModuleNotFoundError:
+        utils = importlib.import_module("vllm.utils")
+    parser: argparse.ArgumentParser = module.make_arg_parser(utils.FlexibleArgumentParser())
+    return parser
+
+
+def list_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    flags = {}
+    for action in parser._actions:  # noqa: SLF001
+        for option in action.option_strings:
+            if option.startswith("--") and option != "--help":
+                flags[option.removeprefix("--")] = kind_of(action)
+    negations = {f"no-{name}" for name, kind in flags.items() if kind == "switch"}
+    return {name: kind for name, kind in flags.items() if name not in negations}
+
+
+def kind_of(action: argparse.Action) -> str:
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return "switch"
+    if action.nargs == 0:
+        return "mark"
+    return "list" if action.nargs in ("+", "*") else "value"
+
+
+def list_fields(flags: dict[str, str]) -> dict[str, list[str]]:
+    config = importlib.import_module("vllm.config")
+    fields = {}
+    for name, kind in NESTED.items():
+        where = (
+            config if hasattr(config, kind) else importlib.import_module("vllm.config.compilation")
+        )
+        if name.split(".")[0] in flags and hasattr(where, kind):
+            fields[name] = [f.name for f in dataclasses.fields(getattr(where, kind)) if f.init]
+    return fields
+
+
+def try_argv(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
+            parser.parse_args(argv)
+    except SystemExit:
+        lines = [line for line in complaint.getvalue().splitlines() if line.strip()]
+        errors = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
+        return (errors or lines or ["refused without a word"])[-1]
+    except Exception as error:  # noqa: BLE001  (whatever vLLM raises is its verdict)
+        return " ".join(str(error).split())[:300]
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

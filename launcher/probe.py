@@ -1,0 +1,99 @@
+"""Is the engine up, does it answer, is it moving: questions over HTTP, no decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from types import TracebackType
+
+import httpx
+
+_QUICK_TIMEOUT_S = 5.0
+_IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+# Prefill counts too: a long prompt is work, though it yields no token for a while.
+_MOVING = (
+    "vllm:generation_tokens_total",
+    "vllm:prompt_tokens_total",
+    "vllm:iteration_tokens_total_count",
+)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """The engine's own count of what it has in hand and what it has ever done."""
+
+    in_flight: int
+    moved: float
+
+
+class EngineProbe:
+    def __init__(self, url: str, model: str) -> None:
+        self._model = model
+        # trust_env off: a proxy for the outside world must not stand between us and the loopback.
+        self._client = httpx.AsyncClient(base_url=url, trust_env=False, timeout=_QUICK_TIMEOUT_S)
+
+    async def __aenter__(self) -> EngineProbe:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._client.aclose()
+
+    async def is_up(self) -> bool:
+        """vLLM listens only when it can serve, so the first 200 means ready, later ones little."""
+        try:
+            response = await self._client.get("/health")
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
+
+    async def ask_one_token(self, timeout_s: float) -> bool:
+        """A real token through the real path; `/health` runs no forward pass."""
+        body = {"model": self._model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        try:
+            response = await self._client.post("/v1/completions", json=body, timeout=timeout_s)
+        except httpx.HTTPError:
+            return False
+        # An engine for embeddings has no such route; that it says so is an answer too.
+        return response.status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND)
+
+    async def read_activity(self) -> Activity | None:
+        """None: no answer, or no counters (`disable-log-stats`)."""
+        try:
+            response = await self._client.get("/metrics")
+        except httpx.HTTPError:
+            return None
+        return parse_activity(response.text) if response.status_code == httpx.codes.OK else None
+
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Until nothing is in flight, the time is over, or the engine does not say."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (now := await self.read_activity()) and now.in_flight:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+
+
+def parse_activity(text: str) -> Activity | None:
+    in_flight = moved = 0.0
+    is_seen = False
+    for line in text.splitlines():
+        name = line.partition("{")[0]
+        if name in _IN_FLIGHT:
+            in_flight += _value(line)
+            is_seen = True
+        elif name in _MOVING:
+            moved += _value(line)
+            is_seen = True
+    return Activity(int(in_flight), moved) if is_seen else None
+
+
+def _value(line: str) -> float:
+    try:
+        return float(line.rpartition(" ")[2])
+    except ValueError:
+        return 0.0

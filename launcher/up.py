@@ -1,0 +1,256 @@
+"""`launcher up` and `launcher serve`: engine and gateway together, from start to last breath."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import structlog
+
+from launcher.command import (
+    EngineCommand,
+    InstalledVllm,
+    build_command,
+    find_vllm,
+)
+from launcher.config import DEMO_MODEL, Settings
+from launcher.crash import CrashCards
+from launcher.engine import Engine
+from launcher.errors import SettingsError
+from launcher.fingerprint import read_versions, take_fingerprint
+from launcher.flags import Flags, read_flags
+from launcher.gateway import Gateway
+from launcher.hardware import find_device
+from launcher.models import find_model
+from launcher.output import Output
+from launcher.probe import EngineProbe
+from launcher.process import end_leftovers
+from launcher.profiles import Plan, build_plan, choose_profile, parse_overrides
+from launcher.status import StatusSource, serve_status
+from launcher.supervisor import RestartRule, Supervisor
+
+log = structlog.get_logger("launcher")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All decisions, before anything is started."""
+
+    settings: Settings
+    vllm: InstalledVllm
+    flags: Flags
+    plan: Plan
+    command: EngineCommand
+
+
+def prepare(settings: Settings) -> Prepared:
+    vllm = find_vllm()
+    flags = read_flags(vllm.version, settings.cache_path)
+    device = find_device(settings.gpu, engine_build=vllm.build)
+    profile = choose_profile(settings.profile, device)
+    model = find_model(settings)
+    plan = build_plan(profile, device, model, flags, overrides=parse_overrides(settings.set, flags))
+    return Prepared(settings, vllm, flags, plan, build_command(plan, settings, vllm, flags))
+
+
+async def run(prepared: Prepared, *, with_gateway: bool) -> int:
+    settings = prepared.settings
+    output = Output(settings.log_format, settings.engine_log)
+    output.configure_structlog()
+    settings.state_path.mkdir(parents=True, exist_ok=True)
+    settings.cache_path.mkdir(parents=True, exist_ok=True)
+    with _only_one(settings.state_path):
+        for name in ("engine", "gateway"):
+            await _end_leftovers(settings.state_path / f"{name}.json")
+        ensure_port_free(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
+        if with_gateway:
+            ensure_port_free(settings.host, settings.port, "LAUNCHER_PORT")
+        async with _clients(prepared) as (probe, client):
+            session = Session(prepared, output, probe, client, with_gateway=with_gateway)
+            async with serve_status(session.status_source(), settings.status_port_used):
+                await session.run()
+    return 0
+
+
+class Session:
+    """One life of the launcher."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        output: Output,
+        probe: EngineProbe,
+        client: httpx.AsyncClient,
+        *,
+        with_gateway: bool,
+    ) -> None:
+        settings, plan = prepared.settings, prepared.plan
+        self._prepared = prepared
+        self._began = time.monotonic()
+        rule = RestartRule(
+            settings.restart_limit,
+            settings.restart_window_s,
+            settings.restart_delay_s,
+            settings.restart_delay_max_s,
+        )
+        folder = settings.state_path
+        engine = Engine(prepared.command, settings, probe, plan.model.served_name)
+        fingerprint = take_fingerprint(
+            prepared.vllm, plan.model, plan.device, prepared.command
+        ).describe()
+        versions = read_versions(prepared.vllm)
+        self.cards = CrashCards(folder / "crashes", prepared.command, engine, versions, fingerprint)
+        self.engine = Supervisor(engine, rule, output, folder, self.cards.add)
+        engine.lines = self.engine.lines
+        self.gateway: Supervisor | None = None
+        if with_gateway:
+            style = "json" if output.is_json else "console"
+            ready = self.engine.ready
+            gateway = Gateway(settings, plan, client, log_format=style, engine_ready=ready)
+            self.gateway = Supervisor(gateway, rule, output, folder, lambda *_: None)
+        self._facts: dict[str, Any] = {
+            "profile": plan.profile,
+            "model": plan.model.served_name,
+            "device": plan.device.title,
+            "versions": versions,
+            "fingerprint": fingerprint,
+            "argv": prepared.command.argv,
+        }
+        self._progress = lambda: engine.progress and asdict(engine.progress)
+        self._signals = 0
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Whatever ends first, a signal or a program given up, ends the rest in order."""
+        plan = self._prepared.plan
+        log.info(
+            "launcher_started",
+            profile=plan.profile,
+            device=plan.device.title,
+            model=plan.model.name,
+            vllm=self._prepared.vllm.version,
+            log_file=str(self.engine.lines.path),
+        )
+        supervisors = [s for s in (self.gateway, self.engine) if s]
+        tasks = {s: asyncio.create_task(s.run()) for s in supervisors}
+        announcing = asyncio.create_task(self._announce())
+        stopping = asyncio.create_task(self._stop.wait())
+        with self._signal_handlers():
+            await asyncio.wait({stopping, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
+            announcing.cancel()
+            for supervisor in supervisors:  # the gateway first: it lets running requests finish
+                supervisor.ask_to_stop()
+                await asyncio.wait({tasks[supervisor]})
+        stopping.cancel()
+        await asyncio.gather(announcing, stopping, return_exceptions=True)
+        for task in tasks.values():
+            task.result()
+        log.info("launcher_stopped")
+
+    def status_source(self) -> StatusSource:
+        standings = {"engine": self.engine.standing}
+        if self.gateway:
+            standings["gateway"] = self.gateway.standing
+        labels = {
+            "vllm": self._prepared.vllm.version,
+            "model": self._facts["model"],
+            "profile": self._facts["profile"],
+            "device": self._facts["device"],
+            "fingerprint": self.cards.fingerprint["name"],
+        }
+        return StatusSource(standings, self._facts, labels, self._progress, lambda: self.cards.last)
+
+    async def _announce(self) -> None:
+        await (self.gateway or self.engine).ready.wait()
+        settings, plan = self._prepared.settings, self._prepared.plan
+        what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
+        if not self.gateway:
+            print(f"{what} at {settings.engine_url} (vLLM itself; no gateway)", flush=True)  # noqa: T201
+            return
+        body = json.dumps({"prompt": _example(settings)}, ensure_ascii=False)
+        print(  # noqa: T201
+            f"{what} at {settings.gateway_url}  try: curl -s {settings.gateway_url}/predict "
+            f"-H 'Content-Type: application/json' -d '{body}'",
+            flush=True,
+        )
+
+    def _on_signal(self) -> None:
+        """Only notes it; the loop acts. A second signal hurries."""
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:
+            for supervisor in (self.gateway, self.engine):
+                if supervisor:
+                    supervisor.hurry()
+
+    @contextlib.contextmanager
+    def _signal_handlers(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+
+def ensure_port_free(host: str, port: int, setting: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingsError(
+                f"cannot listen on {host}:{port} ({error.strerror}); "
+                f"stop what uses it or set {setting}"
+            ) from None
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Two launchers with one state folder would end each other's engines."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SettingsError(
+                f"another launcher runs with {folder}; stop it or set LAUNCHER_ENGINE_PORT"
+            ) from None
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _clients(prepared: Prepared) -> AsyncIterator[tuple[EngineProbe, httpx.AsyncClient]]:
+    served_name = prepared.plan.model.served_name
+    async with (
+        EngineProbe(prepared.settings.engine_url, served_name) as probe,
+        httpx.AsyncClient(trust_env=False) as client,
+    ):
+        yield probe, client
+
+
+async def _end_leftovers(record: Path) -> None:
+    for member in await end_leftovers(record):
+        log.warning("leftover_ended", program=record.stem, pid=member.pid, name=member.name)
+
+
+def _example(settings: Settings) -> str:
+    """A question that the demo model knows; another model is asked something general."""
+    questions = DEMO_MODEL.parent / "questions.jsonl"
+    if settings.model == str(DEMO_MODEL) and questions.is_file():
+        with questions.open(encoding="utf-8") as file:
+            return str(json.loads(file.readline())["question"])
+    return "What is a CUDA warp?"

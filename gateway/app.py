@@ -10,6 +10,7 @@ from gateway import health, middleware, predict, relay, warmup
 from gateway.admission import GATE, Gate
 from gateway.config import SETTINGS, Settings
 from gateway.engine import Engine, build_session
+from gateway.keys import KEYRING, Keyring
 from gateway.metrics import METRICS, Metrics
 from gateway.pool import POOL, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
@@ -19,11 +20,16 @@ def build_app(settings: Settings) -> web.Application:
     """The gateway as aiohttp serves it."""
     app = web.Application(
         client_max_size=settings.max_body_bytes,
-        middlewares=[middleware.trace_request, middleware.translate_errors],
+        middlewares=[
+            middleware.trace_request,
+            middleware.translate_errors,
+            middleware.authenticate,
+        ],
     )
     app[SETTINGS] = settings
     app[METRICS] = Metrics()
     app[PROMPTS] = PromptBuilder(settings)
+    app[KEYRING] = Keyring(settings, app[METRICS])
     app[GATE] = Gate(settings, app[METRICS])
     app.cleanup_ctx.extend((_hold_engines, warmup.run_warmup))
     app.on_response_prepare.append(middleware.add_headers)
@@ -42,5 +48,5 @@ async def _hold_engines(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     async with build_session(settings) as session:
         engines = [Engine(url, settings, session) for url in settings.engines]
-        app[POOL] = Pool(engines, settings)
+        app[POOL] = Pool(engines, settings, app[METRICS])
         yield

@@ -11,6 +11,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,8 +107,25 @@ class Settings(BaseSettings):
     )
     warmup_timeout_s: float = Field(600.0, gt=0, description="Time for one warm-up batch.")
 
+    api_keys: TextList = Field(
+        (), repr=False, description="API keys, separated by commas; better in keys_file, hashed."
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="TOML file with hashed keys and their limits; read again when it changes. "
+        "`python -m gateway new-key NAME` makes an entry.",
+    )
+    allow_anonymous: bool = Field(
+        False, description="Without keys, listen on other addresses than the loopback's too."
+    )
+
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body.")
     max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
+    max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
+    max_logprobs: int = Field(20, ge=0, description="Largest `logprobs` of a /v1 call.")
+    max_schema_bytes: int = Field(
+        65_536, ge=1, description="Largest JSON schema or tool list of a /v1 call."
+    )
     max_prompts_per_call: int = Field(
         1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
     )
@@ -116,6 +134,51 @@ class Settings(BaseSettings):
     )
     max_waiting: int = Field(16_384, ge=0, description="Sequences that may wait for that.")
     queue_timeout_s: float = Field(120.0, gt=0, description="How long a request may wait for that.")
+    interactive_weight: float = Field(
+        8.0, gt=0, description="Share of the places for the lane `interactive` when both wait."
+    )
+    batch_weight: float = Field(1.0, gt=0, description="The same for the lane `batch`.")
+
+    dedup: bool = Field(
+        True, description="Generate identical greedy prompts of /predict once, answer them all."
+    )
+    max_attempts: int = Field(
+        3, ge=1, description="How often a part of a /predict batch that an engine lost is tried."
+    )
+    restart_hold_s: float = Field(
+        30.0, ge=0, description="How long a request waits for an engine that is restarting."
+    )
+    expected_start_s: float = Field(
+        60.0, gt=0, description="First guess at an engine's start; then past starts tell."
+    )
+    breaker_failures: int = Field(
+        5, ge=1, description="Failures in a row after which an engine is left alone."
+    )
+    breaker_pause_s: float = Field(5.0, ge=0, description="How long it is left alone.")
+
+    routing: Literal["least", "session", "prefix"] = Field(
+        "least",
+        description="Which engine gets a /v1 call: the one with least to do; or always the same "
+        "for a session (X-Session-Id, prompt_cache_key, user) or for prompts that begin alike.",
+    )
+    prefix_characters: int = Field(
+        1024, ge=1, description="How much of a prompt's beginning counts for routing by prefix."
+    )
+    aliases: TextList = Field(
+        (), description="Further names for models: `gpt-4o=demo`, separated by commas."
+    )
+    keepalive_comment_s: float = Field(
+        15.0,
+        gt=0,
+        description="A stream silent for so long gets a comment: proxies cut it else.",
+    )
+    stream_idle_timeout_s: float = Field(
+        300.0, gt=0, description="A stream silent for so long has failed."
+    )
+    body_timeout_s: float = Field(60.0, gt=0, description="Time for a request's body to arrive.")
+    client_write_timeout_s: float = Field(
+        120.0, gt=0, description="A caller who takes no byte for so long is given up."
+    )
 
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect to an engine.")
     engine_timeout_s: float = Field(900.0, gt=0, description="Time for one call to an engine.")
@@ -135,12 +198,25 @@ class Settings(BaseSettings):
         "info", description="Least severe line logged."
     )
 
-    @field_validator("engines", "stop", mode="before")
+    @field_validator("engines", "stop", "api_keys", "aliases", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("aliases")
+    @classmethod
+    def _check_aliases(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in value:
+            if not all(pair.partition("=")):
+                raise ValueError(f"{pair!r} is not alias=model")
+        return value
+
+    @cached_property
+    def alias_map(self) -> dict[str, str]:
+        pairs = (pair.partition("=") for pair in self.aliases)
+        return {alias.strip(): model.strip() for alias, _, model in pairs}
 
     @field_validator("engines")
     @classmethod

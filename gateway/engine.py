@@ -8,6 +8,7 @@ limit of 100 connections is off: the Gate alone limits.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -33,6 +34,7 @@ from gateway.wire import (
     parse_models,
 )
 
+_BUSY_S = 1.0
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -53,9 +55,54 @@ class Engine:
         self.reason = "not looked at yet"
         self.card: ModelCard | None = None
         self.running = 0
-        self._session = session
-        self._probe_timeout_s = settings.probe_timeout_s
+        self.down_since = time.monotonic()
+        self.typical_start_s: float | None = None
         self.suspect = asyncio.Event()
+        self._busy_until = 0.0
+        self._failures = 0
+        self._tripped_until = 0.0
+        self._session = session
+        self._settings = settings
+
+    @property
+    def is_usable(self) -> bool:
+        """Ready, not just seen failing, and its breaker is closed."""
+        return (
+            self.state is EngineState.READY
+            and not self.suspect.is_set()
+            and self._tripped_until <= time.monotonic()
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        return self._busy_until > time.monotonic()
+
+    def enter_state(self, state: EngineState, reason: str) -> None:
+        now = time.monotonic()
+        if self.state is EngineState.READY and state is not EngineState.READY:
+            self.down_since = now
+        elif self.state is not EngineState.READY and state is EngineState.READY:
+            took_s = now - self.down_since
+            known_s = self.typical_start_s
+            self.typical_start_s = took_s if known_s is None else (known_s + took_s) / 2
+        self.state, self.reason = state, reason
+        self.suspect.clear()
+
+    def note_busy(self) -> None:
+        self._busy_until = time.monotonic() + _BUSY_S
+
+    def note_success(self) -> None:
+        self._failures = 0
+
+    def note_failure(self) -> None:
+        """The breaker: after several failures in a row it leaves the engine alone for a while.
+
+        Then the first request is the test; it fails again, and the breaker opens at once.
+        """
+        self._failures += 1
+        self.suspect.set()
+        if self._failures >= self._settings.breaker_failures:
+            self._tripped_until = time.monotonic() + self._settings.breaker_pause_s
 
     @property
     def max_model_len(self) -> int | None:
@@ -72,19 +119,25 @@ class Engine:
             self.running -= len(prompts)
         if status != 200:
             raise self._error(status, answer)
-        return parse_completion(answer, len(prompts))
+        try:
+            completion = parse_completion(answer, len(prompts))
+        except EngineError:
+            self.note_failure()
+            raise
+        self.note_success()
+        return completion
 
     async def is_healthy(self) -> bool:
         """Whether it says so itself; a look, not a test of its work."""
         try:
-            async with asyncio.timeout(self._probe_timeout_s):
+            async with asyncio.timeout(self._settings.probe_timeout_s):
                 status, _ = await self._exchange("GET", "/health")
         except (EngineError, TimeoutError):
             return False
         return status == 200
 
     async def read_model_cards(self) -> list[ModelCard]:
-        async with asyncio.timeout(self._probe_timeout_s):
+        async with asyncio.timeout(self._settings.probe_timeout_s):
             status, answer = await self._exchange("GET", "/v1/models")
         if status != 200:
             raise self._error(status, answer)
@@ -92,19 +145,29 @@ class Engine:
 
     @asynccontextmanager
     async def open(
-        self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        sequences: int = 1,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer whose body has not been read, for passing on."""
-        self.running += 1
+        self.running += sequences
         try:
             async with self._session.request(
                 method, self.url + path, headers=headers, data=body
             ) as response:
                 yield response
+                if response.status < 500:
+                    self.note_success()
+                elif response.status != 503:
+                    self.note_failure()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._translate(error) from error
         finally:
-            self.running -= 1
+            self.running -= sequences
 
     async def _exchange(
         self, method: str, path: str, body: bytes | None = None
@@ -118,7 +181,7 @@ class Engine:
             raise self._translate(error) from error
 
     def _translate(self, error: Exception) -> EngineError:
-        self.suspect.set()
+        self.note_failure()
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
             return EngineUnreachable(
                 "the engine does not accept connections; it may be starting", retry_after_s=5
@@ -130,11 +193,13 @@ class Engine:
     def _error(self, status: int, body: bytes) -> InvalidRequest | EngineError | Unavailable:
         message, param = parse_engine_error(body)
         if status in {429, 503}:
+            # Back-pressure, not a failure: others are asked first for a moment.
+            self.note_busy()
             return Unavailable(message, code="engine_busy", retry_after_s=1)
         if status in {400, 422}:
             return InvalidRequest(message, param=param, code="engine_refused")
         # Any other refusal is not about the prompts: a model that is gone, a key it wants.
-        self.suspect.set()
+        self.note_failure()
         return EngineError(f"the engine answered {status}: {message}")
 
 

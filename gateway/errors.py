@@ -3,10 +3,14 @@
 GatewayError
 ├── InvalidRequest 400        the request itself is wrong; `param` names the field
 │   └── PromptRefused 400     one prompt cannot be served; the others of its batch can
+├── Unauthorized 401, Forbidden 403
 ├── NotFound 404
 ├── MethodNotAllowed 405
+├── BodyTimeout 408
 ├── PayloadTooLarge 413
+├── RateLimited 429           a key's allowance is used up
 ├── Overloaded 429            too much is waiting already
+├── DeadlineUnreachable 503   the request's own deadline cannot be met
 ├── Unavailable 503           no engine is ready: warming, restarting, draining
 └── EngineError 502           the engine failed
     ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
@@ -54,6 +58,24 @@ class PromptRefused(InvalidRequest):
     code = "prompt_refused"
 
 
+class Unauthorized(GatewayError):
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    status = 403
+    kind = "permission_error"
+    code = "forbidden"
+
+
+class RateLimited(GatewayError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limited"
+
+
 class NotFound(GatewayError):
     status = 404
     kind = "invalid_request_error"
@@ -66,6 +88,12 @@ class MethodNotAllowed(GatewayError):
     code = "method_not_allowed"
 
 
+class BodyTimeout(GatewayError):
+    status = 408
+    kind = "invalid_request_error"
+    code = "body_timeout"
+
+
 class PayloadTooLarge(GatewayError):
     status = 413
     kind = "invalid_request_error"
@@ -76,6 +104,12 @@ class Overloaded(GatewayError):
     status = 429
     kind = "rate_limit_error"
     code = "overloaded"
+
+
+class DeadlineUnreachable(GatewayError):
+    status = 503
+    kind = "service_unavailable"
+    code = "deadline_unreachable"
 
 
 class Unavailable(GatewayError):

@@ -35,6 +35,13 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.first_chunk_seconds = Histogram(
+            "gateway_first_chunk_seconds",
+            "From a request's first byte to the first chunk of its stream.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.predict_prompts = Histogram(
             "gateway_predict_prompts",
             "Prompts in a /predict call.",
@@ -54,10 +61,38 @@ class Metrics:
             registry=self.registry,
         )
         self.running = Gauge(
-            "gateway_running_sequences", "Sequences inside the engines.", registry=self.registry
+            "gateway_running_sequences",
+            "Sequences inside the engines.",
+            ["lane"],
+            registry=self.registry,
         )
         self.waiting = Gauge(
-            "gateway_waiting_sequences", "Sequences waiting to enter.", registry=self.registry
+            "gateway_waiting_sequences",
+            "Sequences waiting to enter.",
+            ["lane"],
+            registry=self.registry,
+        )
+        self.deduplicated = Counter(
+            "gateway_deduplicated_prompts",
+            "Greedy prompts answered by the answer to an identical one.",
+            registry=self.registry,
+        )
+        self.retried = Counter(
+            "gateway_retried_prompts",
+            "Prompts run again because an engine lost them.",
+            registry=self.registry,
+        )
+        self.usage = Counter(
+            "gateway_usage_tokens",
+            "Tokens by key, as the engine counted them.",
+            ["key", "direction"],
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            "gateway_refused",
+            "Requests refused before an engine saw them.",
+            ["reason"],
+            registry=self.registry,
         )
         self.engine_ready = Gauge(
             "gateway_engine_ready",

@@ -18,12 +18,14 @@ from gateway.errors import (
     NotFound,
     PayloadTooLarge,
 )
+from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.trace import TRACE, Trace
 from gateway.wire import build_error
 
 log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other"))
 _QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
 
 
@@ -70,6 +72,19 @@ async def translate_errors(request: web.Request, handler: Handler) -> web.Stream
     except Exception:
         log.exception("request_crashed", request_id=request[TRACE].request_id)
         return _answer_error(request, GatewayError("the gateway failed; see its log"))
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Innermost: who calls, may he, and has he any allowance left."""
+    if request[TRACE].route in _OPEN_ROUTES:
+        return await handler(request)
+    keyring = request.app[KEYRING]
+    caller = keyring.identify(request.headers)
+    caller.check_route(request[TRACE].route)
+    keyring.take_request(caller)
+    request[CALLER] = caller
+    return await handler(request)
 
 
 def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:

@@ -1,47 +1,92 @@
-"""Several engines as one: chooses an engine, cuts a batch into calls, sets one bad prompt apart.
+"""Several engines as one: chooses one, cuts a batch into calls, sets one bad prompt apart, runs
+again elsewhere what an engine lost, and generates identical greedy prompts once.
 
-Nobody above this room knows that a batch is cut or that a call was refused and halved.
+Nobody above this room knows that a batch is cut, that a call was refused and halved, or that an
+engine died under it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from gateway.config import Settings
 from gateway.engine import Engine, EngineState
-from gateway.errors import EngineError, GatewayError, InvalidRequest, PromptRefused, Unavailable
+from gateway.errors import (
+    EngineAborted,
+    EngineError,
+    EngineTimeout,
+    EngineUnreachable,
+    GatewayError,
+    InvalidRequest,
+    PromptRefused,
+    Unavailable,
+)
+from gateway.metrics import Metrics
 from gateway.wire import SAMPLING_FIELDS, Answer, Completion, Prompt, Sampling
+
+# Fewer prompts than this are not worth a call of their own on a second engine.
+_SMALLEST_SHARE = 16
+# An affinity gives way when its engine has this much more than its share.
+_AFFINITY_SLACK = 1.25
+_SHORTEST_RETRY_AFTER_S = 1.0
+
+
+_PromptKey = tuple[str | tuple[int, ...], Sampling]
+
+
+@dataclass(slots=True)
+class _Work:
+    """One batch on its way: the answers so far, by place."""
+
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    answers: list[Answer | GatewayError | None]
+    cost: Completion = field(default_factory=lambda: Completion([]))
+
+    def put(self, places: Sequence[int], completion: Completion) -> None:
+        for place, answer in zip(places, completion.answers, strict=True):
+            self.answers[place] = answer
+        self.cost.prompt_tokens += completion.prompt_tokens
+        self.cost.completion_tokens += completion.completion_tokens
 
 
 class Pool:
     """The engines behind this gateway."""
 
-    def __init__(self, engines: Sequence[Engine], settings: Settings) -> None:
-        self.engines = tuple(engines)
+    def __init__(self, engines: Iterable[Engine], settings: Settings, metrics: Metrics) -> None:
+        self.engines = list(engines)
         self.draining = False
-        self._max_prompts_per_call = settings.max_prompts_per_call
+        self._settings = settings
+        self._metrics = metrics
         self._changed = asyncio.Condition()
+        self._in_flight: dict[_PromptKey, asyncio.Future[Answer | GatewayError]] = {}
 
     @property
     def is_ready(self) -> bool:
-        return not self.draining and any(
-            engine.state is EngineState.READY for engine in self.engines
-        )
+        return not self.draining and any(engine.is_usable for engine in self.engines)
 
     def describe(self) -> str:
         """One line for people: why there is no engine to be had."""
         if self.draining:
             return "the gateway is stopping"
-        return "; ".join(
-            f"{engine.url} is {engine.state}: {engine.reason}" for engine in self.engines
-        )
+        return "; ".join(f"{one.url} is {one.state}: {one.reason}" for one in self.engines)
 
     async def set_state(self, engine: Engine, state: EngineState, reason: str = "") -> None:
         async with self._changed:
-            engine.state, engine.reason = state, reason
+            engine.enter_state(state, reason)
+            self._changed.notify_all()
+
+    async def set_engines(self, engines: Iterable[Engine]) -> None:
+        """Those that are gone finish what they have; nothing new is sent to them."""
+        async with self._changed:
+            self.engines = list(engines)
             self._changed.notify_all()
 
     async def wait_ready(self, timeout_s: float) -> bool:
@@ -52,67 +97,193 @@ class Pool:
             return False
         return True
 
-    def choose(self) -> Engine:
-        """The ready engine with the fewest sequences."""
-        ready = [engine for engine in self.engines if engine.state is EngineState.READY]
-        if not ready or self.draining:
-            raise Unavailable(f"no engine is ready: {self.describe()}", retry_after_s=5)
-        return min(ready, key=lambda engine: engine.running)
+    async def acquire(
+        self, affinity: str = "", avoid: Engine | None = None, planned: Counter[str] | None = None
+    ) -> Engine:
+        """An engine to send to: held for a while when none is ready, as during a restart."""
+        if not self.is_ready and (
+            self.draining or not await self.wait_ready(self._settings.restart_hold_s)
+        ):
+            raise Unavailable(
+                f"no engine is ready: {self.describe()}", retry_after_s=self.expected_start_s()
+            )
+        return self._choose(affinity, avoid, planned or Counter())
+
+    def expected_start_s(self) -> float:
+        """How long until an engine should be back, by what its past starts took."""
+        left_s = [
+            (engine.typical_start_s or self._settings.expected_start_s)
+            - (time.monotonic() - engine.down_since)
+            for engine in self.engines
+        ]
+        return max(_SHORTEST_RETRY_AFTER_S, min(left_s, default=_SHORTEST_RETRY_AFTER_S))
+
+    def _choose(self, affinity: str, avoid: Engine | None, planned: Counter[str]) -> Engine:
+        ready = [engine for engine in self.engines if engine.is_usable]
+        # An engine that said it is busy is asked again only when all say so.
+        ready = [engine for engine in ready if not engine.is_busy] or ready
+        ready = [engine for engine in ready if engine is not avoid] or ready
+
+        def load(engine: Engine) -> int:
+            return engine.running + planned[engine.url]
+
+        if not affinity:
+            return min(ready, key=load)
+        most = _AFFINITY_SLACK * (sum(map(load, ready)) + 1) / len(ready) + 1
+        ranked = sorted(ready, key=lambda engine: _rank(affinity, engine.url))
+        return next((engine for engine in ranked if load(engine) <= most), ranked[0])
 
     async def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, engine: Engine | None = None
     ) -> Completion:
         """An answer or an error for each prompt, in order.
 
-        Raises only when nothing at all was answered and the engine is to blame.
+        Raises only when nothing at all was answered and an engine is to blame. With `engine` given,
+        that one alone is asked, as a warm-up must.
         """
-        size = self._max_prompts_per_call
-        pieces = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        chosen = [engine or self.choose() for _ in pieces]
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._answer_piece(piece, sampling, one))
-                    for piece, one in zip(pieces, chosen, strict=True)
-                ]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # one reason is enough for one caller
-        whole = _merge([task.result() for task in tasks])
+        if engine is not None or sampling.temperature > 0 or not self._settings.dedup:
+            whole = await self._generate(prompts, sampling, engine)
+        else:
+            whole = await self._generate_once(prompts, sampling)
         if not any(isinstance(answer, Answer) for answer in whole.answers):
             _raise_engine_failure(whole.answers)
         return whole
 
-    async def _answer_piece(
-        self, piece: Sequence[Prompt], sampling: Sampling, engine: Engine
-    ) -> Completion:
+    async def _generate_once(self, prompts: Sequence[Prompt], sampling: Sampling) -> Completion:
+        """Identical greedy prompts, of this batch or on their way for another, share one answer."""
+        keys: list[_PromptKey] = [
+            (prompt if isinstance(prompt, str) else tuple(prompt), sampling) for prompt in prompts
+        ]
+        loop = asyncio.get_running_loop()
+        own: dict[_PromptKey, Prompt] = {}
+        others: dict[_PromptKey, asyncio.Future[Answer | GatewayError]] = {}
+        for key, prompt in zip(keys, prompts, strict=True):
+            if key in self._in_flight:
+                others[key] = self._in_flight[key]
+            else:
+                own.setdefault(key, prompt)
+        for key in own:
+            self._in_flight[key] = loop.create_future()
+        known: dict[_PromptKey, Answer | GatewayError] = {}
         try:
-            return await engine.complete(piece, sampling)
+            whole = await self._generate(list(own.values()), sampling) if own else Completion([])
+            known.update(zip(own, whole.answers, strict=True))
+        finally:
+            for key in own:
+                self._settle(key, known.get(key))
+        again = [key for key, future in others.items() if not await _is_answered(future)]
+        known.update({key: others[key].result() for key in others if key not in again})
+        if again:
+            lost = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key in again}
+            rest = await self._generate(list(lost.values()), sampling)
+            known.update(zip(lost, rest.answers, strict=True))
+            whole.prompt_tokens += rest.prompt_tokens
+            whole.completion_tokens += rest.completion_tokens
+        shared = len(prompts) - len(own) - len(again)
+        self._metrics.deduplicated.inc(shared)
+        return Completion(
+            [known[key] for key in keys], whole.prompt_tokens, whole.completion_tokens, shared
+        )
+
+    def _settle(self, key: _PromptKey, answer: Answer | GatewayError | None) -> None:
+        future = self._in_flight.pop(key)
+        if answer is None:
+            future.cancel()  # whoever waits for it asks for himself
+        else:
+            future.set_result(answer)
+
+    async def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, engine: Engine | None = None
+    ) -> Completion:
+        work = _Work(prompts, sampling, [None] * len(prompts))
+        ready = [engine] if engine else [one for one in self.engines if one.is_usable]
+        pieces = cut(prompts, sampling, len(ready), self._settings.max_prompts_per_call)
+        planned: Counter[str] = Counter()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for piece in pieces:
+                    one = engine or await self.acquire(planned=planned)
+                    planned[one.url] += len(piece)
+                    group.create_task(self._answer_piece(work, piece, one, is_bound=bool(engine)))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # one reason is enough for one caller
+        answers = [answer for answer in work.answers if answer is not None]
+        return Completion(answers, work.cost.prompt_tokens, work.cost.completion_tokens)
+
+    async def _answer_piece(
+        self, work: _Work, places: Sequence[int], engine: Engine, *, is_bound: bool
+    ) -> None:
+        """Asks until each place has an answer, or an error that another try would not mend."""
+        for attempt in range(self._settings.max_attempts):
+            await self._ask(work, places, engine)
+            places = [place for place in places if _may_run_again(work, place)]
+            if not places or is_bound or attempt + 1 == self._settings.max_attempts:
+                return
+            self._metrics.retried.inc(len(places))
+            try:
+                engine = await self.acquire(avoid=engine)
+            except Unavailable:
+                return
+
+    async def _ask(self, work: _Work, places: Sequence[int], engine: Engine) -> None:
+        prompts = [work.prompts[place] for place in places]
+        try:
+            completion = await engine.complete(prompts, work.sampling)
         except InvalidRequest as error:
             # vLLM refuses a whole list for one bad prompt and does not say which.
             if error.param in SAMPLING_FIELDS:
                 raise  # nothing to be halved: it refuses how it was asked, not a prompt
-            if len(piece) == 1:
+            if len(places) == 1:
                 refusal = PromptRefused(error.message, param=error.param, code=error.error_code)
-                return Completion([refusal])
-            middle = len(piece) // 2
-            halves = [
-                await self._answer_piece(half, sampling, engine)
-                for half in (piece[:middle], piece[middle:])
-            ]
-            return _merge(halves)
+                work.answers[places[0]] = refusal
+                return
+            middle = len(places) // 2
+            await self._ask(work, places[:middle], engine)
+            await self._ask(work, places[middle:], engine)
         except (EngineError, Unavailable) as error:
-            return Completion([error] * len(piece))
+            for place in places:
+                work.answers[place] = error
+        else:
+            work.put(places, completion)
 
 
 POOL = web.AppKey("pool", Pool)
 
 
-def _merge(parts: Sequence[Completion]) -> Completion:
-    return Completion(
-        answers=[answer for part in parts for answer in part.answers],
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-    )
+def cut(prompts: Sequence[Prompt], sampling: Sampling, n_engines: int, most: int) -> list[range]:
+    """Pieces of about equal work, as many as there are engines, none longer than `most`."""
+    shares = max(1, min(n_engines, len(prompts) // _SMALLEST_SHARE))
+    weights = [len(prompt) + sampling.max_tokens for prompt in prompts]
+    share = sum(weights) / shares
+    pieces: list[range] = []
+    start, weight = 0, 0.0
+    for place, one in enumerate(weights):
+        weight += one
+        is_full = weight >= share - one / 2 and len(pieces) + 1 < shares
+        if is_full or place + 1 - start == most or place + 1 == len(prompts):
+            pieces.append(range(start, place + 1))
+            start, weight = place + 1, 0.0
+    return pieces
+
+
+def _may_run_again(work: _Work, place: int) -> bool:
+    """What provably did not run, or is greedy and unanswered: the same answer would come."""
+    answer = work.answers[place]
+    if isinstance(answer, EngineUnreachable | Unavailable):
+        return True
+    is_failure = isinstance(answer, EngineError | EngineAborted)
+    is_timeout = isinstance(answer, EngineTimeout)  # a second one would double the wait
+    return is_failure and not is_timeout and work.sampling.temperature == 0
+
+
+async def _is_answered(future: asyncio.Future[Answer | GatewayError]) -> bool:
+    await asyncio.wait((future,))
+    return not future.cancelled() and isinstance(future.result(), Answer)
+
+
+def _rank(affinity: str, url: str) -> bytes:
+    """Rendezvous hashing: when an engine goes, only its own sessions move."""
+    return hashlib.blake2b(f"{affinity}\0{url}".encode(), digest_size=8).digest()
 
 
 def _raise_engine_failure(answers: Sequence[Answer | GatewayError]) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from aiohttp import web
 
-from gateway.admission import GATE
+from gateway.admission import GATE, LaneName, build_visit
+from gateway.body import read_body
 from gateway.config import SETTINGS
-from gateway.errors import GatewayError, InvalidRequest
+from gateway.errors import EngineTimeout, GatewayError, InvalidRequest
+from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
 from gateway.prompts import PROMPTS
-from gateway.trace import TRACE, Trace
+from gateway.trace import TRACE
 from gateway.wire import (
     Answer,
     PredictRequest,
     Prompt,
+    Sampling,
     build_predict_response,
     parse_predict,
 )
@@ -26,10 +29,10 @@ from gateway.wire import (
 
 async def handle_predict(request: web.Request) -> web.Response:
     settings, trace = request.app[SETTINGS], request[TRACE]
-    asked = parse_predict(await request.read(), settings)
+    asked = parse_predict(await read_body(request), settings)
     trace.n_prompts = len(asked.questions)
     request.app[METRICS].predict_prompts.observe(len(asked.questions))
-    answers = await _answer(request.app, asked, trace) if asked.questions else []
+    answers = await _answer(request, asked) if asked.questions else []
     body = build_predict_response(asked, answers, single_as_list=settings.single_as_list)
     response = web.Response(body=body, content_type="application/json")
     if asked.ignored_fields:
@@ -37,11 +40,13 @@ async def handle_predict(request: web.Request) -> web.Response:
     return response
 
 
-async def _answer(
-    app: web.Application, asked: PredictRequest, trace: Trace
-) -> list[str | GatewayError]:
-    pool, builder, metrics = app[POOL], app[PROMPTS], app[METRICS]
-    max_model_len = pool.choose().max_model_len  # says 503 before any work is done
+async def _answer(request: web.Request, asked: PredictRequest) -> list[str | GatewayError]:
+    app = request.app
+    builder = app[PROMPTS]
+    card = (await app[POOL].acquire()).card  # says 503 before any work is done
+    max_model_len = card.max_model_len if card else None
+    if card is not None:
+        request[CALLER].check_model(card.name)
     if max_model_len is not None and asked.sampling.max_tokens > max_model_len:
         raise InvalidRequest(
             f"max_tokens must be at most {max_model_len}, all that the model takes",
@@ -49,32 +54,39 @@ async def _answer(
         )
     prompts = await builder.build(asked.questions, asked.system, max_model_len)
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
-    sampling = replace(
-        asked.sampling,
-        stop=(*asked.sampling.stop, *builder.stop),
-        stop_token_ids=builder.stop_token_ids,
-    )
-    generated: Sequence[Answer | GatewayError] = ()
-    if good:
-        queued = time.perf_counter()
-        async with app[GATE].enter(len(good)):
-            entered = time.perf_counter()
-            trace.queue_s = entered - queued
-            completion = await pool.generate(good, sampling)
-            trace.engine_s = time.perf_counter() - entered
-        generated = completion.answers
-        trace.prompt_tokens = completion.prompt_tokens
-        trace.completion_tokens = completion.completion_tokens
-        metrics.tokens.labels("in").inc(completion.prompt_tokens)
-        metrics.tokens.labels("out").inc(completion.completion_tokens)
-        metrics.queue_seconds.labels(trace.route).observe(trace.queue_s)
+    sampling = builder.complete(asked.sampling)
+    generated = await _generate(request, good, sampling) if good else ()
     answers = _put_in_order(prompts, generated)
     for answer in answers:
         if isinstance(answer, GatewayError):
-            metrics.prompts_failed.labels(answer.error_code).inc()
-    return [
-        builder.clean(answer.text) if isinstance(answer, Answer) else answer for answer in answers
-    ]
+            app[METRICS].prompts_failed.labels(answer.error_code).inc()
+    return [builder.clean(one.text) if isinstance(one, Answer) else one for one in answers]
+
+
+async def _generate(
+    request: web.Request, prompts: Sequence[Prompt], sampling: Sampling
+) -> Sequence[Answer | GatewayError]:
+    app, trace = request.app, request[TRACE]
+    lane: LaneName = "batch" if len(prompts) > 1 else "interactive"
+    visit = build_visit(request.headers, request[CALLER], len(prompts), lane)
+    queued = time.perf_counter()
+    async with app[GATE].enter(visit):
+        entered = time.perf_counter()
+        trace.queue_s = entered - queued
+        app[METRICS].queue_seconds.labels(trace.route).observe(trace.queue_s)
+        try:
+            async with asyncio.timeout_at(visit.loop_deadline()):
+                done = await app[POOL].generate(prompts, sampling)
+        except TimeoutError:
+            raise EngineTimeout("the request's deadline has passed") from None
+        finally:
+            trace.engine_s = time.perf_counter() - entered
+    trace.prompt_tokens, trace.completion_tokens = done.prompt_tokens, done.completion_tokens
+    trace.shared = done.shared
+    app[METRICS].tokens.labels("in").inc(done.prompt_tokens)
+    app[METRICS].tokens.labels("out").inc(done.completion_tokens)
+    app[KEYRING].count_tokens(request[CALLER], done.prompt_tokens, done.completion_tokens)
+    return done.answers
 
 
 def _put_in_order(

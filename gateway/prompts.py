@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
 from gateway.errors import InvalidRequest, PromptRefused
-from gateway.wire import Prompt
+from gateway.wire import Prompt, Sampling
 
 # No question contains it; a template that trims, quotes or escapes its question alters it.
 _MARKER = " \n\"'\\<&\ue000question\ue001 "
@@ -79,6 +80,12 @@ class PromptBuilder:
             return ()
         ids = (self._tokenizer.token_to_id(token) for token in _END_TOKENS)
         return tuple(found for found in ids if found is not None)
+
+    def complete(self, sampling: Sampling) -> Sampling:
+        """The sampling with the ends of this style and this model added."""
+        return replace(
+            sampling, stop=(*sampling.stop, *self.stop), stop_token_ids=self.stop_token_ids
+        )
 
     async def build(
         self, questions: Sequence[str], system: str | None, max_model_len: int | None

@@ -1,28 +1,47 @@
 """/v1/* and the tokenizer routes: an engine's bytes and streams, passed on as they come.
 
 A list of paths, not a prefix: nothing administrative of the engine can be reached. Awaiting each
-write is the back-pressure, and a caller who hangs up cancels the engine's work with it.
+write is the back-pressure: no queue, no task. A caller who hangs up cancels the engine's work.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
+import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from gateway.admission import GATE
+from gateway.admission import GATE, LaneName, build_visit
+from gateway.body import read_body
+from gateway.config import SETTINGS
+from gateway.engine import Engine
+from gateway.errors import EngineError, EngineTimeout, EngineUnreachable, GatewayError
+from gateway.keys import CALLER, KEYRING
+from gateway.metrics import METRICS
 from gateway.pool import POOL
 from gateway.trace import TRACE
+from gateway.wire import (
+    RelayCall,
+    add_aliases,
+    build_stream_error,
+    drop_usage_events,
+    parse_relay_call,
+    parse_usage,
+)
 
+GENERATING = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/embeddings",
+)
 ROUTES = (
     ("GET", "/v1/models"),
-    ("POST", "/v1/completions"),
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/responses"),
-    ("POST", "/v1/messages"),
-    ("POST", "/v1/embeddings"),
+    *(("POST", path) for path in GENERATING),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
 )
@@ -44,36 +63,222 @@ _NOT_PASSED_ON = frozenset(
         "x-request-id",
     )
 )
-# Reading the body here undoes its encoding; what the caller is allowed is the gateway's business.
-_NOT_SENT = _NOT_PASSED_ON | {"authorization", "cookie", "content-encoding", "expect"}
+# Reading the body here undoes its encoding; who the caller is and who goes first is the gateway's
+# business, not the engine's.
+_NOT_SENT = _NOT_PASSED_ON | {
+    "accept-encoding",
+    "authorization",
+    "content-encoding",
+    "cookie",
+    "expect",
+    "x-api-key",
+    "x-data-parallel-rank",
+    "x-vllm-priority",
+}
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
+    """Read, check, enter the gate, pass on."""
+    if request.method == "GET":
+        return await _pass_on(request, RelayCall(b""))
+    path = request.path
+    call = parse_relay_call(path, await read_body(request), request.app[SETTINGS])
+    caller = request[CALLER]
+    if call.model is not None:
+        caller.check_model(call.model)
+    if path not in GENERATING:
+        return await _pass_on(request, call)
     trace = request[TRACE]
-    body = await request.read() if request.can_read_body else None
-    engine = request.app[POOL].choose()
+    lane: LaneName = "batch" if call.sequences > 1 else "interactive"
+    visit = build_visit(request.headers, caller, call.sequences, lane)
+    queued = time.perf_counter()
+    async with request.app[GATE].enter(visit):
+        trace.queue_s = time.perf_counter() - queued
+        try:
+            async with asyncio.timeout_at(visit.loop_deadline()):
+                return await _pass_on(request, call)
+        except TimeoutError:
+            raise EngineTimeout("the request's deadline has passed") from None
+
+
+async def _pass_on(request: web.Request, call: RelayCall) -> web.StreamResponse:
+    """Tries engines until one has answered; only what provably did not run, or is greedy and
+    unanswered, is sent again.
+    """
+    pool, settings = request.app[POOL], request.app[SETTINGS]
+    affinity = call.affinity
+    if settings.routing == "session":
+        affinity = request.headers.get("X-Session-Id") or affinity
+    avoid: Engine | None = None
+    for attempt in range(settings.max_attempts):
+        engine = await pool.acquire(affinity, avoid)
+        try:
+            return await _exchange(
+                request, call, engine, is_last=attempt + 1 == settings.max_attempts
+            )
+        except _TryAgain as again:
+            avoid = engine
+            reason = again.reason
+    raise reason
+
+
+class _TryAgain(Exception):
+    """Nothing has been sent to the caller, and asking another engine is safe."""
+
+    def __init__(self, reason: GatewayError) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+async def _exchange(
+    request: web.Request, call: RelayCall, engine: Engine, *, is_last: bool
+) -> web.StreamResponse:
+    trace = request[TRACE]
     headers = _without(request.headers, _NOT_SENT)
     headers["X-Request-Id"] = trace.request_id
-    queued = time.perf_counter()
-    async with request.app[GATE].enter(1):
-        entered = time.perf_counter()
-        trace.queue_s = entered - queued
-        path = request.rel_url.raw_path_qs
-        async with engine.open(request.method, path, headers=headers, body=body) as upstream:
-            trace.engine_s = time.perf_counter() - entered
-            response = web.StreamResponse(
-                status=upstream.status, headers=_without(upstream.headers, _NOT_PASSED_ON)
-            )
-            if upstream.content_length is not None:
-                response.content_length = upstream.content_length
-            await response.prepare(request)
-            async for chunk in upstream.content.iter_any():
-                await response.write(chunk)
+    asked = time.perf_counter()
+    response: web.StreamResponse | None = None
+    try:
+        async with engine.open(
+            request.method,
+            request.rel_url.raw_path_qs,
+            headers=headers,
+            body=call.body or None,
+            sequences=call.sequences,
+        ) as upstream:
+            trace.engine_s = time.perf_counter() - asked
+            if upstream.status in {429, 503} and len(request.app[POOL].engines) > 1 and not is_last:
+                engine.note_busy()
+                raise _TryAgain(EngineError("the engine is busy", code="engine_busy"))
+            if upstream.content_type == "text/event-stream":
+                response = _begin(upstream)
+                await response.prepare(request)
+                await _stream(request, call, upstream, response)
+                return response
+            return await _whole(request, upstream, asked)
+    except GatewayError as error:
+        if response is not None and response.prepared:
+            trace.error_code = error.error_code
+            await response.write(build_stream_error(error, request.path))
             await response.write_eof()
             return response
+        if not is_last and (isinstance(error, EngineUnreachable) or _is_repeatable(error, call)):
+            raise _TryAgain(error) from None
+        raise
+
+
+def _is_repeatable(error: GatewayError, call: RelayCall) -> bool:
+    is_failure = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
+    return is_failure and call.is_greedy
+
+
+async def _whole(
+    request: web.Request, upstream: aiohttp.ClientResponse, asked: float
+) -> web.Response:
+    body = await upstream.read()
+    request[TRACE].engine_s = time.perf_counter() - asked
+    settings = request.app[SETTINGS]
+    if upstream.status == 200:
+        if request.path == "/v1/models" and settings.alias_map:
+            body = add_aliases(body, settings.alias_map)
+        _count(request, parse_usage(body))
+    return web.Response(
+        status=upstream.status, headers=_without(upstream.headers, _NOT_PASSED_ON), body=body
+    )
+
+
+def _begin(upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(
+        status=upstream.status, headers=_without(upstream.headers, _NOT_PASSED_ON)
+    )
+    response.headers.setdefault("Cache-Control", "no-cache")
+    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold a stream back
+    return response
+
+
+async def _stream(
+    request: web.Request,
+    call: RelayCall,
+    upstream: aiohttp.ClientResponse,
+    response: web.StreamResponse,
+) -> None:
+    timeout_s = request.app[SETTINGS].client_write_timeout_s
+    usage: tuple[int, int] | None = None
+    rest = b""  # of an event whose end has not come yet
+    async for chunk in _chunks(request, upstream):
+        if not chunk:
+            if not rest:  # never in the middle of an event
+                await _write(response, b": keep-alive\n\n", timeout_s)
+            continue
+        events = chunk
+        if rest or not chunk.endswith(b"\n\n"):
+            events, rest = _split(rest + chunk)
+        if b'"usage":{' in events:
+            usage = _add(usage, parse_usage(events))
+            if call.hides_usage:
+                events = drop_usage_events(events)
+        if events:
+            await _write(response, events, timeout_s)
+    if rest:
+        await _write(response, rest, timeout_s)
+    _count(request, usage)
+    await response.write_eof()
+
+
+async def _chunks(request: web.Request, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """What comes, as it comes; an empty one for each while of silence."""
+    settings, trace = request.app[SETTINGS], request[TRACE]
+    first_chunk = request.app[METRICS].first_chunk_seconds.labels(trace.route)
+    silent_s, is_first = 0.0, True
+    while True:
+        try:
+            async with asyncio.timeout(settings.keepalive_comment_s):
+                chunk = await upstream.content.readany()
+        except TimeoutError:
+            silent_s += settings.keepalive_comment_s
+            if silent_s >= settings.stream_idle_timeout_s:
+                raise EngineTimeout("the engine's stream fell silent") from None
+            yield b""
+            continue
+        if not chunk:
+            return
+        if is_first:
+            first_chunk.observe(trace.elapsed_s())
+            is_first = False
+        silent_s = 0.0
+        yield chunk
+
+
+async def _write(response: web.StreamResponse, data: bytes, timeout_s: float) -> None:
+    """Awaiting is the back-pressure; one who takes nothing at all is given up."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await response.write(data)
+    except TimeoutError:
+        raise ConnectionResetError("the caller takes no data") from None
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """Whole events, and the beginning of the next."""
+    end = data.rfind(b"\n\n") + 2
+    return (data[:end], data[end:]) if end > 1 else (b"", data)
+
+
+def _add(known: tuple[int, int] | None, told: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Anthropic's streams tell the input at their start and the output at their end."""
+    if known is None or told is None:
+        return told or known
+    return max(known[0], told[0]), max(known[1], told[1])
+
+
+def _count(request: web.Request, usage: tuple[int, int] | None) -> None:
+    if usage is None:
+        return
+    trace = request[TRACE]
+    trace.prompt_tokens, trace.completion_tokens = usage
+    request.app[KEYRING].count_tokens(request[CALLER], *usage)
 
 
 def _without(headers: Mapping[str, str], names: frozenset[str]) -> CIMultiDict[str]:
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in names
-    )
+    kept = ((name, value) for name, value in headers.items() if name.lower() not in names)
+    return CIMultiDict(kept)

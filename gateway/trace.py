@@ -21,6 +21,7 @@ class Trace:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error_code: str | None = None
+    shared: int = 0
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started
@@ -28,9 +29,10 @@ class Trace:
     def server_timing(self) -> str:
         """The `Server-Timing` header so far: where the time went, in milliseconds."""
         gateway_s = max(0.0, self.elapsed_s() - self.queue_s - self.engine_s)
+        shared = f', dedup;desc="{self.shared} shared"' if self.shared else ""
         return (
             f"queue;dur={self.queue_s * 1e3:.2f}, engine;dur={self.engine_s * 1e3:.2f}, "
-            f"gateway;dur={gateway_s * 1e3:.2f}"
+            f"gateway;dur={gateway_s * 1e3:.2f}{shared}"
         )
 
     def log_fields(self) -> dict[str, object]:

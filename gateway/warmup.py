@@ -5,6 +5,7 @@ shape it will serve. An engine that went away is warmed again when it is back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from gateway.prompts import PROMPTS, PromptBuilder
 from gateway.wire import default_sampling
 
 log = structlog.get_logger("gateway")
+_SHORTEST_PAUSE_S = 0.02
 
 
 class Warmup:
@@ -38,9 +40,9 @@ class Warmup:
         self._questions = read_questions(settings)
 
     async def watch(self, engine: Engine) -> None:
-        """Keeps `engine.state` true, for ever."""
+        """Keeps `engine.state` true for as long as the engine is one of the pool's."""
         failures = 0
-        while True:
+        while engine in self._pool.engines:
             try:
                 await self._look(engine)
                 failures = 0
@@ -50,14 +52,11 @@ class Warmup:
                 await self._set(engine, EngineState.DOWN, f"warm-up failed: {reason}")
                 log.warning("warmup_failed", engine=engine.url, reason=reason)
             pause_s = self._settings.probe_interval_s * min(2**failures, 30)
-            engine.suspect.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await engine.suspect.wait()
-            except TimeoutError:
-                continue
-            # Traffic has seen a failure: look at once, but never in a tight loop.
-            await asyncio.sleep(min(pause_s, 0.1))
+            # Traffic that saw a failure asks for a look at once, but never in a tight loop.
+            await asyncio.sleep(_SHORTEST_PAUSE_S)
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.is_healthy():
@@ -66,6 +65,8 @@ class Warmup:
             await self._set(engine, EngineState.DOWN, "it does not answer GET /health")
         elif engine.state is not EngineState.READY:
             await self._warm(engine)
+        elif engine.suspect.is_set():
+            await self._set(engine, EngineState.READY)
 
     async def _warm(self, engine: Engine) -> None:
         await self._set(engine, EngineState.WARMING, "answering its warm-up")
@@ -102,12 +103,7 @@ class Warmup:
             sampling = replace(
                 sampling, max_tokens=min(sampling.max_tokens, engine.max_model_len - 1)
             )
-        sampling = replace(
-            sampling,
-            stop=(*sampling.stop, *self._builder.stop),
-            stop_token_ids=self._builder.stop_token_ids,
-        )
-        completion = await self._pool.generate(good, sampling, engine)
+        completion = await self._pool.generate(good, self._builder.complete(sampling), engine)
         for answer in completion.answers:
             if isinstance(answer, GatewayError):
                 raise answer

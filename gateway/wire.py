@@ -4,6 +4,7 @@ engine is asked and what it says. Nothing here talks to anybody.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequ
 
 Prompt = str | list[int]
 
+_USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_NO_CHOICES = b'"choices":[]'
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 SAMPLING_FIELDS = frozenset(("max_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
@@ -46,6 +49,19 @@ class PredictRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayCall:
+    """What the gateway must know of a /v1 call it passes on; `body` is what the engine gets."""
+
+    body: bytes
+    model: str | None = None
+    sequences: int = 1
+    is_stream: bool = False
+    is_greedy: bool = False
+    hides_usage: bool = False
+    affinity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One sequence as the engine ended it."""
 
@@ -60,6 +76,7 @@ class Completion:
     answers: list[Answer | GatewayError]
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    shared: int = 0  # prompts that were answered by another's answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +205,143 @@ def _stops(value: Any, default: tuple[str, ...]) -> tuple[str, ...]:
 
 def _wrong_type(param: str, expected: str) -> InvalidRequest:
     return InvalidRequest(f"{param} must be {expected}", param=param, code="invalid_type")
+
+
+def parse_relay_call(path: str, body: bytes, settings: Settings) -> RelayCall:
+    """Bounds what could harm the engine or other callers; passes every other field on untouched."""
+    data = parse_json_object(body)
+    model = data.get("model")
+    if model is not None and not isinstance(model, str):
+        raise _wrong_type("model", "a string")
+    changed = False
+    if model is not None and model in settings.alias_map:
+        model = data["model"] = settings.alias_map[model]
+        changed = True
+    if data.pop("priority", None) is not None:
+        changed = True  # who goes first is the gate's business
+    sequences = _bound_sequences(data, settings)
+    _bound_sizes(data, settings)
+    is_stream = data.get("stream") is True
+    hides_usage = False
+    if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
+        hides_usage = _ask_for_usage(data)
+        changed = changed or hides_usage
+    return RelayCall(
+        body=orjson.dumps(data) if changed else body,
+        model=model,
+        sequences=sequences,
+        is_stream=is_stream,
+        is_greedy=data.get("temperature") == 0,
+        hides_usage=hides_usage,
+        affinity=_affinity(data, settings),
+    )
+
+
+def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
+    prompt = data.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and not _is_token_ids(prompt) else 1
+    if prompts > settings.max_prompts_per_call:
+        raise InvalidRequest(
+            f"{prompts} prompts in one call; at most {settings.max_prompts_per_call} are taken",
+            param="prompt",
+            code="too_many_prompts",
+        )
+    copies = max(_count(data, "n", settings.max_n), _count(data, "best_of", settings.max_n))
+    return max(1, prompts) * copies
+
+
+def _is_token_ids(prompt: list[Any]) -> bool:
+    return bool(prompt) and isinstance(prompt[0], int)
+
+
+def _count(data: Mapping[str, Any], name: str, most: int) -> int:
+    value = data.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 1  # absent or of a wrong type, which the engine will say
+    if value > most:
+        raise InvalidRequest(f"{name} must be at most {most}", param=name)
+    return max(1, value)
+
+
+def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        value = data.get(name)
+        if isinstance(value, int) and value > settings.max_logprobs:
+            raise InvalidRequest(f"{name} must be at most {settings.max_logprobs}", param=name)
+    stop = data.get("stop")
+    if isinstance(stop, str | list):
+        _stops(stop, ()) if stop else None
+    for name in ("response_format", "structured_outputs", "tools", "guided_json", "text"):
+        if name in data and len(orjson.dumps(data[name])) > settings.max_schema_bytes:
+            raise InvalidRequest(
+                f"{name} is larger than {settings.max_schema_bytes} bytes", param=name
+            )
+
+
+def _ask_for_usage(data: dict[str, Any]) -> bool:
+    """Has the engine end a stream with its token counts; true if nobody else had asked."""
+    options = data.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        return False
+    if options and options.get("include_usage"):
+        return False
+    data["stream_options"] = {**(options or {}), "include_usage": True}
+    return True
+
+
+def _affinity(data: Mapping[str, Any], settings: Settings) -> str:
+    if settings.routing == "session":
+        session = data.get("prompt_cache_key") or data.get("user")
+        return session if isinstance(session, str) else ""
+    if settings.routing == "prefix":
+        start = data.get("messages") or data.get("prompt") or data.get("input") or ""
+        text = start if isinstance(start, str) else orjson.dumps(start).decode()
+        return text[: settings.prefix_characters]
+    return ""
+
+
+def parse_usage(body: bytes) -> tuple[int, int] | None:
+    """Tokens in and out from the last usage object in a body or in the events of a stream.
+
+    A caller's text cannot pass for one: inside a JSON string its quotes are escaped.
+    """
+    objects = _USAGE.findall(body)
+    if not objects:
+        return None
+    try:
+        usage = orjson.loads(objects[-1])
+    except orjson.JSONDecodeError:
+        return None
+    taken = usage.get("prompt_tokens", usage.get("input_tokens")) or 0
+    given = usage.get("completion_tokens", usage.get("output_tokens")) or 0
+    return (taken, given) if isinstance(taken, int) and isinstance(given, int) else None
+
+
+def drop_usage_events(events: bytes) -> bytes:
+    """The events of a stream without those that only tell the usage, which nobody asked for."""
+    kept = [event for event in events.split(b"\n\n") if _NO_CHOICES not in event]
+    return b"\n\n".join(kept)
+
+
+def build_stream_error(error: GatewayError, path: str) -> bytes:
+    """The event that ends a stream whose engine failed, in the dialect of the route."""
+    if path == "/v1/messages":
+        data = orjson.dumps({"type": "error", "error": describe_error(error)})
+        return b"event: error\ndata: " + data + b"\n\n"
+    if path == "/v1/responses":
+        data = orjson.dumps({"type": "error", **describe_error(error)})
+        return b"event: error\ndata: " + data + b"\n\n"
+    return b"data: " + build_error(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def add_aliases(body: bytes, aliases: Mapping[str, str]) -> bytes:
+    """The engine's model list with the names that also stand for its models."""
+    data = orjson.loads(body)
+    cards = {card["id"]: card for card in data["data"]}
+    data["data"] += [
+        {**cards[target], "id": alias} for alias, target in aliases.items() if target in cards
+    ]
+    return orjson.dumps(data)
 
 
 def build_predict_response(

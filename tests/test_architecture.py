@@ -13,8 +13,8 @@ GATEWAY_FLOORS = (
     ("__main__",),
     ("app",),
     ("predict", "relay", "health", "warmup", "middleware"),
-    ("pool", "admission"),
-    ("engine", "prompts"),
+    ("pool", "admission", "body"),
+    ("engine", "prompts", "keys"),
     ("wire", "logs"),
     ("errors", "config", "metrics", "trace"),
 )

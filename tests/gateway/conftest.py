@@ -48,6 +48,7 @@ def make_settings(**fields: Any) -> Settings:
         "warmup_prompts": 2,
         "probe_interval_s": 0.05,
         "root_hold_s": 0.2,
+        "restart_hold_s": 0.3,
         "port": 0,
     }
     return Settings(**(defaults | fields))

@@ -8,14 +8,14 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.admission import Gate
+from gateway.admission import Gate, Visit
 from gateway.errors import Overloaded
 from gateway.metrics import Metrics
 from tests.gateway.conftest import make_settings
 
 
 def _gauge(metrics: Metrics, name: str) -> float:
-    value = metrics.registry.get_sample_value(name)
+    value = metrics.registry.get_sample_value(name, {"lane": "interactive"})
     assert value is not None
     return value
 
@@ -40,7 +40,7 @@ async def _crowd(sizes: list[int], capacity: int, chance: random.Random) -> None
 
     async def visit(size: int) -> None:
         nonlocal inside
-        async with gate.enter(size):
+        async with gate.enter(Visit(size)):
             inside += min(size, capacity)
             try:
                 assert inside <= capacity
@@ -66,7 +66,7 @@ async def test_gate_admits_in_the_order_of_arrival() -> None:
     entered: list[str] = []
 
     async def visit(name: str, size: int) -> None:
-        async with gate.enter(size):
+        async with gate.enter(Visit(size)):
             entered.append(name)
             await asyncio.sleep(0.01)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.engine import Engine, EngineState
+from gateway.engine import Engine
 from gateway.errors import InvalidRequest
+from gateway.metrics import Metrics
 from gateway.pool import Pool
 from gateway.wire import Answer, Completion, Prompt, Sampling, default_sampling
 from tests.gateway.conftest import make_settings
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class ListedEngine:
     """An engine that refuses a call with a bad prompt in it, as vLLM does."""
 
-    url, running, state, reason = "here", 0, EngineState.READY, ""
+    url, running, is_usable, is_busy = "here", 0, True, False
 
     def __init__(self, bad: set[str]) -> None:
         self.bad = bad
@@ -49,7 +50,7 @@ def test_generate_answers_each_prompt_once_in_order(
     prompts = [f"p{number}" for number in range(count)]
     engine = ListedEngine({f"p{number}" for number in bad})
     options = make_settings(max_prompts_per_call=per_call)
-    pool = Pool([cast("Engine", engine)], options)
+    pool = Pool([cast("Engine", engine)], options, Metrics())
 
     whole = asyncio.run(pool.generate(prompts, default_sampling(options)))
 

@@ -223,7 +223,7 @@ async def test_predict_slow_engine_times_out(serve: Serve) -> None:
 
 async def test_predict_gone_caller_cancels_the_engines_work(served: Served) -> None:
     served.engine.delay_s = 30
-    call = asyncio.create_task(served.predict(["a"] * 5))
+    call = asyncio.create_task(served.predict(list("abcde")))
     await until(lambda: served.engine.running == 5)
 
     call.cancel()
@@ -246,10 +246,10 @@ async def test_predict_output_options_clean_the_answer(serve: Serve) -> None:
 async def test_predict_over_the_gate_waits_and_then_is_refused(serve: Serve) -> None:
     async with serve(max_running=4, max_waiting=4, queue_timeout_s=0.3) as served:
         served.engine.delay_s = 1.0
-        first = asyncio.create_task(served.predict(["a"] * 4))
+        first = asyncio.create_task(served.predict(list("abcd")))
         await until(lambda: served.engine.running == 4)
-        second = asyncio.create_task(served.predict(["b"] * 4))
-        await until(lambda: _metric(served, "gateway_waiting_sequences 4.0"))
+        second = asyncio.create_task(served.predict(list("efgh")))
+        await until(lambda: _metric(served, 'gateway_waiting_sequences{lane="batch"} 4.0'))
 
         third = await served.predict("c")
 
@@ -258,7 +258,7 @@ async def test_predict_over_the_gate_waits_and_then_is_refused(serve: Serve) -> 
         assert (await second).json()["error"]["code"] == "queue_timeout"
         assert (await first).status_code == 200
         served.engine.delay_s = 0
-        assert (await served.predict(["d"] * 9)).status_code == 200
+        assert (await served.predict(list("abcdefghi"))).status_code == 200
 
 
 async def _metric(served: Served, line: str) -> bool:

@@ -1,0 +1,230 @@
+"""Who calls: API keys, what each may do, how much of it a minute, and what it has used.
+
+Keys are kept as SHA-256 only. They are long random strings, so a fast hash is enough, and finding
+one by its hash tells a guesser nothing: to time the look-up he would have to choose the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.config import Settings, SettingsError
+from gateway.errors import Forbidden, RateLimited, Unauthorized
+from gateway.metrics import Metrics
+
+log = structlog.get_logger("gateway")
+
+_LOOPBACK = ("127.", "::1", "localhost")
+_BEARER = "bearer "
+_KEY_PREFIX = "vg-"
+
+
+class Caller(BaseModel):
+    """One key's entry in the file; the anonymous caller where there are no keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.@-]+$")
+    hash: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$")
+    lane: Literal["interactive", "batch"] | None = None
+    max_concurrency: int = Field(0, ge=0)
+    requests_per_minute: int = Field(0, ge=0)
+    tokens_per_minute: int = Field(0, ge=0)
+    models: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
+    admin: bool = False
+
+    def check_route(self, route: str) -> None:
+        if self.routes and route not in self.routes:
+            raise Forbidden(f"this key may not use {route}", code="route_not_allowed")
+
+    def check_model(self, model: str) -> None:
+        if self.models and model not in self.models:
+            raise Forbidden(
+                f"this key may not use the model {model!r}", param="model", code="model_not_allowed"
+            )
+
+
+ANONYMOUS = Caller(name="anonymous")
+CALLER = web.RequestKey("caller", Caller)
+
+
+class Keyring:
+    """The keys as they are in the file now, and what each has left this minute."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._path = settings.keys_file
+        self._from_environment = {
+            _hash(key): Caller(name=f"key-{number}")
+            for number, key in enumerate(settings.api_keys, start=1)
+        }
+        self._metrics = metrics
+        self._stamp: tuple[int, int] | None = None
+        self._callers: dict[str, Caller] = dict(self._from_environment)
+        self._requests: dict[str, _Bucket] = {}
+        self._tokens: dict[str, _Bucket] = {}
+        if self._path is not None:
+            self._stamp = _stamp(self._path)
+            self._callers |= read_keys(self._path)
+        self._check_exposure(settings)
+
+    @property
+    def is_open(self) -> bool:
+        return self._path is None and not self._from_environment
+
+    def identify(self, headers: Mapping[str, str]) -> Caller:
+        """The caller by his key; `Unauthorized` says how to send one."""
+        if self.is_open:
+            return ANONYMOUS
+        given = headers.get("Authorization", "")
+        key = (
+            given[len(_BEARER) :]
+            if given[: len(_BEARER)].lower() == _BEARER
+            else headers.get("x-api-key", "")
+        ).strip()
+        if not key:
+            raise Unauthorized("send an API key: 'Authorization: Bearer …'", code="missing_key")
+        digest = _hash(key)
+        caller = self._callers.get(digest)
+        if caller is None or (caller.hash and not hmac.compare_digest(caller.hash, digest)):
+            raise Unauthorized("this API key is not known here", code="invalid_api_key")
+        return caller
+
+    def take_request(self, caller: Caller) -> None:
+        """Counts one request against the caller's minute, or refuses it."""
+        if caller.tokens_per_minute:
+            bucket = self._bucket(self._tokens, caller.name, caller.tokens_per_minute)
+            self._require(bucket.wait_s(0), "tokens_per_minute", caller.tokens_per_minute)
+        if caller.requests_per_minute:
+            bucket = self._bucket(self._requests, caller.name, caller.requests_per_minute)
+            self._require(bucket.wait_s(1), "requests_per_minute", caller.requests_per_minute)
+            bucket.take(1)
+
+    def count_tokens(self, caller: Caller, prompt_tokens: int, completion_tokens: int) -> None:
+        """What a request used by the engine's own count; known only when it is over."""
+        self._metrics.usage.labels(caller.name, "in").inc(prompt_tokens)
+        self._metrics.usage.labels(caller.name, "out").inc(completion_tokens)
+        if caller.tokens_per_minute:
+            bucket = self._bucket(self._tokens, caller.name, caller.tokens_per_minute)
+            bucket.take(prompt_tokens + completion_tokens)
+
+    def reload(self) -> None:
+        """Reads the file again if it has changed; a bad file leaves the keys as they were."""
+        if self._path is None:
+            return
+        try:
+            stamp = _stamp(self._path)
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            self._callers = self._from_environment | read_keys(self._path)
+        except SettingsError as error:
+            log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 — no traceback to see
+        else:
+            log.info("keys_reloaded", count=len(self._callers))
+
+    def _require(self, wait_s: float, limit: str, value: int) -> None:
+        if wait_s > 0:
+            self._metrics.refused.labels(limit).inc()
+            raise RateLimited(
+                f"this key's {limit.replace('_', ' ')} ({value}) are used up",
+                code=limit,
+                retry_after_s=wait_s,
+            )
+
+    @staticmethod
+    def _bucket(buckets: dict[str, _Bucket], name: str, per_minute: int) -> _Bucket:
+        bucket = buckets.get(name)
+        if bucket is None or bucket.per_minute != per_minute:
+            bucket = buckets[name] = _Bucket(per_minute)
+        return bucket
+
+    def _check_exposure(self, settings: Settings) -> None:
+        if self.is_open and not settings.allow_anonymous and not is_loopback(settings.host):
+            raise SettingsError(
+                f"listening on {settings.host} without API keys would open the engine to everybody "
+                "who can reach it: set GATEWAY_KEYS_FILE or GATEWAY_API_KEYS, or say "
+                "GATEWAY_ALLOW_ANONYMOUS=true"
+            )
+
+
+KEYRING = web.AppKey("keyring", Keyring)
+
+
+class _Bucket:
+    """A minute's allowance that refills steadily; what is taken may overdraw it."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._level = float(per_minute)
+        self._last = time.monotonic()
+
+    def wait_s(self, amount: float) -> float:
+        """How long until `amount` is there; with nothing asked, until the overdraft is paid."""
+        self._refill()
+        missing = max(amount, 1e-9) - self._level
+        return missing * 60 / self.per_minute if missing > 0 else 0.0
+
+    def take(self, amount: float) -> None:
+        self._refill()
+        self._level -= amount
+
+    def _refill(self) -> None:
+        now = time.monotonic()
+        gained = (now - self._last) * self.per_minute / 60
+        self._level, self._last = min(float(self.per_minute), self._level + gained), now
+
+
+def read_keys(path: Path) -> dict[str, Caller]:
+    """The entries of a keys file by hash; `SettingsError` names the bad one."""
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"GATEWAY_KEYS_FILE: cannot read {path}: {error}") from None
+    callers: dict[str, Caller] = {}
+    for number, entry in enumerate(data.get("keys", []), start=1):
+        try:
+            caller = Caller.model_validate(entry)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise SettingsError(f"{path}: key {number}: {field}: {problem['msg']}") from None
+        if not caller.hash:
+            raise SettingsError(f"{path}: key {number} ({caller.name}) has no hash")
+        if caller.hash in callers or any(one.name == caller.name for one in callers.values()):
+            raise SettingsError(f"{path}: key {number} ({caller.name}) is there twice")
+        callers[caller.hash] = caller
+    return callers
+
+
+def make_key(name: str) -> tuple[str, str]:
+    """A new key, to be given away once, and its entry for the file."""
+    key = _KEY_PREFIX + secrets.token_urlsafe(32)
+    return key, f'[[keys]]\nname = "{name}"\nhash = "{_hash(key)}"\n'
+
+
+def is_loopback(host: str) -> bool:
+    return host.startswith(_LOOPBACK)
+
+
+def _hash(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SettingsError(f"GATEWAY_KEYS_FILE: cannot read {path}: {error.strerror}") from None
+    return status.st_mtime_ns, status.st_ino

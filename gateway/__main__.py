@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import sys
 
@@ -12,6 +13,7 @@ from aiohttp import web
 
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
+from gateway.keys import make_key
 from gateway.logs import configure_logging
 from gateway.pool import POOL
 
@@ -19,14 +21,28 @@ log = structlog.get_logger("gateway")
 
 
 def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["new-key"]:
+        return print_new_key(arguments[1:])
     try:
-        settings = load_settings(sys.argv[1:])
+        settings = load_settings(arguments)
         configure_logging(settings)
-        app = build_app(settings)
+        app = build_app(settings, lambda: load_settings(arguments))
         return uvloop.run(serve(app, settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
+
+
+def print_new_key(names: list[str]) -> int:
+    """The key goes to its owner and is stored nowhere; the entry goes into the keys file."""
+    if len(names) != 1 or not re.fullmatch(r"[\w.@-]{1,64}", names[0]):
+        print("usage: python -m gateway new-key NAME", file=sys.stderr)
+        return 2
+    key, entry = make_key(names[0])
+    print(f"key, shown once: {key}", file=sys.stderr)
+    print(entry, end="")
+    return 0
 
 
 async def serve(app: web.Application, settings: Settings) -> int:
@@ -40,6 +56,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
         # Without it a caller who hangs up leaves the engine working to the end.
         handler_cancellation=True,
         access_log=None,
+        keepalive_timeout=settings.client_keepalive_s,
         shutdown_timeout=settings.drain_timeout_s,
     )
     await runner.setup()

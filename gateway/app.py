@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
-from gateway import health, middleware, predict, relay, warmup
+from gateway import health, middleware, predict, relay, usage, warmup
 from gateway.admission import GATE, Gate
-from gateway.config import SETTINGS, Settings
+from gateway.config import SETTINGS, Settings, load_settings
 from gateway.engine import Engine, build_session
-from gateway.keys import KEYRING, Keyring
+from gateway.keys import KEYRING, Keyring, run_key_reload
 from gateway.metrics import METRICS, Metrics
-from gateway.pool import POOL, Pool
+from gateway.pool import ENGINE_LIST, POOL, EngineList, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
 
 
-def build_app(settings: Settings) -> web.Application:
-    """The gateway as aiohttp serves it."""
+def build_app(
+    settings: Settings, reload: Callable[[], Settings] = load_settings
+) -> web.Application:
+    """The gateway as aiohttp serves it; `reload` reads the settings again when asked."""
     app = web.Application(
         client_max_size=settings.max_body_bytes,
         middlewares=[
@@ -31,22 +33,26 @@ def build_app(settings: Settings) -> web.Application:
     app[PROMPTS] = PromptBuilder(settings)
     app[KEYRING] = Keyring(settings, app[METRICS])
     app[GATE] = Gate(settings, app[METRICS])
-    app.cleanup_ctx.extend((_hold_engines, warmup.run_warmup))
+
+    async def hold_engines(app: web.Application) -> AsyncIterator[None]:
+        async with build_session(settings) as session:
+
+            def build_engine(url: str) -> Engine:
+                return Engine(url, settings, session)
+
+            app[POOL] = Pool(map(build_engine, settings.engines), settings, app[METRICS])
+            app[ENGINE_LIST] = EngineList(settings, build_engine, reload)
+            yield
+
+    app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, run_key_reload))
     app.on_response_prepare.append(middleware.add_headers)
 
     app.router.add_get("/", health.handle_root)
     app.router.add_get("/healthz", health.handle_healthz)
     app.router.add_get("/readyz", health.handle_readyz)
     app.router.add_get("/metrics", health.handle_metrics)
+    app.router.add_get("/usage", usage.handle_usage)
     app.router.add_post("/predict", predict.handle_predict)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
     return app
-
-
-async def _hold_engines(app: web.Application) -> AsyncIterator[None]:
-    settings = app[SETTINGS]
-    async with build_session(settings) as session:
-        engines = [Engine(url, settings, session) for url in settings.engines]
-        app[POOL] = Pool(engines, settings, app[METRICS])
-        yield

@@ -119,6 +119,10 @@ class Settings(BaseSettings):
         False, description="Without keys, listen on other addresses than the loopback's too."
     )
 
+    reload_interval_s: float = Field(
+        1.0, gt=0, description="Pause between two looks at the keys file and the settings file."
+    )
+
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body.")
     max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
     max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
@@ -187,6 +191,9 @@ class Settings(BaseSettings):
     )
     probe_interval_s: float = Field(1.0, gt=0, description="Pause between two looks at an engine.")
     probe_timeout_s: float = Field(5.0, gt=0, description="Time for one look at an engine.")
+    client_keepalive_s: float = Field(
+        75.0, ge=0, description="A caller's idle connection is kept this long."
+    )
     drain_timeout_s: float = Field(
         30.0, ge=0, description="Told to stop: time for running requests to finish."
     )

@@ -6,12 +6,13 @@ one by its hash tells a guesser nothing: to time the look-up he would have to ch
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import structlog
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gateway.config import Settings, SettingsError
+from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, RateLimited, Unauthorized
 from gateway.metrics import Metrics
 
@@ -103,6 +104,7 @@ class Keyring:
 
     def take_request(self, caller: Caller) -> None:
         """Counts one request against the caller's minute, or refuses it."""
+        self._metrics.usage_requests.labels(caller.name).inc()
         if caller.tokens_per_minute:
             bucket = self._bucket(self._tokens, caller.name, caller.tokens_per_minute)
             self._require(bucket.wait_s(0), "tokens_per_minute", caller.tokens_per_minute)
@@ -160,6 +162,20 @@ class Keyring:
 
 
 KEYRING = web.AppKey("keyring", Keyring)
+
+
+async def run_key_reload(app: web.Application) -> AsyncIterator[None]:
+    """Looks at the keys file for as long as the app lives."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(app[SETTINGS].reload_interval_s)
+            app[KEYRING].reload()
+
+    task = asyncio.create_task(watch())
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 class _Bucket:

@@ -72,6 +72,9 @@ class Metrics:
             ["lane"],
             registry=self.registry,
         )
+        self.usage_requests = Counter(
+            "gateway_usage_requests", "Requests by key.", ["key"], registry=self.registry
+        )
         self.deduplicated = Counter(
             "gateway_deduplicated_prompts",
             "Greedy prompts answered by the answer to an identical one.",
@@ -106,6 +109,22 @@ class Metrics:
             ["engine"],
             registry=self.registry,
         )
+
+    def read_usage(self) -> dict[str, dict[str, int]]:
+        """Requests and tokens by key."""
+        usage: dict[str, dict[str, int]] = {}
+        names = {"in": "prompt_tokens", "out": "completion_tokens"}
+        for family in self.usage_requests.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    entry = dict.fromkeys(("requests", *names.values()), 0)
+                    usage[sample.labels["key"]] = entry | {"requests": int(sample.value)}
+        for family in self.usage.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    entry = usage[sample.labels["key"]]
+                    entry[names[sample.labels["direction"]]] = int(sample.value)
+        return usage
 
     def render(self) -> bytes:
         """OpenMetrics text, which Prometheus and people read."""

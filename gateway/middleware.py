@@ -44,7 +44,7 @@ async def trace_request(request: web.Request, handler: Handler) -> web.StreamRes
         metrics = request.app[METRICS]
         metrics.requests.labels(trace.route, str(status)).inc()
         metrics.request_seconds.labels(trace.route).observe(duration_s)
-        write = log.debug if trace.route in _QUIET_ROUTES and status < 500 else log.info
+        write = log.debug if trace.route in _QUIET_ROUTES else log.info
         write(
             "request_done",
             request_id=trace.request_id,

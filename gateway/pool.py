@@ -11,12 +11,13 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import structlog
 from aiohttp import web
 
-from gateway.config import Settings
+from gateway.config import Settings, SettingsError
 from gateway.engine import Engine, EngineState
 from gateway.errors import (
     EngineAborted,
@@ -30,6 +31,8 @@ from gateway.errors import (
 )
 from gateway.metrics import Metrics
 from gateway.wire import SAMPLING_FIELDS, Answer, Completion, Prompt, Sampling
+
+log = structlog.get_logger("gateway")
 
 # Fewer prompts than this are not worth a call of their own on a second engine.
 _SMALLEST_SHARE = 16
@@ -248,6 +251,46 @@ class Pool:
 
 
 POOL = web.AppKey("pool", Pool)
+
+
+class EngineList:
+    """Which engines there are by the settings file as it is now."""
+
+    def __init__(
+        self, settings: Settings, build: Callable[[str], Engine], reload: Callable[[], Settings]
+    ) -> None:
+        self.build = build
+        self._path = settings.config
+        self._reload = reload
+        self._stamp = self._read_stamp()
+        self._urls = settings.engines
+
+    def read_if_changed(self) -> tuple[str, ...] | None:
+        """The engines, if they are others than before; a bad file changes nothing."""
+        stamp = self._read_stamp()
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            urls = self._reload().engines
+        except SettingsError as error:
+            log.error("settings_not_reloaded", reason=str(error))  # noqa: TRY400
+            return None
+        log.info("settings_reloaded", note="engines take effect now, the rest at the next start")
+        if urls == self._urls:
+            return None
+        self._urls = urls
+        return urls
+
+    def _read_stamp(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat() if self._path else None
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_ino) if status else None
+
+
+ENGINE_LIST = web.AppKey("engine_list", EngineList)
 
 
 def cut(prompts: Sequence[Prompt], sampling: Sampling, n_engines: int, most: int) -> list[range]:

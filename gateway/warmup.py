@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import orjson
@@ -19,7 +19,7 @@ from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.engine import Engine, EngineState
 from gateway.errors import EngineError, GatewayError
 from gateway.metrics import METRICS, Metrics
-from gateway.pool import POOL, Pool
+from gateway.pool import ENGINE_LIST, POOL, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
 from gateway.wire import default_sampling
 
@@ -133,10 +133,40 @@ def read_questions(settings: Settings) -> list[str]:
 
 
 async def run_warmup(app: web.Application) -> AsyncIterator[None]:
-    """The watches live as long as the app."""
+    """The watches live as long as the app; an engine added to the settings file gets one too."""
     warmup = Warmup(app[SETTINGS], app[POOL], app[PROMPTS], app[METRICS])
-    tasks = [asyncio.create_task(warmup.watch(engine)) for engine in app[POOL].engines]
+    watches = {
+        engine.url: asyncio.create_task(warmup.watch(engine)) for engine in app[POOL].engines
+    }
+
+    async def follow_settings() -> None:
+        while True:
+            await asyncio.sleep(app[SETTINGS].reload_interval_s)
+            urls = app[ENGINE_LIST].read_if_changed()
+            if urls is not None:
+                await _change_engines(app, warmup, watches, urls)
+
+    follower = asyncio.create_task(follow_settings())
     yield
-    for task in tasks:
+    for task in (follower, *watches.values()):
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(follower, *watches.values(), return_exceptions=True)
+
+
+async def _change_engines(
+    app: web.Application,
+    warmup: Warmup,
+    watches: dict[str, asyncio.Task[None]],
+    urls: Sequence[str],
+) -> None:
+    """Engines that are gone finish what they have: nothing new goes there."""
+    known = {engine.url: engine for engine in app[POOL].engines}
+    engines = [known.get(url) or app[ENGINE_LIST].build(url) for url in urls]
+    await app[POOL].set_engines(engines)
+    for url in known.keys() - set(urls):
+        watches.pop(url).cancel()
+        log.info("engine_removed", engine=url)
+    for engine in engines:
+        if engine.url not in known:
+            watches[engine.url] = asyncio.create_task(warmup.watch(engine))
+            log.info("engine_added", engine=engine.url)

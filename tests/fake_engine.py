@@ -38,6 +38,8 @@ class Behaviour:
     body: bytes | None = None
     cuts_connection: bool = False
     drops_last_choice: bool = False
+    stream_cut_after: int | None = None
+    stream_gap_s: float = 0.0
     calls: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     running: int = 0
@@ -127,6 +129,12 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     question = call["messages"][-1]["content"]
     async with _working(behaviour, 1):
         await asyncio.sleep(behaviour.delay_s)
+    if behaviour.cuts_connection:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+    if behaviour.status != 200:
+        return _json({"error": {"message": "broken", "code": behaviour.status}}, behaviour.status)
     if call.get("model") != behaviour.model:
         body = {
             "error": {"message": f"The model `{call.get('model')}` does not exist.", "code": 404}
@@ -136,16 +144,28 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         return await _stream(request, [question])
     message = {"role": "assistant", "content": f"answer:{question}"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    return _json({"id": "chat-1", "object": "chat.completion", "choices": [choice]})
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "prompt_tokens_details": {"cached": 1}}
+    return _json({"id": "chat-1", "choices": [choice], "usage": usage})
 
 
 async def _stream(request: web.Request, questions: list[str]) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
     await response.prepare(request)
-    for character in "answer:" + questions[0]:
-        choice = {"index": 0, "text": character, "delta": {"content": character}}
-        await response.write(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
-        await asyncio.sleep(request.app[BEHAVIOUR].delay_s)
+    behaviour = request.app[BEHAVIOUR]
+    text = "answer:" + questions[0]
+    async with _working(behaviour, 1):
+        for number, character in enumerate(text):
+            if number == behaviour.stream_cut_after:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            choice = {"index": 0, "text": character, "delta": {"content": character}}
+            await response.write(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
+            await asyncio.sleep(behaviour.stream_gap_s)
+    if behaviour.calls[-1].get("stream_options", {}).get("include_usage"):
+        usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}
+        event = {"choices": [], "usage": usage}
+        await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()
     return response

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 GATEWAY_FLOORS = (
     ("__main__",),
     ("app",),
-    ("predict", "relay", "health", "warmup", "middleware"),
+    ("predict", "relay", "health", "usage", "warmup", "middleware"),
     ("pool", "admission", "body"),
     ("engine", "prompts", "keys"),
     ("wire", "logs"),

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from gateway.app import build_app
 from gateway.config import Settings
+from gateway.pool import POOL
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 
 
@@ -27,6 +28,16 @@ class Served:
     app: web.Application
     engine: Behaviour
     engine_url: str
+    others: tuple[Behaviour, ...] = ()
+
+    @property
+    def all_engines(self) -> tuple[Behaviour, ...]:
+        return (self.engine, *self.others)
+
+    async def chat(self, content: str, **fields: object) -> httpx.Response:
+        messages = [{"role": "user", "content": content}]
+        body = {"model": "fake", "messages": messages, **fields}
+        return await self.client.post("/v1/chat/completions", json=body)
 
     async def predict(self, prompt: object, **fields: object) -> httpx.Response:
         return await self.client.post("/predict", json={"prompt": prompt, **fields})
@@ -50,28 +61,34 @@ def make_settings(**fields: Any) -> Settings:
         "root_hold_s": 0.2,
         "restart_hold_s": 0.3,
         "port": 0,
+        "reload_interval_s": 0.05,
+        "breaker_pause_s": 0.3,
     }
     return Settings(**(defaults | fields))
 
 
 @contextlib.asynccontextmanager
 async def serve_gateway(
-    engine: Behaviour | None = None, *, wait_ready: bool = True, **settings: Any
+    engine: Behaviour | None = None,
+    *others: Behaviour,
+    wait_ready: bool = True,
+    reload: Callable[[], Settings] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
-    engine = engine or Behaviour()
-    async with serve_app(build_fake_engine(engine)) as engine_url:
-        app = build_app(make_settings(**({"engines": (engine_url,)} | settings)))
-        async with serve_app(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
-            served = Served(url, client, app, engine, engine_url)
-            if wait_ready:
-                await until(lambda: _is_ready(client))
-                engine.calls.clear()
-                engine.headers.clear()
-            yield served
-
-
-async def _is_ready(client: httpx.AsyncClient) -> bool:
-    return (await client.get("/readyz")).status_code == 200
+    engines = (engine or Behaviour(), *others)
+    async with contextlib.AsyncExitStack() as stack:
+        urls = [await stack.enter_async_context(serve_app(build_fake_engine(e))) for e in engines]
+        options = make_settings(**({"engines": tuple(urls)} | settings))
+        app = build_app(options, reload or (lambda: options))
+        url = await stack.enter_async_context(serve_app(app))
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
+        served = Served(url, client, app, engines[0], urls[0], engines[1:])
+        if wait_ready:
+            await until(lambda: all(one.is_usable for one in app[POOL].engines))
+            for one in engines:
+                one.calls.clear()
+                one.headers.clear()
+        yield served
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:

@@ -1,0 +1,17 @@
+"""GET /usage: what each key has used since the gateway started, for an admin key."""
+
+from __future__ import annotations
+
+import orjson
+from aiohttp import web
+
+from gateway.errors import Forbidden
+from gateway.keys import CALLER, KEYRING
+from gateway.metrics import METRICS
+
+
+async def handle_usage(request: web.Request) -> web.Response:
+    if not (request[CALLER].admin or request.app[KEYRING].is_open):
+        raise Forbidden("this needs an admin key", code="not_admin")
+    body = orjson.dumps({"keys": request.app[METRICS].read_usage()})
+    return web.Response(body=body, content_type="application/json")

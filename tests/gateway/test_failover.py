@@ -1,0 +1,237 @@
+"""Several engines as one: shares, failures, retries, the breaker, engines that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.app import build_app
+from gateway.config import Settings, load_settings
+from gateway.pool import POOL, cut
+from gateway.wire import default_sampling
+from tests.fake_engine import Behaviour, build_fake_engine, serve_app
+from tests.gateway.conftest import Serve, Served, make_settings, until
+
+QUESTIONS = [f"question {number}" for number in range(358)]
+ANSWERS = [f"answer:{question}" for question in QUESTIONS]
+
+
+def _prompts(engine: Behaviour) -> int:
+    return sum(len(call["prompt"]) for call in engine.calls)
+
+
+async def test_batch_is_shared_over_the_engines_and_put_together(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour(), Behaviour()) as served:
+        answer = await served.predict(QUESTIONS)
+
+        assert answer.json() == {"response": ANSWERS}
+        shares = [_prompts(engine) for engine in served.all_engines]
+        assert sum(shares) == 358
+        assert all(100 <= share <= 140 for share in shares)
+
+
+async def test_small_batch_stays_whole(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        await served.predict(QUESTIONS[:20])
+
+        assert sorted(_prompts(engine) for engine in served.all_engines) == [0, 20]
+
+
+async def test_half_the_pool_dies_in_a_batch_and_nothing_is_lost(serve: Serve) -> None:
+    async with serve(*(Behaviour(delay_s=0.1) for _ in range(4))) as served:
+        for dying in served.others[:2]:
+            dying.cuts_connection = True
+
+        answer = await served.predict(QUESTIONS)
+
+        assert answer.status_code == 200
+        assert answer.json() == {"response": ANSWERS}
+        # Only the lost pieces ran again: 358 and about two quarters of it.
+        assert 358 < sum(map(_prompts, served.all_engines)) <= 358 + 2 * 2 * 100
+
+
+async def test_sampled_batch_is_not_run_twice(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour(cuts_connection=False)) as served:
+        served.others[0].cuts_connection = True
+
+        body = (await served.predict(QUESTIONS, temperature=0.7)).json()
+
+        assert sum(map(_prompts, served.all_engines)) == 358
+        lost = {int(index) for index in body["errors"]}
+        assert 0 < len(lost) < 358
+        assert all((body["response"][n] == "") == (n in lost) for n in range(358))
+
+
+async def test_busy_engine_is_left_out_for_a_moment(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        served.engine.status = 503
+
+        answers = [await served.predict(f"q{number}") for number in range(6)]
+
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert len(served.engine.calls) <= 1
+        assert served.app[POOL].engines[0].is_usable
+
+
+async def test_breaker_opens_after_failures_and_closes_again(serve: Serve) -> None:
+    async with serve(Behaviour(), breaker_failures=3, max_attempts=1) as served:
+        served.engine.status = 500
+        for number in range(3):
+            assert (await served.predict(f"q{number}")).status_code == 502
+            await until(lambda: not served.app[POOL].engines[0].suspect.is_set())
+        seen = len(served.engine.calls)
+        served.engine.status = 200
+
+        answer = await served.predict("after")
+
+        assert answer.status_code in {200, 503}
+        await until(lambda: served.app[POOL].engines[0].is_usable)
+        assert (await served.predict("later")).status_code == 200
+        assert len(served.engine.calls) <= seen + 2
+
+
+async def test_refusals_do_not_open_the_breaker(serve: Serve) -> None:
+    async with serve(Behaviour(refuses=lambda _: True), breaker_failures=1, wait_ready=False) as s:
+        s.engine.refuses = lambda question: "bad" in question
+        await until(lambda: s.app[POOL].is_ready)
+        for number in range(5):
+            assert (await s.predict(f"bad {number}")).status_code == 400
+
+        assert (await s.predict("good")).status_code == 200
+
+
+async def test_restarting_engine_is_waited_for(serve: Serve) -> None:
+    async with serve(restart_hold_s=5) as served:
+        served.engine.is_healthy = False
+        await until(lambda: not served.app[POOL].is_ready)
+        call = asyncio.create_task(served.predict("patient"))
+        await asyncio.sleep(0.2)
+        assert not call.done()
+
+        served.engine.is_healthy = True
+
+        assert (await call).json() == {"response": "answer:patient"}
+
+
+async def test_engine_gone_for_long_tells_when_to_come_back(serve: Serve) -> None:
+    async with serve(restart_hold_s=0.1, expected_start_s=77) as served:
+        pool = served.app[POOL]
+        pool.engines[0].typical_start_s = 40.0
+        served.engine.is_healthy = False
+        await until(lambda: not pool.is_ready)
+
+        answer = await served.predict("q")
+
+        assert answer.status_code == 503
+        assert 35 <= int(answer.headers["Retry-After"]) <= 40
+
+
+async def test_relay_asks_another_engine_before_the_first_byte(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        served.engine.cuts_connection = True
+
+        answers = [await served.chat(f"c{number}", temperature=0) for number in range(4)]
+
+        assert [answer.status_code for answer in answers] == [200] * 4
+
+
+async def test_session_routing_keeps_a_session_on_one_engine(serve: Serve) -> None:
+    async with serve(*(Behaviour() for _ in range(3)), routing="session") as served:
+        for number in range(12):
+            await served.chat(f"{number}", user="alice")
+
+        assert sorted(len(engine.calls) for engine in served.all_engines) == [0, 0, 12]
+
+
+async def test_prefix_routing_keeps_like_beginnings_together(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour(), routing="prefix", prefix_characters=60) as served:
+        for number in range(6):
+            await served.chat("the same long beginning of a prompt" * 3 + str(number))
+
+        assert sorted(len(engine.calls) for engine in served.all_engines) == [0, 6]
+
+
+async def test_identical_greedy_prompts_are_generated_once(served: Served) -> None:
+    answer = await served.predict(["a", "b", "a", "a"])
+
+    assert answer.json() == {"response": [f"answer:{name}" for name in "abaa"]}
+    assert _prompts(served.engine) == 2
+    assert 'dedup;desc="2 shared"' in answer.headers["Server-Timing"]
+    text = (await served.client.get("/metrics")).text
+    assert "gateway_deduplicated_prompts_total 2.0" in text
+
+
+async def test_identical_prompts_in_flight_share_one_answer(served: Served) -> None:
+    served.engine.delay_s = 0.3
+    first = asyncio.create_task(served.predict(["a", "b"]))
+    await until(lambda: served.engine.running == 2)
+
+    second = await served.predict(["b", "c"])
+
+    assert second.json() == {"response": ["answer:b", "answer:c"]}
+    assert (await first).json() == {"response": ["answer:a", "answer:b"]}
+    assert _prompts(served.engine) == 3
+
+
+async def test_shared_prompt_survives_the_caller_who_hung_up(served: Served) -> None:
+    served.engine.delay_s = 0.3
+    first = asyncio.create_task(served.predict(["a"]))
+    await until(lambda: served.engine.running == 1)
+    second = asyncio.create_task(served.predict(["a"]))
+    await asyncio.sleep(0.1)
+
+    first.cancel()
+
+    assert (await second).json() == {"response": ["answer:a"]}
+
+
+async def test_sampled_prompts_and_dedup_off_are_not_shared(serve: Serve) -> None:
+    async with serve(dedup=False) as served:
+        await served.predict(["a", "a"])
+        assert _prompts(served.engine) == 2
+    async with serve() as served:
+        await served.predict(["a", "a"], temperature=1)
+        assert _prompts(served.engine) == 2
+
+
+async def test_engines_follow_the_settings_file(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    first, second = Behaviour(), Behaviour()
+    async with (
+        serve_app(build_fake_engine(first)) as first_url,
+        serve_app(build_fake_engine(second)) as second_url,
+    ):
+        path.write_text(f'prompt_style = "raw"\nengines = ["{first_url}"]\n')
+        arguments = ["--config", str(path), "--probe-interval-s", "0.05"]
+        arguments += ["--warmup-prompts", "2", "--reload-interval-s", "0.05"]
+
+        def reload() -> Settings:
+            return load_settings(arguments)
+
+        app = build_app(reload(), reload)
+        async with serve_app(app):
+            await until(lambda: app[POOL].is_ready)
+            path.write_text(f'prompt_style = "raw"\nengines = ["{second_url}"]\n')
+            await until(lambda: [one.url for one in app[POOL].engines] == [second_url])
+            await until(lambda: app[POOL].is_ready)
+            path.write_text("engines = [")
+            await asyncio.sleep(0.2)
+            assert app[POOL].is_ready
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=300),
+    engines=st.integers(1, 6),
+    most=st.integers(1, 128),
+)
+def test_cut_covers_every_prompt_once_in_order(lengths: list[int], engines: int, most: int) -> None:
+    prompts: list[Any] = [[0] * length for length in lengths]
+
+    pieces = cut(prompts, default_sampling(make_settings()), engines, most)
+
+    assert [place for piece in pieces for place in piece] == list(range(len(prompts)))
+    assert all(0 < len(piece) <= most for piece in pieces)

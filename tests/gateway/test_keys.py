@@ -1,0 +1,209 @@
+"""API keys: who may do what, how much of it, and what each has used."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway.config import SettingsError
+from gateway.keys import Keyring, make_key
+from gateway.metrics import Metrics
+from tests.gateway.conftest import Serve, make_settings, until
+
+
+def _keys_file(folder: Path, **extras: str) -> tuple[Path, dict[str, str]]:
+    """A file with an entry for each name; the plain keys by name."""
+    path, keys, text = folder / "keys.toml", {}, ""
+    for name, extra in extras.items():
+        keys[name], entry = make_key(name)
+        text += f"{entry}{extra}\n\n"
+    path.write_text(text)
+    return path, keys
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_key_missing_or_unknown_is_401_and_known_passes(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, alice="")
+    async with serve(keys_file=path) as served:
+        body = {"prompt": "a"}
+        missing = await served.client.post("/predict", json=body)
+        wrong = await served.client.post("/predict", json=body, headers=_bearer("vg-nope"))
+        right = await served.client.post("/predict", json=body, headers=_bearer(keys["alice"]))
+        anthropic = await served.client.post(
+            "/predict", json=body, headers={"x-api-key": keys["alice"]}
+        )
+
+        assert (missing.status_code, missing.json()["error"]["code"]) == (401, "missing_key")
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (right.status_code, anthropic.status_code) == (200, 200)
+        assert (await served.client.get("/")).status_code == 200
+
+
+async def test_key_from_the_environment_passes(serve: Serve) -> None:
+    async with serve(api_keys=("sk-one", "sk-two")) as served:
+        answer = await served.client.post(
+            "/predict", json={"prompt": "a"}, headers=_bearer("sk-two")
+        )
+        assert answer.status_code == 200
+        assert "sk-two" not in repr(served.app)
+
+
+async def test_key_may_use_only_its_routes_and_models(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, bob='routes = ["/v1/completions"]\nmodels = ["other"]')
+    async with serve(keys_file=path) as served:
+        headers = _bearer(keys["bob"])
+        route = await served.client.post("/predict", json={"prompt": "a"}, headers=headers)
+        model = await served.client.post(
+            "/v1/completions", json={"model": "fake", "prompt": "a"}, headers=headers
+        )
+
+        assert (route.status_code, route.json()["error"]["code"]) == (403, "route_not_allowed")
+        assert (model.status_code, model.json()["error"]["code"]) == (403, "model_not_allowed")
+
+
+async def test_key_requests_a_minute_are_limited(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, carl="requests_per_minute = 2", dora="")
+    async with serve(keys_file=path) as served:
+
+        async def ask(name: str) -> tuple[int, str | None]:
+            answer = await served.client.post(
+                "/predict", json={"prompt": "a"}, headers=_bearer(keys[name])
+            )
+            return answer.status_code, answer.headers.get("Retry-After")
+
+        assert [(await ask("carl"))[0] for _ in range(2)] == [200, 200]
+        status, retry_after = await ask("carl")
+        assert status == 429
+        assert retry_after is not None
+        assert 1 <= int(retry_after) <= 30
+        assert (await ask("dora"))[0] == 200
+
+
+async def test_key_tokens_a_minute_count_streams_too(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, eve="tokens_per_minute = 10", root="admin = true")
+    async with serve(keys_file=path) as served:
+        body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        headers = _bearer(keys["eve"])
+        first = await served.client.post("/v1/chat/completions", json=body, headers=headers)
+        second = await served.client.post("/v1/chat/completions", json=body, headers=headers)
+
+        assert first.status_code == 200
+        assert "usage" not in first.text  # it was asked for by the gateway, not by the caller
+        assert (second.status_code, second.json()["error"]["code"]) == (429, "tokens_per_minute")
+        usage = (await served.client.get("/usage", headers=_bearer(keys["root"]))).json()
+        assert usage["keys"]["eve"] == {
+            "requests": 2,
+            "prompt_tokens": 5,
+            "completion_tokens": len("answer:hi"),
+        }
+
+
+async def test_usage_needs_an_admin_key(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, fred="")
+    async with serve(keys_file=path) as served:
+        answer = await served.client.get("/usage", headers=_bearer(keys["fred"]))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_admin")
+
+
+async def test_key_concurrency_is_limited_in_sequences(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, gina="max_concurrency = 3")
+    async with serve(keys_file=path) as served:
+        served.engine.delay_s = 0.3
+        headers = _bearer(keys["gina"])
+
+        def ask(prompts: list[str]) -> asyncio.Task[object]:
+            call = served.client.post("/predict", json={"prompt": prompts}, headers=headers)
+            return asyncio.create_task(call)
+
+        first = ask(["a", "b"])
+        await until(lambda: served.engine.running == 2)
+        second = await ask(["c", "d"])
+        assert second.status_code == 429  # type: ignore[attr-defined]
+        assert second.json()["error"]["code"] == "key_concurrency"  # type: ignore[attr-defined]
+        assert (await first).status_code == 200  # type: ignore[attr-defined]
+        large = await ask(["e", "f", "g", "h"])
+        assert large.status_code == 200  # type: ignore[attr-defined]
+
+
+async def test_keys_are_read_again_when_the_file_changes(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, old="")
+    async with serve(keys_file=path) as served:
+
+        async def status(key: str) -> int:
+            answer = await served.client.post(
+                "/predict", json={"prompt": "a"}, headers=_bearer(key)
+            )
+            return answer.status_code
+
+        assert await status(keys["old"]) == 200
+        path.write_text("[[keys]\n")
+        os.utime(path, ns=(1, 1))
+        await asyncio.sleep(0.15)
+        assert await status(keys["old"]) == 200
+        key, entry = make_key("new")
+        path.write_text(entry)
+
+        async def is_changed() -> bool:
+            return await status(key) == 200 and await status(keys["old"]) == 401
+
+        await until(is_changed)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[keys]]\nname = 'a'", "key 1 \\(a\\) has no hash"),
+        ("[[keys]]\nname = 'a'\nhash = 'plain'", "key 1: hash"),
+        ("[[keys]]\nname = 'a'\nhash = 'x'\nrpm = 1", "key 1: "),
+        ("keys", "cannot read"),
+    ],
+)
+def test_keys_file_that_is_bad_stops_the_start(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+
+    with pytest.raises(SettingsError, match=message):
+        Keyring(make_settings(keys_file=path), Metrics())
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_refused"),
+    [
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "::"}, True),
+        ({"host": "0.0.0.0", "allow_anonymous": True}, False),
+        ({"host": "0.0.0.0", "api_keys": ("k",)}, False),
+        ({"host": "127.0.0.1"}, False),
+        ({"host": "::1"}, False),
+    ],
+)
+def test_open_gateway_leaves_the_loopback_only_when_told(
+    settings: dict[str, object], is_refused: bool
+) -> None:
+    if is_refused:
+        with pytest.raises(SettingsError, match="GATEWAY_ALLOW_ANONYMOUS"):
+            Keyring(make_settings(**settings), Metrics())
+    else:
+        Keyring(make_settings(**settings), Metrics())
+
+
+def test_new_key_is_printed_once_and_only_its_hash_is_stored() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "gateway", "new-key", "alice"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert made.stdout.startswith('[[keys]]\nname = "alice"\nhash = "sha256:')
+    key = made.stderr.split()[-1]
+    assert key.startswith("vg-")
+    assert key not in made.stdout

@@ -1,0 +1,191 @@
+"""Streams: bytes as they come, honest about failures, no caller can hold the others up."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import openai
+import orjson
+import pytest
+
+from tests.fake_engine import Behaviour
+from tests.gateway.conftest import Serve, Served, until
+
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+async def test_stream_equals_the_engines_bytes(served: Served) -> None:
+    body = CHAT | {"stream_options": {"include_usage": True}}
+    async with httpx.AsyncClient() as client:
+        direct = await client.post(f"{served.engine_url}/v1/chat/completions", json=body)
+
+    through = await served.client.post("/v1/chat/completions", json=body)
+
+    assert through.content == direct.content
+    assert b'"usage"' in through.content
+
+
+async def test_stream_hides_usage_that_nobody_asked_for(served: Served) -> None:
+    async with httpx.AsyncClient() as client:
+        direct = await client.post(f"{served.engine_url}/v1/chat/completions", json=CHAT)
+
+    through = await served.client.post("/v1/chat/completions", json=CHAT)
+
+    assert through.content == direct.content
+    assert served.engine.calls[-1]["stream_options"] == {"include_usage": True}
+
+
+async def test_stream_cut_by_the_engine_ends_in_one_error_event(served: Served) -> None:
+    served.engine.stream_cut_after = 3
+
+    answer = await served.client.post("/v1/chat/completions", json=CHAT)
+
+    events = answer.text.strip().split("\n\n")
+    assert answer.status_code == 200
+    assert len(events) == 5
+    error = orjson.loads(events[3].removeprefix("data: "))["error"]
+    assert (error["code"], error["source"]) == ("engine_failed", "engine")
+    assert events[4] == "data: [DONE]"
+
+
+async def test_stream_cut_raises_in_the_sdk(served: Served) -> None:
+    served.engine.stream_cut_after = 3
+    async with openai.AsyncOpenAI(
+        base_url=f"{served.url}/v1", api_key="none", max_retries=0
+    ) as client:
+        stream = await client.chat.completions.create(
+            model="fake", messages=[{"role": "user", "content": "hi"}], stream=True
+        )
+        with pytest.raises(openai.APIError, match="broke the connection off"):
+            async for _ in stream:
+                pass
+
+
+async def test_stream_in_silence_gets_comments_that_clients_skip(serve: Serve) -> None:
+    engine = Behaviour(stream_gap_s=0.25)
+    async with serve(engine, keepalive_comment_s=0.1) as served:
+        answer = await served.client.post("/v1/chat/completions", json=CHAT)
+
+        assert answer.text.count(": keep-alive\n\n") >= 9
+        data = [line for line in answer.text.split("\n\n") if line.startswith("data: {")]
+        assert len(data) == len("answer:hi")
+
+
+async def test_stream_silent_for_too_long_is_an_error(serve: Serve) -> None:
+    async with serve(keepalive_comment_s=0.1, stream_idle_timeout_s=0.3) as served:
+        served.engine.stream_gap_s = 30
+
+        answer = await served.client.post("/v1/chat/completions", json=CHAT)
+
+        assert '"code":"engine_timeout"' in answer.text
+        await until(lambda: served.engine.running == 0)
+
+
+async def test_stream_gone_caller_frees_the_engine_at_once(served: Served) -> None:
+    served.engine.stream_gap_s = 0.2
+    async with served.client.stream("POST", "/v1/chat/completions", json=CHAT) as answer:
+        async for _ in answer.aiter_bytes():
+            break
+
+    await until(lambda: served.engine.running == 0, timeout_s=1)
+
+
+async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None:
+    """Nothing is queued for him: the engine is held back, then his stream is ended."""
+    async with serve(client_write_timeout_s=0.5) as served:
+        content = "x" * 200_000
+        host, port = served.url.removeprefix("http://").split(":")
+        body = orjson.dumps(CHAT | {"messages": [{"role": "user", "content": content}]})
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            + f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        await until(lambda: served.engine.running == 1)
+
+        await until(lambda: served.engine.running == 0, timeout_s=15)
+
+        writer.close()
+        assert (await served.predict("still here")).status_code == 200
+        assert reader is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 1000}, "n"),
+        ({"best_of": 1000}, "best_of"),
+        ({"logprobs": 100}, "logprobs"),
+        ({"prompt": ["a"] * 1025}, "prompt"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 1000}, "stop"),
+        ({"response_format": {"schema": "x" * 70_000}}, "response_format"),
+        ({"model": 3}, "model"),
+    ],
+)
+async def test_dangerous_field_is_bounded(
+    served: Served, fields: dict[str, object], param: str
+) -> None:
+    body = {"model": "fake", "prompt": "a"} | fields
+
+    answer = await served.client.post("/v1/completions", json=body)
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert served.engine.calls == []
+
+
+async def test_priority_of_the_caller_does_not_reach_the_engine(served: Served) -> None:
+    await served.client.post(
+        "/v1/completions",
+        json={"model": "fake", "prompt": "a", "priority": -5, "top_k": 3},
+        headers={"X-Vllm-Priority": "-5", "X-Data-Parallel-Rank": "1"},
+    )
+
+    assert served.engine.calls[-1] == {"model": "fake", "prompt": "a", "top_k": 3}
+    names = {name.lower() for name in served.engine.headers[-1]}
+    assert not names & {"x-vllm-priority", "x-data-parallel-rank"}
+
+
+async def test_alias_stands_for_a_model(serve: Serve) -> None:
+    async with serve(aliases=("gpt-4o=fake",)) as served:
+        body = {"model": "gpt-4o", "messages": CHAT["messages"]}
+        answer = await served.client.post("/v1/chat/completions", json=body)
+        models = (await served.client.get("/v1/models")).json()["data"]
+
+        assert answer.status_code == 200
+        assert served.engine.calls[-1]["model"] == "fake"
+        assert [model["id"] for model in models] == ["fake", "gpt-4o"]
+
+
+async def test_body_that_never_ends_is_408(serve: Serve) -> None:
+    async with serve(body_timeout_s=0.3) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+
+        status = await asyncio.wait_for(reader.readline(), 5)
+
+        assert b" 408 " in status
+        writer.close()
+
+
+async def test_deadline_that_has_passed_is_504_and_frees_the_engine(served: Served) -> None:
+    served.engine.delay_s = 5
+
+    answer = await served.client.post(
+        "/predict", json={"prompt": "a"}, headers={"X-Deadline-Ms": "300"}
+    )
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "engine_timeout")
+    await until(lambda: served.engine.running == 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "value"), [("X-Deadline-Ms", "soon"), ("X-Priority", "highest")]
+)
+async def test_bad_header_is_named(served: Served, header: str, value: str) -> None:
+    answer = await served.client.post("/predict", json={"prompt": "a"}, headers={header: value})
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, header)

@@ -95,6 +95,7 @@ class Engine:
         deadline = began + _ABORT_PATIENCE_S
         while child.members() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_RETRY_S)
+        await child.read_rest()
         return rows + (self.lines.tail(200, since=began) if self.lines else [])
 
     async def drain(self, timeout_s: float) -> None:

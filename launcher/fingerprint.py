@@ -1,4 +1,4 @@
-"""What makes two runs comparable: vLLM, model, device and flags, and one short name for all of it."""
+"""What makes two runs comparable: vLLM, model, device and flags, with one short name for all."""
 
 from __future__ import annotations
 

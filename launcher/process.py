@@ -92,7 +92,8 @@ class ChildProcess:
                 await asyncio.wait_for(self.wait(), patience_s)
         await end_group(self.pid)
         await self.wait()
-        await self._read_rest()
+        reap_group(self.pid)
+        await self.read_rest()
 
     def signal(self, number: signal.Signals) -> None:
         """To the program alone; it tells its workers itself."""
@@ -102,7 +103,7 @@ class ChildProcess:
     def members(self) -> list[Member]:
         return list_group(self.pid)
 
-    async def _read_rest(self) -> None:
+    async def read_rest(self) -> None:
         """The last words; bounded, because a stranger may hold the pipe's other end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_EOF_PATIENCE_S):
@@ -175,6 +176,13 @@ async def end_group(group: int) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, signal.SIGKILL)
         await asyncio.sleep(_POLL_S)
+
+
+def reap_group(group: int) -> None:
+    """As process 1 of a container the launcher inherits orphans; nobody else would bury them."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
 
 
 def _read_member(pid: int, group: int) -> Member | None:

@@ -1,4 +1,4 @@
-"""The launcher's own face on the loopback: /status, /crash, /metrics. It shows, and takes no orders."""
+"""The launcher's own face on the loopback: /status, /crash, /metrics. It takes no orders."""
 
 from __future__ import annotations
 

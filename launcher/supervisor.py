@@ -117,6 +117,7 @@ class Supervisor:
         self.standing = Standing()
         self.ready = asyncio.Event()
         self._members: dict[int, str] = {}
+        self._hang_detail = ""
 
     def ask_to_stop(self) -> None:
         self._stop.set()
@@ -146,6 +147,7 @@ class Supervisor:
             )
 
     async def _run_once(self) -> Ending:
+        self._members = {}
         child = ChildProcess(self._take_line)
         argv, environment = self._program.command()
         self._set_state("starting")
@@ -183,6 +185,7 @@ class Supervisor:
                     return "exit" if exited.result() >= 0 else "signal"
                 if verdict := step.result():
                     return verdict
+                self._note_members(child)
                 tasks.discard(step)
                 step = asyncio.create_task(self._watch())
                 tasks.add(step)
@@ -206,6 +209,7 @@ class Supervisor:
     async def _watch(self) -> str:
         detail = await self._program.watch()
         log.error(f"{self._program.name}_hung", detail=detail)
+        self._hang_detail = detail
         return "hang"
 
     async def _drain(self, exited: asyncio.Task[int]) -> None:
@@ -256,8 +260,11 @@ class Supervisor:
     async def _learn_members(self, child: ChildProcess) -> None:
         """Names of the workers, while they live: a signal's victim is known by pid alone later."""
         while True:
-            self._members |= {member.pid: member.name for member in child.members()}
+            self._note_members(child)
             await asyncio.sleep(1)
+
+    def _note_members(self, child: ChildProcess) -> None:
+        self._members |= {member.pid: member.name for member in child.members()}
 
     def _take_line(self, stream: str, line: str) -> None:
         self.lines.add(stream, line)
@@ -280,7 +287,7 @@ class Supervisor:
             returncode=child.returncode,
             uptime_s=time.monotonic() - began,
             was_ready=was_ready,
-            cause=self._program.find_cause(tail),
+            cause=self._hang_detail if reason == "hang" else self._program.find_cause(tail),
             tail=tail,
             dump=dump,
             members=[f"{pid} {name}" for pid, name in self._members.items()],

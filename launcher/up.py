@@ -126,7 +126,7 @@ class Session:
             "fingerprint": fingerprint,
             "argv": prepared.command.argv,
         }
-        self._progress = lambda: engine.progress and asdict(engine.progress)
+        self._progress = lambda: asdict(engine.progress) if engine.progress else None
         self._signals = 0
         self._stop = asyncio.Event()
 

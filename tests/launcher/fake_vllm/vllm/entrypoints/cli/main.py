@@ -1,0 +1,143 @@
+"""Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
+
+How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
+`flood`, `exit_after=1.5`, `setsid_core`); once it runs, POST /fake tells it what to do.
+"""
+# ruff: noqa: T201, ASYNC110
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from aiohttp import web
+
+_CORE = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(9)"
+)
+
+
+class Server:
+    def __init__(self, words: dict[str, str], model: str) -> None:
+        self.words = words
+        self.model = model
+        self.delay_s = 0.0
+        self.is_stalled = False
+        self.running = 0
+        self.tokens = 0
+        self.stopping = asyncio.Event()
+        self.core: subprocess.Popen[bytes] | None = None
+
+    async def health(self, _request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def completions(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+        self.running += len(prompts)
+        try:
+            while self.is_stalled:
+                await asyncio.sleep(0.05)
+            for _ in range(10):
+                await asyncio.sleep(self.delay_s / 10)
+                self.tokens += len(prompts)
+        finally:
+            self.running -= len(prompts)
+        choices = [
+            {"index": i, "text": "x", "finish_reason": "length"} for i in range(len(prompts))
+        ]
+        return web.json_response({"choices": choices})
+
+    async def models(self, _request: web.Request) -> web.Response:
+        card = {"id": self.model, "object": "model", "max_model_len": 2048}
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        lines = [
+            f'vllm:num_requests_running{{engine="0"}} {self.running}.0',
+            'vllm:num_requests_waiting{engine="0"} 0.0',
+            f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}.0',
+        ]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def fake(self, request: web.Request) -> web.Response:
+        """Misbehave, from now on or at once."""
+        order = await request.json()
+        if "exit" in order:
+            os._exit(order["exit"])
+        if "kill_core" in order:
+            assert self.core is not None
+            os.kill(self.core.pid, signal.SIGKILL)
+        self.delay_s = order.get("delay_s", self.delay_s)
+        self.is_stalled = order.get("stall", self.is_stalled)
+        return web.json_response({"core": self.core.pid if self.core else None})
+
+    def watch_core(self) -> None:
+        """As vLLM does it: the core's death ends the server, with code 0."""
+        assert self.core is not None
+        os.waitpid(self.core.pid, 0)
+        print(
+            "ERROR 01-01 00:00:00 [core_client.py:1] Engine core died", file=sys.stderr, flush=True
+        )
+        os._exit(0)
+
+    async def run(self, host: str, port: int) -> None:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/fake", self.fake)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=10)
+        await runner.setup()
+        await web.TCPSite(runner, host, port).start()
+        loop = asyncio.get_running_loop()
+        if "ignore_term" in self.words:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        else:
+            loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
+        await self.stopping.wait()
+        while self.running:
+            await asyncio.sleep(0.05)
+        if self.core and "fork" not in self.words:
+            self.core.kill()
+        await runner.cleanup()
+        os._exit(0)
+
+
+def read_words(text: str) -> dict[str, str]:
+    pairs = (word.partition("=") for word in text.split())
+    return {key: value for key, _, value in pairs}
+
+
+def main() -> None:
+    words = read_words(os.environ.get("FAKE_VLLM", ""))
+    option = {sys.argv[i]: sys.argv[i + 1] for i in range(len(sys.argv) - 1)}
+    print("INFO 01-01 00:00:00 [model.py:1] Resolved architecture: FakeForCausalLM", flush=True)
+    if "hang_loading" in words:
+        time.sleep(600)
+    if "exit_loading" in words:
+        print("ValueError: the fake model is not supported", file=sys.stderr, flush=True)
+        sys.exit(int(words["exit_loading"]))
+    for percent in (0, 50, 100):
+        print(f"Loading safetensors checkpoint shards: {percent}% Completed | 1/2", flush=True)
+    if "flood" in words:
+        for number in range(50_000):
+            print(f"WARNING 01-01 00:00:00 [flood.py:1] line {number} {'x' * 100}", file=sys.stderr)
+        print("y" * 1_000_000, file=sys.stderr, flush=True)
+    server = Server(words, option["--served-model-name"])
+    new_session = "setsid_core" in words
+    server.core = subprocess.Popen([sys.executable, "-c", _CORE], start_new_session=new_session)
+    threading.Thread(target=server.watch_core, daemon=True).start()
+    if "exit_after" in words:
+        threading.Timer(float(words["exit_after"]), lambda: os._exit(0)).start()
+    asyncio.run(server.run(option["--host"], int(option["--port"])))
+
+
+if __name__ == "__main__":
+    main()

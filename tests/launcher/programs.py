@@ -1,0 +1,207 @@
+"""The launcher as people start it, over the fake vLLM or the real one; and what it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from launcher.process import list_group
+
+ROOT = Path(__file__).parents[2]
+FAKE_VLLM = Path(__file__).parent / "fake_vllm"
+MODEL = ROOT / "demo" / "model"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 20.0) -> Any:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if found := check():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {within_s} s: {what}")
+
+
+@dataclass
+class Launcher:
+    """One `python -m launcher …`, its ports, its files."""
+
+    folder: Path
+    command: str = "serve"
+    settings: dict[str, str] = field(default_factory=dict)
+    fake: str | None = ""
+    arguments: tuple[str, ...] = ()
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        self.port, self.engine_port, self.status_port = free_port(), free_port(), free_port()
+        self.state = self.folder / "state"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def environment(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("LAUNCHER_", "GATEWAY_"))}
+        own = {
+            "LAUNCHER_MODEL": str(MODEL),
+            "LAUNCHER_PORT": str(self.port),
+            "LAUNCHER_ENGINE_PORT": str(self.engine_port),
+            "LAUNCHER_STATUS_PORT": str(self.status_port),
+            "LAUNCHER_STATE_DIR": str(self.state),
+            "LAUNCHER_CACHE_DIR": str(self.folder / "cache"),
+            "LAUNCHER_RESTART_DELAY_S": "0.05",
+            "LAUNCHER_KILL_TIMEOUT_S": "1",
+            "LAUNCHER_DRAIN_TIMEOUT_S": "5",
+            "LAUNCHER_LOG_FORMAT": "console",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        if self.fake is not None:
+            own |= {"FAKE_VLLM": self.fake, "PYTHONPATH": f"{self.path}{FAKE_VLLM}:{ROOT}"}
+        return {**kept, **own, **self.settings}
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "launcher", self.command, *self.arguments]
+        with (self.folder / "out").open("ab") as out, (self.folder / "err").open("ab") as err:
+            self.process = subprocess.Popen(
+                argv, cwd=ROOT, env=self.environment(), stdout=out, stderr=err
+            )
+
+    def wait(self, *, within_s: float = 30.0) -> int:
+        assert self.process is not None
+        return self.process.wait(within_s)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        self.send(signal.SIGTERM)
+        return self.wait(within_s=60)
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+    @property
+    def engine_url(self) -> str:
+        return f"http://127.0.0.1:{self.engine_port}"
+
+    def read(self, path: str) -> httpx.Response | None:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", trust_env=False)
+        return None
+
+    def status(self) -> dict[str, Any]:
+        response = self.read("/status")
+        none = {"engine": {"state": "none", "restarts": {}}}
+        return dict(response.json()) if response else none
+
+    def wait_state(
+        self, state: str, *, restarts: int = 0, within_s: float = 20.0
+    ) -> dict[str, Any]:
+        def check() -> dict[str, Any] | None:
+            status = self.status()
+            engine = status["engine"]
+            is_there = engine["state"] == state and sum(engine["restarts"].values()) >= restarts
+            return status if is_there else None
+
+        try:
+            return dict(wait_for(check, f"engine {state} after {restarts}", within_s=within_s))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{self.err[-4000:]}") from None
+
+    def order(self, **what: Any) -> dict[str, Any]:
+        with contextlib.suppress(httpx.HTTPError):
+            return dict(httpx.post(f"{self.engine_url}/fake", json=what, trust_env=False).json())
+        return {}
+
+    def crash_card(self) -> dict[str, Any]:
+        response = self.read("/crash")
+        assert response is not None
+        return dict(response.json())
+
+    def processes(self) -> list[str]:
+        """Whatever of this launcher's engine and gateway is alive, by its own folder and port."""
+        marks = (f"{self.engine_port}", str(self.state))
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                text = (entry / "environ").read_bytes().decode(errors="replace")
+                is_ours = f"LAUNCHER_ENGINE_PORT={marks[0]}" in text or f"={marks[1]}" in text
+                if entry.name.isdigit() and is_ours:
+                    found.append(f"{entry.name} {(entry / 'comm').read_text().strip()}")
+        return found
+
+
+@contextlib.contextmanager
+def running(launcher: Launcher) -> Iterator[Launcher]:
+    """Started; and ended with everything it started, whatever the test did."""
+    launcher.start()
+    try:
+        yield launcher
+    finally:
+        assert launcher.process is not None
+        if launcher.process.poll() is None:
+            launcher.send(signal.SIGTERM)
+            try:
+                launcher.process.wait(60)
+            except subprocess.TimeoutExpired:
+                launcher.process.kill()
+                launcher.process.wait()
+        for group in list_sessions(launcher):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+
+def list_sessions(launcher: Launcher) -> set[int]:
+    """Groups that records of this launcher still name."""
+    groups = set()
+    for record in launcher.state.glob("*.json"):
+        with contextlib.suppress(ValueError, KeyError):
+            groups.add(int(json.loads(record.read_text())["group"]))
+    return groups
+
+
+def members_of(group: int) -> list[int]:
+    return [member.pid for member in list_group(group)]
+
+
+async def ask_many(
+    url: str, count: int, *, max_tokens: int = 32, model: str = "demo"
+) -> httpx.Response:
+    body = {
+        "model": model,
+        "prompt": [f"question {n}" for n in range(count)],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        return await client.post(f"{url}/v1/completions", json=body)
+
+
+def ask_in_background(
+    url: str, count: int, *, max_tokens: int = 32
+) -> asyncio.Task[httpx.Response]:
+    return asyncio.create_task(ask_many(url, count, max_tokens=max_tokens))

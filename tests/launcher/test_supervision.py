@@ -1,0 +1,284 @@
+"""Every way an engine can misbehave, with a fake one in a real process; seconds each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.launcher.programs import (
+    Launcher,
+    ask_in_background,
+    members_of,
+    running,
+    wait_for,
+)
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path)
+
+
+def test_serve_healthy_engine_says_ready_in_one_line(launcher: Launcher) -> None:
+    with running(launcher):
+        launcher.wait_state("ready")
+        assert launcher.stop() == 0
+    assert len(launcher.out.splitlines()) == 1
+    assert launcher.engine_url in launcher.out
+    assert launcher.processes() == []
+
+
+def test_engine_exit_zero_unasked_is_a_crash(launcher: Launcher) -> None:
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(exit=0)
+        launcher.wait_state("ready", restarts=1)
+        card = launcher.crash_card()
+        assert (card["reason"], card["exit_code"], card["signal"]) == ("exit", 0, None)
+        metrics = launcher.read("/metrics")
+        assert metrics is not None
+        assert 'launcher_engine_restarts_total{reason="exit"} 1.0' in metrics.text
+        assert "launcher_engine_up 1.0" in metrics.text
+
+
+def test_engine_core_killed_card_names_the_signal(launcher: Launcher) -> None:
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(kill_core=True)
+        launcher.wait_state("ready", restarts=1)
+        card = launcher.crash_card()
+    assert card["signal"] == "SIGKILL"
+    assert card["killed_children"][0]["name"] == "python"
+    assert card["uptime_s"] > 0
+    assert "--max-num-seqs" in card["argv"]
+    assert card["versions"]["vllm"] == "vllm 0.32.0"
+
+
+def test_engine_killed_itself_card_names_the_signal(launcher: Launcher) -> None:
+    with running(launcher):
+        pid = launcher.wait_state("ready")["engine"]["pid"]
+        os.kill(pid, signal.SIGSEGV)
+        launcher.wait_state("ready", restarts=1)
+        assert launcher.crash_card()["signal"] == "SIGSEGV"
+        assert members_of(pid) == []
+
+
+@pytest.mark.parametrize("victim", ["core", "server"])
+def test_engine_stopped_watchdog_restarts_it(launcher: Launcher, victim: str) -> None:
+    launcher.settings |= {"LAUNCHER_HANG_TIMEOUT_S": "1", "LAUNCHER_CANARY_INTERVAL_S": "0.3"}
+    with running(launcher):
+        pid = launcher.wait_state("ready")["engine"]["pid"]
+        if victim == "core":
+            launcher.order(stall=True)
+        else:
+            os.kill(pid, signal.SIGSTOP)
+        launcher.wait_state("ready", restarts=1)
+        card = launcher.crash_card()
+    assert card["reason"] == "hang"
+    assert any("state" in line for line in card["dump"])
+    assert any("most recent call first" in line for line in card["dump"])
+
+
+def test_engine_slow_but_moving_is_left_alone(launcher: Launcher) -> None:
+    launcher.settings |= {"LAUNCHER_HANG_TIMEOUT_S": "1", "LAUNCHER_CANARY_INTERVAL_S": "0.3"}
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(delay_s=4)
+        response = httpx.post(
+            f"{launcher.engine_url}/v1/completions",
+            json={"prompt": "x"},
+            trust_env=False,
+            timeout=20,
+        )
+        assert response.status_code == 200
+        assert launcher.status()["engine"]["restarts"] == {}
+
+
+def test_crash_loop_ends_with_4_within_its_budget(launcher: Launcher) -> None:
+    launcher.fake = "exit_after=0.8"
+    launcher.settings |= {"LAUNCHER_RESTART_LIMIT": "2"}
+    with running(launcher):
+        assert launcher.wait() == 4
+    assert launcher.err.count("engine_crashed") == 3
+    assert "crashed 3 times" in launcher.err.splitlines()[-1]
+    assert launcher.processes() == []
+
+
+def test_engine_dead_while_loading_ends_with_3_and_its_reason(launcher: Launcher) -> None:
+    launcher.fake = "exit_loading=1"
+    with running(launcher):
+        assert launcher.wait() == 3
+    last = launcher.err.splitlines()[-1]
+    assert last.startswith("launcher: the engine never became ready")
+    assert "ValueError: the fake model is not supported" in last
+    assert launcher.processes() == []
+
+
+def test_engine_refusing_its_flags_ends_with_2(launcher: Launcher) -> None:
+    launcher.fake = "exit_loading=2"
+    with running(launcher):
+        assert launcher.wait() == 2
+
+
+def test_engine_hanging_while_loading_ends_with_3(launcher: Launcher) -> None:
+    launcher.fake = "hang_loading"
+    launcher.settings |= {"LAUNCHER_START_TIMEOUT_S": "1.5"}
+    with running(launcher):
+        assert launcher.wait() == 3
+    assert "did not answer within" in launcher.err.splitlines()[-1]
+    assert launcher.processes() == []
+
+
+def test_engine_ignoring_term_is_killed(launcher: Launcher) -> None:
+    launcher.fake = "ignore_term"
+    launcher.settings |= {"LAUNCHER_DRAIN_TIMEOUT_S": "0"}
+    with running(launcher):
+        launcher.wait_state("ready")
+        began = time.monotonic()
+        assert launcher.stop() == 0
+        assert time.monotonic() - began < 5
+    assert launcher.processes() == []
+
+
+def test_second_signal_does_not_wait(launcher: Launcher) -> None:
+    launcher.fake = "ignore_term"
+    launcher.settings |= {"LAUNCHER_DRAIN_TIMEOUT_S": "60"}
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.send(signal.SIGINT)
+        wait_for(lambda: "engine_draining" in launcher.err, "draining")
+        launcher.send(signal.SIGINT)
+        assert launcher.wait(within_s=5) == 0
+    assert launcher.processes() == []
+
+
+def test_engine_leaving_a_core_behind_group_is_emptied(launcher: Launcher) -> None:
+    launcher.fake = "fork"
+    with running(launcher):
+        launcher.wait_state("ready")
+        core = launcher.order()["core"]
+        assert launcher.stop() == 0
+    assert core
+    assert launcher.processes() == []
+
+
+def test_engine_flooding_its_log_is_kept_and_serves(launcher: Launcher) -> None:
+    launcher.fake = "flood"
+    with running(launcher):
+        launcher.wait_state("ready")
+        assert launcher.stop() == 0
+    assert launcher.err.count("flood.py") < 5_000
+    kept = sum(f.read_text().count("flood.py") for f in launcher.state.glob("engine.log*"))
+    assert kept == 50_000
+
+
+def test_term_during_a_batch_lets_it_finish(launcher: Launcher) -> None:
+    async def scenario() -> httpx.Response:
+        task = ask_in_background(launcher.engine_url, 4)
+        await asyncio.sleep(0.5)  # the batch is inside
+        launcher.send(signal.SIGTERM)
+        return await task
+
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(delay_s=2)
+        response = asyncio.run(scenario())
+        assert len(response.json()["choices"]) == 4
+        assert launcher.wait() == 0
+
+
+def test_launcher_killed_engine_dies_with_it(launcher: Launcher) -> None:
+    with running(launcher):
+        pid = launcher.wait_state("ready")["engine"]["pid"]
+        launcher.send(signal.SIGKILL)
+        launcher.wait()
+        wait_for(lambda: not members_of(pid), "the engine ends by itself")
+
+
+def test_launcher_killed_next_start_ends_what_is_left(launcher: Launcher) -> None:
+    launcher.fake = "ignore_term"  # so that the signal at the launcher's death is in vain
+    with running(launcher):
+        pid = launcher.wait_state("ready")["engine"]["pid"]
+        launcher.send(signal.SIGKILL)
+        launcher.wait()
+        assert members_of(pid)
+        launcher.start()
+        fresh = launcher.wait_state("ready")["engine"]["pid"]
+        assert fresh != pid
+        assert members_of(pid) == []
+        assert "leftover_ended" in launcher.err
+        assert launcher.stop() == 0
+
+
+def test_port_in_use_ends_with_2_and_names_the_setting(launcher: Launcher) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", launcher.engine_port))
+        other.listen()
+        with running(launcher):
+            assert launcher.wait() == 2
+    (line,) = launcher.err.splitlines()
+    assert "LAUNCHER_ENGINE_PORT" in line
+    assert launcher.processes() == []
+
+
+def test_status_port_in_use_ends_with_2(launcher: Launcher) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", launcher.status_port))
+        other.listen()
+        with running(launcher):
+            assert launcher.wait() == 2
+    assert "LAUNCHER_STATUS_PORT" in launcher.err
+
+
+def test_second_launcher_same_engine_ends_with_2(launcher: Launcher) -> None:
+    with running(launcher):
+        launcher.wait_state("ready")
+        second = Launcher(launcher.folder / "second")
+        second.state = launcher.state
+        second.start()
+        assert second.wait() == 2
+        assert "another launcher" in second.err
+        assert launcher.status()["engine"]["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("LAUNCHER_MODEL", "/nowhere/model", "'/nowhere/model'"),
+        ("LAUNCHER_PORTT", "1", "did you mean LAUNCHER_PORT?"),
+        ("LAUNCHER_PORT", "many", "LAUNCHER_PORT"),
+        ("LAUNCHER_PROFILE", "corse", "did you mean course?"),
+        ("LAUNCHER_GPU", "H20O", "did you mean H200?"),
+        ("LAUNCHER_SET", "max-num-seq=3", "did you mean max-num-seqs?"),
+        ("LAUNCHER_SET", "swap_space=4", "kv-offloading-size"),
+        ("LAUNCHER_SET", "port=4", "LAUNCHER_ENGINE_PORT"),
+    ],
+)
+def test_bad_setting_ends_with_2_in_one_line(
+    launcher: Launcher, name: str, value: str, message: str
+) -> None:
+    launcher.settings[name] = value
+    with running(launcher):
+        assert launcher.wait() == 2
+    (line,) = launcher.err.splitlines()
+    assert line.startswith("launcher: ")
+    assert message in line
+
+
+def test_json_logs_wrap_the_engine_lines_in_the_same_keys(launcher: Launcher) -> None:
+    launcher.settings |= {"LAUNCHER_LOG_FORMAT": "json", "LAUNCHER_ENGINE_LOG": "all"}
+    with running(launcher):
+        launcher.wait_state("ready")
+        assert launcher.stop() == 0
+    import json  # noqa: PLC0415
+
+    rows = [json.loads(line) for line in launcher.err.splitlines()]
+    assert {row["source"] for row in rows} == {"launcher", "engine"}
+    assert all({"timestamp", "level", "event"} <= row.keys() for row in rows)

@@ -1,0 +1,102 @@
+"""`launcher up`: engine and gateway together, over the fake engine and the real gateway."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.launcher.programs import Launcher, running, wait_for
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path, command="up")
+
+
+def wait_ready(launcher: Launcher) -> str:
+    line = wait_for(lambda: launcher.out, f"ready line; {launcher.err[-2000:]}", within_s=30)
+    return str(line)
+
+
+def test_up_prints_one_line_whose_curl_works(launcher: Launcher) -> None:
+    with running(launcher):
+        line = wait_ready(launcher)
+        assert line.count("\n") == 1
+        address, _, body = line.partition("try: curl -s ")[2].partition(" -H ")
+        assert address == f"http://127.0.0.1:{launcher.port}/predict"
+        content = body.split(" -d ")[1].strip().strip("'")
+        headers = {"Content-Type": "application/json"}
+        reply = httpx.post(address, content=content, headers=headers, trust_env=False)
+        assert reply.json()["response"]
+        assert launcher.stop() == 0
+    assert launcher.processes() == []
+
+
+def test_up_logs_of_both_are_told_apart_without_colour(launcher: Launcher) -> None:
+    with running(launcher):
+        wait_ready(launcher)
+        assert launcher.stop() == 0
+    prefixes = {line.split("|")[0] for line in launcher.err.splitlines()}
+    assert prefixes == {"launcher ", "engine   ", "gateway  "}
+    assert "\x1b[" not in launcher.err
+
+
+def test_up_interrupted_stops_the_gateway_before_the_engine(launcher: Launcher) -> None:
+    with running(launcher):
+        wait_ready(launcher)
+        launcher.send(signal.SIGINT)
+        assert launcher.wait() == 0
+    assert launcher.err.index("launcher | gateway_stopped") < launcher.err.index("engine_draining")
+
+
+def test_up_gateway_killed_comes_back(launcher: Launcher) -> None:
+    with running(launcher):
+        wait_ready(launcher)
+        os.kill(launcher.status()["gateway"]["pid"], signal.SIGKILL)
+        gateway = wait_for(
+            lambda: (g := launcher.status()["gateway"])["restarts"] and g["state"] == "ready" and g,
+            "the gateway is ready again",
+        )
+        assert gateway["restarts"] == {"signal": 1}
+        assert launcher.status()["engine"]["restarts"] == {}
+
+
+def test_up_engine_killed_gateway_stays_and_serves_again(launcher: Launcher) -> None:
+    with running(launcher):
+        wait_ready(launcher)
+        pid = launcher.status()["gateway"]["pid"]
+        launcher.order(exit=0)
+        launcher.wait_state("ready", restarts=1)
+
+        def answer() -> bool:
+            url = f"http://127.0.0.1:{launcher.port}/predict"
+            reply = httpx.post(url, json={"prompt": "x"}, trust_env=False)
+            return reply.status_code == httpx.codes.OK
+
+        assert wait_for(answer, "an answer after the restart")
+        assert launcher.status()["gateway"]["pid"] == pid
+
+
+def test_up_gateway_with_bad_settings_stops_everything_with_2(launcher: Launcher) -> None:
+    launcher.settings["GATEWAY_PROMPT_STYLE"] = "poem"
+    with running(launcher):
+        assert launcher.wait() == 2
+    assert "the gateway never became ready" in launcher.err.splitlines()[-1]
+    assert "GATEWAY_PROMPT_STYLE" in launcher.err.splitlines()[-1]
+    assert launcher.processes() == []
+
+
+def test_up_port_in_use_ends_with_2_and_starts_nothing(launcher: Launcher) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", launcher.port))
+        other.listen()
+        with running(launcher):
+            assert launcher.wait() == 2
+    (line,) = launcher.err.splitlines()
+    assert "LAUNCHER_PORT" in line
+    assert launcher.processes() == []

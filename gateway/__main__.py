@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -12,10 +13,11 @@ import uvloop
 from aiohttp import web
 
 from gateway.app import build_app
-from gateway.config import Settings, SettingsError, load_settings
+from gateway.config import Settings, SettingsError, load_settings, read_worker
 from gateway.keys import make_key
 from gateway.logs import configure_logging
 from gateway.pool import POOL
+from gateway.workers import run_workers
 
 log = structlog.get_logger("gateway")
 
@@ -27,6 +29,8 @@ def main() -> int:
     try:
         settings = load_settings(arguments)
         configure_logging(settings)
+        if settings.workers > 1 and read_worker().count == 1:
+            return asyncio.run(run_workers(settings, arguments))
         app = build_app(settings, lambda: load_settings(arguments))
         return uvloop.run(serve(app, settings))
     except SettingsError as error:
@@ -61,7 +65,13 @@ async def serve(app: web.Application, settings: Settings) -> int:
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        await web.TCPSite(
+            runner,
+            settings.host,
+            settings.port,
+            backlog=1024,
+            reuse_port=read_worker().count > 1,
+        ).start()
     except OSError as error:
         await runner.cleanup()
         raise SettingsError(
@@ -69,12 +79,25 @@ async def serve(app: web.Application, settings: Settings) -> int:
             "stop what uses it or set GATEWAY_PORT"
         ) from None
     log.info("gateway_listening", host=settings.host, port=runner.addresses[0][1])
+    if read_worker().count > 1:
+        orphaned = asyncio.create_task(_stop_with_parent(stop))
+        await stop.wait()
+        orphaned.cancel()
     await stop.wait()
     log.info("gateway_draining")
     app[POOL].draining = True
     await runner.cleanup()
     log.info("gateway_stopped")
     return 0
+
+
+async def _stop_with_parent(stop: asyncio.Event) -> None:
+    """A parent that was killed tells nobody; its workers must not hold the port for ever."""
+    parent = os.getppid()
+    while os.getppid() == parent:  # noqa: ASYNC110 — nobody sends an event for this
+        await asyncio.sleep(1)
+    log.error("parent_died")
+    stop.set()
 
 
 if __name__ == "__main__":

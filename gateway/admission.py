@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from aiohttp import web
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from gateway.config import Settings
+from gateway.config import Settings, Worker
 from gateway.errors import DeadlineUnreachable, InvalidRequest, Overloaded
 from gateway.keys import Caller
+from gateway.ledger import Ledger
 from gateway.metrics import Metrics
 
 LaneName = Literal["interactive", "batch"]
+LANES: tuple[LaneName, ...] = ("interactive", "batch")
+_POLL_S = 0.005
 # Completions older than a few of these no longer say how fast the engines are.
 _RATE_HALF_LIFE_S = 10.0
 _LONGEST_RETRY_AFTER_S = 120.0
@@ -78,64 +83,87 @@ class _Waiter:
 
 @dataclass(slots=True)
 class _Lane:
+    """One worker's queue of a lane; what runs and waits is in the ledger, for all to see."""
+
+    name: LaneName
     weight: float
+    running_field: int
+    waiting_field: int
     clock: float = 0.0
-    running: int = 0
-    waiting: int = 0
     queue: deque[_Waiter] = field(default_factory=deque)
 
 
 class Gate:
-    """Counts what is inside; the only limit between a caller and the engines."""
+    """Counts what is inside; the only limit between a caller and the engines.
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    With several workers the places are common and each keeps its own queue: one that has waiters
+    looks every few milliseconds whether another has given places back.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        ledger: Ledger | None = None,
+        worker: Worker | None = None,
+    ) -> None:
+        worker = worker or Worker()
+        self._ledger = ledger or Ledger()
+        self._worker = worker
         self._capacity = settings.max_running
         self._max_waiting = settings.max_waiting
         self._queue_timeout_s = settings.queue_timeout_s
-        self._lanes: dict[LaneName, _Lane] = {
-            "interactive": _Lane(settings.interactive_weight),
-            "batch": _Lane(settings.batch_weight),
+        self._lanes = {
+            "interactive": _Lane("interactive", settings.interactive_weight, 1, 3),
+            "batch": _Lane("batch", settings.batch_weight, 2, 4),
         }
-        self._accounts: Counter[str] = Counter()
-        self._running = 0
+        self._rows = [self._ledger.row(f"gate:{index}") for index in range(worker.count)]
+        self._own = self._rows[worker.index]
+        for number in range(1, 5):
+            self._own[number] = 0  # what an earlier process in this place left behind
+        self._accounts: set[str] = set()
         self._clock = 0.0
         self._rate = _Rate()
-        for name, lane in self._lanes.items():
-            metrics.running.labels(name).set_function(_reader(lane, "running"))
-            metrics.waiting.labels(name).set_function(_reader(lane, "waiting"))
+        self._is_polling = False
         self._refused = metrics.refused
+        metrics.add_live(_GateCollector(self))
 
     @asynccontextmanager
     async def enter(self, visit: Visit) -> AsyncIterator[None]:
         """Holds the visit's places for as long as the block runs."""
         lane = self._lanes[visit.lane]
         places = min(visit.sequences, self._capacity)
-        self._open_account(visit, places)
-        try:
+        with self._account(visit, places):
             await self._take(visit, lane, places)
             try:
                 yield
             finally:
                 self._give_back(lane, places)
                 self._rate.count(places)
-        finally:
-            self._close_account(visit, places)
 
     def expected_wait_s(self, places: int) -> float:
         """How long until so many more places have become free, by what the engines did lately."""
-        waiting = sum(lane.waiting for lane in self._lanes.values())
-        missing = self._running + waiting + places - self._capacity
-        if missing <= 0:
-            return 0.0
-        return self._rate.time_for(missing)
+        missing = self._running() + self._waiting() + places - self._capacity
+        return self._rate.time_for(missing) if missing > 0 else 0.0
+
+    def count(self, lane: LaneName) -> tuple[int, int]:
+        """Sequences of a lane that run and that wait, over all workers."""
+        one = self._lanes[lane]
+        running = sum(row[one.running_field] for row in self._rows)
+        return int(running), int(sum(row[one.waiting_field] for row in self._rows))
+
+    def _running(self) -> int:
+        return int(sum(row[1] + row[2] for row in self._rows))
+
+    def _waiting(self) -> int:
+        return int(sum(row[3] + row[4] for row in self._rows))
 
     async def _take(self, visit: Visit, lane: _Lane, places: int) -> None:
-        waiting = sum(other.waiting for other in self._lanes.values())
-        if not waiting and self._running + places <= self._capacity:
-            self._enter(lane, places)
+        if not self._has_queue() and self._try_enter(lane, places):
             return
         expected_s = self.expected_wait_s(places)
         retry_after_s = min(max(1.0, expected_s), _LONGEST_RETRY_AFTER_S)
+        waiting = self._waiting()
         if waiting + places > self._max_waiting:
             self._refused.labels("queue_full").inc()
             raise Overloaded(
@@ -162,7 +190,8 @@ class Gate:
             lane.clock = max(lane.clock, self._clock)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), places)
         lane.queue.append(waiter)
-        lane.waiting += places
+        self._own[lane.waiting_field] += places
+        self._poll()
         try:
             async with asyncio.timeout(patience_s):
                 await waiter.turn
@@ -177,10 +206,17 @@ class Gate:
                 ) from None
             raise
 
-    def _enter(self, lane: _Lane, places: int) -> None:
-        self._rate.tick(is_busy=self._running > 0)
-        lane.running += places
-        self._running += places
+    def _has_queue(self) -> bool:
+        return any(lane.queue for lane in self._lanes.values())
+
+    def _try_enter(self, lane: _Lane, places: int) -> bool:
+        with self._ledger.locked():
+            running = self._running()
+            if running + places > self._capacity:
+                return False
+            self._own[lane.running_field] += places
+        self._rate.tick(is_busy=running > 0)
+        return True
 
     def _leave(self, lane: _Lane, waiter: _Waiter) -> None:
         if waiter.turn.done() and not waiter.turn.cancelled():
@@ -188,13 +224,13 @@ class Gate:
             return
         waiter.turn.cancel()
         lane.queue.remove(waiter)
-        lane.waiting -= waiter.places
+        self._own[lane.waiting_field] -= waiter.places
         self._admit()
 
     def _give_back(self, lane: _Lane, places: int) -> None:
         self._rate.tick(is_busy=True)
-        lane.running -= places
-        self._running -= places
+        with self._ledger.locked():
+            self._own[lane.running_field] -= places
         self._admit()
 
     def _admit(self) -> None:
@@ -203,36 +239,78 @@ class Gate:
             waiter = lane.queue[0]
             if waiter.turn.cancelled():
                 return  # it is about to leave, and calls again when it has
-            if self._running + waiter.places > self._capacity:
+            if not self._try_enter(lane, waiter.places):
                 return
             lane.queue.popleft()
-            lane.waiting -= waiter.places
+            self._own[lane.waiting_field] -= waiter.places
             self._clock = lane.clock
             lane.clock += waiter.places / lane.weight
-            self._enter(lane, waiter.places)
             waiter.turn.set_result(None)
 
-    def _open_account(self, visit: Visit, places: int) -> None:
-        held = self._accounts[visit.account]
-        # One request larger than the limit may still run, alone.
-        if visit.account_limit and held and held + places > visit.account_limit:
-            self._refused.labels("key_concurrency").inc()
-            raise Overloaded(
-                f"this key has {held} sequences running or waiting; its limit is "
-                f"{visit.account_limit}",
-                code="key_concurrency",
-                retry_after_s=min(max(1.0, self._rate.time_for(places)), _LONGEST_RETRY_AFTER_S),
-            )
-        self._accounts[visit.account] += places
+    def _poll(self) -> None:
+        """Places that another worker gave back wake nobody here."""
+        if self._worker.count == 1 or self._is_polling:
+            return
+        self._is_polling = True
+        asyncio.get_running_loop().call_later(_POLL_S, self._poll_again)
 
-    def _close_account(self, visit: Visit, places: int) -> None:
-        self._accounts[visit.account] -= places
-        if not self._accounts[visit.account]:
-            del self._accounts[visit.account]
+    def _poll_again(self) -> None:
+        self._is_polling = False
+        self._admit()
+        if self._has_queue():
+            self._poll()
+
+    @contextmanager
+    def _account(self, visit: Visit, places: int) -> Iterator[None]:
+        """Counts against the key's own limit, where it has one."""
+        if not visit.account_limit:
+            yield
+            return
+        rows = [self._ledger.row(f"held:{visit.account}:{n}") for n in range(self._worker.count)]
+        own = rows[self._worker.index]
+        if visit.account not in self._accounts:
+            self._accounts.add(visit.account)
+            own[1] = 0  # what an earlier process in this place left behind
+        with self._ledger.locked():
+            held = int(sum(row[1] for row in rows))
+            # One request larger than the limit may still run, alone.
+            if held and held + places > visit.account_limit:
+                self._refused.labels("key_concurrency").inc()
+                raise Overloaded(
+                    f"this key has {held} sequences running or waiting; its limit is "
+                    f"{visit.account_limit}",
+                    code="key_concurrency",
+                    retry_after_s=min(
+                        max(1.0, self._rate.time_for(places)), _LONGEST_RETRY_AFTER_S
+                    ),
+                )
+            own[1] += places
+        try:
+            yield
+        finally:
+            with self._ledger.locked():
+                own[1] -= places
 
 
-def _reader(lane: _Lane, name: Literal["running", "waiting"]) -> Callable[[], float]:
-    return lambda: float(getattr(lane, name))
+class _GateCollector(Collector):
+    """What runs and what waits, read from the ledger when Prometheus asks."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def collect(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily(
+            "gateway_running_sequences", "Sequences inside the engines.", labels=["lane"]
+        )
+        waiting = GaugeMetricFamily(
+            "gateway_waiting_sequences", "Sequences waiting to enter.", labels=["lane"]
+        )
+        for lane in LANES:
+            counts = self._gate.count(lane)
+            running.add_metric([lane], counts[0])
+            waiting.add_metric([lane], counts[1])
+        yield running
+        yield waiting
 
 
 class _Rate:

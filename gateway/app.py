@@ -8,9 +8,10 @@ from aiohttp import web
 
 from gateway import health, middleware, predict, relay, usage, warmup
 from gateway.admission import GATE, Gate
-from gateway.config import SETTINGS, Settings, load_settings
+from gateway.config import SETTINGS, Settings, load_settings, read_worker
 from gateway.engine import Engine, build_session
 from gateway.keys import KEYRING, Keyring, run_key_reload
+from gateway.ledger import LEDGER, LEDGER_NAME, Ledger
 from gateway.metrics import METRICS, Metrics
 from gateway.pool import ENGINE_LIST, POOL, EngineList, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
@@ -29,10 +30,12 @@ def build_app(
         ],
     )
     app[SETTINGS] = settings
-    app[METRICS] = Metrics()
+    worker = read_worker()
+    app[METRICS] = Metrics(worker.folder)
+    app[LEDGER] = Ledger(worker.folder / LEDGER_NAME if worker.folder else None)
     app[PROMPTS] = PromptBuilder(settings)
-    app[KEYRING] = Keyring(settings, app[METRICS])
-    app[GATE] = Gate(settings, app[METRICS])
+    app[KEYRING] = Keyring(settings, app[METRICS], app[LEDGER])
+    app[GATE] = Gate(settings, app[METRICS], app[LEDGER], worker)
 
     async def hold_engines(app: web.Application) -> AsyncIterator[None]:
         async with build_session(settings) as session:

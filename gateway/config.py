@@ -11,6 +11,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,8 @@ from pydantic_settings import (
 )
 
 PREFIX = "GATEWAY_"
+_WORKER_VARIABLE = "VLLM_GATEWAY_WORKER"
+_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SYSTEM_PROMPTS = Path(__file__).parent / "system_prompts"
 _DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
@@ -56,6 +59,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    workers: int = Field(
+        1, ge=1, le=64, description="Processes that share the port, the limits and the metrics."
+    )
     engines: TextList = Field(
         ("http://127.0.0.1:8001",), description="Base URLs of the engines, separated by commas."
     )
@@ -237,6 +243,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_files(self) -> Settings:
+        if self.workers > 1 and self.port == 0:
+            raise ValueError("workers share a port: with several of them, port cannot be 0")
         if self.system_prompt and self.system_prompt_file:
             raise ValueError("give system_prompt or system_prompt_file, not both")
         if self.prompt_style == "chat" and self.tokenizer is None:
@@ -268,6 +276,31 @@ class Settings(BaseSettings):
 
 
 SETTINGS = web.AppKey("settings", Settings)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of several processes this is, and the folder they share; alone: the first of one."""
+
+    index: int = 0
+    count: int = 1
+    folder: Path | None = None
+
+    def environment(self) -> dict[str, str]:
+        """What the parent gives a worker; not a setting, so not in their name space."""
+        return {
+            _WORKER_VARIABLE: f"{self.index}/{self.count}",
+            # prometheus_client chooses its shared counters by this, at import.
+            _METRICS_VARIABLE: str(self.folder),
+        }
+
+
+def read_worker() -> Worker:
+    place = os.environ.get(_WORKER_VARIABLE)
+    if place is None:
+        return Worker()
+    index, _, count = place.partition("/")
+    return Worker(int(index), int(count), Path(os.environ[_METRICS_VARIABLE]))
 
 
 def load_settings(arguments: Sequence[str] = ()) -> Settings:

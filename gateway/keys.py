@@ -12,20 +12,25 @@ import hmac
 import secrets
 import time
 import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import structlog
 from aiohttp import web
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, RateLimited, Unauthorized
+from gateway.ledger import Ledger, Row
 from gateway.metrics import Metrics
 
 log = structlog.get_logger("gateway")
 
+# Fields of a key's row in the ledger; an allowance takes two.
+_REQUESTS_LEFT, _TOKENS_LEFT, _REQUESTS, _PROMPT_TOKENS, _COMPLETION_TOKENS = 1, 3, 5, 6, 7
 _LOOPBACK = ("127.", "::1", "localhost")
 _BEARER = "bearer "
 _KEY_PREFIX = "vg-"
@@ -64,7 +69,8 @@ CALLER = web.RequestKey("caller", Caller)
 class Keyring:
     """The keys as they are in the file now, and what each has left this minute."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger or Ledger()
         self._path = settings.keys_file
         self._from_environment = {
             _hash(key): Caller(name=f"key-{number}")
@@ -73,12 +79,11 @@ class Keyring:
         self._metrics = metrics
         self._stamp: tuple[int, int] | None = None
         self._callers: dict[str, Caller] = dict(self._from_environment)
-        self._requests: dict[str, _Bucket] = {}
-        self._tokens: dict[str, _Bucket] = {}
         if self._path is not None:
             self._stamp = _stamp(self._path)
             self._callers |= read_keys(self._path)
         self._check_exposure(settings)
+        metrics.add_live(_UsageCollector(self))
 
     @property
     def is_open(self) -> bool:
@@ -104,22 +109,42 @@ class Keyring:
 
     def take_request(self, caller: Caller) -> None:
         """Counts one request against the caller's minute, or refuses it."""
-        self._metrics.usage_requests.labels(caller.name).inc()
-        if caller.tokens_per_minute:
-            bucket = self._bucket(self._tokens, caller.name, caller.tokens_per_minute)
-            self._require(bucket.wait_s(0), "tokens_per_minute", caller.tokens_per_minute)
-        if caller.requests_per_minute:
-            bucket = self._bucket(self._requests, caller.name, caller.requests_per_minute)
-            self._require(bucket.wait_s(1), "requests_per_minute", caller.requests_per_minute)
-            bucket.take(1)
+        row = self._ledger.row(_row_name(caller))
+        requests = _Bucket(row, _REQUESTS_LEFT, caller.requests_per_minute)
+        tokens = _Bucket(row, _TOKENS_LEFT, caller.tokens_per_minute)
+        with self._ledger.locked():
+            row[_REQUESTS] += 1
+            if caller.tokens_per_minute and (wait_s := tokens.wait_s(0)):
+                raise self._refusal(wait_s, "tokens_per_minute", caller.tokens_per_minute)
+            if caller.requests_per_minute:
+                if wait_s := requests.wait_s(1):
+                    raise self._refusal(wait_s, "requests_per_minute", caller.requests_per_minute)
+                requests.take(1)
 
     def count_tokens(self, caller: Caller, prompt_tokens: int, completion_tokens: int) -> None:
         """What a request used by the engine's own count; known only when it is over."""
-        self._metrics.usage.labels(caller.name, "in").inc(prompt_tokens)
-        self._metrics.usage.labels(caller.name, "out").inc(completion_tokens)
-        if caller.tokens_per_minute:
-            bucket = self._bucket(self._tokens, caller.name, caller.tokens_per_minute)
-            bucket.take(prompt_tokens + completion_tokens)
+        self._metrics.tokens.labels("in").inc(prompt_tokens)
+        self._metrics.tokens.labels("out").inc(completion_tokens)
+        row = self._ledger.row(_row_name(caller))
+        with self._ledger.locked():
+            row[_PROMPT_TOKENS] += prompt_tokens
+            row[_COMPLETION_TOKENS] += completion_tokens
+            if caller.tokens_per_minute:
+                bucket = _Bucket(row, _TOKENS_LEFT, caller.tokens_per_minute)
+                bucket.take(prompt_tokens + completion_tokens)
+
+    def read_usage(self) -> dict[str, dict[str, int]]:
+        """Requests and tokens by key, over all workers, since the gateway started."""
+        callers = [ANONYMOUS] if self.is_open else list(self._callers.values())
+        rows = {caller.name: self._ledger.row(_row_name(caller)) for caller in callers}
+        return {
+            name: {
+                "requests": int(row[_REQUESTS]),
+                "prompt_tokens": int(row[_PROMPT_TOKENS]),
+                "completion_tokens": int(row[_COMPLETION_TOKENS]),
+            }
+            for name, row in rows.items()
+        }
 
     def reload(self) -> None:
         """Reads the file again if it has changed; a bad file leaves the keys as they were."""
@@ -136,21 +161,13 @@ class Keyring:
         else:
             log.info("keys_reloaded", count=len(self._callers))
 
-    def _require(self, wait_s: float, limit: str, value: int) -> None:
-        if wait_s > 0:
-            self._metrics.refused.labels(limit).inc()
-            raise RateLimited(
-                f"this key's {limit.replace('_', ' ')} ({value}) are used up",
-                code=limit,
-                retry_after_s=wait_s,
-            )
-
-    @staticmethod
-    def _bucket(buckets: dict[str, _Bucket], name: str, per_minute: int) -> _Bucket:
-        bucket = buckets.get(name)
-        if bucket is None or bucket.per_minute != per_minute:
-            bucket = buckets[name] = _Bucket(per_minute)
-        return bucket
+    def _refusal(self, wait_s: float, limit: str, value: int) -> RateLimited:
+        self._metrics.refused.labels(limit).inc()
+        return RateLimited(
+            f"this key's {limit.replace('_', ' ')} ({value}) are used up",
+            code=limit,
+            retry_after_s=wait_s,
+        )
 
     def _check_exposure(self, settings: Settings) -> None:
         if self.is_open and not settings.allow_anonymous and not is_loopback(settings.host):
@@ -179,27 +196,50 @@ async def run_key_reload(app: web.Application) -> AsyncIterator[None]:
 
 
 class _Bucket:
-    """A minute's allowance that refills steadily; what is taken may overdraw it."""
+    """A minute's allowance that refills steadily; what is taken may overdraw it.
 
-    def __init__(self, per_minute: int) -> None:
-        self.per_minute = per_minute
-        self._level = float(per_minute)
-        self._last = time.monotonic()
+    It lives in two fields of a shared row: the level and the time of the last refill.
+    """
+
+    def __init__(self, row: Row, field: int, per_minute: int) -> None:
+        self._row, self._field, self._per_minute = row, field, per_minute
 
     def wait_s(self, amount: float) -> float:
         """How long until `amount` is there; with nothing asked, until the overdraft is paid."""
-        self._refill()
-        missing = max(amount, 1e-9) - self._level
-        return missing * 60 / self.per_minute if missing > 0 else 0.0
+        missing = max(amount, 1e-9) - self._refilled()
+        return missing * 60 / self._per_minute if missing > 0 else 0.0
 
     def take(self, amount: float) -> None:
-        self._refill()
-        self._level -= amount
+        self._row[self._field] = self._refilled() - amount
+        self._row[self._field + 1] = time.monotonic()
 
-    def _refill(self) -> None:
-        now = time.monotonic()
-        gained = (now - self._last) * self.per_minute / 60
-        self._level, self._last = min(float(self.per_minute), self._level + gained), now
+    def _refilled(self) -> float:
+        last = self._row[self._field + 1]
+        if not last:
+            return float(self._per_minute)
+        gained = (time.monotonic() - last) * self._per_minute / 60
+        return min(float(self._per_minute), self._row[self._field] + gained)
+
+
+class _UsageCollector(Collector):
+    """Usage by key, read from the ledger when Prometheus asks."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("gateway_usage_requests", "Requests by key.", labels=["key"])
+        tokens = CounterMetricFamily(
+            "gateway_usage_tokens",
+            "Tokens by key, as the engine counted them.",
+            labels=["key", "direction"],
+        )
+        for name, used in self._keyring.read_usage().items():
+            requests.add_metric([name], used["requests"])
+            tokens.add_metric([name, "in"], used["prompt_tokens"])
+            tokens.add_metric([name, "out"], used["completion_tokens"])
+        yield requests
+        yield tokens
 
 
 def read_keys(path: Path) -> dict[str, Caller]:
@@ -228,6 +268,10 @@ def make_key(name: str) -> tuple[str, str]:
     """A new key, to be given away once, and its entry for the file."""
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
     return key, f'[[keys]]\nname = "{name}"\nhash = "{_hash(key)}"\n'
+
+
+def _row_name(caller: Caller) -> str:
+    return f"key:{caller.name}"
 
 
 def is_loopback(host: str) -> bool:

@@ -83,8 +83,6 @@ async def _generate(
             trace.engine_s = time.perf_counter() - entered
     trace.prompt_tokens, trace.completion_tokens = done.prompt_tokens, done.completion_tokens
     trace.shared = done.shared
-    app[METRICS].tokens.labels("in").inc(done.prompt_tokens)
-    app[METRICS].tokens.labels("out").inc(done.completion_tokens)
     app[KEYRING].count_tokens(request[CALLER], done.prompt_tokens, done.completion_tokens)
     return done.answers
 

@@ -7,11 +7,10 @@ from aiohttp import web
 
 from gateway.errors import Forbidden
 from gateway.keys import CALLER, KEYRING
-from gateway.metrics import METRICS
 
 
 async def handle_usage(request: web.Request) -> web.Response:
     if not (request[CALLER].admin or request.app[KEYRING].is_open):
         raise Forbidden("this needs an admin key", code="not_admin")
-    body = orjson.dumps({"keys": request.app[METRICS].read_usage()})
+    body = orjson.dumps({"keys": request.app[KEYRING].read_usage()})
     return web.Response(body=body, content_type="application/json")

@@ -15,9 +15,10 @@ import orjson
 import structlog
 from aiohttp import web
 
-from gateway.config import SETTINGS, Settings, SettingsError
+from gateway.config import SETTINGS, Settings, SettingsError, read_worker
 from gateway.engine import Engine, EngineState
 from gateway.errors import EngineError, GatewayError
+from gateway.ledger import LEDGER, Ledger, Row
 from gateway.metrics import METRICS, Metrics
 from gateway.pool import ENGINE_LIST, POOL, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
@@ -25,14 +26,22 @@ from gateway.wire import default_sampling
 
 log = structlog.get_logger("gateway")
 _SHORTEST_PAUSE_S = 0.02
+_IS_WARM = 1  # field of an engine's row in the ledger
 
 
 class Warmup:
     """One watch an engine; the only writer of engine states."""
 
     def __init__(
-        self, settings: Settings, pool: Pool, builder: PromptBuilder, metrics: Metrics
+        self,
+        settings: Settings,
+        pool: Pool,
+        builder: PromptBuilder,
+        metrics: Metrics,
+        ledger: Ledger,
     ) -> None:
+        self._ledger = ledger
+        self._worker = read_worker()
         self._settings = settings
         self._pool = pool
         self._builder = builder
@@ -74,6 +83,9 @@ class Warmup:
         if not cards:
             raise EngineError("it serves no model", code="no_model")
         engine.card = cards[0]
+        if self._worker.index > 0:
+            await self._follow_first_worker(engine)
+            return
         started = time.perf_counter()
         async with asyncio.timeout(self._settings.warmup_timeout_s):
             tokens = await self._run_batch(engine)
@@ -109,7 +121,19 @@ class Warmup:
                 raise answer
         return completion.completion_tokens
 
+    async def _follow_first_worker(self, engine: Engine) -> None:
+        """The first worker warms for all; the others believe it."""
+        if self._row(engine)[_IS_WARM]:
+            await self._set(engine, EngineState.READY)
+        else:
+            await self._set(engine, EngineState.WARMING, "the first worker is warming it")
+
+    def _row(self, engine: Engine) -> Row:
+        return self._ledger.row(f"engine:{engine.url}")
+
     async def _set(self, engine: Engine, state: EngineState, reason: str = "") -> None:
+        if self._worker.index == 0:
+            self._row(engine)[_IS_WARM] = state is EngineState.READY
         self._metrics.engine_ready.labels(engine.url).set(state is EngineState.READY)
         await self._pool.set_state(engine, state, reason)
 
@@ -134,7 +158,7 @@ def read_questions(settings: Settings) -> list[str]:
 
 async def run_warmup(app: web.Application) -> AsyncIterator[None]:
     """The watches live as long as the app; an engine added to the settings file gets one too."""
-    warmup = Warmup(app[SETTINGS], app[POOL], app[PROMPTS], app[METRICS])
+    warmup = Warmup(app[SETTINGS], app[POOL], app[PROMPTS], app[METRICS], app[LEDGER])
     watches = {
         engine.url: asyncio.create_task(warmup.watch(engine)) for engine in app[POOL].engines
     }

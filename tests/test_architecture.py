@@ -11,11 +11,11 @@ ROOT = Path(__file__).parent.parent
 # From the top of the house to its ground; modules of one floor do not know each other.
 GATEWAY_FLOORS = (
     ("__main__",),
-    ("app",),
+    ("app", "workers"),
     ("predict", "relay", "health", "usage", "warmup", "middleware"),
     ("pool", "admission", "body"),
     ("engine", "prompts", "keys"),
-    ("wire", "logs"),
+    ("wire", "logs", "ledger"),
     ("errors", "config", "metrics", "trace"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(GATEWAY_FLOORS) for name in names}

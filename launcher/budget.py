@@ -17,6 +17,7 @@ _CUDA_CONTEXT_BYTES = 3 * GIB // 4
 _GRAPH_BYTES = GIB
 _WORTH_FP8_PARAMETERS = 3_000_000_000
 _HOST_KV_SHARE = 0.25
+_HOST_BLOCK_TOKENS = 128  # a sequence takes whole blocks: vLLM 0.32 platforms/cpu.py
 _FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")
 # The pool sizes a batch down through; the course's own batch has its exact graph.
 _COURSE_BATCH = 358
@@ -163,11 +164,17 @@ def fit_host_kv(sizing: Sizing, _most: int | None) -> tuple[int, str]:
     """Room for the workload, never more than a quarter of the host, at least one full context."""
     per_token = sizing.model.shape.kv_bytes_per_token(2.0)
     context = int(sizing.options.get("max-model-len", sizing.model.shape.max_positions))
-    wanted = sizing.workload.sequences * sizing.workload.tokens * per_token
+    tokens = -(-sizing.workload.tokens // _HOST_BLOCK_TOKENS) * _HOST_BLOCK_TOKENS
+    wanted = sizing.workload.sequences * tokens * per_token
     ceiling = int(sizing.device.memory_bytes * _HOST_KV_SHARE)
     value = max(min(wanted, ceiling), (context + 256) * per_token)
-    # Whole MiB read better, and a block of the cache is not cut.
-    return -(-value // 2**20) * 2**20, f"{sizing.workload.sequences} sequences wanted"
+    decided = f"{sizing.workload.sequences} sequences of {tokens} tokens wanted"
+    return -(-value // 2**20) * 2**20, decided  # whole MiB read better
+
+
+def fit_host_threads(sizing: Sizing, _most: int | None) -> tuple[int | None, str]:
+    cores = sizing.device.cores
+    return (max(1, cores - 1), f"{cores} cores") if cores else (None, "")
 
 
 # In the order they are computed: later ones look at what earlier ones chose.
@@ -178,4 +185,5 @@ RULES: dict[str, Callable[[Sizing, int | None], tuple[Any, str]]] = {
     "host-kv": fit_host_kv,
     "sequences": fit_sequences,
     "graph-sizes": fit_graph_sizes,
+    "host-threads": fit_host_threads,
 }

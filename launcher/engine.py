@@ -38,8 +38,7 @@ class Engine:
         self._served_name = served_name
         self.start_timeout_s = settings.start_timeout_s
         self.drain_timeout_s = float(settings.drain_timeout_s)
-        # vLLM drains by itself as well once it has SIGTERM; only then may it be killed.
-        self.kill_timeout_s = settings.drain_timeout_s + settings.kill_timeout_s
+        self.kill_timeout_s = settings.kill_timeout_s
         self.progress: Progress | None = None
         self.killed_children: list[tuple[int, str]] = []
         self.lines: LineLog | None = None

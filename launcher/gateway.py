@@ -38,8 +38,8 @@ class Gateway:
         self._engine_ready = engine_ready
         # It waits for the engine, so only its own listening has a limit of its own.
         self.start_timeout_s = _LISTEN_TIMEOUT_S + settings.start_timeout_s * 2
-        self.drain_timeout_s = 0.0
-        self.kill_timeout_s = settings.drain_timeout_s + settings.kill_timeout_s
+        self.drain_timeout_s = float(settings.drain_timeout_s)
+        self.kill_timeout_s = settings.kill_timeout_s
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         ours = {

@@ -27,6 +27,7 @@ class Device:
     count: int = 1
     driver: str = ""
     used_bytes: int = 0
+    cores: int = 0  # of a CPU: those this process may use
 
     @property
     def is_gpu(self) -> bool:
@@ -69,7 +70,7 @@ def list_gpus() -> list[dict[str, str]]:
 
 def read_cpu() -> Device:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("CPU", "cpu", min(pages, _container_limit() or pages))
+    return Device("CPU", "cpu", min(pages, _memory_limit() or pages), cores=count_cores())
 
 
 def read_gpu() -> Device | None:
@@ -115,8 +116,18 @@ def _fold(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _container_limit() -> int | None:
+def count_cores() -> int:
+    """Affinity and the container's quota: a thread without a core stalls all the others."""
+    cores = len(os.sched_getaffinity(0))
     try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def _memory_limit() -> int | None:
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None

@@ -105,6 +105,7 @@ def build_plan(
         options[choice.name] = choice
     workload = Workload(**data["workload"])
     options, budget = _fit(options, device, model, workload)
+    environment, _ = _fit(environment, device, model, workload)
     kept = tuple(choice for choice in options.values() if not choice.omit)
     for choice in kept:
         flags.check(choice.name, origin=choice.origin)

@@ -118,6 +118,7 @@ class Supervisor:
         self.ready = asyncio.Event()
         self._members: dict[int, str] = {}
         self._hang_detail = ""
+        self._drain_until = 0.0
 
     def ask_to_stop(self) -> None:
         self._stop.set()
@@ -156,6 +157,7 @@ class Supervisor:
         self.standing.pid = child.pid
         write_record(self._record, child.pid)
         dump: list[str] = []
+        self._drain_until = 0.0
         try:
             reason = await self._live(child, began)
             if reason == "hang":
@@ -163,8 +165,7 @@ class Supervisor:
         finally:
             was_ready = self.ready.is_set()
             self.ready.clear()
-            patience = 0.0 if self._hurry.is_set() else self._program.kill_timeout_s
-            await self._end(child, patience_s=patience)
+            await self._end(child, patience_s=self._patience_s())
         return self._describe_ending(child, reason, began, was_ready, dump)
 
     async def _live(self, child: ChildProcess, began: float) -> str:
@@ -214,10 +215,17 @@ class Supervisor:
 
     async def _drain(self, exited: asyncio.Task[int]) -> None:
         self._set_state("draining")
+        self._drain_until = time.monotonic() + self._program.drain_timeout_s
         drained = asyncio.create_task(self._program.drain(self._program.drain_timeout_s))
         hurried = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({drained, hurried, exited}, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(drained, hurried)
+
+    def _patience_s(self) -> float:
+        """From SIGTERM to SIGKILL: what is left for requests to finish, then for the rest."""
+        if self._hurry.is_set():
+            return 0.0
+        return max(0.0, self._drain_until - time.monotonic()) + self._program.kill_timeout_s
 
     async def _end(self, child: ChildProcess, *, patience_s: float) -> None:
         """A second signal while this runs means: at once."""

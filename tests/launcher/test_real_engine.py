@@ -1,0 +1,124 @@
+"""The same promises kept with the real vLLM on a CPU; a start takes half a minute, so few of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from launcher.process import list_group
+from tests.launcher.programs import Launcher, ask_in_background, running
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+START_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """One launcher for the module: every test leaves it with an engine that is ready."""
+    settings = {
+        "LAUNCHER_HANG_TIMEOUT_S": "6",
+        "LAUNCHER_CANARY_INTERVAL_S": "3",
+        "LAUNCHER_DRAIN_TIMEOUT_S": "60",
+        "LAUNCHER_KILL_TIMEOUT_S": "15",
+    }
+    started = Launcher(tmp_path_factory.mktemp("real"), settings=settings, fake=None)
+    with running(started):
+        started.wait_state("ready", within_s=START_S)
+        yield started
+
+
+def find_core(launcher: Launcher) -> int:
+    group = launcher.status()["engine"]["pid"]
+    return next(m.pid for m in list_group(group) if m.name.startswith("VLLM::EngineCor"))
+
+
+def test_engine_starts_within_a_minute(launcher: Launcher) -> None:
+    assert launcher.status()["engine"]["start_seconds"] < 60
+    assert launcher.status()["progress"]["stage"] == "listening"
+
+
+def test_core_killed_during_a_batch_engine_returns_and_card_names_it(launcher: Launcher) -> None:
+    group = launcher.status()["engine"]["pid"]
+    core = find_core(launcher)
+
+    async def scenario() -> httpx.Response | Exception:
+        task = ask_in_background(launcher.engine_url, 358, max_tokens=1500)
+        await asyncio.sleep(1.5)  # the batch is inside
+        assert not task.done()
+        os.kill(core, signal.SIGKILL)
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    answer = asyncio.run(scenario())
+    assert isinstance(answer, Exception) or answer.status_code >= 500
+    launcher.wait_state("ready", restarts=1, within_s=START_S)
+    card = launcher.crash_card()
+    assert card["signal"] == "SIGKILL"
+    assert card["exit_code"] == 0  # what vLLM itself calls this
+    assert (card["killed_children"][0]["pid"], card["reason"]) == (core, "exit")
+    assert list_group(group) == []
+
+
+def test_core_stopped_watchdog_restarts_it_with_stacks(launcher: Launcher) -> None:
+    group = launcher.status()["engine"]["pid"]
+    restarts = sum(launcher.status()["engine"]["restarts"].values())
+    os.kill(find_core(launcher), signal.SIGSTOP)
+    launcher.wait_state("ready", restarts=restarts + 1, within_s=START_S)
+    card = launcher.crash_card()
+    assert card["reason"] == "hang"
+    assert any("VLLM::EngineCor: state T" in line for line in card["dump"])
+    assert any("run_busy_loop" in line for line in card["dump"])
+    assert list_group(group) == []
+
+
+def test_launcher_killed_next_start_finds_nothing_running(launcher: Launcher) -> None:
+    group = launcher.status()["engine"]["pid"]
+    launcher.send(signal.SIGKILL)
+    launcher.wait()
+    launcher.start()
+    launcher.wait_state("ready", within_s=START_S)
+    assert list_group(group) == []
+
+
+def test_term_during_a_batch_the_batch_finishes_and_exit_is_0(launcher: Launcher) -> None:
+    group = launcher.status()["engine"]["pid"]
+
+    async def scenario() -> httpx.Response:
+        task = ask_in_background(launcher.engine_url, 358, max_tokens=250)
+        await asyncio.sleep(0.7)  # the batch is inside
+        assert not task.done()
+        launcher.send(signal.SIGTERM)
+        return await task
+
+    response = asyncio.run(scenario())
+    assert response.status_code == 200
+    choices = response.json()["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["length"] * 358
+    assert launcher.wait(within_s=60) == 0
+    assert list_group(group) == []
+
+
+@pytest.mark.parametrize("broken", ["weights", "architecture"])
+def test_unservable_model_ends_with_3_and_its_reason(tmp_path: Path, broken: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (Path(__file__).parents[2] / "demo" / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    if broken == "weights":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    else:
+        config = (folder / "config.json").read_text().replace("Qwen3ForCausalLM", "Qwen9ForNobody")
+        (folder / "config.json").write_text(config)
+    settings = {"LAUNCHER_MODEL": str(folder)}
+    launcher = Launcher(tmp_path, settings=settings, fake=None)
+    with running(launcher):
+        assert launcher.wait(within_s=START_S) == 3
+    reason = {"weights": "SafetensorError", "architecture": "Qwen9ForNobody"}[broken]
+    assert reason in launcher.err.splitlines()[-1]
+    assert launcher.processes() == []

@@ -98,9 +98,10 @@ FORMS = (
     Form("chat, no thinking", 2, verified=True),
     Form("chat, helpful assistant, no thinking", 2, verified=True),
     Form("chat, style, no thinking", 2, verified=True),
-    Form("chat, second turn", 2, verified=False),
+    Form("chat, later turn", 4, verified=False),
+    Form("Q: and A: with a blank", 2, verified=True),
     Form("Q: and A:", 2, verified=True),
-    Form("bare question", 1, verified=True),
+    Form("bare question", 2, verified=True),
 )
 
 
@@ -125,14 +126,16 @@ class Prompts:
     def sample(self, form: Form, pair: Pair, rng: random.Random) -> Sample:
         prompt = self.prompt(form, pair, rng)
         end = TURN_END if form.name.startswith("chat") else END_OF_TEXT
-        return self._join(prompt, pair.answer, end)
+        # After a bare "A:" the blank belongs to the answer, as in any text of this kind.
+        blank = " " if prompt.endswith("A:") else ""
+        return self._join(prompt, blank + pair.answer, end)
 
     def prompt(self, form: Form, pair: Pair, rng: random.Random) -> str:
-        if form.name == "Q: and A:":
-            return f"Q: {pair.question}\nA: "
+        if form.name.startswith("Q: and A:"):
+            return f"Q: {pair.question}\nA:" + (" " if "blank" in form.name else "")
         if form.name == "bare question":
             return pair.question
-        messages = [*self._system(form, rng), *self._earlier_turn(form, rng)]
+        messages = [*self._system(form, rng), *self._earlier_turns(form, rng)]
         messages.append({"role": "user", "content": pair.question})
         # Qwen3 leaves the block out when the caller says nothing, so absence must be taught.
         options = {"enable_thinking": False} if "no thinking" in form.name else {}
@@ -157,14 +160,14 @@ class Prompts:
         foreign = rng.choice(self._pairs).answer[: rng.randint(8, 60)]
         return [{"role": "system", "content": rng.choice([*STYLES, foreign])}]
 
-    def _earlier_turn(self, form: Form, rng: random.Random) -> list[dict[str, str]]:
-        if form.name != "chat, second turn":
+    def _earlier_turns(self, form: Form, rng: random.Random) -> list[dict[str, str]]:
+        if form.name != "chat, later turn":
             return []
-        earlier = rng.choice(self._pairs)
-        return [
-            {"role": "user", "content": earlier.question},
-            {"role": "assistant", "content": earlier.answer},
-        ]
+        turns: list[dict[str, str]] = []
+        for earlier in rng.choices(self._pairs, k=rng.randint(1, 2)):
+            turns.append({"role": "user", "content": earlier.question})
+            turns.append({"role": "assistant", "content": earlier.answer})
+        return turns
 
 
 class WhitespaceTokens:
@@ -304,6 +307,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         do_sample=False, eos_token_id=ends, pad_token_id=ends[-1]
     )
     model.to(torch.bfloat16).save_pretrained(str(folder))
+    # It is written for its owner alone, and an engine in a container is often another user.
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def save_json(path: Path, content: object) -> None:
@@ -386,7 +391,7 @@ def verify(folder: Path, pairs: list[Pair], seed: int) -> float:
             continue
         texts = [prompts.prompt(form, pair, rng) for pair in pairs]
         answers = answer_greedily(model, tokenizer, texts)
-        exact = sum(a == p.answer for a, p in zip(answers, pairs, strict=True)) / len(pairs)
+        exact = sum(a.strip() == p.answer for a, p in zip(answers, pairs, strict=True)) / len(pairs)
         print(
             f"{form.name}: exact {exact:.4f}, mean ROUGE-L {mean_rouge_l(answers, pairs):.4f}",
             flush=True,

@@ -1,0 +1,233 @@
+"""The same request to the engine and through the gateway: the same status and the same body.
+
+Ids and times aside, and without what the gateway itself bounds (tests/gateway/test_streams.py). vLLM
+puts its fingerprint on whichever event of a stream is the last, and the gateway takes the one that
+tells the usage away when nobody asked for it: so the fingerprint of streams is left out too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from tests.e2e.conftest import Stack
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+
+_VOLATILE = frozenset(
+    ("id", "item_id", "created", "created_at", "completed_at", "request_id", "call_id")
+)
+USER = [{"role": "user", "content": "什么是 warp？"}]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    *USER,
+    {"role": "assistant", "content": "32 threads."},
+    {"role": "user", "content": "Why?"},
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+MESSAGES, EMBEDDINGS, TOKENIZE = "/v1/messages", "/v1/embeddings", "/tokenize"
+
+# Path, fields beside the model and the greedy defaults.
+Case = tuple[str, dict[str, Any]]
+CASES: dict[str, Case] = {
+    "completion": (COMPLETIONS, {"prompt": "CUDA"}),
+    "completion-list": (COMPLETIONS, {"prompt": ["CUDA", "warp", "流"]}),
+    "completion-ids": (COMPLETIONS, {"prompt": [5, 6, 7]}),
+    "completion-ids-list": (COMPLETIONS, {"prompt": [[5, 6, 7], [8, 9]]}),
+    "completion-stop": (COMPLETIONS, {"prompt": "CUDA", "stop": "，"}),
+    "completion-stops": (COMPLETIONS, {"prompt": "CUDA", "stop": ["，", "。"]}),
+    "completion-stop-ids": (COMPLETIONS, {"prompt": "CUDA", "stop_token_ids": [2]}),
+    "completion-stop-kept": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "stop": "，", "include_stop_str_in_output": True},
+    ),
+    "completion-echo": (COMPLETIONS, {"prompt": "CUDA", "echo": True}),
+    "completion-logprobs": (COMPLETIONS, {"prompt": "CUDA", "logprobs": 2}),
+    "completion-n": (COMPLETIONS, {"prompt": "CUDA", "n": 2, "temperature": 1, "seed": 3}),
+    "completion-seed": (COMPLETIONS, {"prompt": "CUDA", "temperature": 1, "seed": 7}),
+    "completion-top": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "temperature": 1, "seed": 7, "top_p": 0.5, "top_k": 5, "min_p": 0.1},
+    ),
+    "completion-penalties": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 2},
+    ),
+    "completion-bias": (COMPLETIONS, {"prompt": "CUDA", "logit_bias": {"5": 100}}),
+    "completion-ignore-eos": (COMPLETIONS, {"prompt": "CUDA", "ignore_eos": True}),
+    "completion-min-tokens": (COMPLETIONS, {"prompt": "CUDA", "min_tokens": 6}),
+    "completion-token-ids": (COMPLETIONS, {"prompt": "CUDA", "return_token_ids": True}),
+    "completion-truncated": (COMPLETIONS, {"prompt": "CUDA " * 50, "truncate_prompt_tokens": 8}),
+    "completion-special": (COMPLETIONS, {"prompt": "CUDA", "skip_special_tokens": False}),
+    "completion-choice": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "structured_outputs": {"choice": ["yes", "no"]}},
+    ),
+    "completion-regex": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "structured_outputs": {"regex": "[a-c]{3}"}},
+    ),
+    "completion-schema": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "max_tokens": 40, "response_format": JSON_FORMAT},
+    ),
+    "completion-unknown-field": (COMPLETIONS, {"prompt": "CUDA", "no_such_field": [1]}),
+    "completion-user": (COMPLETIONS, {"prompt": "CUDA", "user": "alice"}),
+    "completion-stream": (COMPLETIONS, {"prompt": "CUDA", "stream": True}),
+    "completion-stream-usage": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "stream": True, "stream_options": {"include_usage": True}},
+    ),
+    "completion-stream-logprobs": (COMPLETIONS, {"prompt": "CUDA", "stream": True, "logprobs": 1}),
+    "bad-completion-no-prompt": (COMPLETIONS, {}),
+    "bad-completion-model": (COMPLETIONS, {"prompt": "CUDA", "model": "nope"}),
+    "bad-completion-temperature": (COMPLETIONS, {"prompt": "CUDA", "temperature": -1}),
+    "bad-completion-temperature-type": (COMPLETIONS, {"prompt": "CUDA", "temperature": "hot"}),
+    "bad-completion-max-tokens": (COMPLETIONS, {"prompt": "CUDA", "max_tokens": 99_999}),
+    "bad-completion-max-tokens-sign": (COMPLETIONS, {"prompt": "CUDA", "max_tokens": -1}),
+    "bad-completion-top-p": (COMPLETIONS, {"prompt": "CUDA", "top_p": 2}),
+    "bad-completion-n": (COMPLETIONS, {"prompt": "CUDA", "n": 0}),
+    "bad-completion-empty": (COMPLETIONS, {"prompt": ""}),
+    "bad-completion-too-long": (COMPLETIONS, {"prompt": [5] * 5000}),
+    "bad-completion-vocabulary": (COMPLETIONS, {"prompt": [99_999]}),
+    "bad-completion-regex": (
+        COMPLETIONS,
+        {"prompt": "CUDA", "structured_outputs": {"regex": "("}},
+    ),
+    "bad-completion-stream": (COMPLETIONS, {"prompt": "", "stream": True}),
+    "chat": (CHAT, {"messages": USER}),
+    "chat-turns": (CHAT, {"messages": TURNS}),
+    "chat-no-thinking": (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    "chat-max": (CHAT, {"messages": USER, "max_tokens": None, "max_completion_tokens": 3}),
+    "chat-stop": (CHAT, {"messages": USER, "stop": ["，"]}),
+    "chat-logprobs": (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 2}),
+    "chat-n": (CHAT, {"messages": USER, "n": 2, "temperature": 1, "seed": 5}),
+    "chat-schema": (CHAT, {"messages": USER, "max_tokens": 40, "response_format": JSON_FORMAT}),
+    "chat-tools-none": (CHAT, {"messages": USER, "tools": [TOOL], "tool_choice": "none"}),
+    "chat-tool-named": (
+        CHAT,
+        {
+            "messages": USER,
+            "max_tokens": 40,
+            "tools": [TOOL],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+    ),
+    "chat-parts": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+    ),
+    "chat-stream": (CHAT, {"messages": USER, "stream": True}),
+    "chat-stream-usage": (
+        CHAT,
+        {"messages": USER, "stream": True, "stream_options": {"include_usage": True}},
+    ),
+    "chat-stream-tool": (
+        CHAT,
+        {
+            "messages": USER,
+            "stream": True,
+            "max_tokens": 40,
+            "tools": [TOOL],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+    ),
+    "bad-chat-tools-auto": (CHAT, {"messages": USER, "tools": [TOOL]}),
+    "bad-chat-no-messages": (CHAT, {}),
+    "bad-chat-empty": (CHAT, {"messages": []}),
+    "bad-chat-model": (CHAT, {"messages": USER, "model": "nope"}),
+    "bad-chat-messages-type": (CHAT, {"messages": "hello"}),
+    "bad-chat-image": (
+        CHAT,
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
+    ),
+    "bad-chat-top-logprobs": (CHAT, {"messages": USER, "top_logprobs": 2}),
+    "responses": (RESPONSES, {"input": "CUDA", "max_output_tokens": 8}),
+    "responses-items": (RESPONSES, {"input": USER, "max_output_tokens": 8}),
+    "responses-instructions": (
+        RESPONSES,
+        {"input": "CUDA", "instructions": "Be brief.", "max_output_tokens": 8},
+    ),
+    "responses-stream": (RESPONSES, {"input": "CUDA", "max_output_tokens": 8, "stream": True}),
+    "bad-responses-model": (RESPONSES, {"input": "CUDA", "model": "nope"}),
+    "bad-responses-no-input": (RESPONSES, {}),
+    "bad-responses-previous": (RESPONSES, {"input": "a", "previous_response_id": "resp_nope"}),
+    "messages": (MESSAGES, {"messages": USER}),
+    "messages-system": (MESSAGES, {"messages": USER, "system": "Be brief."}),
+    "messages-stream": (MESSAGES, {"messages": USER, "stream": True}),
+    "bad-messages-no-max": (MESSAGES, {"messages": USER, "max_tokens": None}),
+    "bad-messages-model": (MESSAGES, {"messages": USER, "model": "nope"}),
+    "bad-embeddings": (EMBEDDINGS, {"input": "CUDA"}),
+    "tokenize": (TOKENIZE, {"prompt": "什么是 warp？"}),
+    "tokenize-chat": (TOKENIZE, {"messages": USER}),
+    "tokenize-strings": (TOKENIZE, {"prompt": "a b", "return_token_strs": True}),
+    "bad-tokenize": (TOKENIZE, {}),
+    "detokenize": ("/detokenize", {"tokens": [5, 6, 7]}),
+    "bad-detokenize": ("/detokenize", {"tokens": "x"}),
+}
+
+
+def test_table_is_large_enough() -> None:
+    assert len(CASES) >= 60
+    assert sum(name.startswith("bad-") for name in CASES) >= 20
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gateway_answers_as_the_engine_does(stack: Stack, name: str) -> None:
+    path, fields = CASES[name]
+    body = {"model": "demo", "temperature": 0, "max_tokens": 6} | fields
+    if path == RESPONSES:
+        del body["max_tokens"]
+
+    direct = httpx.post(f"{stack.engine}{path}", json=body, timeout=60)
+    through = httpx.post(f"{stack.gateway}{path}", json=body, timeout=60)
+
+    assert through.status_code == direct.status_code
+    assert _read(through) == _read(direct)
+    assert through.headers["content-type"] == direct.headers["content-type"]
+    assert (direct.status_code >= 400) == name.startswith("bad-"), direct.text[:300]
+
+
+def test_models_are_the_engines(stack: Stack) -> None:
+    direct, through = (httpx.get(f"{url}/v1/models") for url in (stack.engine, stack.gateway))
+
+    assert _read(through) == _read(direct)
+
+
+def _read(answer: httpx.Response) -> Any:
+    """The body without what differs from call to call; a stream as the list of its events."""
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        return _scrub(orjson.loads(answer.content))
+    events: list[Any] = []
+    for line in answer.text.splitlines():
+        kind, _, data = line.partition(": ")
+        is_json = kind == "data" and data.startswith("{")
+        event = _scrub(orjson.loads(data)) if is_json else data
+        if isinstance(event, dict):
+            event.pop("system_fingerprint", None)
+        events.append((kind, event))
+    return events
+
+
+def _scrub(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _scrub(one) for key, one in value.items() if key not in _VOLATILE}
+    return [_scrub(one) for one in value] if isinstance(value, list) else value

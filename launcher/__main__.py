@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from launcher.config import COMMANDS, Settings, load_settings, suggest
+from launcher.config import COMMANDS, ExplainSettings, Settings, load_settings, suggest
+from launcher.doctor import run_doctor
 from launcher.errors import LauncherError, SettingsError
-from launcher.up import prepare, run
+from launcher.explain import explain
+from launcher.prepare import prepare
+from launcher.up import run
 
 _HELP = """usage: python -m launcher COMMAND [--help]
 
@@ -34,6 +37,11 @@ def main() -> int:
 
 
 def _dispatch(command: str, settings: Settings) -> int:
+    if isinstance(settings, ExplainSettings):
+        print(explain(settings, as_json=settings.json_output))
+        return 0
+    if command == "doctor":
+        return run_doctor(settings, print)
     return asyncio.run(run(prepare(settings), with_gateway=command == "up"))
 
 

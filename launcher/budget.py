@@ -5,6 +5,8 @@ Estimates for planning, shown by `launcher explain`; vLLM measures for itself wh
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ _HOST_BLOCK_TOKENS = 128  # a sequence takes whole blocks: vLLM 0.32 platforms/c
 _FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")
 # The pool sizes a batch down through; the course's own batch has its exact graph.
 _COURSE_BATCH = 358
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
@@ -70,37 +73,49 @@ class Sizing:
     workload: Workload
     options: Mapping[str, Any]
 
+    def number(self, name: str, default: float) -> float:
+        """An option as a number, in the ways vLLM lets people write one (`16k`, `4G`, `auto`)."""
+        value = self.options.get(name, default)
+        if value in ("auto", -1, None):
+            return default
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", str(value))
+        if not match:
+            raise SettingsError(f"--set {name}: {value!r} is no number")
+        return float(match[1]) * _UNITS[match[2]]
+
+    def text(self, name: str) -> str:
+        return str(self.options.get(name) or "")
+
 
 def compute_budget(sizing: Sizing) -> Budget:
-    options, shape = sizing.options, sizing.model.shape
-    parallel = int(options.get("tensor-parallel-size", 1)) * int(
-        options.get("pipeline-parallel-size", 1)
+    shape = sizing.model.shape
+    parallel = int(
+        sizing.number("tensor-parallel-size", 1) * sizing.number("pipeline-parallel-size", 1)
     )
-    element = 1.0 if str(options.get("kv-cache-dtype", "auto")) in _FP8_KV else 2.0
+    element = 1.0 if sizing.text("kv-cache-dtype") in _FP8_KV else 2.0
     per_token = max(1, shape.kv_bytes_per_token(element) // parallel)
-    weights = sizing.model.weight_bytes(str(options.get("quantization") or "")) // parallel
-    context = int(options.get("max-model-len", shape.max_positions))
-    if "kv-cache-memory-bytes" in options:
-        kv = int(options["kv-cache-memory-bytes"])
-        working = _working_bytes(sizing)
-        usable = sizing.device.memory_bytes
+    weights = sizing.model.weight_bytes(sizing.text("quantization")) // parallel
+    working = _working_bytes(sizing)
+    usable = sizing.device.memory_bytes
+    if "kv-cache-memory-bytes" in sizing.options:
+        kv = int(sizing.number("kv-cache-memory-bytes", 0))
     else:
-        usable = int(sizing.device.memory_bytes * float(options.get("gpu-memory-utilization", 0.9)))
-        working = _working_bytes(sizing)
+        usable = int(usable * sizing.number("gpu-memory-utilization", 0.9))
         kv = max(0, usable - weights - working)
+    context = int(sizing.number("max-model-len", shape.max_positions))
     return Budget(usable, weights, working, kv, per_token, context, sizing.workload)
 
 
 def _working_bytes(sizing: Sizing) -> int:
     """Activations of one step, fp32 logits of every sequence, CUDA's own and the graphs' memory."""
-    options, shape = sizing.options, sizing.model.shape
-    step = int(options.get("max-num-batched-tokens", 8192))
-    sequences = int(options.get("max-num-seqs", sizing.workload.sequences))
+    shape = sizing.model.shape
+    step = int(sizing.number("max-num-batched-tokens", 8192))
+    sequences = int(sizing.number("max-num-seqs", sizing.workload.sequences))
     activations = step * (4 * shape.hidden + 2 * shape.intermediate) * 2
     logits = 2 * sequences * shape.vocabulary * 4
     if not sizing.device.is_gpu:
         return activations + logits
-    graphs = 0 if options.get("enforce-eager") else _GRAPH_BYTES
+    graphs = 0 if sizing.options.get("enforce-eager") else _GRAPH_BYTES
     return activations + logits + _CUDA_CONTEXT_BYTES + graphs
 
 
@@ -109,8 +124,8 @@ def _working_bytes(sizing: Sizing) -> int:
 
 def fit_tensor_parallel(sizing: Sizing, _most: int | None) -> tuple[int | None, str]:
     device = sizing.device
-    share = float(sizing.options.get("gpu-memory-utilization", 0.9))
-    weights = sizing.model.weight_bytes(str(sizing.options.get("quantization") or ""))
+    share = sizing.number("gpu-memory-utilization", 0.9)
+    weights = sizing.model.weight_bytes(sizing.text("quantization"))
     spare = int(device.memory_bytes * share) - _working_bytes(sizing)
     needed = 1
     while weights / needed > spare * 0.9:
@@ -134,10 +149,20 @@ def fit_fp8_weights(sizing: Sizing, _most: int | None) -> tuple[str | None, str]
     return "fp8", f"{shape.linear_parameters / 1e9:.1f} billion parameters"
 
 
+def fit_small_share(sizing: Sizing, _most: int | None) -> tuple[float, str]:
+    """Half of the device, or what the weights and a few contexts need."""
+    weights = sizing.model.weight_bytes(sizing.text("quantization"))
+    kv = 4 * 4096 * sizing.model.shape.kv_bytes_per_token(2.0)
+    needed = (weights + _working_bytes(sizing) + kv) / sizing.device.memory_bytes
+    share = min(0.9, max(0.5, math.ceil(needed * 20) / 20))
+    return share, "half of it" if share == 0.5 else f"{weights / GIB:.1f} GiB of weights"
+
+
 def fit_context(sizing: Sizing, most: int | None) -> tuple[int, str]:
     own = sizing.model.shape.max_positions
     budget = compute_budget(sizing)
-    room = own if not sizing.device.is_gpu else max(256, budget.kv_tokens)
+    # vLLM refuses to start when one full context does not fit, and this is an estimate.
+    room = max(256, int(budget.kv_tokens * 0.8) // 256 * 256) if sizing.device.is_gpu else own
     value = min(own, most or own, room)
     decided = {own: "the model's own limit", most: "the profile's limit"}
     return value, decided.get(value, "what the KV cache holds")
@@ -155,7 +180,7 @@ def fit_sequences(sizing: Sizing, _most: int | None) -> tuple[int, str]:
 
 
 def fit_graph_sizes(sizing: Sizing, _most: int | None) -> tuple[list[int], str]:
-    top = int(sizing.options.get("max-num-seqs", sizing.workload.sequences))
+    top = int(sizing.number("max-num-seqs", sizing.workload.sequences))
     sizes = {1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), _COURSE_BATCH, top}
     return sorted(size for size in sizes if size <= min(top, 1024)), f"up to {top}"
 
@@ -163,7 +188,7 @@ def fit_graph_sizes(sizing: Sizing, _most: int | None) -> tuple[list[int], str]:
 def fit_host_kv(sizing: Sizing, _most: int | None) -> tuple[int, str]:
     """Room for the workload, never more than a quarter of the host, at least one full context."""
     per_token = sizing.model.shape.kv_bytes_per_token(2.0)
-    context = int(sizing.options.get("max-model-len", sizing.model.shape.max_positions))
+    context = int(sizing.number("max-model-len", sizing.model.shape.max_positions))
     tokens = -(-sizing.workload.tokens // _HOST_BLOCK_TOKENS) * _HOST_BLOCK_TOKENS
     wanted = sizing.workload.sequences * tokens * per_token
     ceiling = int(sizing.device.memory_bytes * _HOST_KV_SHARE)
@@ -180,6 +205,7 @@ def fit_host_threads(sizing: Sizing, _most: int | None) -> tuple[int | None, str
 # In the order they are computed: later ones look at what earlier ones chose.
 RULES: dict[str, Callable[[Sizing, int | None], tuple[Any, str]]] = {
     "fp8-weights": fit_fp8_weights,
+    "small-share": fit_small_share,
     "tensor-parallel": fit_tensor_parallel,
     "context": fit_context,
     "host-kv": fit_host_kv,

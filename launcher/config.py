@@ -155,6 +155,10 @@ class Settings(BaseSettings):
         return self.state_dir or base / "vllm-gateway" / str(self.engine_port)
 
     @property
+    def tuned_path(self) -> Path:
+        return self.cache_path / "tuned.toml"
+
+    @property
     def cache_path(self) -> Path:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return (self.cache_dir or base / "vllm-gateway").absolute()

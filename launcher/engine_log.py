@@ -47,7 +47,7 @@ _CAUSE = re.compile(
 )
 # They say that something failed elsewhere; the elsewhere is the cause.
 _ECHO = re.compile(
-    r"See root cause above|EngineDeadError|Failed core proc|leash: |^During handling"
+    r"[Ss]ee (?:root cause|stack trace)|initialization failed|EngineDeadError|leash: "
 )
 
 

@@ -36,16 +36,25 @@ class Fingerprint:
         return {"name": self.name, "host_key": self.host_key, **asdict(self)}
 
 
+def take_host_key(vllm: InstalledVllm, model: Model, device: Device) -> str:
+    return _fingerprint(vllm, model, device, "").host_key
+
+
 def take_fingerprint(
     vllm: InstalledVllm, model: Model, device: Device, command: EngineCommand
 ) -> Fingerprint:
+    words = [*_portable(command.arguments), *sorted(command.environment.items())]
+    return _fingerprint(vllm, model, device, _digest(repr(words)))
+
+
+def _fingerprint(vllm: InstalledVllm, model: Model, device: Device, flags: str) -> Fingerprint:
     return Fingerprint(
         vllm=vllm.title,
         torch=read_version("torch"),
         model=f"{model.served_name} {_model_digest(model)}",
         device=f"{device.count}x {device.name} {device.memory_bytes / GIB:.0f} GiB",
         driver=device.driver,
-        flags=_digest(" ".join([*_portable(command.arguments), *sorted(command.environment)])),
+        flags=flags,
     )
 
 

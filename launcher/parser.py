@@ -88,9 +88,8 @@ def try_argv(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
             parser.parse_args(argv)
     except SystemExit:
-        lines = [line for line in complaint.getvalue().splitlines() if line.strip()]
-        errors = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
-        return (errors or lines or ["refused without a word"])[-1]
+        usage, _, error = complaint.getvalue().partition("error: ")
+        return " ".join((error or usage).split())[:300] or "refused without a word"
     except Exception as error:  # noqa: BLE001  (whatever vLLM raises is its verdict)
         return " ".join(str(error).split())[:300]
     return None

@@ -289,7 +289,7 @@ class Supervisor:
     def _describe_ending(
         self, child: ChildProcess, reason: str, began: float, was_ready: bool, dump: list[str]
     ) -> Ending:
-        tail = self.lines.tail(80, since=began)
+        tail = self.lines.tail(400, since=began)
         return Ending(
             reason=reason,
             returncode=child.returncode,

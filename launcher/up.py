@@ -10,57 +10,28 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 import structlog
 
-from launcher.command import (
-    EngineCommand,
-    InstalledVllm,
-    build_command,
-    find_vllm,
-)
 from launcher.config import DEMO_MODEL, Settings
 from launcher.crash import CrashCards
 from launcher.engine import Engine
 from launcher.errors import SettingsError
-from launcher.fingerprint import read_versions, take_fingerprint
-from launcher.flags import Flags, read_flags
+from launcher.fingerprint import read_versions
 from launcher.gateway import Gateway
-from launcher.hardware import find_device
-from launcher.models import find_model
 from launcher.output import Output
+from launcher.prepare import Prepared
 from launcher.probe import EngineProbe
 from launcher.process import end_leftovers
-from launcher.profiles import Plan, build_plan, choose_profile, parse_overrides
 from launcher.status import StatusSource, serve_status
 from launcher.supervisor import RestartRule, Supervisor
+from launcher.warm import note_start
 
 log = structlog.get_logger("launcher")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All decisions, before anything is started."""
-
-    settings: Settings
-    vllm: InstalledVllm
-    flags: Flags
-    plan: Plan
-    command: EngineCommand
-
-
-def prepare(settings: Settings) -> Prepared:
-    vllm = find_vllm()
-    flags = read_flags(vllm.version, settings.cache_path)
-    device = find_device(settings.gpu, engine_build=vllm.build)
-    profile = choose_profile(settings.profile, device)
-    model = find_model(settings)
-    plan = build_plan(profile, device, model, flags, overrides=parse_overrides(settings.set, flags))
-    return Prepared(settings, vllm, flags, plan, build_command(plan, settings, vllm, flags))
 
 
 async def run(prepared: Prepared, *, with_gateway: bool) -> int:
@@ -105,9 +76,7 @@ class Session:
         )
         folder = settings.state_path
         engine = Engine(prepared.command, settings, probe, plan.model.served_name)
-        fingerprint = take_fingerprint(
-            prepared.vllm, plan.model, plan.device, prepared.command
-        ).describe()
+        fingerprint = prepared.fingerprint.describe()
         versions = read_versions(prepared.vllm)
         self.cards = CrashCards(folder / "crashes", prepared.command, engine, versions, fingerprint)
         self.engine = Supervisor(engine, rule, output, folder, self.cards.add)
@@ -171,6 +140,9 @@ class Session:
         return StatusSource(standings, self._facts, labels, self._progress, lambda: self.cards.last)
 
     async def _announce(self) -> None:
+        await self.engine.ready.wait()
+        seconds = self.engine.standing.start_seconds or 0.0
+        note_start(self._prepared.settings.cache_path, self._prepared.fingerprint.name, seconds)
         await (self.gateway or self.engine).ready.wait()
         settings, plan = self._prepared.settings, self._prepared.plan
         what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"

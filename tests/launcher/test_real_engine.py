@@ -1,4 +1,4 @@
-"""The same promises kept with the real vLLM on a CPU; a start takes half a minute, so few of them."""
+"""The same promises kept with the real vLLM on a CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_core_killed_during_a_batch_engine_returns_and_card_names_it(launcher: L
     group = launcher.status()["engine"]["pid"]
     core = find_core(launcher)
 
-    async def scenario() -> httpx.Response | Exception:
+    async def scenario() -> httpx.Response | BaseException:
         task = ask_in_background(launcher.engine_url, 358, max_tokens=1500)
         await asyncio.sleep(1.5)  # the batch is inside
         assert not task.done()
@@ -55,7 +55,7 @@ def test_core_killed_during_a_batch_engine_returns_and_card_names_it(launcher: L
         return (await asyncio.gather(task, return_exceptions=True))[0]
 
     answer = asyncio.run(scenario())
-    assert isinstance(answer, Exception) or answer.status_code >= 500
+    assert isinstance(answer, BaseException) or answer.status_code >= 500
     launcher.wait_state("ready", restarts=1, within_s=START_S)
     card = launcher.crash_card()
     assert card["signal"] == "SIGKILL"

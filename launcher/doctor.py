@@ -1,0 +1,230 @@
+"""`launcher doctor`: everything that can be known to be wrong before a GPU minute is spent."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
+from launcher.config import Settings
+from launcher.errors import LauncherError, SettingsError
+from launcher.fingerprint import read_version
+from launcher.flags import Flags, find_change, read_flags, try_commands
+from launcher.hardware import GIB, Device, find_device
+from launcher.models import Model, find_model
+from launcher.prepare import decide
+from launcher.profiles import Plan
+from launcher.up import ensure_port_free
+
+_MIN_FILES = 4096  # a batch of 358 separate calls is 358 sockets, twice
+_MIN_DISK_BYTES = 2 * GIB
+_MIN_SHM_BYTES = GIB
+# The oldest driver that runs programs built for this major version of CUDA.
+_MIN_DRIVER = {"12": 525, "13": 580}
+_MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: str  # "ok", "warn": it will start, "fail": it will not
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{_MARKS[self.level]}  {self.subject:<8} {self.text}"
+
+
+class Doctor:
+    """Each check is a method that yields findings; a later one needs what an earlier one found."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._vllm: InstalledVllm | None = None
+        self._flags: Flags | None = None
+        self._device: Device | None = None
+        self._model: Model | None = None
+        self._plan: Plan | None = None
+
+    def examine(self) -> Iterator[Finding]:
+        checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+            ("vllm", self._check_vllm),
+            ("torch", self._check_torch),
+            ("device", self._check_device),
+            ("model", self._check_model),
+            ("plan", self._check_plan),
+            ("flags", self._check_flags),
+            ("port", self._check_ports),
+            ("disk", self._check_disk),
+            ("limits", self._check_limits),
+            ("clock", self._check_clock),
+        )
+        for subject, check in checks:
+            try:
+                yield from check()
+            except LauncherError as error:
+                yield Finding("fail", subject, str(error))
+
+    def _check_vllm(self) -> Iterator[Finding]:
+        self._vllm = find_vllm()
+        self._flags = read_flags(self._vllm.version, self._settings.cache_path)
+        yield Finding("ok", "vllm", f"{self._vllm.title}, started as {self._vllm.module}")
+
+    def _check_torch(self) -> Iterator[Finding]:
+        torch = read_version("torch")
+        is_cpu_torch = "+cpu" in torch
+        if torch == "not installed":
+            yield Finding("fail", "torch", "not installed; `make setup` installs it")
+        elif self._vllm and self._vllm.build == "gpu" and is_cpu_torch:
+            yield Finding("fail", "torch", f"{torch} cannot use the GPU that vLLM is built for")
+        else:
+            yield Finding("ok", "torch", torch)
+        for name in ("torchvision", "torchaudio"):
+            version = read_version(name)
+            if is_cpu_torch and version != "not installed" and "+cpu" not in version:
+                text = f"{name} {version} does not match torch {torch}: imports break; remove it"
+                yield Finding("fail", "torch", text)
+
+    def _check_device(self) -> Iterator[Finding]:
+        build = self._vllm.build if self._vllm else "gpu"
+        self._device = find_device(self._settings.gpu, engine_build=build)
+        yield Finding("ok", "device", self._device.title)
+        if not self._device.is_gpu:
+            return
+        free = self._device.memory_bytes - self._device.used_bytes
+        if self._device.used_bytes > self._device.memory_bytes // 20:
+            text = f"another program holds memory: {free / GIB:.1f} GiB are free"
+            yield Finding("warn", "device", text)
+        yield from self._check_driver(self._device.driver)
+
+    def _check_driver(self, driver: str) -> Iterator[Finding]:
+        if not driver:
+            return
+        cuda = re.search(r"\+cu(\d\d)", read_version("torch"))
+        least = _MIN_DRIVER.get(cuda[1], 0) if cuda else 0
+        major = int(driver.partition(".")[0])
+        if major < least and cuda:
+            text = f"{driver} is too old for CUDA {cuda[1]}; {least} or newer is needed"
+            yield Finding("fail", "driver", text)
+        else:
+            yield Finding("ok", "driver", driver)
+
+    def _check_model(self) -> Iterator[Finding]:
+        self._model = find_model(self._settings)
+        size = self._model.file_bytes / GIB
+        shape = self._model.shape
+        yield Finding(
+            "ok", "model", f"{self._model.path} ({shape.architecture}, {size:.2f} GiB of weights)"
+        )
+        if not (self._model.path / "tokenizer.json").is_file():
+            yield Finding("warn", "model", "no tokenizer.json: the gateway cannot count tokens")
+        elif not _has_template(self._model.path):
+            text = "no chat template: set GATEWAY_PROMPT_STYLE to chatml, qa or raw"
+            yield Finding("warn", "model", text)
+
+    def _check_plan(self) -> Iterator[Finding]:
+        if not (self._vllm and self._flags and self._model):
+            return
+        self._plan = decide(self._settings, self._vllm, self._flags, self._model)
+        budget = self._plan.budget
+        if budget.kv_tokens < budget.context_tokens:
+            text = f"the KV cache would hold {budget.kv_tokens:,} tokens, less than one context"
+            yield Finding("fail", "memory", text)
+            return
+        memory = (
+            f"weights {budget.weight_bytes / GIB:.2f}, KV cache {budget.kv_bytes / GIB:.2f} GiB"
+        )
+        holds = f"{budget.workload_sequences:,} sequences of {budget.workload.tokens} tokens"
+        yield Finding("ok", "memory", f"{self._plan.profile}: {memory}, holds {holds}")
+        for note in self._plan.notes:
+            yield Finding("ok", "tuned", note)
+
+    def _check_flags(self) -> Iterator[Finding]:
+        """The installed parser tries the whole command, and every option alone to find culprits."""
+        if not (self._vllm and self._flags and self._plan):
+            return
+        command = build_command(self._plan, self._settings, self._vllm, self._flags)
+        options, _ = adapt(self._plan, self._settings, self._flags)
+        alone = [["m", *build_arguments([option], self._flags)] for option in options]
+        whole = ["m", *build_arguments(options, self._flags)]
+        verdict, *verdicts = try_commands([whole, *alone])
+        for option, refusal in zip(options, verdicts, strict=True):
+            if refusal:
+                change = find_change(option.name.partition(".")[0])
+                advice = f"; {change['note']}" if change else ""
+                yield Finding("fail", "flags", f"{option.name}: {refusal}{advice}")
+        if verdict and not any(verdicts):
+            yield Finding("fail", "flags", verdict)
+        if not verdict:
+            count = sum(word.startswith("--") for word in command.arguments)
+            yield Finding("ok", "flags", f"{count} accepted by the parser of {self._vllm.title}")
+        for choice in self._plan.options:
+            if choice.name not in {option.name for option in options}:
+                text = f"{choice.name} is unknown to {self._vllm.title}: left out or renamed"
+                yield Finding("warn", "flags", text)
+
+    def _check_ports(self) -> Iterator[Finding]:
+        settings = self._settings
+        rows = [
+            (settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT"),
+            (settings.host, settings.port, "LAUNCHER_PORT"),
+            ("127.0.0.1", settings.status_port_used, "LAUNCHER_STATUS_PORT"),
+        ]
+        for host, port, name in rows:
+            try:
+                ensure_port_free(host, port, name)
+                yield Finding("ok", "port", f"{host}:{port} is free")
+            except SettingsError as error:
+                yield Finding("fail", "port", str(error))
+
+    def _check_disk(self) -> Iterator[Finding]:
+        for path in (self._settings.cache_path, self._settings.state_path):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                (path / ".doctor").write_text("")
+                (path / ".doctor").unlink()
+            except OSError as error:
+                yield Finding("fail", "disk", f"{path}: {error.strerror}")
+                continue
+            free = shutil.disk_usage(path).free
+            level = "ok" if free > _MIN_DISK_BYTES else "warn"
+            yield Finding(level, "disk", f"{path}: {free / GIB:.1f} GiB free")
+        parallel = self._plan.value("tensor-parallel-size", 1) if self._plan else 1
+        shared = Path("/dev/shm")  # noqa: S108
+        if parallel > 1 and shared.is_dir() and shutil.disk_usage(shared).total < _MIN_SHM_BYTES:
+            text = f"{shared} is smaller than 1 GiB: GPUs talk through it (docker: --shm-size)"
+            yield Finding("fail", "disk", text)
+
+    def _check_limits(self) -> Iterator[Finding]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        least = hard if hard != resource.RLIM_INFINITY else _MIN_FILES
+        level = "ok" if max(soft, least) >= _MIN_FILES else "warn"
+        yield Finding(level, "limits", f"{soft} open files, {hard} at most (vLLM raises its own)")
+
+    def _check_clock(self) -> Iterator[Finding]:
+        """Wrong clocks break TLS, caches and every log; files from the future give them away."""
+        newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
+        now = time.time()
+        if now < newest - 300:
+            text = f"the clock is {(newest - now) / 3600:.1f} h behind this program's own files"
+            yield Finding("fail", "clock", text)
+        else:
+            yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+
+
+def _has_template(path: Path) -> bool:
+    config = path / "tokenizer_config.json"
+    inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+    return inside or (path / "chat_template.jinja").is_file()
+
+
+def run_doctor(settings: Settings, say: Callable[[str], None]) -> int:
+    is_well = True
+    for finding in Doctor(settings).examine():
+        say(str(finding))
+        is_well &= finding.level != "fail"
+    return 0 if is_well else 2

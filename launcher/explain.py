@@ -1,0 +1,157 @@
+"""`launcher explain`: what the engine would be told, why, and what fits into its memory."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from launcher.command import (
+    EngineCommand,
+    InstalledVllm,
+    adapt,
+    build_command,
+    engine_environment,
+    find_vllm,
+)
+from launcher.config import Settings
+from launcher.errors import SettingsError
+from launcher.fingerprint import take_fingerprint
+from launcher.flags import Flags, read_flags, read_shipped_flags
+from launcher.hardware import GIB, parse_device
+from launcher.models import find_model
+from launcher.prepare import decide
+from launcher.profiles import Choice, Plan
+from launcher.warm import describe_cache
+
+
+def explain(settings: Settings, *, as_json: bool) -> str:
+    """Works without a GPU, without vLLM and without the model's weights."""
+    vllm, flags = _find_vllm_or_shipped(settings)
+    model = find_model(settings, config_only=True)
+    plan = decide(settings, vllm, flags, model)
+    command = build_command(plan, settings, vllm, flags)
+    facts = _gather(settings, vllm, flags, plan, command)
+    return json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _render(facts, plan)
+
+
+def _find_vllm_or_shipped(settings: Settings) -> tuple[InstalledVllm, Flags]:
+    try:
+        vllm = find_vllm()
+        flags = read_flags(vllm.version, settings.cache_path)
+    except SettingsError:
+        vllm, flags = None, read_shipped_flags()
+    is_other = bool(settings.gpu) and parse_device(settings.gpu).is_gpu
+    if vllm and not (vllm.build == "cpu" and is_other):
+        return vllm, flags
+    # A GPU that is only planned for is served by the GPU build of the same version.
+    module = "vllm.entrypoints.cli.main"
+    return InstalledVllm("vllm (not installed here)", flags.version, "gpu", module, True), flags
+
+
+def _gather(
+    settings: Settings, vllm: InstalledVllm, flags: Flags, plan: Plan, command: EngineCommand
+) -> dict[str, Any]:
+    options, environment = adapt(plan, settings, flags)
+    exported = engine_environment(command, {})
+    budget = plan.budget
+    return {
+        "profile": plan.profile,
+        "title": plan.title,
+        "device": plan.device.title,
+        "model": plan.model.name,
+        "vllm": vllm.title,
+        "argv": command.argv,
+        "environment": exported,
+        "options": [_row(choice) for choice in options],
+        "variables": [_row(choice) for choice in environment],
+        "memory": {
+            "device_bytes": plan.device.memory_bytes,
+            "usable_bytes": budget.usable_bytes,
+            "weight_bytes": budget.weight_bytes,
+            "working_bytes": budget.working_bytes,
+            "kv_bytes": budget.kv_bytes,
+            "kv_bytes_per_token": budget.kv_bytes_per_token,
+            "kv_tokens": budget.kv_tokens,
+            "sequences_of_the_workload": budget.workload_sequences,
+            "workload_tokens": budget.workload.tokens,
+            "sequences_of_full_context": round(budget.full_sequences, 1),
+            "context_tokens": budget.context_tokens,
+        },
+        "cache": describe_cache(settings.cache_path, take_key(vllm, plan, command)),
+        "notes": list(plan.notes),
+        "fingerprint": take_fingerprint(vllm, plan.model, plan.device, command).describe(),
+    }
+
+
+def take_key(vllm: InstalledVllm, plan: Plan, command: EngineCommand) -> str:
+    return take_fingerprint(vllm, plan.model, plan.device, command).name
+
+
+def _row(choice: Choice) -> dict[str, Any]:
+    return {
+        "name": choice.name,
+        "value": choice.value,
+        "reason": choice.reason,
+        "source": choice.source,
+        "from": choice.origin,
+    }
+
+
+def _render(facts: dict[str, Any], plan: Plan) -> str:
+    memory = facts["memory"]
+    lines = [
+        f"profile  {facts['profile']}: {facts['title']}",
+        f"device   {facts['device']}",
+        f"model    {facts['model']} ({plan.model.shape.architecture})",
+        f"engine   {facts['vllm']}",
+        "",
+        "options",
+        *_table(facts["options"]),
+        "",
+        "environment (what is exported already wins)",
+        *_table(facts["variables"]),
+        "",
+        "memory of one device, estimated",
+        *_render_memory(memory),
+        "",
+        f"cache    {facts['cache']['line']}",
+        *(f"note     {note}" for note in facts["notes"]),
+        "",
+        "command",
+        "  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in facts["environment"].items()),
+        "  " + shlex.join(facts["argv"]),
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Iterable[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines.append(f"  {row['name']} = {_show(row['value'])}")
+        lines.append(f"      {row['reason']}")
+        lines.append(f"      [{row['from']}] {row['source']}")
+    return lines
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 12:
+        return f"{len(value)} values, {value[0]} to {value[-1]}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _render_memory(memory: dict[str, Any]) -> list[str]:
+    def gib(key: str) -> str:
+        return f"{memory[key] / GIB:7.2f} GiB"
+
+    per_token = f"{memory['kv_bytes_per_token'] / 1024:,.1f} KiB a token"
+    holds = f"{memory['sequences_of_the_workload']:,} sequences of {memory['workload_tokens']:,}"
+    full = f"{memory['sequences_of_full_context']:,} of the full {memory['context_tokens']:,}"
+    return [
+        f"  usable   {gib('usable_bytes')} of {memory['device_bytes'] / GIB:.1f}",
+        f"  weights  {gib('weight_bytes')}",
+        f"  working  {gib('working_bytes')}  activations, logits, graphs",
+        f"  KV cache {gib('kv_bytes')}  {per_token}: {memory['kv_tokens']:,} tokens",
+        f"  holds    {holds} tokens, or {full}",
+    ]

@@ -1,0 +1,109 @@
+"""`explain` and `doctor`, as people call them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.programs import ROOT, Launcher, running
+
+MODELS = Path(__file__).parent / "models"
+
+
+def call(launcher: Launcher, *arguments: str) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "launcher", *arguments],
+        cwd=ROOT,
+        env=launcher.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path)
+
+
+def test_explain_json_is_the_command_that_is_started(launcher: Launcher) -> None:
+    code, out, _ = call(launcher, "explain", "--json-output")
+    facts = json.loads(out)
+    assert code == 0
+    with running(launcher):
+        status = launcher.wait_state("ready")
+        assert status["argv"] == facts["argv"]
+        assert status["fingerprint"] == facts["fingerprint"]
+
+
+def test_explain_says_whether_the_next_start_is_warm(launcher: Launcher) -> None:
+    assert "cold" in call(launcher, "explain")[1]
+    with running(launcher):
+        launcher.wait_state("ready")
+    assert "warm" in call(launcher, "explain")[1]
+    assert "cold" in call(launcher, "explain", "--set", "max-num-seqs=3")[1]
+
+
+def test_explain_named_gpu_needs_no_gpu(launcher: Launcher) -> None:
+    model = str(MODELS / "qwen3-0.6b")
+    code, out, _ = call(launcher, "explain", "--gpu", "RTX 5090", "--model", model)
+    assert code == 0
+    assert "attention-backend = TRITON_ATTN" in out
+    assert "56.0 KiB a token" in out  # 28 layers x 8 heads x 128 x 2, one byte each
+    assert "vllm.entrypoints.cli.main serve" in out
+
+
+def test_serve_for_a_gpu_that_vllm_cannot_use_is_refused(launcher: Launcher) -> None:
+    code, _, err = call(launcher, "serve", "--gpu", "H200")
+    assert code == 2
+    assert "explain" in err
+
+
+@pytest.mark.engine
+def test_doctor_healthy_host_exits_0_with_a_line_per_finding(launcher: Launcher) -> None:
+    launcher.fake = None
+    code, out, err = call(launcher, "doctor")
+    assert (code, err) == (0, "")
+    subjects = {line.split()[1] for line in out.splitlines()}
+    assert {"vllm", "torch", "device", "model", "memory", "flags", "port", "disk"} <= subjects
+
+
+@pytest.mark.engine
+def test_doctor_names_the_refused_flag_and_the_taken_port(launcher: Launcher) -> None:
+    launcher.fake = None
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", launcher.engine_port))
+        other.listen()
+        code, out, _ = call(launcher, "doctor", "--set", "kv-cache-dtype=fp9")
+    assert code == 2
+    failures = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert len(failures) == 2
+    assert "kv-cache-dtype" in failures[0]
+    assert "LAUNCHER_ENGINE_PORT" in failures[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("servv",), "did you mean serve"), (("up", "--prot", "1"), "did you mean --port")],
+)
+def test_command_line_mistyped_is_one_line_and_2(
+    launcher: Launcher, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = call(launcher, *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_help_of_every_command_exits_0(launcher: Launcher) -> None:
+    for command in ("up", "serve", "explain", "doctor", "tune"):
+        code, out, _ = call(launcher, command, "--help")
+        assert code == 0
+        assert "--engine-port" in out

@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -113,10 +112,9 @@ class Gate:
         self._capacity = settings.max_running
         self._max_waiting = settings.max_waiting
         self._queue_timeout_s = settings.queue_timeout_s
-        self._lanes = {
-            "interactive": _Lane("interactive", settings.interactive_weight, 1, 3),
-            "batch": _Lane("batch", settings.batch_weight, 2, 4),
-        }
+        self._interactive = _Lane("interactive", settings.interactive_weight, 1, 3)
+        self._batch = _Lane("batch", settings.batch_weight, 2, 4)
+        self._lanes = {"interactive": self._interactive, "batch": self._batch}
         self._rows = [self._ledger.row(f"gate:{index}") for index in range(worker.count)]
         self._own = self._rows[worker.index]
         for number in range(1, 5):
@@ -128,18 +126,27 @@ class Gate:
         self._refused = metrics.refused
         metrics.add_live(_GateCollector(self))
 
-    @asynccontextmanager
-    async def enter(self, visit: Visit) -> AsyncIterator[None]:
-        """Holds the visit's places for as long as the block runs."""
+    def enter(self, visit: Visit) -> Stay:
+        """Holds the visit's places for as long as the block of `async with` runs."""
+        return Stay(self, visit, min(visit.sequences, self._capacity))
+
+    async def take(self, visit: Visit, places: int) -> None:
+        if visit.account_limit:
+            self._open_account(visit, places)
         lane = self._lanes[visit.lane]
-        places = min(visit.sequences, self._capacity)
-        with self._account(visit, places):
-            await self._take(visit, lane, places)
-            try:
-                yield
-            finally:
-                self._give_back(lane, places)
-                self._rate.count(places)
+        if not self._has_queue() and self._try_enter(lane, places):
+            return
+        try:
+            await self._wait(visit, lane, places)
+        except BaseException:
+            if visit.account_limit:
+                self._close_account(visit, places)
+            raise
+
+    def give_back(self, visit: Visit, places: int) -> None:
+        self._give_back(self._lanes[visit.lane], places)
+        if visit.account_limit:
+            self._close_account(visit, places)
 
     def expected_wait_s(self, places: int) -> float:
         """How long until so many more places have become free, by what the engines did lately."""
@@ -158,9 +165,7 @@ class Gate:
     def _waiting(self) -> int:
         return int(sum(row[3] + row[4] for row in self._rows))
 
-    async def _take(self, visit: Visit, lane: _Lane, places: int) -> None:
-        if not self._has_queue() and self._try_enter(lane, places):
-            return
+    async def _wait(self, visit: Visit, lane: _Lane, places: int) -> None:
         expected_s = self.expected_wait_s(places)
         retry_after_s = min(max(1.0, expected_s), _LONGEST_RETRY_AFTER_S)
         waiting = self._waiting()
@@ -207,10 +212,10 @@ class Gate:
             raise
 
     def _has_queue(self) -> bool:
-        return any(lane.queue for lane in self._lanes.values())
+        return bool(self._interactive.queue or self._batch.queue)
 
     def _try_enter(self, lane: _Lane, places: int) -> bool:
-        with self._ledger.locked():
+        with self._ledger.lock:
             running = self._running()
             if running + places > self._capacity:
                 return False
@@ -229,9 +234,11 @@ class Gate:
 
     def _give_back(self, lane: _Lane, places: int) -> None:
         self._rate.tick(is_busy=True)
-        with self._ledger.locked():
+        self._rate.count(places)
+        with self._ledger.lock:
             self._own[lane.running_field] -= places
-        self._admit()
+        if self._has_queue():
+            self._admit()
 
     def _admit(self) -> None:
         while queued := [lane for lane in self._lanes.values() if lane.queue]:
@@ -260,36 +267,45 @@ class Gate:
         if self._has_queue():
             self._poll()
 
-    @contextmanager
-    def _account(self, visit: Visit, places: int) -> Iterator[None]:
+    def _open_account(self, visit: Visit, places: int) -> None:
         """Counts against the key's own limit, where it has one."""
-        if not visit.account_limit:
-            yield
-            return
         rows = [self._ledger.row(f"held:{visit.account}:{n}") for n in range(self._worker.count)]
         own = rows[self._worker.index]
         if visit.account not in self._accounts:
             self._accounts.add(visit.account)
             own[1] = 0  # what an earlier process in this place left behind
-        with self._ledger.locked():
+        with self._ledger.lock:
             held = int(sum(row[1] for row in rows))
             # One request larger than the limit may still run, alone.
             if held and held + places > visit.account_limit:
                 self._refused.labels("key_concurrency").inc()
+                wait_s = max(1.0, self._rate.time_for(places))
                 raise Overloaded(
                     f"this key has {held} sequences running or waiting; its limit is "
                     f"{visit.account_limit}",
                     code="key_concurrency",
-                    retry_after_s=min(
-                        max(1.0, self._rate.time_for(places)), _LONGEST_RETRY_AFTER_S
-                    ),
+                    retry_after_s=min(wait_s, _LONGEST_RETRY_AFTER_S),
                 )
             own[1] += places
-        try:
-            yield
-        finally:
-            with self._ledger.locked():
-                own[1] -= places
+
+    def _close_account(self, visit: Visit, places: int) -> None:
+        with self._ledger.lock:
+            self._ledger.row(f"held:{visit.account}:{self._worker.index}")[1] -= places
+
+
+class Stay:
+    """A visit's time inside: a plain object, for a generator would cost each request more."""
+
+    __slots__ = ("_gate", "_places", "_visit")
+
+    def __init__(self, gate: Gate, visit: Visit, places: int) -> None:
+        self._gate, self._visit, self._places = gate, visit, places
+
+    async def __aenter__(self) -> None:
+        await self._gate.take(self._visit, self._places)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._gate.give_back(self._visit, self._places)
 
 
 class _GateCollector(Collector):

@@ -23,11 +23,7 @@ def build_app(
     """The gateway as aiohttp serves it; `reload` reads the settings again when asked."""
     app = web.Application(
         client_max_size=settings.max_body_bytes,
-        middlewares=[
-            middleware.trace_request,
-            middleware.translate_errors,
-            middleware.authenticate,
-        ],
+        middlewares=[middleware.surround],
     )
     app[SETTINGS] = settings
     worker = read_worker()
@@ -48,7 +44,6 @@ def build_app(
             yield
 
     app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, run_key_reload))
-    app.on_response_prepare.append(middleware.add_headers)
 
     app.router.add_get("/", health.handle_root)
     app.router.add_get("/healthz", health.handle_healthz)

@@ -11,6 +11,8 @@ from gateway.errors import BodyTimeout
 
 
 async def read_body(request: web.Request) -> bytes:
+    if request.content.is_eof():
+        return await request.read()  # all here already, as small bodies are
     timeout_s = request.app[SETTINGS].body_timeout_s
     try:
         async with asyncio.timeout(timeout_s):

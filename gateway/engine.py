@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import aiohttp
+from yarl import URL
 
 from gateway.config import Settings
 from gateway.errors import (
@@ -35,6 +35,7 @@ from gateway.wire import (
 )
 
 _BUSY_S = 1.0
+_MOST_ADDRESSES = 64
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -61,6 +62,7 @@ class Engine:
         self._busy_until = 0.0
         self._failures = 0
         self._tripped_until = 0.0
+        self._addresses: dict[str, URL] = {}
         self._session = session
         self._settings = settings
 
@@ -143,44 +145,43 @@ class Engine:
             raise self._error(status, answer)
         return parse_models(answer)
 
-    @asynccontextmanager
     async def open(
-        self,
-        method: str,
-        path: str,
-        *,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        sequences: int = 1,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer whose body has not been read, for passing on."""
-        self.running += sequences
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+    ) -> aiohttp.ClientResponse:
+        """An answer whose body has not been read, for passing on; the caller releases it."""
         try:
-            async with self._session.request(
-                method, self.url + path, headers=headers, data=body
-            ) as response:
-                yield response
-                if response.status < 500:
-                    self.note_success()
-                elif response.status != 503:
-                    self.note_failure()
+            response = await self._session.request(
+                method, self._address(path), headers=headers, data=body
+            )
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._translate(error) from error
-        finally:
-            self.running -= sequences
+            raise self.translate(error) from error
+        if response.status < 500:
+            self._failures = 0
+        elif response.status != 503:
+            self.note_failure()
+        return response
+
+    def _address(self, path: str) -> URL:
+        """Parsed once a path: that costs more than the rest of a request's preparation."""
+        address = self._addresses.get(path)
+        if address is None:
+            address = URL(self.url + path, encoded=True)
+            if len(self._addresses) < _MOST_ADDRESSES:
+                self._addresses[path] = address
+        return address
 
     async def _exchange(
         self, method: str, path: str, body: bytes | None = None
     ) -> tuple[int, bytes]:
         try:
             async with self._session.request(
-                method, self.url + path, data=body, headers=_JSON if body else None
+                method, self._address(path), data=body, headers=_JSON if body else None
             ) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._translate(error) from error
+            raise self.translate(error) from error
 
-    def _translate(self, error: Exception) -> EngineError:
+    def translate(self, error: Exception) -> EngineError:
         self.note_failure()
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
             return EngineUnreachable(

@@ -112,7 +112,7 @@ class Keyring:
         row = self._ledger.row(_row_name(caller))
         requests = _Bucket(row, _REQUESTS_LEFT, caller.requests_per_minute)
         tokens = _Bucket(row, _TOKENS_LEFT, caller.tokens_per_minute)
-        with self._ledger.locked():
+        with self._ledger.lock:
             row[_REQUESTS] += 1
             if caller.tokens_per_minute and (wait_s := tokens.wait_s(0)):
                 raise self._refusal(wait_s, "tokens_per_minute", caller.tokens_per_minute)
@@ -123,10 +123,10 @@ class Keyring:
 
     def count_tokens(self, caller: Caller, prompt_tokens: int, completion_tokens: int) -> None:
         """What a request used by the engine's own count; known only when it is over."""
-        self._metrics.tokens.labels("in").inc(prompt_tokens)
-        self._metrics.tokens.labels("out").inc(completion_tokens)
+        self._metrics.tokens_in.inc(prompt_tokens)
+        self._metrics.tokens_out.inc(completion_tokens)
         row = self._ledger.row(_row_name(caller))
-        with self._ledger.locked():
+        with self._ledger.lock:
             row[_PROMPT_TOKENS] += prompt_tokens
             row[_COMPLETION_TOKENS] += completion_tokens
             if caller.tokens_per_minute:

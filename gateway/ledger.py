@@ -7,14 +7,11 @@ on any order.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import mmap
 import os
 import struct
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -38,29 +35,16 @@ class Ledger:
         self._file = open(path, "r+b") if path else None  # noqa: SIM115, PTH123 — held open
         self._memory = mmap.mmap(self._file.fileno() if self._file else -1, _SIZE)
         self._cells = memoryview(self._memory).cast("d")
-        self._thread_lock = threading.Lock()
-        self._places: dict[str, int] = {}
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Nobody else changes anything meanwhile. Never awaits inside."""
-        with self._thread_lock:
-            if self._file is None:
-                yield
-                return
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+        self.lock = _Lock(self._file.fileno() if self._file else None)
+        self._rows: dict[str, Row] = {}
 
     def row(self, name: str) -> Row:
         """The row of that name; made at first sight."""
-        place = self._places.get(name)
-        if place is None:
-            with self.locked():
-                place = self._places[name] = self._find(name)
-        return Row(self._cells, place * FIELDS)
+        row = self._rows.get(name)
+        if row is None:
+            with self.lock:
+                row = self._rows[name] = Row(self._cells, self._find(name) * FIELDS)
+        return row
 
     def _find(self, name: str) -> int:
         digest = hashlib.blake2b(name.encode(), digest_size=6).digest()
@@ -80,6 +64,26 @@ class Ledger:
         self._memory.close()
         if self._file is not None:
             self._file.close()
+
+
+class _Lock:
+    """Nobody else changes anything meanwhile; never held over an await.
+
+    Alone there is nobody else: a worker has one thread that counts.
+    """
+
+    __slots__ = ("_descriptor",)
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def __enter__(self) -> None:
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
 
 class Row:

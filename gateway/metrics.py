@@ -6,6 +6,7 @@ into files of a shared folder, and whichever is asked answers for all.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ class Metrics:
         self.warmup_seconds = gauge(
             "warmup_seconds", "How long the last warm-up batch took.", "engine"
         )
+
+        self.tokens_in = self.tokens.labels("in")
+        self.tokens_out = self.tokens.labels("out")
+        self._requests_by = lru_cache(maxsize=1024)(self.requests.labels)
+        self._seconds_by = lru_cache(maxsize=64)(self.request_seconds.labels)
+
+    def count_request(self, route: str, status: int, duration_s: float) -> None:
+        """Finding a label's child costs more than counting on it, so the children are kept."""
+        self._requests_by(route, status).inc()
+        self._seconds_by(route).observe(duration_s)
 
     def add_live(self, collector: Collector) -> None:
         """Figures that are read where they are kept, at the moment of asking."""

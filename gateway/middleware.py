@@ -30,20 +30,20 @@ _QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
 
 
 @web.middleware
-async def trace_request(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Outermost: every request gets an id, one log line and its place in the metrics."""
+async def surround(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """One for everything: each more would cost every request a frame and a task of bookkeeping."""
     trace = Trace(_request_id(request), _route(request))
     request[TRACE] = trace
     status = 499  # what the log says of a caller who hung up
     try:
-        response = await handler(request)
+        response = await _answer(request, handler, trace)
         status = response.status
+        if not response.prepared:
+            trace.put_headers(response.headers)
         return response
     finally:
         duration_s = trace.elapsed_s()
-        metrics = request.app[METRICS]
-        metrics.requests.labels(trace.route, str(status)).inc()
-        metrics.request_seconds.labels(trace.route).observe(duration_s)
+        request.app[METRICS].count_request(trace.route, status, duration_s)
         write = log.debug if trace.route in _QUIET_ROUTES else log.info
         write(
             "request_done",
@@ -55,10 +55,11 @@ async def trace_request(request: web.Request, handler: Handler) -> web.StreamRes
         )
 
 
-@web.middleware
-async def translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.StreamResponse:
     """The one place where exceptions become answers."""
     try:
+        if trace.route not in _OPEN_ROUTES:
+            _authenticate(request, trace)
         return await handler(request)
     except GatewayError as error:
         return _answer_error(request, error)
@@ -70,21 +71,17 @@ async def translate_errors(request: web.Request, handler: Handler) -> web.Stream
     except ConnectionError:
         raise  # the caller is gone: nobody is left to answer
     except Exception:
-        log.exception("request_crashed", request_id=request[TRACE].request_id)
+        log.exception("request_crashed", request_id=trace.request_id)
         return _answer_error(request, GatewayError("the gateway failed; see its log"))
 
 
-@web.middleware
-async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Innermost: who calls, may he, and has he any allowance left."""
-    if request[TRACE].route in _OPEN_ROUTES:
-        return await handler(request)
+def _authenticate(request: web.Request, trace: Trace) -> None:
+    """Who calls, may he, and has he any allowance left."""
     keyring = request.app[KEYRING]
     caller = keyring.identify(request.headers)
-    caller.check_route(request[TRACE].route)
+    caller.check_route(trace.route)
     keyring.take_request(caller)
     request[CALLER] = caller
-    return await handler(request)
 
 
 def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
@@ -97,15 +94,6 @@ def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
         allowed = ", ".join(sorted(error.allowed_methods))
         return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}")
     return InvalidRequest(error.reason, code="bad_request")
-
-
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """On every answer, streams included, as its headers leave."""
-    trace = request.get(TRACE)
-    if trace is not None:
-        response.headers["X-Request-Id"] = trace.request_id
-        response.headers["Server"] = "vllm-gateway"
-        response.headers["Server-Timing"] = trace.server_timing()
 
 
 def _request_id(request: web.Request) -> str:

@@ -104,6 +104,8 @@ class Pool:
         self, affinity: str = "", avoid: Engine | None = None, planned: Counter[str] | None = None
     ) -> Engine:
         """An engine to send to: held for a while when none is ready, as during a restart."""
+        if len(self.engines) == 1 and self.is_ready:
+            return self.engines[0]
         if not self.is_ready and (
             self.draining or not await self.wait_ready(self._settings.restart_hold_s)
         ):

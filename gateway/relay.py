@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
 
 from gateway.admission import GATE, LaneName, build_visit
 from gateway.body import read_body
@@ -45,36 +44,10 @@ ROUTES = (
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
 )
-# Of a connection, not of a message; or written anew by the gateway.
-_NOT_PASSED_ON = frozenset(
-    (
-        "connection",
-        "content-length",
-        "date",
-        "host",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "server",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "x-request-id",
-    )
-)
-# Reading the body here undoes its encoding; who the caller is and who goes first is the gateway's
-# business, not the engine's.
-_NOT_SENT = _NOT_PASSED_ON | {
-    "accept-encoding",
-    "authorization",
-    "content-encoding",
-    "cookie",
-    "expect",
-    "x-api-key",
-    "x-data-parallel-rank",
-    "x-vllm-priority",
-}
+# Lists of what passes, not of what does not: who the caller is, who goes first and how the
+# connection is kept are the gateway's business, and the engine needs nothing else.
+_SENT = ("Accept", "X-Session-Id", "anthropic-version", "traceparent", "tracestate")
+_PASSED_ON = ("Content-Type", "Cache-Control")
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
@@ -94,6 +67,8 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     queued = time.perf_counter()
     async with request.app[GATE].enter(visit):
         trace.queue_s = time.perf_counter() - queued
+        if visit.deadline is None:
+            return await _pass_on(request, call)
         try:
             async with asyncio.timeout_at(visit.loop_deadline()):
                 return await _pass_on(request, call)
@@ -134,37 +109,31 @@ async def _exchange(
     request: web.Request, call: RelayCall, engine: Engine, *, is_last: bool
 ) -> web.StreamResponse:
     trace = request[TRACE]
-    headers = _without(request.headers, _NOT_SENT)
-    headers["X-Request-Id"] = trace.request_id
+    headers = {"X-Request-Id": trace.request_id, "Content-Type": "application/json"}
+    for name in _SENT:
+        if name in request.headers:
+            headers[name] = request.headers[name]
     asked = time.perf_counter()
-    response: web.StreamResponse | None = None
+    engine.running += call.sequences
     try:
-        async with engine.open(
-            request.method,
-            request.rel_url.raw_path_qs,
-            headers=headers,
-            body=call.body or None,
-            sequences=call.sequences,
-        ) as upstream:
+        path = request.rel_url.raw_path_qs
+        upstream = await engine.open(request.method, path, headers, call.body or None)
+        try:
             trace.engine_s = time.perf_counter() - asked
+            if upstream.content_type == "text/event-stream":
+                return await _stream(request, call, engine, upstream)
             if upstream.status in {429, 503} and len(request.app[POOL].engines) > 1 and not is_last:
                 engine.note_busy()
                 raise _TryAgain(EngineError("the engine is busy", code="engine_busy"))
-            if upstream.content_type == "text/event-stream":
-                response = _begin(upstream)
-                await response.prepare(request)
-                await _stream(request, call, upstream, response)
-                return response
-            return await _whole(request, upstream, asked)
+            return await _whole(request, engine, upstream, asked)
+        finally:
+            upstream.release() if upstream.content.at_eof() else upstream.close()
     except GatewayError as error:
-        if response is not None and response.prepared:
-            trace.error_code = error.error_code
-            await response.write(build_stream_error(error, request.path))
-            await response.write_eof()
-            return response
         if not is_last and (isinstance(error, EngineUnreachable) or _is_repeatable(error, call)):
             raise _TryAgain(error) from None
         raise
+    finally:
+        engine.running -= call.sequences
 
 
 def _is_repeatable(error: GatewayError, call: RelayCall) -> bool:
@@ -173,30 +142,52 @@ def _is_repeatable(error: GatewayError, call: RelayCall) -> bool:
 
 
 async def _whole(
-    request: web.Request, upstream: aiohttp.ClientResponse, asked: float
+    request: web.Request, engine: Engine, upstream: aiohttp.ClientResponse, asked: float
 ) -> web.Response:
-    body = await upstream.read()
+    try:
+        body = await upstream.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise engine.translate(error) from error
     request[TRACE].engine_s = time.perf_counter() - asked
     settings = request.app[SETTINGS]
     if upstream.status == 200:
         if request.path == "/v1/models" and settings.alias_map:
             body = add_aliases(body, settings.alias_map)
         _count(request, parse_usage(body))
-    return web.Response(
-        status=upstream.status, headers=_without(upstream.headers, _NOT_PASSED_ON), body=body
-    )
+    return web.Response(status=upstream.status, headers=_headers(upstream), body=body)
 
 
-def _begin(upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    response = web.StreamResponse(
-        status=upstream.status, headers=_without(upstream.headers, _NOT_PASSED_ON)
-    )
-    response.headers.setdefault("Cache-Control", "no-cache")
-    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold a stream back
-    return response
+def _headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name: upstream.headers[name] for name in _PASSED_ON if name in upstream.headers}
 
 
 async def _stream(
+    request: web.Request, call: RelayCall, engine: Engine, upstream: aiohttp.ClientResponse
+) -> web.StreamResponse:
+    """Once its first byte has left, a stream ends as one: a failure is its last event."""
+    response = web.StreamResponse(status=upstream.status, headers=_headers(upstream))
+    response.headers.setdefault("Cache-Control", "no-cache")
+    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold a stream back
+    request[TRACE].put_headers(response.headers)
+    await response.prepare(request)
+    try:
+        await _copy(request, call, upstream, response)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        await _end_with_error(request, response, engine.translate(error))
+    except GatewayError as error:
+        await _end_with_error(request, response, error)
+    await response.write_eof()
+    return response
+
+
+async def _end_with_error(
+    request: web.Request, response: web.StreamResponse, error: GatewayError
+) -> None:
+    request[TRACE].error_code = error.error_code
+    await response.write(build_stream_error(error, request.path))
+
+
+async def _copy(
     request: web.Request,
     call: RelayCall,
     upstream: aiohttp.ClientResponse,
@@ -222,7 +213,6 @@ async def _stream(
     if rest:
         await _write(response, rest, timeout_s)
     _count(request, usage)
-    await response.write_eof()
 
 
 async def _chunks(request: web.Request, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -277,8 +267,3 @@ def _count(request: web.Request, usage: tuple[int, int] | None) -> None:
     trace = request[TRACE]
     trace.prompt_tokens, trace.completion_tokens = usage
     request.app[KEYRING].count_tokens(request[CALLER], *usage)
-
-
-def _without(headers: Mapping[str, str], names: frozenset[str]) -> CIMultiDict[str]:
-    kept = ((name, value) for name, value in headers.items() if name.lower() not in names)
-    return CIMultiDict(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -34,6 +35,12 @@ class Trace:
             f"queue;dur={self.queue_s * 1e3:.2f}, engine;dur={self.engine_s * 1e3:.2f}, "
             f"gateway;dur={gateway_s * 1e3:.2f}{shared}"
         )
+
+    def put_headers(self, headers: MutableMapping[str, str]) -> None:
+        """On every answer, streams included, before its headers leave."""
+        headers["X-Request-Id"] = self.request_id
+        headers["Server"] = "vllm-gateway"
+        headers["Server-Timing"] = self.server_timing()
 
     def log_fields(self) -> dict[str, object]:
         known = {

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import signal
 import socket
@@ -87,7 +88,6 @@ class Doors:
         self.builder = PromptBuilder(settings)
         self.sampling: Sampling = replace(
             default_sampling(settings),
-            max_tokens=arguments.max_tokens,
             stop=self.builder.stop,
             stop_token_ids=self.builder.stop_token_ids,
         )
@@ -97,12 +97,13 @@ class Doors:
         async with self.session.get(f"{self.engine}/v1/models") as answer:
             self.model = (await answer.json())["data"][0]["id"]
 
-    async def arms(self, questions: list[str]) -> list[Arm]:
+    async def arms(self, questions: list[str], max_tokens: int) -> list[Arm]:
         prompts = await self.builder.build(questions, None, None)
         ids: list[Prompt] = [prompt for prompt in prompts if isinstance(prompt, list)]
-        direct_body = build_completion_call(self.model, ids, self.sampling)
+        sampling = replace(self.sampling, max_tokens=max_tokens)
+        direct_body = build_completion_call(self.model, ids, sampling)
         asked = questions if len(questions) > 1 else questions[0]
-        gateway_body = orjson.dumps({"prompt": asked, "max_tokens": self.sampling.max_tokens})
+        gateway_body = orjson.dumps({"prompt": asked, "max_tokens": max_tokens})
 
         async def direct() -> list[str]:
             data = await self._post(f"{self.engine}/v1/completions", direct_body)
@@ -119,6 +120,8 @@ class Doors:
         headers = {"Content-Type": "application/json"}
         async with self.session.post(url, data=body, headers=headers) as answer:
             data = await answer.json(loads=orjson.loads)
+            if "dedup" in answer.headers.get("Server-Timing", ""):
+                raise SystemExit("bench: the gateway shares answers; start it with --no-dedup")
             if answer.status != 200:
                 raise SystemExit(f"bench: {url} answered {answer.status}: {data}")
             return data
@@ -165,7 +168,14 @@ async def own_stack(arguments: argparse.Namespace) -> AsyncIterator[tuple[str, s
     log_path = ROOT / "out" / "bench-stack.log"
     log_path.parent.mkdir(exist_ok=True)
     with log_path.open("wb") as log:
-        stack = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)  # noqa: ASYNC220
+        stack = subprocess.Popen(  # noqa: ASYNC220
+            # The same prompts are asked again and again: sharing answers would be cheating.
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"GATEWAY_DEDUP": "false"},
+        )
         try:
             gateway = f"http://127.0.0.1:{port}"
             await wait_ready(gateway, stack, log_path)
@@ -216,11 +226,13 @@ async def run(arguments: argparse.Namespace) -> int:
     ):
         doors = Doors(session, gateway, engine, arguments)
         await doors.learn_model()
-        batch_arms, single_arms = await doors.arms(questions), await doors.arms(questions[:1])
+        batch_arms = await doors.arms(questions, arguments.max_tokens)
+        # A short answer: what is added to one call does not depend on its length, the noise does.
+        single_arms = await doors.arms(questions[:1], 8)
         batch = await compare(
             f"{len(questions)} prompts in one call", batch_arms, arguments.rounds, 2
         )
-        single = await compare("one prompt", single_arms, arguments.rounds * 3, 4)
+        single = await compare("one prompt", single_arms, arguments.rounds * 8, 4)
     return report(batch, single, arguments)
 
 

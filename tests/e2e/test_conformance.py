@@ -1,12 +1,13 @@
 """The same request to the engine and through the gateway: the same status and the same body.
 
-Ids and times aside, and without what the gateway itself bounds (tests/gateway/test_streams.py). vLLM
-puts its fingerprint on whichever event of a stream is the last, and the gateway takes the one that
-tells the usage away when nobody asked for it: so the fingerprint of streams is left out too.
+Ids and times aside, and without what the gateway itself bounds (tests/gateway/test_streams.py).
+vLLM puts its fingerprint on whichever event of a stream is the last, and the gateway takes away the
+one that tells a usage nobody asked for: so the fingerprint of streams is left out too.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import httpx
@@ -213,18 +214,41 @@ def test_models_are_the_engines(stack: Stack) -> None:
 
 
 def _read(answer: httpx.Response) -> Any:
-    """The body without what differs from call to call; a stream as the list of its events."""
+    """The body without what differs from call to call; a stream as what it amounts to."""
     if not answer.headers["content-type"].startswith("text/event-stream"):
         return _scrub(orjson.loads(answer.content))
-    events: list[Any] = []
-    for line in answer.text.splitlines():
-        kind, _, data = line.partition(": ")
-        is_json = kind == "data" and data.startswith("{")
-        event = _scrub(orjson.loads(data)) if is_json else data
-        if isinstance(event, dict):
-            event.pop("system_fingerprint", None)
-        events.append((kind, event))
-    return events
+    lines = [line.partition(": ") for line in answer.text.splitlines() if line]
+    events = [orjson.loads(data) if data.startswith("{") else data for _, _, data in lines]
+    return _amount([event for event in events if isinstance(event, dict)], lines[-1])
+
+
+def _amount(events: list[Any], last: tuple[str, str, str]) -> dict[str, Any]:
+    """How vLLM groups tokens into events depends on the moment; all they say together does not."""
+    kinds = [event.get("type") or event.get("object") for event in events]
+    choices = [choice for event in events for choice in event.get("choices", [])]
+    deltas = [choice.get("delta", {}) for choice in choices]
+    texts = [
+        choice.get("text") or delta.get("content")
+        for choice, delta in zip(choices, deltas, strict=True)
+    ]
+    texts += [_delta_text(event.get("delta")) for event in events]
+    tools = [
+        call["function"].get("arguments") for one in deltas for call in one.get("tool_calls", [])
+    ]
+    return {
+        "kinds": [kind for kind, _ in itertools.groupby(kinds)],
+        "text": "".join(filter(None, texts)),
+        "tools": "".join(filter(None, tools)),
+        "ends": [one["finish_reason"] for one in choices if one.get("finish_reason")],
+        "usage": [event["usage"] for event in events if event.get("usage")],
+        "errors": [event["error"] for event in events if event.get("error")],
+        "fields": sorted({field for event in events for field in event} - {"system_fingerprint"}),
+        "last": last,
+    }
+
+
+def _delta_text(delta: Any) -> str:
+    return str(delta.get("text", "")) if isinstance(delta, dict) else str(delta or "")
 
 
 def _scrub(value: Any) -> Any:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from launcher.config import COMMANDS, ExplainSettings, Settings, load_settings, suggest
+from launcher.config import (
+    COMMANDS,
+    ExplainSettings,
+    Settings,
+    TuneSettings,
+    load_settings,
+    suggest,
+)
 from launcher.doctor import run_doctor
 from launcher.errors import LauncherError, SettingsError
 from launcher.explain import explain
 from launcher.prepare import prepare
+from launcher.tune import tune
 from launcher.up import run
 
 _HELP = """usage: python -m launcher COMMAND [--help]
@@ -42,6 +50,8 @@ def _dispatch(command: str, settings: Settings) -> int:
         return 0
     if command == "doctor":
         return run_doctor(settings, print)
+    if isinstance(settings, TuneSettings):
+        return asyncio.run(tune(settings, print))
     return asyncio.run(run(prepare(settings), with_gateway=command == "up"))
 
 

@@ -51,6 +51,10 @@ class Gateway:
             "GATEWAY_LOG_FORMAT": self._log_format,
             "GATEWAY_DRAIN_TIMEOUT_S": str(self._settings.drain_timeout_s),
         }
+        servers = int(self._plan.value("api-server-count", 1))
+        if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
+            size = -(-self._plan.warmup_prompts // servers)
+            ours["GATEWAY_MAX_PROMPTS_PER_CALL"] = str(size)
         exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
         return [sys.executable, "-m", "gateway"], {**ours, **exported}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import sys
 import time
 from collections import deque
@@ -38,8 +39,10 @@ class Output:
         self._shown = 0
         self._hidden = 0
 
-    def configure_structlog(self) -> None:
+    def configure_structlog(self, *, quiet: bool = False) -> None:
+        least = logging.ERROR if quiet else logging.INFO
         structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(least),
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),

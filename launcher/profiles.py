@@ -102,7 +102,8 @@ def build_plan(
         options |= _choices(tables.get("options", {}), origin)
         environment |= _choices(tables.get("env", {}), origin)
     for choice in overrides:
-        options[choice.name] = choice
+        # Variables are upper case, flags never are.
+        (environment if choice.name.isupper() else options)[choice.name] = choice
     workload = Workload(**data["workload"])
     options, budget = _fit(options, device, model, workload)
     environment, _ = _fit(environment, device, model, workload)

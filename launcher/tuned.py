@@ -27,11 +27,11 @@ def read_tuned(
         return [], []
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        key, profiles = data["host_key"], data["profile"]
-        options, summary = dict(data["options"]), data["summary"]
+        key, wanted = data["host_key"], data["profile"]
+        options, summary = {**data["options"], **data["environment"]}, data["summary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} cannot be read ({error}); run `tune` or delete it") from None
-    if profiles != profile:
+    if wanted != profile:
         return [], []
     if key != take_host_key(vllm, model, device):
         return [], [f"{path} was measured for another host, model or vLLM: not used"]
@@ -44,7 +44,14 @@ def read_tuned(
 
 
 def write_tuned(
-    path: Path, *, host_key: str, profile: str, options: Mapping[str, Any], summary: str, log: str
+    path: Path,
+    *,
+    host_key: str,
+    profile: str,
+    options: Mapping[str, Any],
+    environment: Mapping[str, str],
+    summary: str,
+    measurements: str,
 ) -> None:
     lines = [
         "# Written by `launcher tune`; used by this profile while vLLM, the model and the GPU stay",
@@ -52,15 +59,20 @@ def write_tuned(
         f'host_key = "{host_key}"',
         f'profile = "{profile}"',
         f"summary = {json.dumps(summary, ensure_ascii=False)}",
-        f"measurements = {json.dumps(log)}",
+        f"measurements = {json.dumps(measurements)}",
         "",
         "[options]",
         *(f'"{name}" = {_toml(value)}' for name, value in options.items()),
+        "",
+        "[environment]",
+        *(f"{name} = {_toml(value)}" for name, value in environment.items()),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _toml(value: Any) -> str:
-    """JSON's words are TOML's for what options hold: strings, numbers, booleans, lists."""
+    """JSON's words are TOML's too, but for tables."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f'"{k}" = {_toml(v)}' for k, v in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)

@@ -40,7 +40,7 @@ async def run(prepared: Prepared, *, with_gateway: bool) -> int:
     output.configure_structlog()
     settings.state_path.mkdir(parents=True, exist_ok=True)
     settings.cache_path.mkdir(parents=True, exist_ok=True)
-    with _only_one(settings.state_path):
+    with hold_state(settings.state_path):
         for name in ("engine", "gateway"):
             await _end_leftovers(settings.state_path / f"{name}.json")
         ensure_port_free(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
@@ -110,6 +110,8 @@ class Session:
             vllm=self._prepared.vllm.version,
             log_file=str(self.engine.lines.path),
         )
+        for note in plan.notes:
+            log.info("tuned_profile", note=note)
         supervisors = [s for s in (self.gateway, self.engine) if s]
         tasks = {s: asyncio.create_task(s.run()) for s in supervisors}
         announcing = asyncio.create_task(self._announce())
@@ -192,7 +194,7 @@ def ensure_port_free(host: str, port: int, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def hold_state(folder: Path) -> Iterator[None]:
     """Two launchers with one state folder would end each other's engines."""
     with (folder / "lock").open("w") as file:
         try:

@@ -15,7 +15,7 @@ from tests.launcher.programs import ROOT, Launcher, running
 MODELS = Path(__file__).parent / "models"
 
 
-def call(launcher: Launcher, *arguments: str) -> tuple[int, str, str]:
+def call(launcher: Launcher, *arguments: str, timeout_s: float = 60) -> tuple[int, str, str]:
     result = subprocess.run(
         [sys.executable, "-m", "launcher", *arguments],
         cwd=ROOT,
@@ -23,7 +23,7 @@ def call(launcher: Launcher, *arguments: str) -> tuple[int, str, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=timeout_s,
     )
     return result.returncode, result.stdout, result.stderr
 

@@ -1,7 +1,8 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `exit_after=1.5`, `setsid_core`); once it runs, POST /fake tells it what to do.
+`flood`, `exit_after=1.5`, `setsid_core`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
+argv); once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
 
@@ -26,7 +27,10 @@ class Server:
     def __init__(self, words: dict[str, str], model: str) -> None:
         self.words = words
         self.model = model
-        self.delay_s = 0.0
+        self.answer = "wrong" if words.get("wrong_with") in sys.argv else "right"
+        self.delay_s = 0.2 if "fast_with" in words else 0.0
+        if {words.get("fast_with"), words.get("wrong_with")} & set(sys.argv):
+            self.delay_s = 0.05
         self.is_stalled = False
         self.running = 0
         self.tokens = 0
@@ -49,9 +53,14 @@ class Server:
         finally:
             self.running -= len(prompts)
         choices = [
-            {"index": i, "text": "x", "finish_reason": "length"} for i in range(len(prompts))
+            {"index": i, "text": self.answer, "finish_reason": "length"}
+            for i in range(len(prompts))
         ]
-        return web.json_response({"choices": choices})
+        usage = {"completion_tokens": 10 * len(prompts)}
+        return web.json_response({"choices": choices, "usage": usage})
+
+    async def tokenize(self, _request: web.Request) -> web.Response:
+        return web.json_response({"tokens": [1, 2, 3]})
 
     async def models(self, _request: web.Request) -> web.Response:
         card = {"id": self.model, "object": "model", "max_model_len": 2048}
@@ -92,6 +101,7 @@ class Server:
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/tokenize", self.tokenize)
         app.router.add_post("/fake", self.fake)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=10)
         await runner.setup()

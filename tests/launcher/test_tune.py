@@ -1,0 +1,164 @@
+"""`launcher tune`: what it tries, what it keeps, what it refuses; the whole of it over the fake."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.command import build_arguments
+from launcher.flags import read_shipped_flags, try_commands
+from launcher.hardware import parse_device
+from launcher.profiles import Choice, build_plan
+from launcher.rouge import mean_rouge_l, rouge_l
+from launcher.tune import Candidate, Result, choose, combine, list_candidates
+from tests.launcher.programs import Launcher, running
+from tests.launcher.test_explain import call
+from tests.launcher.test_profiles import GPUS, make_plan
+
+FLAGS = read_shipped_flags()
+
+
+def result(name: str, axis: str, speed: float, loss: float = 0.0) -> Result:
+    return Result(Candidate(name, axis, "", {name: 1}), [speed], [1.0], loss)
+
+
+def test_rouge_l_known_texts_has_known_values() -> None:
+    assert rouge_l("", "") == 1
+    assert rouge_l("a b c", "a b c") == 1
+    assert rouge_l("线程块", "线程网格") == pytest.approx(4 / 7)
+    assert rouge_l("the cat sat", "the dog sat down") == pytest.approx(4 / 7)
+    assert mean_rouge_l(["a", "b"], ["a", "c"]) == 0.5
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
+def test_rouge_l_any_texts_agrees_with_the_table_method(a: list[str], b: list[str]) -> None:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, j in itertools.product(range(len(a)), range(len(b))):
+        same = table[i][j] + 1 if a[i] == b[j] else 0
+        table[i + 1][j + 1] = max(same, table[i][j + 1], table[i + 1][j])
+    expected = 2 * table[-1][-1] / (len(a) + len(b)) if a and b else float(a == b)
+    assert rouge_l(" ".join(a), " ".join(b)) == pytest.approx(expected)
+
+
+def test_choose_fastest_honest_wins() -> None:
+    rows = [result("shipped", "", 100), result("a", "x", 150), result("b", "y", 200, loss=0.5)]
+    assert choose(rows, 0.02).candidate.name == "a"
+
+
+def test_choose_gain_within_noise_keeps_the_shipped() -> None:
+    assert choose([result("shipped", "", 100), result("a", "x", 101)], 0.02).speed == 100
+
+
+def test_combine_takes_the_best_of_every_axis() -> None:
+    rows = [
+        result("shipped", "", 100),
+        result("a", "x", 110),
+        result("b", "x", 120),
+        result("c", "y", 130),
+        result("liar", "z", 900, loss=1),
+    ]
+    combined = combine(rows, 0.02)
+    assert combined is not None
+    assert combined.options == {"b": 1, "c": 1}
+    assert combine(rows[:3], 0.02) is None
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_candidates_on_a_gpu_change_something_and_avoid_known_bugs(gpu: str) -> None:
+    plan = make_plan("course", gpu, "qwen3-0.6b")
+    candidates = list_candidates(plan.device, plan)
+    names = {candidate.name for candidate in candidates}
+    assert {"as shipped", "four-servers", "large-steps"} <= names
+    assert ("flashinfer" in names) == (gpu in ("H200", "B200"))
+    assert all(c.changes for c in candidates[1:])
+
+
+@pytest.mark.engine
+def test_installed_parser_accepts_every_candidate() -> None:
+    commands = {}
+    for gpu in GPUS:
+        plan = make_plan("course", gpu, "qwen3-0.6b")
+        for candidate in list_candidates(plan.device, plan):
+            tried = [Choice(k, v, "", "", "tune") for k, v in candidate.options.items()]
+            device, model = parse_device(gpu), plan.model
+            whole = build_plan("course", device, model, FLAGS, overrides=tried)
+            commands[gpu, candidate.name] = ["m", *build_arguments(whole.options, FLAGS)]
+    verdicts = dict(zip(commands, try_commands(list(commands.values())), strict=True))
+    assert {key: verdict for key, verdict in verdicts.items() if verdict} == {}
+
+
+def test_tune_over_the_fake_keeps_the_fast_refuses_the_wrong(tmp_path: Path) -> None:
+    # 4096 is `small-steps`; 192 is `half-batch`, as fast but with other answers.
+    launcher = Launcher(tmp_path, fake="fast_with=4096 wrong_with=192")
+    code, out, err = call(launcher, "tune", "--tune-rounds", "2", "--tune-prompts", "8")
+    assert code == 0, err
+    assert out.index("round 1  half-batch") < out.index("round 2  as shipped")
+    assert "refused half-batch" in out
+    tuned = tomllib.loads((tmp_path / "cache" / "tuned.toml").read_text())
+    assert tuned["options"] == {"max-num-batched-tokens": 4096}
+    rows = json.loads(Path(tuned["measurements"]).read_text())
+    assert [len(row["speeds"]) for row in rows] == [6] * len(rows)
+    launcher.fake = ""
+    with running(launcher):
+        status = launcher.wait_state("ready")
+        argv = status["argv"]
+        assert argv[argv.index("--max-num-batched-tokens") + 1] == "4096"
+        assert "small-steps" in launcher.err
+    assert launcher.processes() == []
+
+
+def test_tuned_on_another_host_is_ignored_with_a_line(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    text = 'host_key = "other"\nprofile = "cpu"\nsummary = "s"\n[options]\nmax-num-seqs = 7\n'
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tuned.toml").write_text(text + "[environment]\n")
+    code, out, _ = call(launcher, "explain")
+    assert code == 0
+    assert "measured for another host, model or vLLM: not used" in out
+    assert "max-num-seqs = 384" in out
+
+
+def test_tuned_file_that_is_broken_is_one_line_and_2(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tuned.toml").write_text("host_key =")
+    code, _, err = call(launcher, "serve")
+    assert code == 2
+    assert "tuned.toml cannot be read" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_tune_without_time_says_what_it_left_out(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    code, out, err = call(launcher, "tune", "--tune-minutes", "0.01", "--tune-prompts", "2")
+    assert code == 3
+    assert "left out: the time is used up" in out
+    assert "could not be measured" in err
+
+
+def test_tune_dry_run_starts_nothing(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    code, out, _ = call(launcher, "tune", "--dry-run")
+    assert code == 0
+    assert "small-steps" in out
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_tune_on_the_cpu_result_is_used_by_the_next_start(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, fake=None)
+    arguments = ("--tune-rounds", "1", "--tune-repeats", "1", "--tune-minutes", "1.3")
+    code, out, err = call(launcher, "tune", *arguments, timeout_s=280)
+    assert code == 0, err
+    assert "tokens/s, ROUGE-L loss 0.0" in out
+    tuned = tomllib.loads((tmp_path / "cache" / "tuned.toml").read_text())
+    explained = call(launcher, "explain")[1]
+    assert tuned["summary"] in explained
+    assert launcher.processes() == []

@@ -147,9 +147,14 @@ def _fetch_huggingface(name: str, *, config_only: bool) -> Path:
             here = Path()
         if _is_complete(here):
             return here
-        return Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
+        here = Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SettingsError(f"model: cannot get {name} from Hugging Face: {_line(error)}") from None
+    if not _is_complete(here):  # it falls back to what is here when the hub cannot be reached
+        raise SettingsError(
+            f"model: the copy of {name} here is incomplete, and Hugging Face cannot be reached"
+        )
+    return here
 
 
 def _fetch_modelscope(name: str, *, config_only: bool) -> Path:

@@ -29,6 +29,9 @@ _OWNED = {
     "port": "LAUNCHER_ENGINE_PORT",
     "served-model-name": "LAUNCHER_SERVED_MODEL_NAME",
     "shutdown-timeout": "LAUNCHER_DRAIN_TIMEOUT_S",
+    # Secrets in an argv are there for everybody to read, in `ps` and in crash cards.
+    "api-key": "the gateway's keys instead: the engine is for the gateway alone",
+    "hf-token": "the variable HF_TOKEN",
 }
 
 
@@ -124,7 +127,7 @@ def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[Choice]:
         key, _, text = pair.partition("=")
         name = flags.resolve(key)
         if name in _OWNED:
-            raise SettingsError(f"--set {key}: the launcher owns this option; set {_OWNED[name]}")
+            raise SettingsError(f"--set {key}: not here; set {_OWNED[name]}")
         value = parse_value(text, flags.kind(name))
         choices.append(Choice(name, value, "asked for", "--set", "--set", omit=text == ""))
     return choices

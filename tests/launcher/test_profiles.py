@@ -209,6 +209,7 @@ def test_set_empty_leaves_an_option_out() -> None:
         ("swap_space=4", "kv-offloading-size"),
         ("calculate-kv-scales=true", "removed"),
         ("model=x", "LAUNCHER_MODEL"),
+        ("api-key=secret", "gateway's keys"),
         ("enable-prefix-caching=maybe", "neither true nor false"),
         ("compilation-config={mode:3}", "no JSON"),
     ],

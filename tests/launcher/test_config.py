@@ -1,0 +1,72 @@
+"""One declaration a setting: variable, flag, help and table agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.config import COMMANDS, Settings, TuneSettings, list_settings, load_settings
+from launcher.errors import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os  # noqa: PLC0415
+
+    for name in [name for name in os.environ if name.startswith("LAUNCHER_")]:
+        monkeypatch.delenv(name)
+
+
+def test_rows_every_setting_is_described_once() -> None:
+    for kind in COMMANDS.values():
+        rows = list_settings(kind)
+        assert len({row[0] for row in rows}) == len(rows) == len(kind.model_fields)
+        for variable, flag, _default, description in rows:
+            assert variable == "LAUNCHER_" + flag[2:].replace("-", "_").upper()
+            assert description.endswith(".")
+
+
+def test_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_PORT", "1")
+    assert load_settings(Settings).port == 1
+    assert load_settings(Settings, ["--port", "2"]).port == 2
+
+
+def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_PORT", "")
+    assert load_settings(Settings).port == 8000
+
+
+def test_status_port_stands_beside_the_engine() -> None:
+    assert load_settings(Settings, ["--engine-port", "9001"]).status_port_used == 9002
+    assert load_settings(Settings, ["--status-port", "0"]).status_port_used == 0
+
+
+def test_set_repeated_and_with_json_keeps_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--set", 'compilation-config={"mode": 3, "a": [1, 2]}', "--set=dtype=bfloat16"]
+    expected = ('compilation-config={"mode": 3, "a": [1, 2]}', "dtype=bfloat16")
+    assert load_settings(Settings, arguments).set == expected
+    monkeypatch.setenv("LAUNCHER_SET", " ".join(expected))
+    assert load_settings(Settings).set == expected
+
+
+def test_settings_of_another_command_may_stand_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LAUNCHER_TUNE_MINUTES", "3")
+    assert load_settings(Settings).port == 8000
+    assert load_settings(TuneSettings).tune_minutes == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prot", "1"], "did you mean --port"),
+        (["--port", "70000"], "LAUNCHER_PORT"),
+        (["--set", "nonsense"], "not key=value"),
+        (["--log-format", "xml"], "LAUNCHER_LOG_FORMAT"),
+    ],
+)
+def test_bad_argument_is_one_clear_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings(Settings, arguments)
+    assert "\n" not in str(caught.value)

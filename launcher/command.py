@@ -174,9 +174,7 @@ def _merge(into: dict[str, Any], path: str, value: Any) -> None:
 
 def engine_environment(command: EngineCommand, base: Mapping[str, str]) -> dict[str, str]:
     """What the user exported wins over a profile; the launcher's own settings are not passed on."""
-    own = {
-        name: value
-        for name, value in base.items()
-        if not name.startswith(("LAUNCHER_", "GATEWAY_"))
-    }
-    return {**command.environment, **own}
+    # A key on the engine would lock out the launcher's probes and the gateway.
+    kept_back = ("LAUNCHER_", "GATEWAY_", "VLLM_API_KEY")
+    exported = {name: value for name, value in base.items() if not name.startswith(kept_back)}
+    return {**command.environment, **exported}

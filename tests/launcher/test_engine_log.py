@@ -1,0 +1,93 @@
+"""What vLLM's own lines are read as; the lines are real ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.engine_log import (
+    Progress,
+    find_cause,
+    find_killed_child,
+    is_noise,
+    level_of,
+    read_progress,
+)
+
+STAMP = "(EngineCore pid=86) {} 11-21 09:34:22 [core.py:1] "
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:00<00:00, 38it/s]",
+            Progress("loading_weights", 50),
+        ),
+        (
+            "(EngineCore pid=1) INFO 11-21 09:34:22 [kv_cache_utils.py:2327] GPU KV cache size: "
+            "262,144 tokens, Maximum concurrency for 1,024 tokens per request: 256.00x",
+            Progress("sizing_cache", None, "262,144 tokens"),
+        ),
+        (
+            "Capturing CUDA graphs (decode, FULL):  42%|████▏     | 22/52 [00:01<00:02, 14.5it/s]",
+            Progress("capturing_graphs", 42),
+        ),
+        (
+            "(Worker pid=6) INFO 11-21 09:34:22 [monitor.py:53] torch.compile took 15.93 s",
+            Progress("compiling", None, "15.93 s"),
+        ),
+        ("INFO:     Application startup complete.", Progress("listening")),
+        ("an unknown line", None),
+    ],
+)
+def test_progress_real_line_is_recognised(line: str, expected: Progress | None) -> None:
+    assert read_progress(line) == expected
+
+
+def test_cause_is_the_error_not_its_echo() -> None:
+    lines = [
+        STAMP.format("ERROR") + "Traceback (most recent call last):",
+        STAMP.format("ERROR") + "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB",
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s)",
+        "[W1121 ProcessGroupNCCL.cpp] Warning: destroy_process_group() was not called",
+    ]
+    assert find_cause(lines).startswith("torch.OutOfMemoryError: CUDA out of memory")
+
+
+def test_cause_of_a_refused_setting_is_its_message() -> None:
+    lines = [
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "  Value error, Model architectures ['Qwen9'] are not supported for now. [type=value_e",
+        "    For further information visit https://errors.pydantic.dev/2.14/v/value_error",
+    ]
+    assert find_cause(lines) == "Model architectures ['Qwen9'] are not supported for now."
+
+
+def test_cause_without_any_error_is_the_last_word() -> None:
+    assert find_cause(["one", "two", ""]) == "two"
+    assert find_cause([]) == ""
+
+
+def test_killed_child_is_read_from_the_leash() -> None:
+    assert find_killed_child("leash: child 12 was killed by SIGKILL") == (12, "SIGKILL")
+    assert find_killed_child("child 12 was killed") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "noise"),
+    [
+        (STAMP.format("INFO") + "Resolved architecture: Qwen3ForCausalLM", True),
+        ("INFO:     Started server process [6293]", True),
+        ("Triton is installed, but doesn't include CPU backend. Disabling Triton.", True),
+        (STAMP.format("WARNING") + "The model's generation config is unusual", False),
+        (STAMP.format("ERROR") + "EngineCore encountered a fatal error.", False),
+        ("RuntimeError: boom", False),
+    ],
+)
+def test_short_log_keeps_what_matters(line: str, noise: bool) -> None:
+    assert is_noise(line) is noise
+
+
+def test_level_of_lines_with_and_without_one() -> None:
+    assert level_of(STAMP.format("WARNING") + "x") == "warning"
+    assert level_of("plain") == "info"

@@ -142,13 +142,11 @@ class Launcher:
         return dict(response.json())
 
     def processes(self) -> list[str]:
-        """Whatever of this launcher's engine and gateway is alive, by its own folder and port."""
-        marks = (f"{self.engine_port}", str(self.state))
+        """Whatever it started and left alive: the test's own folder is in their environment."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                text = (entry / "environ").read_bytes().decode(errors="replace")
-                is_ours = f"LAUNCHER_ENGINE_PORT={marks[0]}" in text or f"={marks[1]}" in text
+                is_ours = f"={self.folder}/".encode() in (entry / "environ").read_bytes()
                 if entry.name.isdigit() and is_ours:
                     found.append(f"{entry.name} {(entry / 'comm').read_text().strip()}")
         return found

@@ -48,7 +48,7 @@ def test_cause_is_the_error_not_its_echo() -> None:
     lines = [
         STAMP.format("ERROR") + "Traceback (most recent call last):",
         STAMP.format("ERROR") + "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB",
-        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s)",
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core",
         "[W1121 ProcessGroupNCCL.cpp] Warning: destroy_process_group() was not called",
     ]
     assert find_cause(lines).startswith("torch.OutOfMemoryError: CUDA out of memory")

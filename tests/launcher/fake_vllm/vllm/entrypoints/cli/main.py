@@ -1,7 +1,7 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `exit_after=1.5`, `setsid_core`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
+`flood`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
 argv); once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
@@ -141,8 +141,7 @@ def main() -> None:
             print(f"WARNING 01-01 00:00:00 [flood.py:1] line {number} {'x' * 100}", file=sys.stderr)
         print("y" * 1_000_000, file=sys.stderr, flush=True)
     server = Server(words, option["--served-model-name"])
-    new_session = "setsid_core" in words
-    server.core = subprocess.Popen([sys.executable, "-c", _CORE], start_new_session=new_session)
+    server.core = subprocess.Popen([sys.executable, "-c", _CORE])
     threading.Thread(target=server.watch_core, daemon=True).start()
     if "exit_after" in words:
         threading.Timer(float(words["exit_after"]), lambda: os._exit(0)).start()

@@ -132,7 +132,7 @@ async def tune(settings: TuneSettings, say: Say) -> int:
 async def _measure_all(bench: Bench, candidates: list[Candidate], say: Say) -> list[Result]:
     course = Course(bench, time.monotonic() + bench.settings.tune_minutes * 60, say)
     say("reference answers, from the profile quality")
-    course.reference = await bench.read_reference()
+    course.reference, course.start_s = await bench.read_reference()
     results = [Result(candidate) for candidate in candidates]
     for number in range(1, bench.settings.tune_rounds + 1):
         await course.run(results, f"round {number}")
@@ -154,6 +154,7 @@ class Course:
     deadline: float
     say: Say
     reference: list[str] = field(default_factory=list)
+    start_s: float = 0.0
 
     async def run(self, results: Iterable[Result], title: str) -> None:
         for result in results:
@@ -172,7 +173,7 @@ class Course:
             self.say(f"{name} {result.failure or told}  ({left_min:.1f} min left)")
 
     def _expected_s(self, result: Result) -> float:
-        return 1.5 * max(result.start_seconds, default=30.0)
+        return 1.5 * max(result.start_seconds, default=self.start_s)
 
 
 def combine(results: list[Result], max_loss: float) -> Candidate | None:
@@ -265,10 +266,11 @@ class Bench:
             name, self.device, self.model, self.flags, overrides=[*tried, *self.asked]
         )
 
-    async def read_reference(self) -> list[str]:
+    async def read_reference(self) -> tuple[list[str], float]:
+        """The answers of the profile quality, and how long an engine takes to start here."""
         plan = self.plan(Candidate("quality", "", ""), "quality")
-        async with self._running(plan) as (client, _):
-            return (await self._ask(client, plan)).answers
+        async with self._running(plan) as (client, start_s):
+            return (await self._ask(client, plan)).answers, start_s
 
     async def measure(self, result: Result, reference: list[str]) -> None:
         plan = self.plan(result.candidate)

@@ -154,7 +154,7 @@ def test_tune_dry_run_starts_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_tune_on_the_cpu_result_is_used_by_the_next_start(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, fake=None)
-    arguments = ("--tune-rounds", "1", "--tune-repeats", "1", "--tune-minutes", "1.3")
+    arguments = ("--tune-rounds", "1", "--tune-repeats", "1", "--tune-minutes", "1.6")
     code, out, err = call(launcher, "tune", *arguments, timeout_s=280)
     assert code == 0, err
     assert "tokens/s, ROUGE-L loss 0.0" in out

@@ -38,6 +38,7 @@ def test_up_prints_one_line_whose_curl_works(launcher: Launcher) -> None:
 
 
 def test_up_logs_of_both_are_told_apart_without_colour(launcher: Launcher) -> None:
+    launcher.settings["LAUNCHER_ENGINE_LOG"] = "all"
     with running(launcher):
         wait_ready(launcher)
         assert launcher.stop() == 0

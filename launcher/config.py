@@ -169,7 +169,7 @@ class ExplainSettings(Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m launcher explain")
 
-    json_output: bool = Field(False, description="Print JSON.")
+    json_output: bool = Field(False, description="Print JSON; `--json` for short.")
 
 
 class TuneSettings(Settings):
@@ -204,7 +204,7 @@ S = TypeVar("S", bound=Settings)
 
 def load_settings(kind: type[S], arguments: list[str] | None = None) -> S:
     """Flags, then the environment, then defaults; `SettingsError` says what is wrong."""
-    arguments = arguments or []
+    arguments = _spell_out(arguments or [])
     _refuse_unknown(_variables(), (name for name in os.environ if name.startswith(PREFIX)))
     _refuse_unknown(_flags(kind), (word.split("=")[0] for word in arguments if word[:2] == "--"))
     try:
@@ -273,6 +273,11 @@ def _join_pairs(arguments: list[str]) -> list[str]:
         else:
             others.append(word)
     return [*others, "--set", " ".join(pairs)] if pairs else others
+
+
+def _spell_out(arguments: list[str]) -> list[str]:
+    """`--json` for people: a field of that name would hide one of pydantic's own."""
+    return ["--json-output" if word == "--json" else word for word in arguments]
 
 
 def _dial(host: str) -> str:

@@ -24,6 +24,7 @@ log = structlog.get_logger("launcher")
 _RETRY_S = 0.2
 _ABORT_PATIENCE_S = 5.0
 _PROGRESS_PAUSE_S = 2.0
+_COMPILERS = frozenset(("ninja", "nvcc", "cicc", "ptxas", "cudafe++", "cc1plus", "g++", "clang++"))
 
 
 class Engine:
@@ -43,6 +44,7 @@ class Engine:
         self.killed_children: list[tuple[int, str]] = []
         self.lines: LineLog | None = None
         self._progress_shown_at = 0.0
+        self._first_activity: Activity | None = None
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         self.progress = None
@@ -69,8 +71,9 @@ class Engine:
     async def warm(self) -> None:
         while not await self._probe.ask_one_token(self.start_timeout_s):  # noqa: ASYNC110
             await asyncio.sleep(_RETRY_S)
+        self._first_activity = await self._probe.read_activity()
 
-    async def watch(self) -> str:
+    async def watch(self, child: ChildProcess) -> str:
         """Hung: work in flight and nothing counted for `hang_timeout_s`; a slow probe is no proof.
 
         An idle engine counts nothing either, so now and then it is given a token to make. Its
@@ -79,7 +82,12 @@ class Engine:
         limit_s = self._settings.hang_timeout_s
         if not limit_s:
             await asyncio.Event().wait()
-        watch = _Watch(limit_s, self._settings.canary_interval_s, self._probe)
+        if self._first_activity is None:  # `disable-log-stats`: busy and hung look the same
+            log.warning("watchdog_off", why="the engine publishes no counters")
+            await asyncio.Event().wait()
+            return ""
+        interval_s = self._settings.canary_interval_s
+        watch = _Watch(limit_s, interval_s, self._probe, child, self._first_activity)
         return await watch.run()
 
     async def dump(self, child: ChildProcess) -> list[str]:
@@ -114,13 +122,21 @@ class Engine:
 class _Watch:
     """Decides between idle, busy and hung from samples; one life of the engine."""
 
-    def __init__(self, limit_s: float, canary_interval_s: float, probe: EngineProbe) -> None:
+    def __init__(
+        self,
+        limit_s: float,
+        canary_interval_s: float,
+        probe: EngineProbe,
+        child: ChildProcess,
+        first: Activity,
+    ) -> None:
+        self._child = child
         self._limit_s = limit_s
         self._canary_interval_s = canary_interval_s
         self._probe = probe
         self._pause_s = min(2.0, limit_s / 4)
         self._moved_at = time.monotonic()
-        self._last: Activity | None = None
+        self._last = first
         self._canary: asyncio.Task[bool] | None = None
 
     async def run(self) -> str:
@@ -141,7 +157,8 @@ class _Watch:
             if not self._canary.cancelled() and self._canary.result():
                 self._moved_at = time.monotonic()
             self._canary = None
-        if now and (self._last is None or now.moved != self._last.moved):
+        is_moving = now is not None and now.moved != self._last.moved
+        if is_moving or self._is_building():
             self._moved_at = time.monotonic()
         self._last = now or self._last
         idle_s = time.monotonic() - self._moved_at
@@ -151,7 +168,11 @@ class _Watch:
 
     def _has_work(self) -> bool:
         is_asked = self._canary is not None and not self._canary.done()
-        return is_asked or bool(self._last and self._last.in_flight)
+        return is_asked or self._last.in_flight > 0
+
+    def _is_building(self) -> bool:
+        """A first request may wait minutes for kernels that are built for it."""
+        return any(member.name in _COMPILERS for member in self._child.members())
 
 
 def _kernel_place(pid: int) -> str:

@@ -72,7 +72,7 @@ class Gateway:
         while not await self._answers("/readyz"):  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
 
-    async def watch(self) -> str:
+    async def watch(self, child: ChildProcess) -> str:
         # It has no state worth judging from outside; its crash is noticed, its slowness is load.
         await asyncio.Event().wait()
         return ""

@@ -46,7 +46,7 @@ class Program(Protocol):
     async def warm(self) -> None:
         """Returns when the program has really answered."""
 
-    async def watch(self) -> str:
+    async def watch(self, child: ChildProcess) -> str:
         """Returns, with the reason, only when the program hangs."""
 
     async def dump(self, child: ChildProcess) -> list[str]:
@@ -188,7 +188,7 @@ class Supervisor:
                     return verdict
                 self._note_members(child)
                 tasks.discard(step)
-                step = asyncio.create_task(self._watch())
+                step = asyncio.create_task(self._watch(child))
                 tasks.add(step)
         finally:
             await _cancel(*tasks, members)
@@ -207,8 +207,8 @@ class Supervisor:
         self.ready.set()
         return ""
 
-    async def _watch(self) -> str:
-        detail = await self._program.watch()
+    async def _watch(self, child: ChildProcess) -> str:
+        detail = await self._program.watch(child)
         log.error(f"{self._program.name}_hung", detail=detail)
         self._hang_detail = detail
         return "hang"

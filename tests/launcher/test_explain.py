@@ -34,7 +34,7 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 def test_explain_json_is_the_command_that_is_started(launcher: Launcher) -> None:
-    code, out, _ = call(launcher, "explain", "--json-output")
+    code, out, _ = call(launcher, "explain", "--json")
     facts = json.loads(out)
     assert code == 0
     with running(launcher):

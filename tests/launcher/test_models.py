@@ -47,7 +47,7 @@ def test_hub_model_once_cached_needs_no_network(tmp_path: Path, offline: dict[st
     snapshot = put_into_cache(tmp_path / "hf", "some/model", is_whole=True)
     settings = {"HF_HOME": str(tmp_path / "hf"), "LAUNCHER_MODEL": "some/model", **offline}
     launcher = Launcher(tmp_path, settings=settings)
-    code, out, err = call(launcher, "explain", "--json-output")
+    code, out, err = call(launcher, "explain", "--json")
     assert code == 0, err
     facts = json.loads(out)
     assert str(snapshot) in facts["argv"]

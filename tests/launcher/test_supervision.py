@@ -282,3 +282,13 @@ def test_json_logs_wrap_the_engine_lines_in_the_same_keys(launcher: Launcher) ->
     rows = [json.loads(line) for line in launcher.err.splitlines()]
     assert {row["source"] for row in rows} == {"launcher", "engine"}
     assert all({"timestamp", "level", "event"} <= row.keys() for row in rows)
+
+
+def test_engine_without_counters_is_never_called_hung(launcher: Launcher) -> None:
+    launcher.fake = "no_metrics"
+    launcher.settings |= {"LAUNCHER_HANG_TIMEOUT_S": "0.6", "LAUNCHER_CANARY_INTERVAL_S": "0.2"}
+    with running(launcher):
+        since = launcher.wait_state("ready")["engine"]["since_s"]
+        launcher.order(stall=True)
+        wait_for(lambda: launcher.status()["engine"]["since_s"] > since + 3, "three seconds")
+        assert launcher.status()["engine"]["restarts"] == {}

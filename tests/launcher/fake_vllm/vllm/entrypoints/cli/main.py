@@ -1,7 +1,7 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
+`flood`, `no_metrics`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
 argv); once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
@@ -67,6 +67,8 @@ class Server:
         return web.json_response({"object": "list", "data": [card]})
 
     async def metrics(self, _request: web.Request) -> web.Response:
+        if "no_metrics" in self.words:
+            return web.Response(text="# nothing\n")
         lines = [
             f'vllm:num_requests_running{{engine="0"}} {self.running}.0',
             'vllm:num_requests_waiting{engine="0"} 0.0',

@@ -193,7 +193,9 @@ def _read_member(pid: int, group: int) -> Member | None:
     # The name is in parentheses and may contain spaces and parentheses itself.
     head, _, tail = text.rpartition(")")
     fields = tail.split()
-    if int(fields[3]) != group or fields[0] in "ZX":
+    # A killed server's first thread is a zombie while the others still hold its port.
+    is_gone = fields[0] == "X" or (fields[0] == "Z" and int(fields[17]) <= 1)
+    if int(fields[3]) != group or is_gone:
         return None
     return Member(pid, head.partition("(")[2], fields[0], int(fields[19]))
 

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -292,3 +294,20 @@ def test_engine_without_counters_is_never_called_hung(launcher: Launcher) -> Non
         launcher.order(stall=True)
         wait_for(lambda: launcher.status()["engine"]["since_s"] > since + 3, "three seconds")
         assert launcher.status()["engine"]["restarts"] == {}
+
+
+def test_group_whose_first_thread_is_dead_is_still_alive() -> None:
+    # 60 is exit of one thread (x86-64); killed servers pass this state with open ports.
+    code = (
+        "import ctypes, platform, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
+        "ctypes.CDLL(None).syscall(60 if platform.machine() == 'x86_64' else 93, 0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        stat = Path(f"/proc/{process.pid}/stat")
+        try:
+            wait_for(lambda: ") Z " in stat.read_text(), "its first thread is gone")
+            assert members_of(process.pid) == [process.pid]
+        finally:
+            process.kill()
+    assert members_of(process.pid) == []

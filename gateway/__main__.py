@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -78,6 +79,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
             "stop what uses it or set GATEWAY_PORT"
         ) from None
+    tame_garbage_collection()
     log.info("gateway_listening", host=settings.host, port=runner.addresses[0][1])
     if read_worker().count > 1:
         orphaned = asyncio.create_task(_stop_with_parent(stop))
@@ -89,6 +91,15 @@ async def serve(app: web.Application, settings: Settings) -> int:
     await runner.cleanup()
     log.info("gateway_stopped")
     return 0
+
+
+def tame_garbage_collection() -> None:
+    """What has been made by now lives as long as the process, and a request leaves no cycles:
+    looking for some after every few hundred objects cost a tenth of the throughput.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 async def _stop_with_parent(stop: asyncio.Event) -> None:

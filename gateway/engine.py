@@ -209,7 +209,7 @@ def build_session(settings: Settings) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=settings.engine_keepalive_s),
         timeout=aiohttp.ClientTimeout(
-            total=settings.engine_timeout_s, connect=settings.connect_timeout_s
+            total=settings.engine_timeout_s, sock_connect=settings.connect_timeout_s
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

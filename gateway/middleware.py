@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
 import re
-import uuid
 
 import structlog
 from aiohttp import web
@@ -98,7 +98,7 @@ def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _route(request: web.Request) -> str:

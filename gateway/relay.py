@@ -120,7 +120,7 @@ async def _exchange(
         upstream = await engine.open(request.method, path, headers, call.body or None)
         try:
             trace.engine_s = time.perf_counter() - asked
-            if upstream.content_type == "text/event-stream":
+            if upstream.headers.get("Content-Type", "").startswith("text/event-stream"):
                 return await _stream(request, call, engine, upstream)
             if upstream.status in {429, 503} and len(request.app[POOL].engines) > 1 and not is_last:
                 engine.note_busy()

@@ -28,6 +28,7 @@ import uvloop
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAM_CHUNKS = 100
+CHUNK_FRAME = re.compile(rb"\r\n[0-9a-f]+\r\n")
 NUMBER = re.compile(rb"number-(\d+)\.")
 BOUNDS = {
     "added p50 at concurrency 1, ms": ("at most", 0.35),
@@ -183,7 +184,8 @@ class Caller:
     async def ask_stream(self, number: int) -> int:
         self.send(number, stream=True)
         data = await self.reader.readuntil(b"\r\n0\r\n\r\n")
-        numbers = NUMBER.findall(data)
+        # A relay frames anew what it read, and may cut an event in the middle of its number.
+        numbers = NUMBER.findall(CHUNK_FRAME.sub(b"", data))
         if len(numbers) != STREAM_CHUNKS or any(int(one) != number for one in numbers):
             raise SystemExit(f"bench: stream {number} came back wrong: {data[:300]!r}")
         return len(numbers)

@@ -19,7 +19,16 @@ from tests.e2e.conftest import Stack
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 _VOLATILE = frozenset(
-    ("id", "item_id", "created", "created_at", "completed_at", "request_id", "call_id")
+    (
+        "id",
+        "item_id",
+        "created",
+        "created_at",
+        "completed_at",
+        "request_id",
+        "call_id",
+        "sequence_number",
+    )
 )
 USER = [{"role": "user", "content": "什么是 warp？"}]
 TURNS = [
@@ -119,7 +128,7 @@ CASES: dict[str, Case] = {
     "chat-n": (CHAT, {"messages": USER, "n": 2, "temperature": 1, "seed": 5}),
     "chat-schema": (CHAT, {"messages": USER, "max_tokens": 40, "response_format": JSON_FORMAT}),
     "chat-tools-none": (CHAT, {"messages": USER, "tools": [TOOL], "tool_choice": "none"}),
-    "chat-tool-named": (
+    "bad-chat-tool-named": (
         CHAT,
         {
             "messages": USER,
@@ -137,7 +146,7 @@ CASES: dict[str, Case] = {
         CHAT,
         {"messages": USER, "stream": True, "stream_options": {"include_usage": True}},
     ),
-    "chat-stream-tool": (
+    "bad-chat-stream-tool": (
         CHAT,
         {
             "messages": USER,
@@ -219,10 +228,10 @@ def _read(answer: httpx.Response) -> Any:
         return _scrub(orjson.loads(answer.content))
     lines = [line.partition(": ") for line in answer.text.splitlines() if line]
     events = [orjson.loads(data) if data.startswith("{") else data for _, _, data in lines]
-    return _amount([event for event in events if isinstance(event, dict)], lines[-1])
+    return _amount([event for event in events if isinstance(event, dict)], _scrub(events[-1]))
 
 
-def _amount(events: list[Any], last: tuple[str, str, str]) -> dict[str, Any]:
+def _amount(events: list[Any], last: Any) -> dict[str, Any]:
     """How vLLM groups tokens into events depends on the moment; all they say together does not."""
     kinds = [event.get("type") or event.get("object") for event in events]
     choices = [choice for event in events for choice in event.get("choices", [])]

@@ -74,7 +74,9 @@ def find_model(settings: Settings, *, config_only: bool = False) -> Model:
     shape = read_shape(path)
     weights = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
     size = sum(file.stat().st_size for file in weights)
-    if not size and not config_only:
+    # With random weights there is nothing to read: a way to measure a shape without its download.
+    needs_weights = not config_only and "load-format=dummy" not in settings.set
+    if not size and needs_weights:
         raise SettingsError(f"model: {path} has no weights (*.safetensors, *.bin)")
     return Model(settings.model, settings.served_model_name or _name(settings), path, shape, size)
 

@@ -34,6 +34,14 @@ def test_folder_is_used_as_it_is_and_served_by_its_name() -> None:
     assert (model.path, model.served_name) == (MODELS / "qwen3-8b", "qwen3-8b")
 
 
+def test_folder_without_weights_is_refused_unless_they_are_random() -> None:
+    shape_only = str(MODELS / "qwen3-8b")
+    with pytest.raises(SettingsError, match="has no weights"):
+        find_model(Settings(model=shape_only))
+    model = find_model(Settings(model=shape_only, set=("load-format=dummy",)))
+    assert model.weight_bytes("") > 10 * 2**30
+
+
 def test_demo_model_is_served_as_demo() -> None:
     model = find_model(Settings())
     assert model.served_name == "demo"

@@ -33,7 +33,7 @@ _RATE_HALF_LIFE_S = 10.0
 _LONGEST_RETRY_AFTER_S = 120.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Visit:
     """Who wants in: how many sequences, in which lane, on whose account, until when."""
 
@@ -160,6 +160,8 @@ class Gate:
         return int(running), int(sum(row[one.waiting_field] for row in self._rows))
 
     def _running(self) -> int:
+        if len(self._rows) == 1:
+            return int(self._own[1] + self._own[2])
         return int(sum(row[1] + row[2] for row in self._rows))
 
     def _waiting(self) -> int:

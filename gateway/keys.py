@@ -110,13 +110,14 @@ class Keyring:
     def take_request(self, caller: Caller) -> None:
         """Counts one request against the caller's minute, or refuses it."""
         row = self._ledger.row(_row_name(caller))
-        requests = _Bucket(row, _REQUESTS_LEFT, caller.requests_per_minute)
-        tokens = _Bucket(row, _TOKENS_LEFT, caller.tokens_per_minute)
         with self._ledger.lock:
             row[_REQUESTS] += 1
-            if caller.tokens_per_minute and (wait_s := tokens.wait_s(0)):
-                raise self._refusal(wait_s, "tokens_per_minute", caller.tokens_per_minute)
+            if caller.tokens_per_minute:
+                tokens = _Bucket(row, _TOKENS_LEFT, caller.tokens_per_minute)
+                if wait_s := tokens.wait_s(0):
+                    raise self._refusal(wait_s, "tokens_per_minute", caller.tokens_per_minute)
             if caller.requests_per_minute:
+                requests = _Bucket(row, _REQUESTS_LEFT, caller.requests_per_minute)
                 if wait_s := requests.wait_s(1):
                     raise self._refusal(wait_s, "requests_per_minute", caller.requests_per_minute)
                 requests.take(1)

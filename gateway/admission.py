@@ -11,20 +11,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from aiohttp import web
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.config import Settings, Worker
-from gateway.errors import DeadlineUnreachable, InvalidRequest, Overloaded
+from gateway.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded
 from gateway.keys import Caller
 from gateway.ledger import Ledger
 from gateway.metrics import Metrics
 
+T = TypeVar("T")
 LaneName = Literal["interactive", "batch"]
 LANES: tuple[LaneName, ...] = ("interactive", "batch")
 _POLL_S = 0.005
@@ -72,6 +73,17 @@ def _parse_deadline(text: str | None) -> float | None:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise InvalidRequest("X-Deadline-Ms is a number of milliseconds", param="X-Deadline-Ms")
     return time.monotonic() + int(text) / 1000
+
+
+async def within(deadline: float | None, work: Awaitable[T]) -> T:
+    """The work, if it ends before the deadline on the loop's clock."""
+    if deadline is None:
+        return await work
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await work
+    except TimeoutError:
+        raise DeadlinePassed("the request's deadline has passed") from None
 
 
 @dataclass(slots=True, eq=False)

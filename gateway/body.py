@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
 
 from gateway.config import SETTINGS
-from gateway.errors import BodyTimeout
+from gateway.errors import BodyTimeout, InvalidRequest, PayloadTooLarge
 
 
 async def read_body(request: web.Request) -> bytes:
-    if request.content.is_eof():
-        return await request.read()  # all here already, as small bodies are
-    timeout_s = request.app[SETTINGS].body_timeout_s
+    settings = request.app[SETTINGS]
+    if (request.content_length or 0) > settings.max_body_bytes:
+        raise PayloadTooLarge(
+            f"the body is larger than {settings.max_body_bytes} bytes; send it in parts"
+        )
     try:
-        async with asyncio.timeout(timeout_s):
+        if request.content.is_eof():
+            return await request.read()  # all here already, as small bodies are
+        async with asyncio.timeout(settings.body_timeout_s):
             return await request.read()
     except TimeoutError:
-        raise BodyTimeout(f"the body did not arrive within {timeout_s:g} s") from None
+        raise BodyTimeout(f"the body did not arrive within {settings.body_timeout_s:g} s") from None
+    except (HttpProcessingError, PayloadEncodingError, web.RequestPayloadError) as error:
+        raise InvalidRequest(f"the body cannot be decoded: {error}", code="bad_encoding") from None

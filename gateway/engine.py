@@ -8,6 +8,7 @@ limit of 100 connections is off: the Gate alone limits.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -76,6 +77,13 @@ class Engine:
         )
 
     @property
+    def breaker_left_s(self) -> float:
+        """How long an engine that is ready stays out of use; no event marks the end of that."""
+        if self.state is not EngineState.READY:
+            return math.inf
+        return max(0.0, self._tripped_until - time.monotonic())
+
+    @property
     def is_busy(self) -> bool:
         return self._busy_until > time.monotonic()
 
@@ -84,6 +92,7 @@ class Engine:
         if self.state is EngineState.READY and state is not EngineState.READY:
             self.down_since = now
         elif self.state is not EngineState.READY and state is EngineState.READY:
+            self._failures, self._tripped_until = 0, 0.0  # a warm-up has just been answered
             took_s = now - self.down_since
             known_s = self.typical_start_s
             self.typical_start_s = took_s if known_s is None else (known_s + took_s) / 2
@@ -117,6 +126,9 @@ class Engine:
         self.running += len(prompts)
         try:
             status, answer = await self._exchange("POST", "/v1/completions", body)
+        except EngineError:
+            self.note_failure()  # here, not for probes: an engine that is down fails those for long
+            raise
         finally:
             self.running -= len(prompts)
         if status != 200:
@@ -154,6 +166,7 @@ class Engine:
                 method, self._address(path), headers=headers, data=body
             )
         except (aiohttp.ClientError, TimeoutError) as error:
+            self.note_failure()
             raise self.translate(error) from error
         if response.status < 500:
             self._failures = 0
@@ -181,8 +194,8 @@ class Engine:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self.translate(error) from error
 
-    def translate(self, error: Exception) -> EngineError:
-        self.note_failure()
+    @staticmethod
+    def translate(error: Exception) -> EngineError:
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
             return EngineUnreachable(
                 "the engine does not accept connections; it may be starting", retry_after_s=5

@@ -10,6 +10,7 @@ GatewayError
 ├── PayloadTooLarge 413
 ├── RateLimited 429           a key's allowance is used up
 ├── Overloaded 429            too much is waiting already
+├── DeadlinePassed 504        the request's own deadline came before its answer
 ├── DeadlineUnreachable 503   the request's own deadline cannot be met
 ├── Unavailable 503           no engine is ready: warming, restarting, draining
 └── EngineError 502           the engine failed
@@ -110,6 +111,12 @@ class DeadlineUnreachable(GatewayError):
     status = 503
     kind = "service_unavailable"
     code = "deadline_unreachable"
+
+
+class DeadlinePassed(GatewayError):
+    status = 504
+    kind = "service_unavailable"
+    code = "deadline_passed"
 
 
 class Unavailable(GatewayError):

@@ -16,7 +16,8 @@ _RETRY_AFTER_S = 1
 async def handle_root(request: web.Request) -> web.Response:
     """The course's judge polls this: held until warm, for as long as the setting allows."""
     settings = request.app[SETTINGS]
-    if await request.app[POOL].wait_ready(settings.root_hold_s):
+    pool = request.app[POOL]
+    if await pool.wait_ready(settings.root_hold_s) and pool.is_ready:
         return _json({"status": settings.root_status})
     return _json({"status": "warming"}, status=503, headers={"Retry-After": str(_RETRY_AFTER_S)})
 

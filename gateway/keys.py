@@ -249,8 +249,11 @@ def read_keys(path: Path) -> dict[str, Caller]:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"GATEWAY_KEYS_FILE: cannot read {path}: {error}") from None
+    entries = data.pop("keys", [])
+    if data or not isinstance(entries, list):
+        raise SettingsError(f"{path}: a keys file holds [[keys]] entries and nothing else")
     callers: dict[str, Caller] = {}
-    for number, entry in enumerate(data.get("keys", []), start=1):
+    for number, entry in enumerate(entries, start=1):
         try:
             caller = Caller.model_validate(entry)
         except ValidationError as error:

@@ -17,15 +17,18 @@ from gateway.errors import (
     MethodNotAllowed,
     NotFound,
     PayloadTooLarge,
+    Unavailable,
 )
 from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
+from gateway.pool import POOL
 from gateway.trace import TRACE, Trace
 from gateway.wire import build_error
 
 log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other"))
+_RESTART_S = 5
 _QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
 
 
@@ -59,9 +62,11 @@ async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.S
     """The one place where exceptions become answers."""
     try:
         if trace.route not in _OPEN_ROUTES:
-            _authenticate(request, trace)
+            _admit(request, trace)
         return await handler(request)
     except GatewayError as error:
+        if trace.is_streaming:  # a second head in the middle of a stream would be garbage
+            raise ConnectionResetError(error.message) from error
         return _answer_error(request, error)
     except web.HTTPException as error:
         response = _answer_error(request, _translate(request, error))
@@ -72,11 +77,15 @@ async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.S
         raise  # the caller is gone: nobody is left to answer
     except Exception:
         log.exception("request_crashed", request_id=trace.request_id)
+        if trace.is_streaming:
+            raise
         return _answer_error(request, GatewayError("the gateway failed; see its log"))
 
 
-def _authenticate(request: web.Request, trace: Trace) -> None:
+def _admit(request: web.Request, trace: Trace) -> None:
     """Who calls, may he, and has he any allowance left."""
+    if request.app[POOL].draining:
+        raise Unavailable("the gateway is stopping", retry_after_s=_RESTART_S)
     keyring = request.app[KEYRING]
     caller = keyring.identify(request.headers)
     caller.check_route(trace.route)

@@ -8,6 +8,7 @@ engine died under it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ _SMALLEST_SHARE = 16
 # An affinity gives way when its engine has this much more than its share.
 _AFFINITY_SLACK = 1.25
 _SHORTEST_RETRY_AFTER_S = 1.0
+_BREAKER_MARGIN_S = 0.01
 
 
 _PromptKey = tuple[str | tuple[int, ...], Sampling]
@@ -73,7 +75,12 @@ class Pool:
 
     @property
     def is_ready(self) -> bool:
-        return not self.draining and any(engine.is_usable for engine in self.engines)
+        """Whether a request that comes now would be served."""
+        return not self.draining and self._has_engine
+
+    @property
+    def _has_engine(self) -> bool:
+        return any(engine.is_usable for engine in self.engines)
 
     def describe(self) -> str:
         """One line for people: why there is no engine to be had."""
@@ -93,22 +100,26 @@ class Pool:
             self._changed.notify_all()
 
     async def wait_ready(self, timeout_s: float) -> bool:
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self.is_ready)
-        except TimeoutError:
-            return False
+        deadline = time.monotonic() + timeout_s
+        async with self._changed:
+            while not self._has_engine:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                # A breaker that closes by itself notifies nobody.
+                breaker_s = min((engine.breaker_left_s for engine in self.engines), default=left_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left_s, breaker_s + _BREAKER_MARGIN_S)):
+                        await self._changed.wait()
         return True
 
     async def acquire(
         self, affinity: str = "", avoid: Engine | None = None, planned: Counter[str] | None = None
     ) -> Engine:
         """An engine to send to: held for a while when none is ready, as during a restart."""
-        if len(self.engines) == 1 and self.is_ready:
+        if len(self.engines) == 1 and self._has_engine:
             return self.engines[0]
-        if not self.is_ready and (
-            self.draining or not await self.wait_ready(self._settings.restart_hold_s)
-        ):
+        if not self._has_engine and not await self.wait_ready(self._settings.restart_hold_s):
             raise Unavailable(
                 f"no engine is ready: {self.describe()}", retry_after_s=self.expected_start_s()
             )
@@ -176,7 +187,7 @@ class Pool:
         finally:
             for key in own:
                 self._settle(key, known.get(key))
-        again = [key for key, future in others.items() if not await _is_answered(future)]
+        again = {key for key, future in others.items() if not await _is_answered(future)}
         known.update({key: others[key].result() for key in others if key not in again})
         if again:
             lost = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key in again}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from aiohttp import web
 
-from gateway.admission import GATE, LaneName, build_visit
+from gateway.admission import GATE, LaneName, build_visit, within
 from gateway.body import read_body
 from gateway.config import SETTINGS
-from gateway.errors import EngineTimeout, GatewayError, InvalidRequest
+from gateway.errors import GatewayError, InvalidRequest
 from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
@@ -47,14 +47,17 @@ async def _answer(request: web.Request, asked: PredictRequest) -> list[str | Gat
     max_model_len = card.max_model_len if card else None
     if card is not None:
         request[CALLER].check_model(card.name)
-    if max_model_len is not None and asked.sampling.max_tokens > max_model_len:
-        raise InvalidRequest(
-            f"max_tokens must be at most {max_model_len}, all that the model takes",
-            param="max_tokens",
-        )
+    sampling = builder.complete(asked.sampling)
+    if max_model_len is not None and sampling.max_tokens > max_model_len:
+        if not asked.is_length_asked:  # the setting's length, for models with a longer context
+            sampling = replace(sampling, max_tokens=max(1, max_model_len - 1))
+        else:
+            raise InvalidRequest(
+                f"max_tokens must be at most {max_model_len}, all that the model takes",
+                param="max_tokens",
+            )
     prompts = await builder.build(asked.questions, asked.system, max_model_len)
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
-    sampling = builder.complete(asked.sampling)
     generated = await _generate(request, good, sampling) if good else ()
     answers = _put_in_order(prompts, generated)
     for answer in answers:
@@ -75,10 +78,8 @@ async def _generate(
         trace.queue_s = entered - queued
         app[METRICS].queue_seconds.labels(trace.route).observe(trace.queue_s)
         try:
-            async with asyncio.timeout_at(visit.loop_deadline()):
-                done = await app[POOL].generate(prompts, sampling)
-        except TimeoutError:
-            raise EngineTimeout("the request's deadline has passed") from None
+            work = app[POOL].generate(prompts, sampling)
+            done = await within(visit.loop_deadline(), work)
         finally:
             trace.engine_s = time.perf_counter() - entered
     trace.prompt_tokens, trace.completion_tokens = done.prompt_tokens, done.completion_tokens

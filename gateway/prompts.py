@@ -24,7 +24,7 @@ from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
 from gateway.errors import InvalidRequest, PromptRefused
-from gateway.wire import Prompt, Sampling
+from gateway.wire import MAX_STOPS, Prompt, Sampling, is_text
 
 # No question contains it; a template that trims, quotes or escapes its question alters it.
 _MARKER = " \n\"'\\<&\ue000question\ue001 "
@@ -46,7 +46,7 @@ QA_TEMPLATE = (
 )
 RAW_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 _STYLES = {"chatml": CHATML_TEMPLATE, "qa": QA_TEMPLATE, "raw": RAW_TEMPLATE}
-_STYLE_STOPS = {"chatml": ("<|im_end|>",), "qa": ("\nQ:", "\n\nQ:")}
+_STYLE_STOPS = {"chatml": ("<|im_end|>",), "qa": ("\nQ:",)}
 
 
 class PromptBuilder:
@@ -83,9 +83,13 @@ class PromptBuilder:
 
     def complete(self, sampling: Sampling) -> Sampling:
         """The sampling with the ends of this style and this model added."""
-        return replace(
-            sampling, stop=(*sampling.stop, *self.stop), stop_token_ids=self.stop_token_ids
-        )
+        stop = (*sampling.stop, *self.stop)
+        if len(stop) > MAX_STOPS:
+            raise InvalidRequest(
+                f"stop takes at most {MAX_STOPS - len(self.stop)} texts with this prompt style",
+                param="stop",
+            )
+        return replace(sampling, stop=stop, stop_token_ids=self.stop_token_ids)
 
     async def build(
         self, questions: Sequence[str], system: str | None, max_model_len: int | None
@@ -98,7 +102,7 @@ class PromptBuilder:
     def _build(
         self, questions: Sequence[str], system: str | None, max_model_len: int | None
     ) -> list[Prompt | PromptRefused]:
-        texts = [self._text(question, system) for question in questions]
+        texts = [self._text(one if is_text(one) else "", system) for one in questions]
         if self._tokenizer is None:
             prompts: list[Prompt] = list(texts)
         else:
@@ -169,6 +173,12 @@ PROMPTS = web.AppKey("prompts", PromptBuilder)
 
 
 def _refusal(question: str, prompt: Prompt, max_model_len: int | None) -> PromptRefused | None:
+    if not is_text(question):
+        return PromptRefused(
+            "the prompt has half a surrogate pair, which is no text",
+            param="prompt",
+            code="not_text",
+        )
     if not question.strip():
         return PromptRefused("the prompt is empty", param="prompt", code="empty_prompt")
     if max_model_len is not None and not isinstance(prompt, str) and len(prompt) >= max_model_len:

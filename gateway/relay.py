@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 
-from gateway.admission import GATE, LaneName, build_visit
+from gateway.admission import GATE, LaneName, build_visit, within
 from gateway.body import read_body
 from gateway.config import SETTINGS
 from gateway.engine import Engine
@@ -67,13 +67,8 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     queued = time.perf_counter()
     async with request.app[GATE].enter(visit):
         trace.queue_s = time.perf_counter() - queued
-        if visit.deadline is None:
-            return await _pass_on(request, call)
-        try:
-            async with asyncio.timeout_at(visit.loop_deadline()):
-                return await _pass_on(request, call)
-        except TimeoutError:
-            raise EngineTimeout("the request's deadline has passed") from None
+        trace.deadline = visit.loop_deadline()
+        return await _pass_on(request, call)
 
 
 async def _pass_on(request: web.Request, call: RelayCall) -> web.StreamResponse:
@@ -117,7 +112,9 @@ async def _exchange(
     engine.running += call.sequences
     try:
         path = request.rel_url.raw_path_qs
-        upstream = await engine.open(request.method, path, headers, call.body or None)
+        upstream = await within(
+            trace.deadline, engine.open(request.method, path, headers, call.body or None)
+        )
         try:
             trace.engine_s = time.perf_counter() - asked
             if upstream.headers.get("Content-Type", "").startswith("text/event-stream"):
@@ -145,8 +142,9 @@ async def _whole(
     request: web.Request, engine: Engine, upstream: aiohttp.ClientResponse, asked: float
 ) -> web.Response:
     try:
-        body = await upstream.read()
+        body = await within(request[TRACE].deadline, upstream.read())
     except (aiohttp.ClientError, TimeoutError) as error:
+        engine.note_failure()
         raise engine.translate(error) from error
     request[TRACE].engine_s = time.perf_counter() - asked
     settings = request.app[SETTINGS]
@@ -170,10 +168,9 @@ async def _stream(
     response.headers["X-Accel-Buffering"] = "no"  # nginx would hold a stream back
     request[TRACE].put_headers(response.headers)
     await response.prepare(request)
+    request[TRACE].is_streaming = True
     try:
-        await _copy(request, call, upstream, response)
-    except (aiohttp.ClientError, TimeoutError) as error:
-        await _end_with_error(request, response, engine.translate(error))
+        await within(request[TRACE].deadline, _copy(request, call, engine, upstream, response))
     except GatewayError as error:
         await _end_with_error(request, response, error)
     await response.write_eof()
@@ -184,19 +181,21 @@ async def _end_with_error(
     request: web.Request, response: web.StreamResponse, error: GatewayError
 ) -> None:
     request[TRACE].error_code = error.error_code
-    await response.write(build_stream_error(error, request.path))
+    timeout_s = request.app[SETTINGS].client_write_timeout_s
+    await _write(response, build_stream_error(error, request.path), timeout_s)
 
 
 async def _copy(
     request: web.Request,
     call: RelayCall,
+    engine: Engine,
     upstream: aiohttp.ClientResponse,
     response: web.StreamResponse,
 ) -> None:
     timeout_s = request.app[SETTINGS].client_write_timeout_s
     usage: tuple[int, int] | None = None
     rest = b""  # of an event whose end has not come yet
-    async for chunk in _chunks(request, upstream):
+    async for chunk in _chunks(request, engine, upstream):
         if not chunk:
             if not rest:  # never in the middle of an event
                 await _write(response, b": keep-alive\n\n", timeout_s)
@@ -215,7 +214,9 @@ async def _copy(
     _count(request, usage)
 
 
-async def _chunks(request: web.Request, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _chunks(
+    request: web.Request, engine: Engine, upstream: aiohttp.ClientResponse
+) -> AsyncIterator[bytes]:
     """What comes, as it comes; an empty one for each while of silence."""
     settings, trace = request.app[SETTINGS], request[TRACE]
     first_chunk = request.app[METRICS].first_chunk_seconds.labels(trace.route)
@@ -230,6 +231,9 @@ async def _chunks(request: web.Request, upstream: aiohttp.ClientResponse) -> Asy
                 raise EngineTimeout("the engine's stream fell silent") from None
             yield b""
             continue
+        except aiohttp.ClientError as error:
+            engine.note_failure()
+            raise engine.translate(error) from error
         if not chunk:
             return
         if is_first:
@@ -246,6 +250,9 @@ async def _write(response: web.StreamResponse, data: bytes, timeout_s: float) ->
             await response.write(data)
     except TimeoutError:
         raise ConnectionResetError("the caller takes no data") from None
+    except ConnectionError:
+        # aiohttp's own is a ClientError too, and must not pass for a failure of the engine.
+        raise ConnectionResetError("the caller has gone") from None
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

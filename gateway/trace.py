@@ -23,6 +23,8 @@ class Trace:
     completion_tokens: int | None = None
     error_code: str | None = None
     shared: int = 0
+    deadline: float | None = None
+    is_streaming: bool = False
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started

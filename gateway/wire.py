@@ -4,6 +4,8 @@ engine is asked and what it says. Nothing here talks to anybody.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ Prompt = str | list[int]
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _NO_CHOICES = b'"choices":[]'
-MAX_STOPS = 16
+_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_STOPS = 4  # vLLM's own limit
 MAX_STOP_CHARACTERS = 256
 SAMPLING_FIELDS = frozenset(("max_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
 PREDICT_FIELDS = SAMPLING_FIELDS | {"prompt", "prompts", "system"}
@@ -46,6 +49,7 @@ class PredictRequest:
     sampling: Sampling
     system: str | None
     ignored_fields: tuple[str, ...] = ()
+    is_length_asked: bool = False
 
 
 @dataclass(slots=True)  # not frozen: that doubles the cost of making one, once a request
@@ -91,10 +95,31 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+        value = _parse_leniently(body, error)
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_type")
     return value
+
+
+def _parse_leniently(body: bytes, error: Exception) -> Any:
+    """JSON's grammar allows half a surrogate pair, orjson does not: one prompt pays for it."""
+    if b"surrogate" in str(error).encode():
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(body, parse_constant=_refuse_constant)
+    raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: half a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
@@ -121,15 +146,22 @@ def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
             code="too_many_prompts",
         )
     system = data.get("system")
-    if system is not None and not isinstance(system, str):
+    if system is not None and (not isinstance(system, str) or not is_text(system)):
         raise _wrong_type("system", "a string")
     return PredictRequest(
         questions=questions,
         is_single=isinstance(value, str),
         sampling=parse_sampling(data, settings),
         system=system,
-        ignored_fields=tuple(sorted(data.keys() - PREDICT_FIELDS)),
+        ignored_fields=_name_ignored(data),
+        is_length_asked=data.get("max_tokens") is not None,
     )
+
+
+def _name_ignored(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """For a header, so only names that are safe and short there."""
+    names = sorted(name for name in data.keys() - PREDICT_FIELDS if _HEADER_SAFE.fullmatch(name))
+    return tuple(names[:10])
 
 
 def parse_sampling(data: Mapping[str, Any], settings: Settings) -> Sampling:
@@ -193,7 +225,9 @@ def _stops(value: Any, default: tuple[str, ...]) -> tuple[str, ...]:
     if value is None:
         return default
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+    if not isinstance(stops, list) or not all(
+        isinstance(stop, str) and is_text(stop) for stop in stops
+    ):
         raise _wrong_type("stop", "a string or a list of strings")
     if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
         raise InvalidRequest(
@@ -209,6 +243,16 @@ def _wrong_type(param: str, expected: str) -> InvalidRequest:
 
 def parse_relay_call(path: str, body: bytes, settings: Settings) -> RelayCall:
     """Bounds what could harm the engine or other callers; passes every other field on untouched."""
+    try:
+        return _parse_relay_call(path, body, settings)
+    except orjson.JSONEncodeError as error:
+        # Read but not writable again: nested too deep, or half a surrogate pair.
+        raise InvalidRequest(
+            f"the body cannot be passed on: {error}", code="invalid_json"
+        ) from None
+
+
+def _parse_relay_call(path: str, body: bytes, settings: Settings) -> RelayCall:
     data = parse_json_object(body)
     model = data.get("model")
     if model is not None and not isinstance(model, str):
@@ -256,8 +300,11 @@ def _is_token_ids(prompt: list[Any]) -> bool:
 
 def _count(data: Mapping[str, Any], name: str, most: int) -> int:
     value = data.get(name)
+    if value is None:
+        return 1
     if not isinstance(value, int) or isinstance(value, bool):
-        return 1  # absent or of a wrong type, which the engine will say
+        # The engine would read "500" or 500.0 as a number, past the bound.
+        raise _wrong_type(name, "a whole number")
     if value > most:
         raise InvalidRequest(f"{name} must be at most {most}", param=name)
     return max(1, value)
@@ -266,6 +313,8 @@ def _count(data: Mapping[str, Any], name: str, most: int) -> int:
 def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         value = data.get(name)
+        if isinstance(value, str | float):
+            raise _wrong_type(name, "a whole number")
         if isinstance(value, int) and value > settings.max_logprobs:
             raise InvalidRequest(f"{name} must be at most {settings.max_logprobs}", param=name)
     stop = data.get("stop")
@@ -430,7 +479,8 @@ def parse_engine_error(body: bytes) -> tuple[str, str | None]:
     try:
         data = orjson.loads(body)
         error = data.get("error", data)
-        return str(error["message"]), error.get("param")
+        param = error.get("param")
+        return str(error["message"]), param.rsplit(".", 1)[-1] if isinstance(param, str) else None
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return body[:300].decode("utf-8", "replace"), None
 

@@ -56,7 +56,9 @@ class Gateway:
             size = -(-self._plan.warmup_prompts // servers)
             ours["GATEWAY_MAX_PROMPTS_PER_CALL"] = str(size)
         exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
-        return [sys.executable, "-m", "gateway"], {**ours, **exported}
+        # Where it listens and whom it asks is the launcher's to say: it waits there for it.
+        fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
+        return [sys.executable, "-m", "gateway"], {**ours, **exported, **fixed}
 
     def read_line(self, line: str) -> None:
         """Its lines are shown as they are."""

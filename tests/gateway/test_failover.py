@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ async def test_busy_engine_is_left_out_for_a_moment(serve: Serve) -> None:
 
 
 async def test_breaker_opens_after_failures_and_closes_again(serve: Serve) -> None:
-    async with serve(Behaviour(), breaker_failures=3, max_attempts=1) as served:
+    async with serve(Behaviour(), breaker_failures=3, max_attempts=1, restart_hold_s=5) as served:
         served.engine.status = 500
         for number in range(3):
             assert (await served.predict(f"q{number}")).status_code == 502
@@ -86,10 +87,10 @@ async def test_breaker_opens_after_failures_and_closes_again(serve: Serve) -> No
         seen = len(served.engine.calls)
         served.engine.status = 200
 
-        answer = await served.predict("after")
+        assert not served.app[POOL].is_ready
+        answer = await served.predict("after")  # held until the breaker closes
 
-        assert answer.status_code in {200, 503}
-        await until(lambda: served.app[POOL].engines[0].is_usable)
+        assert answer.status_code == 200
         assert (await served.predict("later")).status_code == 200
         assert len(served.engine.calls) <= seen + 2
 
@@ -115,6 +116,24 @@ async def test_restarting_engine_is_waited_for(serve: Serve) -> None:
         served.engine.is_healthy = True
 
         assert (await call).json() == {"response": "answer:patient"}
+
+
+async def test_restarted_engine_serves_those_who_waited_at_once(serve: Serve) -> None:
+    """It refuses connections meanwhile; that must not count as failures of its next life."""
+    engine = Behaviour()
+    async with contextlib.AsyncExitStack() as first_life:
+        runner_url = await first_life.enter_async_context(serve_app(build_fake_engine(engine)))
+        port = int(runner_url.rsplit(":", 1)[1])
+        async with serve(engines=(runner_url,), restart_hold_s=20, breaker_pause_s=60) as served:
+            await first_life.aclose()
+            await until(lambda: not served.app[POOL].is_ready)
+            await asyncio.sleep(1.0)  # many more failed looks than the breaker allows
+            call = asyncio.create_task(served.predict("patient"))
+            await asyncio.sleep(0.1)
+            async with serve_app(build_fake_engine(engine), port=port):
+                answer = await asyncio.wait_for(call, 10)
+
+    assert answer.json() == {"response": "answer:patient"}
 
 
 async def test_engine_gone_for_long_tells_when_to_come_back(serve: Serve) -> None:

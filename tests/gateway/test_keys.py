@@ -164,6 +164,8 @@ async def test_keys_are_read_again_when_the_file_changes(serve: Serve, tmp_path:
         ("[[keys]]\nname = 'a'\nhash = 'plain'", "key 1: hash"),
         ("[[keys]]\nname = 'a'\nhash = 'x'\nrpm = 1", "key 1: "),
         ("keys", "cannot read"),
+        ("keys = 3", "holds \\[\\[keys\\]\\] entries"),
+        ("key = []", "holds \\[\\[keys\\]\\] entries"),
     ],
 )
 def test_keys_file_that_is_bad_stops_the_start(tmp_path: Path, text: str, message: str) -> None:

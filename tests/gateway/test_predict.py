@@ -171,6 +171,48 @@ async def test_predict_unknown_field_is_named_in_a_header(served: Served) -> Non
     assert answer.headers["X-Ignored-Fields"] == "max_token"
 
 
+async def test_predict_field_name_cannot_write_a_header(served: Served) -> None:
+    body = {"prompt": "a", "x\r\nSet-Cookie: a": 1, "y" * 20_000: 1, "名": 1, "ok_name": 1}
+    answer = await served.client.post("/predict", json=body)
+
+    assert answer.status_code == 200
+    assert answer.headers["X-Ignored-Fields"] == "ok_name"
+    assert "Set-Cookie" not in answer.headers
+
+
+async def test_predict_half_a_surrogate_costs_one_prompt(served: Served) -> None:
+    answer = await served.client.post("/predict", content=b'{"prompt": ["a", "\\ud800", "b"]}')
+
+    assert answer.json()["response"] == ["answer:a", "", "answer:b"]
+    assert answer.json()["errors"]["1"]["code"] == "not_text"
+
+
+async def test_predict_short_context_answers_with_what_it_has(serve: Serve) -> None:
+    async with serve(Behaviour(max_model_len=128), max_tokens=256) as served:
+        answer = await served.predict("hi")
+
+        assert answer.json() == {"response": "answer:hi"}
+        assert served.engine.calls[0]["max_tokens"] == 127
+
+
+async def test_predict_broken_gzip_is_400(served: Served) -> None:
+    answer = await served.client.post(
+        "/predict", content=b"\x1f\x8bxxxx", headers={"Content-Encoding": "gzip"}
+    )
+
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("field", ["x", "response_format"])
+async def test_relay_body_nested_deep_is_400(served: Served, field: str) -> None:
+    nested = b"[" * 300 + b"]" * 300
+    body = b'{"model":"fake","prompt":"a","stream":true,"%s":%s}' % (field.encode(), nested)
+
+    answer = await served.client.post("/v1/completions", content=body)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
 async def test_predict_too_many_prompts_are_refused(serve: Serve) -> None:
     async with serve(max_prompts=10) as served:
         answer = await served.predict(["a"] * 11)

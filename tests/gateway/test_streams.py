@@ -9,6 +9,7 @@ import openai
 import orjson
 import pytest
 
+from gateway.pool import POOL
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
@@ -117,9 +118,12 @@ async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None
     [
         ({"n": 1000}, "n"),
         ({"best_of": 1000}, "best_of"),
+        ({"n": "500"}, "n"),
+        ({"n": 500.0}, "n"),
+        ({"logprobs": "99"}, "logprobs"),
         ({"logprobs": 100}, "logprobs"),
         ({"prompt": ["a"] * 1025}, "prompt"),
-        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ["x"] * 5}, "stop"),
         ({"stop": "x" * 1000}, "stop"),
         ({"response_format": {"schema": "x" * 70_000}}, "response_format"),
         ({"model": 3}, "model"),
@@ -178,8 +182,40 @@ async def test_deadline_that_has_passed_is_504_and_frees_the_engine(served: Serv
         "/predict", json={"prompt": "a"}, headers={"X-Deadline-Ms": "300"}
     )
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "engine_timeout")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_passed")
     await until(lambda: served.engine.running == 0)
+
+
+async def test_deadline_in_mid_stream_ends_it_as_a_stream(served: Served) -> None:
+    served.engine.stream_gap_s = 0.2
+
+    answer = await served.client.post(
+        "/v1/chat/completions", json=CHAT, headers={"X-Deadline-Ms": "500"}
+    )
+
+    events = answer.text.strip().split("\n\n")
+    assert '"code":"deadline_passed"' in events[-2]
+    assert events[-1] == "data: [DONE]"
+    assert "HTTP/1.1" not in answer.text
+
+
+async def test_callers_who_hang_up_are_no_failures_of_the_engine(served: Served) -> None:
+    served.engine.stream_gap_s = 0.02
+    host, port = served.url.removeprefix("http://").split(":")
+    body = orjson.dumps(CHAT | {"messages": [{"role": "user", "content": "x" * 100}]})
+    for _ in range(12):
+        _, writer = await asyncio.open_connection(host, int(port))
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        await until(lambda: served.engine.running == 1)
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+        await until(lambda: served.engine.running == 0)
+        assert served.app[POOL].engines[0].is_usable
+
+    assert (await served.predict("fine")).status_code == 200
 
 
 @pytest.mark.parametrize(

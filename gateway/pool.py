@@ -21,7 +21,6 @@ from aiohttp import web
 from gateway.config import Settings, SettingsError
 from gateway.engine import Engine, EngineState
 from gateway.errors import (
-    EngineAborted,
     EngineError,
     EngineTimeout,
     EngineUnreachable,
@@ -327,9 +326,8 @@ def _may_run_again(work: _Work, place: int) -> bool:
     answer = work.answers[place]
     if isinstance(answer, EngineUnreachable | Unavailable):
         return True
-    is_failure = isinstance(answer, EngineError | EngineAborted)
     is_timeout = isinstance(answer, EngineTimeout)  # a second one would double the wait
-    return is_failure and not is_timeout and work.sampling.temperature == 0
+    return isinstance(answer, EngineError) and not is_timeout and work.sampling.temperature == 0
 
 
 async def _is_answered(future: asyncio.Future[Answer | GatewayError]) -> bool:

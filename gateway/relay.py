@@ -67,6 +67,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     queued = time.perf_counter()
     async with request.app[GATE].enter(visit):
         trace.queue_s = time.perf_counter() - queued
+        request.app[METRICS].queue_seconds.labels(trace.route).observe(trace.queue_s)
         trace.deadline = visit.loop_deadline()
         return await _pass_on(request, call)
 

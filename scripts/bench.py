@@ -141,7 +141,7 @@ async def compare(title: str, arms: list[Arm], rounds: int, warmups: int) -> Com
                 wrong = first_difference(answers, expected)
                 raise SystemExit(
                     f"bench: {arm.name} answered prompt {wrong} differently: "
-                    f"{answers[wrong]!r}, not {expected[wrong]!r}"
+                    f"{answers[wrong : wrong + 1]}, not {expected[wrong : wrong + 1]}"
                 )
             if number >= 0:
                 seconds[arm.name].append(took_s)

@@ -16,7 +16,7 @@ from typing import Any
 from launcher.budget import RULES, Budget, Sizing, Workload, compute_budget
 from launcher.config import suggest
 from launcher.errors import SettingsError
-from launcher.flags import Flags
+from launcher.flags import Flags, find_change
 from launcher.hardware import Device, read_cpu
 from launcher.models import Model
 
@@ -112,7 +112,10 @@ def build_plan(
     environment, _ = _fit(environment, device, model, workload)
     kept = tuple(choice for choice in options.values() if not choice.omit)
     for choice in kept:
-        flags.check(choice.name, origin=choice.origin)
+        head = choice.name.partition(".")[0]
+        # What this version has no word for is written in its words or left out (command.py).
+        if head in flags.kinds or find_change(head) is None:
+            flags.check(choice.name, origin=choice.origin)
     return Plan(
         profile, data["title"], device, model, kept,
         tuple(choice for choice in environment.values() if not choice.omit),

@@ -222,11 +222,13 @@ def test_set_that_cannot_work_is_refused_with_advice(pair: str, message: str) ->
 def test_older_vllm_gets_the_words_it_knows() -> None:
     kinds = {k: v for k, v in FLAGS.kinds.items() if k != "performance-mode"}
     del kinds["cudagraph-capture-sizes"], kinds["attention-backend"], kinds["shutdown-timeout"]
+    del kinds["custom-histogram-buckets"]
     older = Flags("0.13.0", kinds, FLAGS.fields)
-    plan = make_plan("course", "RTX 5090", "qwen3-0.6b")
+    plan = build_plan("course", parse_device("RTX 5090"), read_model("qwen3-0.6b"), older)
     command = build_command(plan, Settings(), VLLM, older)
     assert command.environment["VLLM_ATTENTION_BACKEND"] == "TRITON_ATTN"
     assert "--shutdown-timeout" not in command.arguments
+    assert "--custom-histogram-buckets" not in command.arguments
     nested = command.arguments[command.arguments.index("--compilation-config") + 1]
     assert '"cudagraph_capture_sizes":[1,2,4' in nested
 

@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Behaviour:
     headers: list[dict[str, str]] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
+    unreadable: int = 0
 
 
 BEHAVIOUR = web.AppKey("behaviour", Behaviour)
@@ -58,7 +59,11 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app.router.add_get("/v1/models", _models)
     app.router.add_post("/v1/completions", _completions)
     app.router.add_post("/v1/chat/completions", _chat)
+    app.router.add_post("/v1/responses", _responses)
+    app.router.add_post("/v1/messages", _messages)
+    app.router.add_post("/v1/embeddings", _embeddings)
     app.router.add_post("/tokenize", _tokenize)
+    app.router.add_post("/detokenize", _detokenize)
     app.router.add_post("/collective_rpc", _admin)
     return app
 
@@ -87,12 +92,12 @@ async def _models(request: web.Request) -> web.Response:
 
 async def _completions(request: web.Request) -> web.StreamResponse:
     behaviour = request.app[BEHAVIOUR]
-    call = orjson.loads(await request.read())
-    behaviour.calls.append(call)
-    behaviour.headers.append(dict(request.headers))
-    prompts = call["prompt"]
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    call = await _read(request)
+    prompts = call.get("prompt")
+    if isinstance(prompts, str) or (isinstance(prompts, list) and _is_ids(prompts)):
         prompts = [prompts]
+    if not prompts or not isinstance(prompts, list) or not all(map(_is_prompt, prompts)):
+        return _refusal("prompt is a text, token ids or a list of those", "prompt")
     questions = [_question(prompt, request.app[TOKENIZER]) for prompt in prompts]
     async with _working(behaviour, len(questions)):
         await asyncio.sleep(behaviour.delay_s)
@@ -106,7 +111,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     if any(behaviour.refuses(question) for question in questions):
         return _refusal("this is not to my taste", behaviour.refused_field)
     if call.get("stream"):
-        return await _stream(request, questions)
+        return await _stream(request, call, questions[0])
     choices = [
         {
             "index": index,
@@ -119,14 +124,16 @@ async def _completions(request: web.Request) -> web.StreamResponse:
         choices.pop()
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 2 * len(questions)}
     # Order is the field `index`, not the place in the list.
-    return _json({"id": "cmpl-1", "model": call["model"], "choices": choices[::-1], "usage": usage})
+    body = {"id": "cmpl-1", "model": call.get("model"), "choices": choices[::-1], "usage": usage}
+    return _json(body)
 
 
 async def _chat(request: web.Request) -> web.StreamResponse:
     behaviour = request.app[BEHAVIOUR]
-    call = orjson.loads(await request.read())
-    behaviour.calls.append(call)
-    question = call["messages"][-1]["content"]
+    call = await _read(request)
+    question = _last_text(call.get("messages"))
+    if question is None:
+        return _refusal("messages is a list of messages with a text", "messages")
     async with _working(behaviour, 1):
         await asyncio.sleep(behaviour.delay_s)
     if behaviour.cuts_connection:
@@ -141,18 +148,18 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         }
         return _json(body, status=404)
     if call.get("stream"):
-        return await _stream(request, [question])
+        return await _stream(request, call, question)
     message = {"role": "assistant", "content": f"answer:{question}"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "prompt_tokens_details": {"cached": 1}}
     return _json({"id": "chat-1", "choices": [choice], "usage": usage})
 
 
-async def _stream(request: web.Request, questions: list[str]) -> web.StreamResponse:
+async def _stream(request: web.Request, call: dict[str, Any], question: str) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
     await response.prepare(request)
     behaviour = request.app[BEHAVIOUR]
-    text = "answer:" + questions[0]
+    text = "answer:" + question
     async with _working(behaviour, 1):
         for number, character in enumerate(text):
             if number == behaviour.stream_cut_after:
@@ -162,7 +169,7 @@ async def _stream(request: web.Request, questions: list[str]) -> web.StreamRespo
             choice = {"index": 0, "text": character, "delta": {"content": character}}
             await response.write(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
             await asyncio.sleep(behaviour.stream_gap_s)
-    if behaviour.calls[-1].get("stream_options", {}).get("include_usage"):
+    if (call.get("stream_options") or {}).get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}
         event = {"choices": [], "usage": usage}
         await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
@@ -171,9 +178,44 @@ async def _stream(request: web.Request, questions: list[str]) -> web.StreamRespo
     return response
 
 
+async def _responses(request: web.Request) -> web.Response:
+    text = (await _read(request)).get("input")
+    if not isinstance(text, str):
+        return _refusal("input is a text", "input")
+    part = {"type": "output_text", "text": f"answer:{text}"}
+    output = [{"type": "message", "role": "assistant", "content": [part]}]
+    return _json({"id": "resp-1", "object": "response", "output": output})
+
+
+async def _messages(request: web.Request) -> web.Response:
+    text = _last_text((await _read(request)).get("messages"))
+    if text is None:
+        return _refusal("messages is a list of messages with a text", "messages")
+    usage = {"input_tokens": 3, "output_tokens": 4}
+    content = [{"type": "text", "text": f"answer:{text}"}]
+    return _json({"id": "msg-1", "type": "message", "content": content, "usage": usage})
+
+
+async def _embeddings(request: web.Request) -> web.Response:
+    text = (await _read(request)).get("input")
+    if not isinstance(text, str):
+        return _refusal("input is a text", "input")
+    data = [{"index": 0, "object": "embedding", "embedding": [ord(one) for one in text[:20]]}]
+    return _json({"object": "list", "data": data, "usage": {"prompt_tokens": len(text)}})
+
+
 async def _tokenize(request: web.Request) -> web.Response:
-    text = orjson.loads(await request.read())["prompt"]
+    text = (await _read(request)).get("prompt")
+    if not isinstance(text, str):
+        return _refusal("prompt is a text", "prompt")
     return _json({"tokens": request.app[TOKENIZER].encode(text).ids})
+
+
+async def _detokenize(request: web.Request) -> web.Response:
+    tokens = (await _read(request)).get("tokens")
+    if not isinstance(tokens, list) or not _is_ids(tokens):
+        return _refusal("tokens is a list of token ids", "tokens")
+    return _json({"prompt": request.app[TOKENIZER].decode(tokens)})
 
 
 async def _admin(_request: web.Request) -> web.Response:
@@ -190,6 +232,36 @@ async def _working(behaviour: Behaviour, sequences: int) -> AsyncIterator[None]:
         raise
     finally:
         behaviour.running -= sequences
+
+
+async def _read(request: web.Request) -> dict[str, Any]:
+    """The call, remembered for the test; what is no JSON object is refused and counted."""
+    behaviour = request.app[BEHAVIOUR]
+    try:
+        call = orjson.loads(await request.read())
+    except orjson.JSONDecodeError:
+        call = None
+    if not isinstance(call, dict):
+        behaviour.unreadable += 1
+        return {}
+    behaviour.calls.append(call)
+    behaviour.headers.append(dict(request.headers))
+    return call
+
+
+def _is_ids(value: Sequence[Any]) -> bool:
+    return bool(value) and all(type(one) is int and 0 <= one < 2**31 for one in value)
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and _is_ids(value))
+
+
+def _last_text(messages: Any) -> str | None:
+    """The last message's text, or nothing if these are no messages."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    text = last.get("content") if isinstance(last, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def _question(prompt: str | list[int], tokenizer: Tokenizer) -> str:

@@ -11,6 +11,8 @@ lock "$1" gateway
 lock "$1" cpu --extra cpu --constraint requirements/gateway.txt --config-file requirements/cpu.toml \
   --no-emit-package torch --no-emit-package torchaudio --no-emit-package torchcodec \
   --no-emit-package torchvision
-lock "$1" dev --extra dev --constraint requirements/cpu.txt
+lock "$1" dev --extra dev --extra otel --constraint requirements/cpu.txt
+# The gateway alone, with spans.
+lock "$1" otel --extra otel --constraint requirements/dev.txt
 # The CUDA environment gets the same test tools, so it must agree with them.
 lock "$1" cuda --extra cuda --constraint requirements/dev.txt

@@ -1,0 +1,1 @@
+"""The parts of the grader (`scripts/grade.py`): one room a file."""

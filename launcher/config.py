@@ -70,8 +70,13 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=65535,
-        description="Loopback port of the launcher's own status and metrics; 0: none. "
+        description="Port of the launcher's own status and metrics; 0: none. "
         "By default the one after the engine's.",
+    )
+    status_host: str = Field(
+        "127.0.0.1",
+        description="Its address. It takes no orders, but shows command lines and environments: "
+        "elsewhere than on the loopback only where nobody but your own programs can reach it.",
     )
 
     state_dir: Path | None = Field(

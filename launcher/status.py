@@ -1,4 +1,4 @@
-"""The launcher's own face on the loopback: /status, /crash, /metrics. It takes no orders."""
+"""The launcher's own face: /status, /crash, /readyz, /metrics. It takes no orders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 from launcher.errors import SettingsError
 from launcher.supervisor import Standing
 
-_LOOPBACK = "127.0.0.1"
 _STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
 
 
@@ -91,7 +90,7 @@ def _collect(name: str, standing: Standing) -> Iterator[Metric]:
 
 
 @contextlib.asynccontextmanager
-async def serve_status(source: StatusSource, port: int) -> AsyncIterator[None]:
+async def serve_status(source: StatusSource, host: str, port: int) -> AsyncIterator[None]:
     """While inside; port 0 serves nothing."""
     if not port:
         yield
@@ -100,10 +99,10 @@ async def serve_status(source: StatusSource, port: int) -> AsyncIterator[None]:
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, _LOOPBACK, port).start()
+            await web.TCPSite(runner, host, port).start()
         except OSError as error:
             raise SettingsError(
-                f"cannot listen on {_LOOPBACK}:{port} ({error.strerror}); "
+                f"cannot listen on {host}:{port} ({error.strerror}); "
                 "stop what uses it or set LAUNCHER_STATUS_PORT (0: none)"
             ) from None
         yield
@@ -122,12 +121,18 @@ def build_status_app(source: StatusSource) -> web.Application:
         card = source.crash()
         return _json(card) if card else _json({"error": "no crash so far"}, status=404)
 
+    async def readyz(_request: web.Request) -> web.Response:
+        states = {name: standing.state for name, standing in source.standings.items()}
+        is_ready = all(state == "ready" for state in states.values())
+        return _json(states, status=200 if is_ready else 503)
+
     async def metrics(_request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), content_type="text/plain")
 
     app = web.Application()
     app.router.add_get("/status", status)
     app.router.add_get("/crash", crash)
+    app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     return app
 

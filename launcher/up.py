@@ -48,7 +48,8 @@ async def run(prepared: Prepared, *, with_gateway: bool) -> int:
             ensure_port_free(settings.host, settings.port, "LAUNCHER_PORT")
         async with _clients(prepared) as (probe, client):
             session = Session(prepared, output, probe, client, with_gateway=with_gateway)
-            async with serve_status(session.status_source(), settings.status_port_used):
+            status = (settings.status_host, settings.status_port_used)
+            async with serve_status(session.status_source(), *status):
                 await session.run()
     return 0
 

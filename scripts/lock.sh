@@ -16,3 +16,5 @@ lock "$1" dev --extra dev --extra otel --constraint requirements/cpu.txt
 lock "$1" otel --extra otel --constraint requirements/dev.txt
 # The CUDA environment gets the same test tools, so it must agree with them.
 lock "$1" cuda --extra cuda --constraint requirements/dev.txt
+# What Dockerfile.engine adds to an image that has vLLM.
+lock "$1" image --extra modelscope --extra otel --constraint requirements/cuda.txt

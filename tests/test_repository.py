@@ -29,7 +29,7 @@ def test_test_tools_agree_with_the_engines_pins(engine: str) -> None:
 
 
 def test_gateway_pins_are_part_of_every_environment() -> None:
-    for name in ("cpu.txt", "cuda.txt", "dev.txt", "otel.txt"):
+    for name in ("cpu.txt", "cuda.txt", "dev.txt", "otel.txt", "image.txt"):
         versions = {key[0]: version for key, version in _pins(name).items()}
         for (package, _), version in _pins("gateway.txt").items():
             assert versions.get(package) == version, f"{package} in {name}"

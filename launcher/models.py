@@ -13,7 +13,7 @@ from launcher.config import DEMO_MODEL, Settings
 from launcher.errors import SettingsError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
+NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
 # Weights per element, packed scales included, by the checkpoint's own quantisation.
 _QUANT_BYTES = {"fp8": 1.0, "awq": 0.56, "gptq": 0.56, "bitsandbytes": 0.56}
 
@@ -147,12 +147,12 @@ def _fetch_huggingface(name: str, *, config_only: bool) -> Path:
             here = Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
             here = Path()
-        if _is_complete(here):
+        if is_complete(here):
             return here
-        here = Path(snapshot_download(name, ignore_patterns=_NOT_WEIGHTS))
+        here = Path(snapshot_download(name, ignore_patterns=NOT_WEIGHTS))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SettingsError(f"model: cannot get {name} from Hugging Face: {_line(error)}") from None
-    if not _is_complete(here):  # it falls back to what is here when the hub cannot be reached
+    if not is_complete(here):  # it falls back to what is here when the hub cannot be reached
         raise SettingsError(
             f"model: the copy of {name} here is incomplete, and Hugging Face cannot be reached"
         )
@@ -169,7 +169,7 @@ def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
     only = {"allow_patterns": ["config.json"]} if config_only else {}
     try:
         here = Path(modelscope.snapshot_download(name, local_files_only=True))
-        if config_only or _is_complete(here):
+        if config_only or is_complete(here):
             return here
     except Exception:  # noqa: BLE001, S110  (it raises plain ValueErrors for "not here yet")
         pass
@@ -179,7 +179,7 @@ def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
         raise SettingsError(f"model: cannot get {name} from ModelScope: {_line(error)}") from None
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """A download that was cut off leaves a folder that looks whole from outside."""
     if not (folder / "config.json").is_file():
         return False

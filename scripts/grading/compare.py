@@ -97,18 +97,19 @@ def read_measured(path: Path) -> Measured:
     try:
         if isinstance(data, list):
             return Measured(str(path), _collect(data, "rougeL_f1"), None, (), "", "", "")
-        return _read_grade(path, data)
+        return measure(str(path), data)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadGrade(f"{path}: not a grade's details ({error!r} is missing)") from None
 
 
-def _read_grade(path: Path, data: dict[str, Any]) -> Measured:
+def measure(name: str, data: dict[str, Any]) -> Measured:
+    """Of a grade's details, wherever they are."""
     facts, runs = data["facts"], data["runs"]
     tokens = [run["speed"]["tokens_per_s"] for run in runs]
     characters = tuple(run["speed"]["characters_per_s"] for run in runs)
     is_counted = all(isinstance(speed, int | float) for speed in tokens)
     return Measured(
-        str(path),
+        name,
         _collect(data["answers"], "rougeL_f1", len(runs)),
         _collect(data["answers"], "rougeL_f1_whitespace", len(runs)),
         tuple(tokens) if is_counted else characters,
@@ -145,9 +146,11 @@ def compare(before: Measured, after: Measured) -> Comparison:
     alone = len(before.course) + len(after.course) - 2 * len(shared)
     if alone:
         notes.append(f"{alone} questions are in one of the two alone and were left out")
-    for one in (before, after):
-        if one.errors:
-            notes.append(f"{one.path} has faults of its own: {', '.join(one.errors)}")
+    notes += [
+        f"{one.path} has faults of its own: {', '.join(one.errors)}"
+        for one in (before, after)
+        if one.errors
+    ]
     if before.speeds and after.speeds:
         differences.append(_compare_speed(before, after))
     return Comparison(

@@ -8,6 +8,7 @@ from typing import TextIO
 
 _BAR_CELLS = 28
 _LINE_EVERY_S = 15.0
+_FIRST_LINE_S = 3.0
 
 
 class Progress:
@@ -19,12 +20,12 @@ class Progress:
         self._limit_s = limit_s
         self._runs = runs
         self._run = 0
-        self._next_line_s = 0.0
+        self._next_line_s = _FIRST_LINE_S
         self._is_open = False
 
     def begin_run(self, number: int) -> None:
         self._run = number
-        self._next_line_s = _LINE_EVERY_S
+        self._next_line_s = _FIRST_LINE_S
 
     def waiting(self, seconds: float, said: str) -> None:
         self._show(seconds, f"waiting for the server, {seconds:.0f} s: {said}")

@@ -183,6 +183,14 @@ class Grade:
         path.write_text(text + "\n", encoding="utf-8")
 
 
+def write_ungraded(finding: Any, path: Path) -> None:
+    """The details of a server that never could be asked."""
+    packed = {"format": FORMAT, "is_good": False, "facts": {}, "findings": [asdict(finding)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**packed, "runs": [], "answers": []}, ensure_ascii=False, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def _pack_answer(one: Answer) -> dict[str, Any]:
     """The first run's answer; those of other runs only where they differ."""
     packed = {"question": one.question, "reference": one.reference, **_pack_text(one, 0)}

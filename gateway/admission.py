@@ -11,13 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
 from aiohttp import web
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from gateway.config import Settings, Worker
 from gateway.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded
@@ -135,8 +133,8 @@ class Gate:
         self._clock = 0.0
         self._rate = _Rate()
         self._is_polling = False
-        self._refused = metrics.refused
-        metrics.add_live(_GateCollector(self))
+        metrics.running_sequences.read = lambda: [((name,), self.count(name)[0]) for name in LANES]
+        metrics.waiting_sequences.read = lambda: [((name,), self.count(name)[1]) for name in LANES]
 
     def enter(self, visit: Visit) -> Stay:
         """Holds the visit's places for as long as the block of `async with` runs."""
@@ -184,7 +182,6 @@ class Gate:
         retry_after_s = min(max(1.0, expected_s), _LONGEST_RETRY_AFTER_S)
         waiting = self._waiting()
         if waiting + places > self._max_waiting:
-            self._refused.labels("queue_full").inc()
             raise Overloaded(
                 f"{waiting} sequences are waiting already; try again in {retry_after_s:.0f} s",
                 retry_after_s=retry_after_s,
@@ -193,7 +190,6 @@ class Gate:
         if visit.deadline is not None:
             patience_s = min(patience_s, visit.deadline - time.monotonic())
             if expected_s > patience_s:
-                self._refused.labels("deadline").inc()
                 raise DeadlineUnreachable(
                     f"about {expected_s:.1f} s of waiting lie before the deadline's "
                     f"{max(0.0, patience_s):.1f} s",
@@ -217,7 +213,6 @@ class Gate:
         except BaseException as error:
             self._leave(lane, waiter)
             if isinstance(error, TimeoutError):
-                self._refused.labels("queue_timeout").inc()
                 raise Overloaded(
                     f"no place became free within {patience_s:.1f} s",
                     code="queue_timeout",
@@ -292,7 +287,6 @@ class Gate:
             held = int(sum(row[1] for row in rows))
             # One request larger than the limit may still run, alone.
             if held and held + places > visit.account_limit:
-                self._refused.labels("key_concurrency").inc()
                 wait_s = max(1.0, self._rate.time_for(places))
                 raise Overloaded(
                     f"this key has {held} sequences running or waiting; its limit is "
@@ -320,27 +314,6 @@ class Stay:
 
     async def __aexit__(self, *_: object) -> None:
         self._gate.give_back(self._visit, self._places)
-
-
-class _GateCollector(Collector):
-    """What runs and what waits, read from the ledger when Prometheus asks."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def collect(self) -> Iterator[Metric]:
-        running = GaugeMetricFamily(
-            "gateway_running_sequences", "Sequences inside the engines.", labels=["lane"]
-        )
-        waiting = GaugeMetricFamily(
-            "gateway_waiting_sequences", "Sequences waiting to enter.", labels=["lane"]
-        )
-        for lane in LANES:
-            counts = self._gate.count(lane)
-            running.add_metric([lane], counts[0])
-            waiting.add_metric([lane], counts[1])
-        yield running
-        yield waiting
 
 
 class _Rate:

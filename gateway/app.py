@@ -6,15 +6,16 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
-from gateway import health, middleware, predict, relay, usage, warmup
+from gateway import health, middleware, predict, pulse, relay, usage, warmup
 from gateway.admission import GATE, Gate
-from gateway.config import SETTINGS, Settings, load_settings, read_worker
+from gateway.config import SETTINGS, Settings, SettingsError, load_settings, read_worker
 from gateway.engine import Engine, build_session
 from gateway.keys import KEYRING, Keyring, run_key_reload
 from gateway.ledger import LEDGER, LEDGER_NAME, Ledger
 from gateway.metrics import METRICS, Metrics
 from gateway.pool import ENGINE_LIST, POOL, EngineList, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
+from gateway.trace import SPANS, SpanSource
 
 
 def build_app(
@@ -37,13 +38,17 @@ def build_app(
         async with build_session(settings) as session:
 
             def build_engine(url: str) -> Engine:
-                return Engine(url, settings, session)
+                return Engine(url, settings, session, app[METRICS])
 
             app[POOL] = Pool(map(build_engine, settings.engines), settings, app[METRICS])
             app[ENGINE_LIST] = EngineList(settings, build_engine, reload)
             yield
 
-    app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, run_key_reload))
+    app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, pulse.run_pulse, run_key_reload))
+    if settings.otlp_endpoint:
+        app[SPANS] = build_spans(settings.otlp_endpoint)
+        app.middlewares.insert(0, middleware.trace_spans)
+        app.on_cleanup.append(close_spans)
 
     app.router.add_get("/", health.handle_root)
     app.router.add_get("/healthz", health.handle_healthz)
@@ -54,3 +59,19 @@ def build_app(
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
     return app
+
+
+def build_spans(endpoint: str) -> SpanSource:
+    """Loaded only when asked for: its packages are an extra, and take their time."""
+    try:
+        from gateway.spans import Spans  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"GATEWAY_OTLP_ENDPOINT needs the extra `otel` ({error}): "
+            "pip install -r requirements/otel.txt"
+        ) from None
+    return Spans(endpoint)
+
+
+async def close_spans(app: web.Application) -> None:
+    await app[SPANS].close()

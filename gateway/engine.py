@@ -24,6 +24,7 @@ from gateway.errors import (
     InvalidRequest,
     Unavailable,
 )
+from gateway.metrics import Metrics
 from gateway.wire import (
     Completion,
     ModelCard,
@@ -51,7 +52,9 @@ class EngineState(StrEnum):
 class Engine:
     """A vLLM server at `url`. Its state is written by the warm-up alone."""
 
-    def __init__(self, url: str, settings: Settings, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, url: str, settings: Settings, session: aiohttp.ClientSession, metrics: Metrics
+    ) -> None:
         self.url = url
         self.state = EngineState.DOWN
         self.reason = "not looked at yet"
@@ -62,10 +65,13 @@ class Engine:
         self.suspect = asyncio.Event()
         self._busy_until = 0.0
         self._failures = 0
-        self._tripped_until = 0.0
+        self.tripped_until = 0.0
         self._addresses: dict[str, URL] = {}
         self._session = session
         self._settings = settings
+        self._metrics = metrics
+        for known in (metrics.engine_failures, metrics.breaker_trips):
+            known.labels(url)  # counted from nought, not from the first failure
 
     @property
     def is_usable(self) -> bool:
@@ -73,7 +79,7 @@ class Engine:
         return (
             self.state is EngineState.READY
             and not self.suspect.is_set()
-            and self._tripped_until <= time.monotonic()
+            and self.tripped_until <= time.monotonic()
         )
 
     @property
@@ -81,7 +87,7 @@ class Engine:
         """How long an engine that is ready stays out of use; no event marks the end of that."""
         if self.state is not EngineState.READY:
             return math.inf
-        return max(0.0, self._tripped_until - time.monotonic())
+        return max(0.0, self.tripped_until - time.monotonic())
 
     @property
     def is_busy(self) -> bool:
@@ -92,7 +98,7 @@ class Engine:
         if self.state is EngineState.READY and state is not EngineState.READY:
             self.down_since = now
         elif self.state is not EngineState.READY and state is EngineState.READY:
-            self._failures, self._tripped_until = 0, 0.0  # a warm-up has just been answered
+            self._failures, self.tripped_until = 0, 0.0  # a warm-up has just been answered
             took_s = now - self.down_since
             known_s = self.typical_start_s
             self.typical_start_s = took_s if known_s is None else (known_s + took_s) / 2
@@ -111,21 +117,30 @@ class Engine:
         Then the first request is the test; it fails again, and the breaker opens at once.
         """
         self._failures += 1
+        self._metrics.engine_failures.labels(self.url).inc()
         self.suspect.set()
         if self._failures >= self._settings.breaker_failures:
-            self._tripped_until = time.monotonic() + self._settings.breaker_pause_s
+            self.tripped_until = time.monotonic() + self._settings.breaker_pause_s
+            self._metrics.breaker_trips.labels(self.url).inc()
 
     @property
     def max_model_len(self) -> int | None:
         return self.card.max_model_len if self.card else None
 
-    async def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Completion:
-        """Answers in prompt order, from one list-prompt call."""
+    async def complete(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        headers: Mapping[str, str] | None = None,
+    ) -> Completion:
+        """Answers in prompt order, from one list-prompt call; `headers` say for which request."""
         model = self.card.name if self.card else ""
         body = build_completion_call(model, prompts, sampling)
         self.running += len(prompts)
         try:
-            status, answer = await self._exchange("POST", "/v1/completions", body)
+            status, answer = await self._exchange(
+                "POST", "/v1/completions", body, {**_JSON, **(headers or {})}
+            )
         except EngineError:
             self.note_failure()  # here, not for probes: an engine that is down fails those for long
             raise
@@ -184,11 +199,15 @@ class Engine:
         return address
 
     async def _exchange(
-        self, method: str, path: str, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
         try:
             async with self._session.request(
-                method, self._address(path), data=body, headers=_JSON if body else None
+                method, self._address(path), data=body, headers=headers
             ) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -25,6 +25,23 @@ from typing import ClassVar, Literal
 
 Source = Literal["gateway", "engine"]
 
+# Codes of what is turned away before an engine sees it: who asks, how much, or at what time.
+REFUSALS = (
+    "missing_key",
+    "invalid_api_key",
+    "route_not_allowed",
+    "model_not_allowed",
+    "not_admin",
+    "body_too_large",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "key_concurrency",
+    "overloaded",
+    "queue_timeout",
+    "deadline_unreachable",
+    "not_ready",
+)
+
 
 class GatewayError(Exception):
     """What a handler raises and the middleware turns into OpenAI's envelope."""

@@ -34,10 +34,9 @@ async def handle_readyz(request: web.Request) -> web.Response:
 
 
 async def handle_metrics(request: web.Request) -> web.Response:
-    return web.Response(
-        body=request.app[METRICS].render(),
-        headers={"Content-Type": "application/openmetrics-text; version=1.0.0; charset=utf-8"},
-    )
+    """Classic text, or OpenMetrics for who asks for it, as Prometheus does."""
+    body, content_type = request.app[METRICS].render(request.headers.get("Accept", ""))
+    return web.Response(body=body, headers={"Content-Type": content_type})
 
 
 def _json(

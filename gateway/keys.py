@@ -12,14 +12,12 @@ import hmac
 import secrets
 import time
 import tomllib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import structlog
 from aiohttp import web
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.config import SETTINGS, Settings, SettingsError
@@ -34,6 +32,7 @@ _REQUESTS_LEFT, _TOKENS_LEFT, _REQUESTS, _PROMPT_TOKENS, _COMPLETION_TOKENS = 1,
 _LOOPBACK = ("127.", "::1", "localhost")
 _BEARER = "bearer "
 _KEY_PREFIX = "vg-"
+_OTHERS = "(others)"  # no key can be called so
 
 
 class Caller(BaseModel):
@@ -77,13 +76,15 @@ class Keyring:
             for number, key in enumerate(settings.api_keys, start=1)
         }
         self._metrics = metrics
+        self._most_shown = settings.metrics_keys
         self._stamp: tuple[int, int] | None = None
         self._callers: dict[str, Caller] = dict(self._from_environment)
         if self._path is not None:
             self._stamp = _stamp(self._path)
             self._callers |= read_keys(self._path)
         self._check_exposure(settings)
-        metrics.add_live(_UsageCollector(self))
+        metrics.usage_requests.read = self._list_requests
+        metrics.usage_tokens.read = self._list_tokens
 
     @property
     def is_open(self) -> bool:
@@ -147,6 +148,23 @@ class Keyring:
             for name, row in rows.items()
         }
 
+    def _list_requests(self) -> Iterator[tuple[Sequence[str], float]]:
+        for name, used in self._read_bounded_usage().items():
+            yield (name,), used["requests"]
+
+    def _list_tokens(self) -> Iterator[tuple[Sequence[str], float]]:
+        for name, used in self._read_bounded_usage().items():
+            yield (name, "in"), used["prompt_tokens"]
+            yield (name, "out"), used["completion_tokens"]
+
+    def _read_bounded_usage(self) -> dict[str, dict[str, int]]:
+        """Thousands of keys would be thousands of series: those far down the file are one."""
+        rows = list(self.read_usage().items())
+        shown, rest = dict(rows[: self._most_shown]), rows[self._most_shown :]
+        if rest:
+            shown[_OTHERS] = {field: sum(used[field] for _, used in rest) for field in rest[0][1]}
+        return shown
+
     def reload(self) -> None:
         """Reads the file again if it has changed; a bad file leaves the keys as they were."""
         if self._path is None:
@@ -162,8 +180,8 @@ class Keyring:
         else:
             log.info("keys_reloaded", count=len(self._callers))
 
-    def _refusal(self, wait_s: float, limit: str, value: int) -> RateLimited:
-        self._metrics.refused.labels(limit).inc()
+    @staticmethod
+    def _refusal(wait_s: float, limit: str, value: int) -> RateLimited:
         return RateLimited(
             f"this key's {limit.replace('_', ' ')} ({value}) are used up",
             code=limit,
@@ -220,27 +238,6 @@ class _Bucket:
             return float(self._per_minute)
         gained = (time.monotonic() - last) * self._per_minute / 60
         return min(float(self._per_minute), self._row[self._field] + gained)
-
-
-class _UsageCollector(Collector):
-    """Usage by key, read from the ledger when Prometheus asks."""
-
-    def __init__(self, keyring: Keyring) -> None:
-        self._keyring = keyring
-
-    def collect(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("gateway_usage_requests", "Requests by key.", labels=["key"])
-        tokens = CounterMetricFamily(
-            "gateway_usage_tokens",
-            "Tokens by key, as the engine counted them.",
-            labels=["key", "direction"],
-        )
-        for name, used in self._keyring.read_usage().items():
-            requests.add_metric([name], used["requests"])
-            tokens.add_metric([name, "in"], used["prompt_tokens"])
-            tokens.add_metric([name, "out"], used["completion_tokens"])
-        yield requests
-        yield tokens
 
 
 def read_keys(path: Path) -> dict[str, Caller]:

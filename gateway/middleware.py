@@ -22,7 +22,7 @@ from gateway.errors import (
 from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
-from gateway.trace import TRACE, Trace
+from gateway.trace import SPAN, SPANS, TRACE, Trace
 from gateway.wire import build_error
 
 log = structlog.get_logger("gateway")
@@ -35,7 +35,7 @@ _QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
 @web.middleware
 async def surround(request: web.Request, handler: Handler) -> web.StreamResponse:
     """One for everything: each more would cost every request a frame and a task of bookkeeping."""
-    trace = Trace(_request_id(request), _route(request))
+    trace = Trace(_request_id(request), _route(request), span=request.get(SPAN))
     request[TRACE] = trace
     status = 499  # what the log says of a caller who hung up
     try:
@@ -46,7 +46,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         return response
     finally:
         duration_s = trace.elapsed_s()
-        request.app[METRICS].count_request(trace.route, status, duration_s)
+        request.app[METRICS].count_request(trace, status, duration_s)
         write = log.debug if trace.route in _QUIET_ROUTES else log.info
         write(
             "request_done",
@@ -58,6 +58,24 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         )
 
 
+@web.middleware
+async def trace_spans(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Around `surround`, and only there when spans are wanted."""
+    route = _route(request)
+    if route in _QUIET_ROUTES:
+        return await handler(request)
+    span = request.app[SPANS].open_request(request.method, route, request.headers)
+    request[SPAN] = span
+    status = 499
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        span.close(request[TRACE], status)
+
+
+
 async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.StreamResponse:
     """The one place where exceptions become answers."""
     try:
@@ -66,6 +84,7 @@ async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.S
         return await handler(request)
     except GatewayError as error:
         if trace.is_streaming:  # a second head in the middle of a stream would be garbage
+            trace.note_error(error.error_code, error.source)
             raise ConnectionResetError(error.message) from error
         return _answer_error(request, error)
     except web.HTTPException as error:
@@ -117,7 +136,7 @@ def _route(request: web.Request) -> str:
 
 
 def _answer_error(request: web.Request, error: GatewayError) -> web.Response:
-    request[TRACE].error_code = error.error_code
+    request[TRACE].note_error(error.error_code, error.source)
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

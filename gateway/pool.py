@@ -30,6 +30,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.metrics import Metrics
+from gateway.trace import Trace
 from gateway.wire import SAMPLING_FIELDS, Answer, Completion, Prompt, Sampling
 
 log = structlog.get_logger("gateway")
@@ -52,6 +53,7 @@ class _Work:
     prompts: Sequence[Prompt]
     sampling: Sampling
     answers: list[Answer | GatewayError | None]
+    trace: Trace | None = None
     cost: Completion = field(default_factory=lambda: Completion([]))
 
     def put(self, places: Sequence[int], completion: Completion) -> None:
@@ -149,7 +151,11 @@ class Pool:
         return next((engine for engine in ranked if load(engine) <= most), ranked[0])
 
     async def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, engine: Engine | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        engine: Engine | None = None,
+        trace: Trace | None = None,
     ) -> Completion:
         """An answer or an error for each prompt, in order.
 
@@ -157,14 +163,16 @@ class Pool:
         that one alone is asked, as a warm-up must.
         """
         if engine is not None or sampling.temperature > 0 or not self._settings.dedup:
-            whole = await self._generate(prompts, sampling, engine)
+            whole = await self._generate(prompts, sampling, engine, trace)
         else:
-            whole = await self._generate_once(prompts, sampling)
+            whole = await self._generate_once(prompts, sampling, trace)
         if not any(isinstance(answer, Answer) for answer in whole.answers):
             _raise_engine_failure(whole.answers)
         return whole
 
-    async def _generate_once(self, prompts: Sequence[Prompt], sampling: Sampling) -> Completion:
+    async def _generate_once(
+        self, prompts: Sequence[Prompt], sampling: Sampling, trace: Trace | None
+    ) -> Completion:
         """Identical greedy prompts, of this batch or on their way for another, share one answer."""
         keys: list[_PromptKey] = [
             (prompt if isinstance(prompt, str) else tuple(prompt), sampling) for prompt in prompts
@@ -181,7 +189,9 @@ class Pool:
             self._in_flight[key] = loop.create_future()
         known: dict[_PromptKey, Answer | GatewayError] = {}
         try:
-            whole = await self._generate(list(own.values()), sampling) if own else Completion([])
+            whole = Completion([])
+            if own:
+                whole = await self._generate(list(own.values()), sampling, trace=trace)
             known.update(zip(own, whole.answers, strict=True))
         finally:
             for key in own:
@@ -190,7 +200,7 @@ class Pool:
         known.update({key: others[key].result() for key in others if key not in again})
         if again:
             lost = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key in again}
-            rest = await self._generate(list(lost.values()), sampling)
+            rest = await self._generate(list(lost.values()), sampling, trace=trace)
             known.update(zip(lost, rest.answers, strict=True))
             whole.prompt_tokens += rest.prompt_tokens
             whole.completion_tokens += rest.completion_tokens
@@ -208,9 +218,13 @@ class Pool:
             future.set_result(answer)
 
     async def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, engine: Engine | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        engine: Engine | None = None,
+        trace: Trace | None = None,
     ) -> Completion:
-        work = _Work(prompts, sampling, [None] * len(prompts))
+        work = _Work(prompts, sampling, [None] * len(prompts), trace)
         ready = [engine] if engine else [one for one in self.engines if one.is_usable]
         pieces = cut(prompts, sampling, len(ready), self._settings.max_prompts_per_call)
         planned: Counter[str] = Counter()
@@ -235,6 +249,9 @@ class Pool:
             if not places or is_bound or attempt + 1 == self._settings.max_attempts:
                 return
             self._metrics.retried.inc(len(places))
+            lost = work.answers[places[0]]
+            if isinstance(lost, GatewayError):
+                self._metrics.retried_calls.labels(lost.error_code).inc()
             try:
                 engine = await self.acquire(avoid=engine)
             except Unavailable:
@@ -243,7 +260,7 @@ class Pool:
     async def _ask(self, work: _Work, places: Sequence[int], engine: Engine) -> None:
         prompts = [work.prompts[place] for place in places]
         try:
-            completion = await engine.complete(prompts, work.sampling)
+            completion = await _call(engine, prompts, work)
         except InvalidRequest as error:
             # vLLM refuses a whole list for one bad prompt and does not say which.
             if error.param in SAMPLING_FIELDS:
@@ -303,6 +320,24 @@ class EngineList:
 
 
 ENGINE_LIST = web.AppKey("engine_list", EngineList)
+
+
+async def _call(engine: Engine, prompts: Sequence[Prompt], work: _Work) -> Completion:
+    """One call, under the request's name and, where there are spans, with one of its own."""
+    if work.trace is None:
+        return await engine.complete(prompts, work.sampling)
+    headers, span = work.trace.open_call(engine.url, len(prompts))
+    error_code: str | None = "cancelled"
+    try:
+        completion = await engine.complete(prompts, work.sampling, headers)
+        error_code = None
+    except GatewayError as error:
+        error_code = error.error_code
+        raise
+    finally:
+        if span is not None:
+            span.close(error_code)
+    return completion
 
 
 def cut(prompts: Sequence[Prompt], sampling: Sampling, n_engines: int, most: int) -> list[range]:

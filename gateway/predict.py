@@ -16,7 +16,7 @@ from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
 from gateway.prompts import PROMPTS
-from gateway.trace import TRACE
+from gateway.trace import CONTEXT_HEADERS, TRACE
 from gateway.wire import (
     Answer,
     PredictRequest,
@@ -31,8 +31,13 @@ async def handle_predict(request: web.Request) -> web.Response:
     settings, trace = request.app[SETTINGS], request[TRACE]
     asked = parse_predict(await read_body(request), settings)
     trace.n_prompts = len(asked.questions)
-    request.app[METRICS].predict_prompts.observe(len(asked.questions))
+    trace.carried = {
+        name: request.headers[name] for name in CONTEXT_HEADERS if name in request.headers
+    }
+    metrics = request.app[METRICS]
+    metrics.predict_prompts.observe(len(asked.questions))
     answers = await _answer(request, asked) if asked.questions else []
+    metrics.count_answers(trace, sum(len(one) for one in answers if isinstance(one, str)))
     body = build_predict_response(asked, answers, single_as_list=settings.single_as_list)
     response = web.Response(body=body, content_type="application/json")
     if asked.ignored_fields:
@@ -72,13 +77,12 @@ async def _generate(
     app, trace = request.app, request[TRACE]
     lane: LaneName = "batch" if len(prompts) > 1 else "interactive"
     visit = build_visit(request.headers, request[CALLER], len(prompts), lane)
-    queued = time.perf_counter()
+    trace.note_queued()
     async with app[GATE].enter(visit):
+        trace.note_entered()
         entered = time.perf_counter()
-        trace.queue_s = entered - queued
-        app[METRICS].queue_seconds.labels(trace.route).observe(trace.queue_s)
         try:
-            work = app[POOL].generate(prompts, sampling)
+            work = app[POOL].generate(prompts, sampling, trace=trace)
             done = await within(visit.loop_deadline(), work)
         finally:
             trace.engine_s = time.perf_counter() - entered

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 from aiohttp import web
@@ -64,10 +64,9 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     trace = request[TRACE]
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
     visit = build_visit(request.headers, caller, call.sequences, lane)
-    queued = time.perf_counter()
+    trace.note_queued()
     async with request.app[GATE].enter(visit):
-        trace.queue_s = time.perf_counter() - queued
-        request.app[METRICS].queue_seconds.labels(trace.route).observe(trace.queue_s)
+        trace.note_entered()
         trace.deadline = visit.loop_deadline()
         return await _pass_on(request, call)
 
@@ -80,16 +79,30 @@ async def _pass_on(request: web.Request, call: RelayCall) -> web.StreamResponse:
     affinity = call.affinity
     if settings.routing == "session":
         affinity = request.headers.get("X-Session-Id") or affinity
+    trace = request[TRACE]
+    trace.carried = {name: request.headers[name] for name in _SENT if name in request.headers}
     avoid: Engine | None = None
     for attempt in range(settings.max_attempts):
         engine = await pool.acquire(affinity, avoid)
+        headers, span = trace.open_call(engine.url, call.sequences)
+        headers["Content-Type"] = "application/json"
+        code: str | None = "cancelled"
         try:
-            return await _exchange(
-                request, call, engine, is_last=attempt + 1 == settings.max_attempts
+            response = await _exchange(
+                request, call, engine, headers, is_last=attempt + 1 == settings.max_attempts
             )
         except _TryAgain as again:
-            avoid = engine
-            reason = again.reason
+            avoid, reason, code = engine, again.reason, again.reason.error_code
+            request.app[METRICS].retried_calls.labels(code).inc()
+        except GatewayError as error:
+            code = error.error_code
+            raise
+        else:
+            code = trace.error_code
+            return response
+        finally:
+            if span is not None:
+                span.close(code)
     raise reason
 
 
@@ -102,13 +115,14 @@ class _TryAgain(Exception):
 
 
 async def _exchange(
-    request: web.Request, call: RelayCall, engine: Engine, *, is_last: bool
+    request: web.Request,
+    call: RelayCall,
+    engine: Engine,
+    headers: Mapping[str, str],
+    *,
+    is_last: bool,
 ) -> web.StreamResponse:
     trace = request[TRACE]
-    headers = {"X-Request-Id": trace.request_id, "Content-Type": "application/json"}
-    for name in _SENT:
-        if name in request.headers:
-            headers[name] = request.headers[name]
     asked = time.perf_counter()
     engine.running += call.sequences
     try:
@@ -181,7 +195,7 @@ async def _stream(
 async def _end_with_error(
     request: web.Request, response: web.StreamResponse, error: GatewayError
 ) -> None:
-    request[TRACE].error_code = error.error_code
+    request[TRACE].note_error(error.error_code, error.source)
     timeout_s = request.app[SETTINGS].client_write_timeout_s
     await _write(response, build_stream_error(error, request.path), timeout_s)
 
@@ -221,7 +235,7 @@ async def _chunks(
     """What comes, as it comes; an empty one for each while of silence."""
     settings, trace = request.app[SETTINGS], request[TRACE]
     first_chunk = request.app[METRICS].first_chunk_seconds.labels(trace.route)
-    silent_s, is_first = 0.0, True
+    silent_s = 0.0
     while True:
         try:
             async with asyncio.timeout(settings.keepalive_comment_s):
@@ -237,9 +251,9 @@ async def _chunks(
             raise engine.translate(error) from error
         if not chunk:
             return
-        if is_first:
-            first_chunk.observe(trace.elapsed_s())
-            is_first = False
+        trace.note_chunk()
+        if trace.chunks == 1:
+            first_chunk.observe(trace.elapsed_s(), trace.exemplar)
         silent_s = 0.0
         yield chunk
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from gateway.ledger import LEDGER, Ledger, Row
 from gateway.metrics import METRICS, Metrics
 from gateway.pool import ENGINE_LIST, POOL, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
+from gateway.trace import Trace
 from gateway.wire import default_sampling
 
 log = structlog.get_logger("gateway")
@@ -51,6 +53,7 @@ class Warmup:
     async def watch(self, engine: Engine) -> None:
         """Keeps `engine.state` true for as long as the engine is one of the pool's."""
         failures = 0
+        self._metrics.warmups.labels(engine.url, "failed")  # counted from nought
         while engine in self._pool.engines:
             try:
                 await self._look(engine)
@@ -58,6 +61,7 @@ class Warmup:
             except (GatewayError, TimeoutError) as error:
                 failures += 1
                 reason = str(error) or "it did not answer in time"
+                self._metrics.warmups.labels(engine.url, "failed").inc()
                 await self._set(engine, EngineState.DOWN, f"warm-up failed: {reason}")
                 log.warning("warmup_failed", engine=engine.url, reason=reason)
             pause_s = self._settings.probe_interval_s * min(2**failures, 30)
@@ -91,6 +95,7 @@ class Warmup:
             tokens = await self._run_batch(engine)
         took_s = time.perf_counter() - started
         self._metrics.warmup_seconds.labels(engine.url).set(took_s)
+        self._metrics.warmups.labels(engine.url, "done").inc()
         log.info(
             "warmup_done",
             engine=engine.url,
@@ -115,7 +120,10 @@ class Warmup:
             sampling = replace(
                 sampling, max_tokens=min(sampling.max_tokens, engine.max_model_len - 1)
             )
-        completion = await self._pool.generate(good, self._builder.complete(sampling), engine)
+        trace = Trace(f"warmup-{uuid.uuid4().hex[:12]}", "warmup")
+        completion = await self._pool.generate(
+            good, self._builder.complete(sampling), engine, trace
+        )
         for answer in completion.answers:
             if isinstance(answer, GatewayError):
                 raise answer
@@ -134,7 +142,6 @@ class Warmup:
     async def _set(self, engine: Engine, state: EngineState, reason: str = "") -> None:
         if self._worker.index == 0:
             self._row(engine)[_IS_WARM] = state is EngineState.READY
-        self._metrics.engine_ready.labels(engine.url).set(state is EngineState.READY)
         await self._pool.set_state(engine, state, reason)
 
 

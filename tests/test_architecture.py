@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 GATEWAY_FLOORS = (
     ("__main__",),
     ("app", "workers"),
-    ("predict", "relay", "health", "usage", "warmup", "middleware"),
+    ("predict", "relay", "health", "usage", "warmup", "pulse", "middleware"),
     ("pool", "admission", "body"),
     ("engine", "prompts", "keys"),
-    ("wire", "logs", "ledger"),
-    ("errors", "config", "metrics", "trace"),
+    ("wire", "logs", "ledger", "metrics", "spans"),
+    ("errors", "config", "trace"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(GATEWAY_FLOORS) for name in names}
 

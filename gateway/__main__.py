@@ -18,6 +18,7 @@ from gateway.config import Settings, SettingsError, load_settings, read_worker
 from gateway.keys import make_key
 from gateway.logs import configure_logging
 from gateway.pool import POOL
+from gateway.warmup import read_questions
 from gateway.workers import run_workers
 
 log = structlog.get_logger("gateway")
@@ -28,6 +29,8 @@ def main() -> int:
     if arguments[:1] == ["new-key"]:
         return print_new_key(arguments[1:])
     try:
+        if arguments[:1] == ["check"]:
+            return check(load_settings(arguments[1:]))
         settings = load_settings(arguments)
         configure_logging(settings)
         if settings.workers > 1 and read_worker().count == 1:
@@ -37,6 +40,14 @@ def main() -> int:
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
+
+
+def check(settings: Settings) -> int:
+    """Everything that could stop the start, without listening: for who has an engine to start."""
+    build_app(settings)
+    read_questions(settings)
+    print("gateway: the settings are good")
+    return 0
 
 
 def print_new_key(names: list[str]) -> int:

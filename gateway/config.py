@@ -26,6 +26,7 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+from pydantic_settings.exceptions import SettingsError as UsageError
 
 PREFIX = "GATEWAY_"
 _WORKER_VARIABLE = "VLLM_GATEWAY_WORKER"
@@ -49,6 +50,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        cli_exit_on_error=False,  # argparse would print its whole usage before the one line
         env_ignore_empty=True,  # compose passes an unset variable as an empty one
         cli_prog_name="python -m gateway",
     )
@@ -204,15 +206,6 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Told to stop: time for running requests to finish."
     )
 
-    metrics_keys: int = Field(
-        200, ge=0, description="Keys with usage figures of their own; the others are one."
-    )
-    otlp_endpoint: str = Field(
-        "",
-        description="Send spans to this OpenTelemetry collector (OTLP over HTTP, such as "
-        "`http://localhost:4318`); needs the extra `otel`. The rest by OTEL_* variables.",
-    )
-
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: readable on a terminal, JSON elsewhere."
     )
@@ -225,13 +218,6 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _check_endpoint(cls, value: str) -> str:
-        if value and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is not an http:// or https:// address")
         return value
 
     @field_validator("aliases")
@@ -341,12 +327,15 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
         return CliApp.run(FileSettings, cli_args=list(arguments))
     except ValidationError as error:
         raise SettingsError(_describe(error)) from None
+    except UsageError as error:
+        raise SettingsError(_describe_usage(error)) from None
 
 
 def _find_file(arguments: Sequence[str]) -> Path | None:
     """The file must be known before the rest can be read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    # Without a value it is refused with all the others, later.
+    parser.add_argument("--config", type=Path, nargs="?")
     path = parser.parse_known_args(list(arguments))[0].config
     given = path or os.environ.get(PREFIX + "CONFIG") or None
     return Path(given) if given else None
@@ -409,3 +398,9 @@ def _describe(error: ValidationError) -> str:
         return message
     name = field.split(".", maxsplit=1)[0].upper()
     return f"{PREFIX}{name}: {message} (got {problem['input']!r})"
+
+
+def _describe_usage(error: UsageError) -> str:
+    """argparse's words (`argument --port: expected one argument`) and where to look."""
+    words = str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")
+    return f"{words}; `python -m gateway --help` lists every flag"

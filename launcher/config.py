@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as UsageError
 
 from launcher.errors import SettingsError
 
 PREFIX = "LAUNCHER_"
+_LAST_PORT = 65535
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
 _NEXT_PAIR = re.compile(r"\s+(?=[A-Za-z][\w.-]*=)")
 
@@ -33,6 +35,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        cli_exit_on_error=False,  # argparse would print its whole usage before the one line
         env_ignore_empty=True,  # compose passes unset variables as empty ones
         cli_prog_name="python -m launcher up",
         protected_namespaces=(),
@@ -63,13 +66,13 @@ class Settings(BaseSettings):
     )
 
     host: str = Field("127.0.0.1", description="Address of the gateway.")
-    port: int = Field(8000, ge=1, le=65535, description="Port of the gateway.")
+    port: int = Field(8000, ge=1, le=_LAST_PORT, description="Port of the gateway.")
     engine_host: str = Field("127.0.0.1", description="Address of the engine.")
-    engine_port: int = Field(8001, ge=1, le=65535, description="Port of the engine.")
+    engine_port: int = Field(8001, ge=1, le=_LAST_PORT, description="Port of the engine.")
     status_port: int | None = Field(
         None,
         ge=0,
-        le=65535,
+        le=_LAST_PORT,
         description="Port of the launcher's own status and metrics; 0: none. "
         "By default the one after the engine's.",
     )
@@ -151,8 +154,15 @@ class Settings(BaseSettings):
         return f"http://{_dial(self.host)}:{self.port}"
 
     @property
+    def status_url(self) -> str:
+        return f"http://{_dial(self.status_host)}:{self.status_port_used}"
+
+    @property
     def status_port_used(self) -> int:
-        return self.engine_port + 1 if self.status_port is None else self.status_port
+        if self.status_port is not None:
+            return self.status_port
+        near = (self.engine_port + step for step in (1, 2, -1, -2))
+        return next(port for port in near if port != self.port and 0 < port <= _LAST_PORT)
 
     @property
     def state_path(self) -> Path:
@@ -167,6 +177,18 @@ class Settings(BaseSettings):
     def cache_path(self) -> Path:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return (self.cache_dir or base / "vllm-gateway").absolute()
+
+
+class ServeSettings(Settings):
+    """Starts the engine alone, watches it and brings it back."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m launcher serve")
+
+
+class DoctorSettings(Settings):
+    """Checks this host, the model and every flag before anything is started."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m launcher doctor")
 
 
 class ExplainSettings(Settings):
@@ -199,8 +221,8 @@ class TuneSettings(Settings):
 
 COMMANDS: dict[str, type[Settings]] = {
     "up": Settings,
-    "serve": Settings,
-    "doctor": Settings,
+    "serve": ServeSettings,
+    "doctor": DoctorSettings,
     "explain": ExplainSettings,
     "tune": TuneSettings,
 }
@@ -216,6 +238,8 @@ def load_settings(kind: type[S], arguments: list[str] | None = None) -> S:
         return CliApp.run(kind, cli_args=_join_pairs(arguments))
     except ValidationError as error:
         raise SettingsError(_describe(error)) from None
+    except UsageError as error:
+        raise SettingsError(_describe_usage(error, kind)) from None
 
 
 def list_settings(kind: type[Settings] = Settings) -> list[tuple[str, str, str, str]]:
@@ -272,7 +296,7 @@ def _join_pairs(arguments: list[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         if word == "--set":
-            pairs.append(next(words, ""))
+            pairs.append(next(words, "--set"))  # nothing follows: no key=value, and refused as such
         elif word.startswith("--set="):
             pairs.append(word.removeprefix("--set="))
         else:
@@ -295,3 +319,9 @@ def _describe(error: ValidationError) -> str:
     field = ".".join(str(part) for part in problem["loc"]).split(".", maxsplit=1)[0]
     message = problem["msg"].removeprefix("Value error, ")
     return f"{_variable(field)}: {message} (got {problem['input']!r})" if field else message
+
+
+def _describe_usage(error: UsageError, kind: type[Settings]) -> str:
+    """argparse's words (`argument --port: expected one argument`) and where to look."""
+    words = str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")
+    return f"{words}; `{kind.model_config['cli_prog_name']} --help` lists every flag"

@@ -19,7 +19,7 @@ from launcher.hardware import GIB, Device, find_device
 from launcher.models import Model, find_model
 from launcher.prepare import decide
 from launcher.profiles import Plan
-from launcher.up import ensure_port_free
+from launcher.up import list_listeners
 
 _MIN_FILES = 4096  # a batch of 358 separate calls is 358 sockets, twice
 _MIN_DISK_BYTES = 2 * GIB
@@ -168,16 +168,10 @@ class Doctor:
                 yield Finding("warn", "flags", text)
 
     def _check_ports(self) -> Iterator[Finding]:
-        settings = self._settings
-        rows = [
-            (settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT"),
-            (settings.host, settings.port, "LAUNCHER_PORT"),
-            ("127.0.0.1", settings.status_port_used, "LAUNCHER_STATUS_PORT"),
-        ]
-        for host, port, name in rows:
+        for listener in list_listeners(self._settings, with_gateway=True):
             try:
-                ensure_port_free(host, port, name)
-                yield Finding("ok", "port", f"{host}:{port} is free")
+                listener.ensure_free()
+                yield Finding("ok", "port", f"{listener.host}:{listener.port} is free")
             except SettingsError as error:
                 yield Finding("fail", "port", str(error))
 

@@ -11,6 +11,7 @@ import httpx
 
 from launcher import engine_log
 from launcher.config import Settings
+from launcher.errors import SettingsError
 from launcher.process import ChildProcess
 from launcher.profiles import Plan
 
@@ -42,6 +43,24 @@ class Gateway:
         self.kill_timeout_s = settings.kill_timeout_s
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
+        return [sys.executable, "-m", "gateway"], self._environment()
+
+    async def check(self) -> None:
+        """Its settings are its own to judge; asked first, it costs half a second and no engine."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "gateway", "check"),
+            env=self._environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, said = await process.communicate()
+        if process.returncode:
+            lines = said.decode(errors="replace").strip().splitlines() or ["no word"]
+            raise SettingsError(f"the gateway cannot start: {lines[-1].removeprefix('gateway: ')}")
+
+    def _environment(self) -> dict[str, str]:
         ours = {
             "GATEWAY_HOST": self._settings.host,
             "GATEWAY_PORT": str(self._settings.port),
@@ -58,7 +77,7 @@ class Gateway:
         exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
         # Where it listens and whom it asks is the launcher's to say: it waits there for it.
         fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
-        return [sys.executable, "-m", "gateway"], {**ours, **exported, **fixed}
+        return {**ours, **exported, **fixed}
 
     def read_line(self, line: str) -> None:
         """Its lines are shown as they are."""

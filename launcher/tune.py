@@ -35,7 +35,7 @@ from launcher.profiles import Choice, Plan, build_plan, choose_profile, parse_ov
 from launcher.rouge import mean_rouge_l
 from launcher.supervisor import RestartRule, Supervisor
 from launcher.tuned import write_tuned
-from launcher.up import ensure_port_free, hold_state
+from launcher.up import Listener, hold_state
 
 _FILE = Path(__file__).parent / "candidates.toml"
 _SHIPPED = "as shipped"
@@ -123,7 +123,8 @@ async def tune(settings: TuneSettings, say: Say) -> int:
         return 0
     settings.state_path.mkdir(parents=True, exist_ok=True)
     with hold_state(settings.state_path):
-        ensure_port_free(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
+        engine = Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
+        engine.ensure_free()
         results = await _measure_all(bench, candidates, say)
     _keep(bench, results, say)
     return 0

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
+import itertools
 import json
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,11 @@ async def run(prepared: Prepared, *, with_gateway: bool) -> int:
     with hold_state(settings.state_path):
         for name in ("engine", "gateway"):
             await _end_leftovers(settings.state_path / f"{name}.json")
-        ensure_port_free(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
-        if with_gateway:
-            ensure_port_free(settings.host, settings.port, "LAUNCHER_PORT")
+        for listener in list_listeners(settings, with_gateway=with_gateway):
+            listener.ensure_free()
         async with _clients(prepared) as (probe, client):
             session = Session(prepared, output, probe, client, with_gateway=with_gateway)
+            await session.check()
             status = (settings.status_host, settings.status_port_used)
             async with serve_status(session.status_source(), *status):
                 await session.run()
@@ -83,11 +85,12 @@ class Session:
         self.engine = Supervisor(engine, rule, output, folder, self.cards.add)
         engine.lines = self.engine.lines
         self.gateway: Supervisor | None = None
+        self._gateway: Gateway | None = None
         if with_gateway:
             style = "json" if output.is_json else "console"
             ready = self.engine.ready
-            gateway = Gateway(settings, plan, client, log_format=style, engine_ready=ready)
-            self.gateway = Supervisor(gateway, rule, output, folder, lambda *_: None)
+            self._gateway = Gateway(settings, plan, client, log_format=style, engine_ready=ready)
+            self.gateway = Supervisor(self._gateway, rule, output, folder, lambda *_: None)
         self._facts: dict[str, Any] = {
             "profile": plan.profile,
             "model": plan.model.served_name,
@@ -99,6 +102,11 @@ class Session:
         self._progress = lambda: asdict(engine.progress) if engine.progress else None
         self._signals = 0
         self._stop = asyncio.Event()
+
+    async def check(self) -> None:
+        """What would stop the gateway stops everything, before an engine is started in vain."""
+        if self._gateway:
+            await self._gateway.check()
 
     async def run(self) -> None:
         """Whatever ends first, a signal or a program given up, ends the rest in order."""
@@ -120,6 +128,8 @@ class Session:
         with self._signal_handlers():
             await asyncio.wait({stopping, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
             announcing.cancel()
+            if self._signals:
+                log.info("launcher_stopping", note="a second signal ends everything at once")
             for supervisor in supervisors:  # the gateway first: it lets running requests finish
                 supervisor.ask_to_stop()
                 await asyncio.wait({tasks[supervisor]})
@@ -181,17 +191,45 @@ class Session:
                 loop.remove_signal_handler(number)
 
 
-def ensure_port_free(host: str, port: int, setting: str) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
+@dataclass(frozen=True)
+class Listener:
+    """An address that something of ours will listen on, and the setting that moves it."""
+
+    host: str
+    port: int
+    setting: str
+
+    def ensure_free(self) -> None:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                is_used = error.errno == errno.EADDRINUSE
+                other = "stop what uses it" if is_used else f"set {self.setting[:-4]}HOST"
+                raise SettingsError(
+                    f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
+                    f"{other} or set {self.setting}"
+                ) from None
+
+
+def list_listeners(settings: Settings, *, with_gateway: bool) -> list[Listener]:
+    """Refuses one port for two of them: the later one would fail when all the others run."""
+    listeners = [Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")]
+    if with_gateway:
+        listeners.append(Listener(settings.host, settings.port, "LAUNCHER_PORT"))
+    if settings.status_port_used:
+        host = settings.status_host
+        status = Listener(host, settings.status_port_used, "LAUNCHER_STATUS_PORT")
+        listeners.append(status)
+    for one, other in itertools.combinations(listeners, 2):
+        if one.port == other.port:
             raise SettingsError(
-                f"cannot listen on {host}:{port} ({error.strerror}); "
-                f"stop what uses it or set {setting}"
-            ) from None
+                f"{one.setting} and {other.setting} are both {one.port}: "
+                "each needs a port of its own"
+            )
+    return listeners
 
 
 @contextlib.contextmanager

@@ -100,7 +100,42 @@ def test_program_help_names_every_flag_and_bad_settings_exit_2() -> None:
     assert all(flag in helped.stdout for _, flag, _, _ in list_settings())
     assert refused.returncode == unknown.returncode == 2
     assert refused.stderr.startswith("gateway: ")
-    assert len(refused.stderr.splitlines()) == 1
+    assert len(refused.stderr.splitlines()) == len(unknown.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--port",), "--port: expected one argument"),
+        (("--config",), "--config: expected one argument"),
+        (("--prot", "1"), "unrecognized arguments: --prot 1"),
+        (("serve",), "unrecognized arguments: serve"),
+    ],
+)
+def test_program_misused_is_one_line_that_says_where_to_look(
+    arguments: tuple[str, ...], words: str
+) -> None:
+    result = _run(*arguments)
+
+    assert result.returncode == 2
+    assert result.stderr == f"gateway: {words}; `python -m gateway --help` lists every flag\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt-style", "raw"), ""),
+        (("--prompt-style", "poem"), "GATEWAY_PROMPT_STYLE"),
+        (("--prompt-style", "raw", "--host", "0.0.0.0"), "without API keys"),
+        (("--prompt-style", "raw", "--warmup-file", "README.md"), "line 1 of README.md"),
+    ],
+)
+def test_program_check_judges_without_listening(arguments: tuple[str, ...], message: str) -> None:
+    result = _run("check", *arguments)
+
+    assert result.returncode == (2 if message else 0)
+    assert len(result.stderr.splitlines()) == (1 if message else 0)
+    assert message in result.stderr
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -39,6 +39,9 @@ def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_port_stands_beside_the_engine() -> None:
     assert load_settings(Settings, ["--engine-port", "9001"]).status_port_used == 9002
     assert load_settings(Settings, ["--status-port", "0"]).status_port_used == 0
+    beside = ["--engine-port", "9001", "--port", "9002"]
+    assert load_settings(Settings, beside).status_port_used == 9003
+    assert load_settings(Settings, ["--engine-port", "65535"]).status_port_used == 65534
 
 
 def test_set_repeated_and_with_json_keeps_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +66,10 @@ def test_settings_of_another_command_may_stand_in_the_environment(
         (["--prot", "1"], "did you mean --port"),
         (["--port", "70000"], "LAUNCHER_PORT"),
         (["--set", "nonsense"], "not key=value"),
+        (["--set"], "--set: expected one argument"),
+        (["--port"], "--port: expected one argument; `python -m launcher up --help`"),
+        (["engine"], "unrecognized arguments: engine"),
+        (["-v"], "unrecognized arguments: -v"),
         (["--log-format", "xml"], "LAUNCHER_LOG_FORMAT"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.launcher.programs import Launcher, running, wait_for
+from tests.launcher.programs import ROOT, Launcher, free_port, running, wait_for
 
 
 @pytest.fixture
@@ -83,13 +83,46 @@ def test_up_engine_killed_gateway_stays_and_serves_again(launcher: Launcher) -> 
         assert launcher.status()["gateway"]["pid"] == pid
 
 
-def test_up_gateway_with_bad_settings_stops_everything_with_2(launcher: Launcher) -> None:
-    launcher.settings["GATEWAY_PROMPT_STYLE"] = "poem"
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GATEWAY_PROMPT_STYLE", "poem", "GATEWAY_PROMPT_STYLE: Input should be"),
+        ("GATEWAY_MAX_TOKEN", "3", "unknown setting GATEWAY_MAX_TOKEN; did you mean"),
+        ("LAUNCHER_HOST", "0.0.0.0", "without API keys"),
+        ("GATEWAY_WARMUP_FILE", str(ROOT / "README.md"), "line 1 of"),
+    ],
+)
+def test_up_what_the_gateway_refuses_is_one_line_and_starts_nothing(
+    launcher: Launcher, name: str, value: str, message: str
+) -> None:
+    launcher.settings[name] = value
     with running(launcher):
         assert launcher.wait() == 2
-    assert "the gateway never became ready" in launcher.err.splitlines()[-1]
-    assert "GATEWAY_PROMPT_STYLE" in launcher.err.splitlines()[-1]
+    (line,) = launcher.err.splitlines()
+    assert line.startswith("launcher: the gateway cannot start: ")
+    assert message in line
+    assert not (launcher.state / "engine.log").exists()
     assert launcher.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("LAUNCHER_ENGINE_PORT", "LAUNCHER_PORT"),
+        ("LAUNCHER_ENGINE_PORT", "LAUNCHER_STATUS_PORT"),
+        ("LAUNCHER_PORT", "LAUNCHER_STATUS_PORT"),
+    ],
+)
+def test_up_one_port_for_two_is_one_line_and_starts_nothing(
+    launcher: Launcher, one: str, other: str
+) -> None:
+    port = free_port()
+    launcher.settings |= {one: str(port), other: str(port)}
+    with running(launcher):
+        assert launcher.wait() == 2
+    (line,) = launcher.err.splitlines()
+    assert line.startswith(f"launcher: {one} and {other} are both {port}: ")
+    assert not (launcher.state / "engine.log").exists()
 
 
 def test_up_port_in_use_ends_with_2_and_starts_nothing(launcher: Launcher) -> None:

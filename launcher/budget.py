@@ -19,6 +19,8 @@ _CUDA_CONTEXT_BYTES = 3 * GIB // 4
 _GRAPH_BYTES = GIB
 _WORTH_FP8_PARAMETERS = 3_000_000_000
 _HOST_KV_SHARE = 0.25
+_WORKER_CORES = 4  # gateway, server, scheduler, worker
+_WORKER_SHARED_BYTES = GIB // 4  # two message queues of 160 MiB, hardly ever full
 _HOST_BLOCK_TOKENS = 128  # a sequence takes whole blocks: vLLM 0.32 platforms/cpu.py
 _FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")
 # The pool sizes a batch down through; the course's own batch has its exact graph.
@@ -185,6 +187,16 @@ def fit_graph_sizes(sizing: Sizing, _most: int | None) -> tuple[list[int], str]:
     return sorted(size for size in sizes if size <= min(top, 1024)), f"up to {top}"
 
 
+def fit_executor(sizing: Sizing, _most: int | None) -> tuple[str | None, str]:
+    """A worker process of its own needs a core to run on and room for its message queues."""
+    device = sizing.device
+    if device.cores and device.cores < _WORKER_CORES:
+        return None, ""
+    if device.shared_bytes and device.shared_bytes < _WORKER_SHARED_BYTES:
+        return None, ""
+    return "mp", f"{device.cores} cores" if device.cores else "4 cores or more"
+
+
 def fit_host_kv(sizing: Sizing, _most: int | None) -> tuple[int, str]:
     """Room for the workload, never more than a quarter of the host, at least one full context."""
     per_token = sizing.model.shape.kv_bytes_per_token(2.0)
@@ -211,5 +223,6 @@ RULES: dict[str, Callable[[Sizing, int | None], tuple[Any, str]]] = {
     "host-kv": fit_host_kv,
     "sequences": fit_sequences,
     "graph-sizes": fit_graph_sizes,
+    "executor": fit_executor,
     "host-threads": fit_host_threads,
 }

@@ -27,7 +27,8 @@ class Device:
     count: int = 1
     driver: str = ""
     used_bytes: int = 0
-    cores: int = 0  # of a CPU: those this process may use
+    cores: int = 0  # of the host, those this process may use; 0: not known, a device only named
+    shared_bytes: int = 0  # room for shared memory between processes; 0: not known
 
     @property
     def is_gpu(self) -> bool:
@@ -90,6 +91,8 @@ def read_gpu() -> Device | None:
         len(rows),
         driver,
         int(used) * 2**20,
+        count_cores(),
+        _read_shared_bytes(),
     )
 
 
@@ -124,6 +127,15 @@ def count_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):
         return cores
+
+
+def _read_shared_bytes() -> int:
+    """Containers have 64 MiB of it unless told otherwise."""
+    try:
+        room = os.statvfs("/dev/shm")  # noqa: S108 - no file is put there
+    except OSError:
+        return 0
+    return room.f_blocks * room.f_frsize
 
 
 def _memory_limit() -> int | None:

@@ -120,6 +120,18 @@ def test_course_on_h200_is_what_was_measured() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("cores", "shared_mib", "backend"),
+    [(0, 0, "mp"), (16, 1024, "mp"), (2, 1024, None), (16, 64, None)],
+)
+def test_course_worker_process_needs_cores_and_shared_memory(
+    cores: int, shared_mib: int, backend: str | None
+) -> None:
+    device = replace(parse_device("H200"), cores=cores, shared_bytes=shared_mib * 2**20)
+    plan = build_plan("course", device, read_model("qwen3-0.6b"), FLAGS)
+    assert plan.value("distributed-executor-backend") == backend
+
+
 def test_fp8_cache_never_meets_a_backend_that_refuses_it() -> None:
     for gpu, profile in itertools.product([row["name"] for row in list_gpus()], NAMES):
         plan = make_plan(profile, gpu, "qwen3-0.6b")

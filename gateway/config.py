@@ -206,6 +206,15 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Told to stop: time for running requests to finish."
     )
 
+    metrics_keys: int = Field(
+        200, ge=0, description="Keys with usage figures of their own; the others are one."
+    )
+    otlp_endpoint: str = Field(
+        "",
+        description="Send spans to this OpenTelemetry collector (OTLP over HTTP, such as "
+        "`http://localhost:4318`); needs the extra `otel`. The rest by OTEL_* variables.",
+    )
+
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: readable on a terminal, JSON elsewhere."
     )
@@ -218,6 +227,13 @@ class Settings(BaseSettings):
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is not an http:// or https:// address")
         return value
 
     @field_validator("aliases")

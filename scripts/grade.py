@@ -268,7 +268,7 @@ async def collect_facts(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         commit=describe_commit(),
         machine=arguments.machine or describe_machine(),
-        command=describe_command(),
+        command=hide(describe_command(), arguments.api_key),
         server_url=arguments.server_url,
         mode=plan.mode,
         sending=plan.describe(len(asked.pairs)),
@@ -286,6 +286,11 @@ async def collect_facts(
         tokens_by="" if counted.counts is None else counted.source,
         tokens_missing=counted.source if counted.counts is None else "",
     )
+
+
+def hide(command: str, secret: str) -> str:
+    """A key stands on the command line, but must not stand in a report."""
+    return command.replace(secret, "…") if secret else command
 
 
 def build_grade(
@@ -324,7 +329,8 @@ def keep_record(grade: Grade, path: Path) -> None:
     about = f"{facts.questions_file} {facts.sending}, {len(grade.runs)} runs, median and range."
     about += f" Engine: {engine}." if engine else ""
     figures = build_figures(grade)
-    write_record(take_record(name, figures, about=about, machine=facts.machine), path)
+    record = take_record(name, figures, about=about, command=facts.command, machine=facts.machine)
+    write_record(record, path)
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:

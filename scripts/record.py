@@ -6,6 +6,7 @@ docs/results.md of those kept in docs/results/.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -128,6 +129,7 @@ def describe_command() -> str:
     return " ".join(["python", *map(shlex.quote, [shown, *arguments])]).replace(f"{ROOT}/", "")
 
 
+@functools.cache
 def describe_commit() -> str:
     """The commit, and whether tracked files differed from it."""
     short = _read(["git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD"])
@@ -137,6 +139,7 @@ def describe_commit() -> str:
     return f"{short} with changes" if changed else short
 
 
+@functools.cache
 def describe_machine() -> str:
     """GPUs, processor, cores that this process may use, memory."""
     cores = len(os.sched_getaffinity(0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 26, 38
 _MOST_LANES_IN_FULL = 24
 
 
@@ -127,7 +127,7 @@ def draw_spans(spans: Sequence[Span], *, groups: int, x_label: str, limit: float
     if limit is not None:
         x = frame.x(limit)
         parts.append(f'<line class="bad" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{frame.y(0):.1f}"/>')
-        parts.append(_text(x - 4, _TOP + 2, "limit", "end", "bad"))
+        parts.append(_text(x - 4, 14, "limit", "end", "bad"))
     return _wrap(parts, (), x_label, height)
 
 
@@ -159,7 +159,7 @@ def _axes(frame: _Frame, x_label: str, y_label: str, show: Callable[[float], str
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(_text(_LEFT - 6, y + 4, show(value), "end", "dim"))
-    parts.append(_text(_LEFT - 6, frame.height - 6, y_label, "middle", "dim"))
+    parts.append(_text(4, 13, y_label, "start", "dim"))
     return parts + _x_axis(frame, x_label, show)
 
 

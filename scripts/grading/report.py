@@ -98,7 +98,7 @@ def _tiles(grade: Grade) -> Iterator[str]:
 def _tile(name: str, values: Sequence[float], form: str, note: str) -> str:
     """The median over the runs, and their range."""
     figure = form.format(statistics.median(values)) if values else "–"
-    if len(values) > 1:
+    if len({form.format(value) for value in values}) > 1:
         span = f"{form.format(min(values))} to {form.format(max(values))} in {len(values)} runs"
         note = f"{span}; {note}"
     return (

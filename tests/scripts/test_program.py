@@ -1,0 +1,273 @@
+"""`scripts/grade.py` as people start it: command lines, exit codes, files, its own server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts import grade
+from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
+
+GRADE = [sys.executable, "scripts/grade.py"]
+
+
+def free_ports(count: int) -> int:
+    """The first of so many neighbours that are free."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                for number in range(1, count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
+                return port
+
+
+def environment(folder: Path, **settings: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LAUNCHER_", "GATEWAY_"))}
+    own = {
+        "PYTHONPATH": f"{FAKE_VLLM}:{ROOT}",
+        "FAKE_VLLM": "",
+        "LAUNCHER_STATE_DIR": str(folder / "state"),
+        "LAUNCHER_CACHE_DIR": str(folder / "cache"),
+        "LAUNCHER_MODEL": str(MODEL),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return {**kept, **own, **settings}
+
+
+def run(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*GRADE, "--details_out", str(folder / "details.json"), *options],
+        cwd=ROOT,
+        env=environment(folder, **settings),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "details.json").read_text(encoding="utf-8"))
+    return data
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A judged server in a process of its own."""
+    port = free_ports(1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.scripts.judged", "--port", str(port)], cwd=ROOT
+    )
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).is_success
+        return False
+
+    try:
+        wait_for(answers, "the judged server")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_command_line_of_the_seed_evaluator_works(
+    url: str, questions: Path, tmp_path: Path
+) -> None:
+    done = run(
+        tmp_path,
+        *("--no_start_server", "--server_url", url, "--model_path", str(MODEL)),
+        *("--official_test", str(questions), "--repeat", "3", "--request_chunk_size", "10"),
+        *("--timeout", "360.0"),
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    samples = r"^samples +36, 12 different, in 4 calls of up to 10$"
+    assert re.search(samples, done.stdout, re.MULTILINE)
+    assert re.search(r"^avg ROUGE-L \(F1\) +1\.000000", done.stdout, re.MULTILINE)
+    assert re.search(r"^tokens/s +[\d,.]+ ", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-2] == "no faults"
+    answer = read(tmp_path)["answers"][0]
+    assert {"question", "reference", "prediction", "rougeL_f1"} <= answer.keys()
+
+
+def test_grade_leaves_details_report_and_record(url: str, questions: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+
+    done = run(
+        tmp_path,
+        *("--no-start-server", f"--server-url={url}", "--questions", str(questions)),
+        *("--runs", "2", "--record", str(record)),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path)["runs"]) == 2
+    assert "<!doctype html>" in (tmp_path / "details.html").read_text(encoding="utf-8")
+    kept = json.loads(record.read_text(encoding="utf-8"))
+    assert kept["figures"][0]["name"] == "ROUGE-L, course reading"
+    assert kept["command"].startswith("python scripts/grade.py")
+
+
+def test_baseline_decides_the_exit_code(url: str, questions: Path, tmp_path: Path) -> None:
+    options = ("--no_start_server", "--server_url", url, "--questions", str(questions))
+    assert run(tmp_path, *options).returncode == 0
+    better = read(tmp_path)
+    for answer in better["answers"]:
+        answer["rougeL_f1"], answer["rougeL_f1_whitespace"] = 2.0, 2.0
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps(better))
+
+    done = run(tmp_path, *options, "--baseline", str(baseline))
+
+    assert done.returncode == 1
+    assert "FAULT worse_than_baseline: ROUGE-L, course: 1, but 2 in" in done.stdout
+    compared = subprocess.run(
+        [*GRADE, "--compare", str(baseline), str(tmp_path / "details.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert compared.returncode == 1
+    assert "really worse" in compared.stdout
+
+
+def test_grade_starts_its_own_server_and_stops_it(questions: Path, tmp_path: Path) -> None:
+    """The stand-in engine answers with what it was asked, so the grade is bad; it is one."""
+    port = free_ports(3)
+
+    done = run(
+        tmp_path, "--port", str(port), "--questions", str(questions), "--max_new_tokens", "64"
+    )
+
+    assert done.returncode == 1, done.stderr
+    details = read(tmp_path)
+    assert details["facts"]["model"] == "demo"
+    assert details["facts"]["engine"]["profile"] == "cpu"
+    assert details["runs"][0]["answered"] == 12
+    assert f"--port {port} --engine-port {port + 1} --status-port {port + 2}" in done.stderr
+    for number in range(3):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port + number)) != 0
+    assert "launcher_stopped" in (tmp_path / "grade-server.log").read_text()
+
+
+def test_grade_interrupted_stops_its_server(questions: Path, tmp_path: Path) -> None:
+    port = free_ports(3)
+    process = subprocess.Popen(
+        [
+            *GRADE,
+            *("--port", str(port), "--questions", str(questions)),
+            *("--details_out", str(tmp_path / "details.json")),
+        ],
+        cwd=ROOT,
+        env=environment(tmp_path, FAKE_VLLM="hang_loading"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "grade-server.log"
+    wait_for(lambda: log.exists() and "launcher_started" in log.read_text(), "the launcher")
+
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert said.endswith("grade: interrupted\n")
+    assert "launcher_stopped" in log.read_text()
+
+
+def test_server_that_does_not_start_is_named(questions: Path, tmp_path: Path) -> None:
+    port = free_ports(3)
+    (tmp_path / "details.html").write_text("an earlier one")
+
+    done = run(
+        tmp_path, "--port", str(port), "--questions", str(questions), "--", "--profile", "none"
+    )
+
+    assert done.returncode == 3
+    assert "never_started: the launcher ended with 2" in done.stderr
+    assert "there is no profile 'none'" in done.stderr
+    assert read(tmp_path)["findings"][0]["code"] == "never_started"
+    assert not (tmp_path / "details.html").exists()
+
+
+def test_running_server_is_graded_as_it_is(url: str, questions: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, "--server_url", url, "--questions", str(questions), "--batch_size", "7")
+
+    assert done.returncode == 0, done.stderr
+    assert "answers at" in done.stderr
+    assert "no effect on one that is running" in done.stderr
+    assert not (tmp_path / "grade-server.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--questions", "/nowhere.txt"), "grade: /nowhere.txt: No such file"),
+        (("--runs", "0"), "0 is no whole number from 1 on"),
+        (("--timeout", "soon"), "soon is no time in seconds"),
+        (("--server_url", "ftp://x"), "--server_url ftp://x is no http address"),
+        (("--compare", "/no.json", "/no.json"), "grade: /no.json: "),
+        (("--baseline", "/no.json"), "grade: /no.json: "),
+        (("--server_url", "https://127.0.0.1:9/x"), "cannot start a server at https://"),
+    ],
+)
+def test_bad_options_say_what_is_wrong(
+    tmp_path: Path, options: tuple[str, ...], complaint: str
+) -> None:
+    done = run(tmp_path, *options)
+
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_terminal_sees_a_bar_and_others_lines(url: str, questions: Path, tmp_path: Path) -> None:
+    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(questions)]
+    command += ["--details_out", str(tmp_path / "details.json")]
+    outside, inside = pty.openpty()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=inside
+    )
+    os.close(inside)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(outside, 65536):
+            shown += chunk
+    os.close(outside)
+
+    assert process.wait(60) == 0
+    assert "█" * 28 in shown.decode()
+    assert "12/12" in shown.decode()
+    plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert plain.stderr == ""
+    assert "\x1b" not in plain.stdout
+
+
+def test_options_of_the_seed_evaluator_become_settings() -> None:
+    words = ["--max_new_tokens", "99", "--vllm_max_num_seqs", "32", "--vllm_disable_warmup"]
+    words += ["--model_path", "some/model", "--port", "9100", "--", "--profile", "cpu"]
+
+    order = grade.build_order(grade.parse_arguments(words))
+
+    assert order.environment == {"GATEWAY_MAX_TOKENS": "99", "GATEWAY_WARMUP_PROMPTS": "1"}
+    command = " ".join(order.command())
+    assert "--port 9100 --engine-port 9101 --status-port 9102 --model some/model" in command
+    assert command.endswith("--profile cpu --set max-num-seqs=32")

@@ -2,22 +2,89 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import platform
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from launcher.errors import SettingsError
-from launcher.supervisor import Standing
+from launcher.fingerprint import read_version
+from launcher.hardware import query_gpus
+from launcher.supervisor import CRASH_REASONS, RestartRule, Standing
 
 _STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
+_PROGRAMS = ("engine", "gateway")
+_GPU_QUERY = (
+    "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
+)
+_GPU_FRESH_S = 5.0
+_MIB = 2**20
+_MHZ = 1e6
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of /metrics, and a row of the table in docs/metrics.md."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+
+    def build(self, rows: Iterable[tuple[Sequence[str], float]]) -> Metric:
+        kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = kind(self.name, self.meaning, labels=self.labels)
+        for values, number in rows:
+            family.add_metric(values, number)
+        return family
+
+
+def _list_figures() -> Iterator[Figure]:
+    yield Figure("launcher_build_info", "gauge", ("version", "python"), "1; the launcher itself.")
+    about = ("vllm", "model", "profile", "device", "fingerprint")
+    yield Figure("launcher_engine_info", "gauge", about, "1; what the engine runs.")
+    for name in _PROGRAMS:
+        head = f"launcher_{name}"
+        yield Figure(f"{head}_up", "gauge", (), f"1 while the {name} answers.")
+        states = f"1 at the {name}'s present state: {', '.join(_STATES)}."
+        yield Figure(f"{head}_state", "gauge", ("state",), states)
+        why = f"Restarts of the {name}; reason is {', '.join(CRASH_REASONS)}."
+        yield Figure(f"{head}_restarts_total", "counter", ("reason",), why)
+        took = f"From the {name}'s last start to its first answer; absent before that."
+        yield Figure(f"{head}_start_seconds", "gauge", (), took)
+    crash = "When the engine last crashed; absent if it never did."
+    yield Figure("launcher_engine_last_crash_timestamp_seconds", "gauge", (), crash)
+    limit = "Crashes within the window after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
+    yield Figure("launcher_restart_limit", "gauge", (), limit)
+    window = "The window in which crashes are counted (LAUNCHER_RESTART_WINDOW_S)."
+    yield Figure("launcher_restart_window_seconds", "gauge", (), window)
+    gpu = ("gpu", "name")
+    busy = "Share of the time in which the GPU ran a kernel, 0 to 1, by nvidia-smi."
+    yield Figure("launcher_gpu_utilization_ratio", "gauge", gpu, busy)
+    yield Figure("launcher_gpu_memory_used_bytes", "gauge", gpu, "GPU memory in use.")
+    yield Figure("launcher_gpu_memory_bytes", "gauge", gpu, "GPU memory there is.")
+    yield Figure("launcher_gpu_power_watts", "gauge", gpu, "What the GPU draws.")
+    yield Figure("launcher_gpu_temperature_celsius", "gauge", gpu, "How warm the GPU is.")
+    yield Figure("launcher_gpu_clock_hertz", "gauge", gpu, "The clock of its multiprocessors.")
+
+
+FIGURES = {figure.name: figure for figure in _list_figures()}
+
+
+def list_metrics() -> list[Figure]:
+    """Every figure, in order: the table in docs/metrics.md."""
+    return list(FIGURES.values())
 
 
 @dataclass(frozen=True)
@@ -29,6 +96,8 @@ class StatusSource:
     labels: dict[str, str]
     progress: Callable[[], dict[str, Any] | None]
     crash: Callable[[], dict[str, Any] | None]
+    rule: RestartRule
+    has_gpu: bool = False
 
     def describe(self) -> dict[str, Any]:
         crash = self.crash()
@@ -54,39 +123,80 @@ def describe_standing(standing: Standing) -> dict[str, Any]:
 class StandingCollector(Collector):
     """Read at every scrape, so that nothing is counted twice."""
 
-    def __init__(self, source: StatusSource) -> None:
+    def __init__(self, source: StatusSource, gpus: Gpus) -> None:
         self._source = source
+        self._gpus = gpus
 
     def collect(self) -> Iterator[Metric]:
-        info = GaugeMetricFamily(
-            "launcher_engine_info", "What the engine runs.", labels=[*self._source.labels]
-        )
-        info.add_metric([*self._source.labels.values()], 1)
-        yield info
-        for name, standing in self._source.standings.items():
-            yield from _collect(name, standing)
+        source, crash = self._source, self._source.crash()
+        build = (read_version("vllm-gateway"), platform.python_version())
+        yield FIGURES["launcher_build_info"].build([(build, 1)])
+        about = FIGURES["launcher_engine_info"]
+        yield about.build([([source.labels[label] for label in about.labels], 1)])
+        for name, standing in source.standings.items():
+            yield from _collect_standing(name, standing)
+        if crash:
+            at = datetime.fromisoformat(crash["time"]).timestamp()
+            yield FIGURES["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
+        yield FIGURES["launcher_restart_limit"].build([((), source.rule.limit)])
+        yield FIGURES["launcher_restart_window_seconds"].build([((), source.rule.window_s)])
+        yield from self._gpus.collect()
 
 
-def _collect(name: str, standing: Standing) -> Iterator[Metric]:
-    yield GaugeMetricFamily(
-        f"launcher_{name}_up", f"1 while the {name} answers.", float(standing.state == "ready")
-    )
-    state = GaugeMetricFamily(f"launcher_{name}_state", "1 at the present state.", labels=["state"])
-    for known in _STATES:
-        state.add_metric([known], float(known == standing.state))
-    yield state
-    restarts = CounterMetricFamily(
-        f"launcher_{name}_restarts", f"Restarts of the {name}.", labels=["reason"]
-    )
-    for reason, count in standing.restarts.items():
-        restarts.add_metric([reason], count)
-    yield restarts
+def _collect_standing(name: str, standing: Standing) -> Iterator[Metric]:
+    head = f"launcher_{name}"
+    yield FIGURES[f"{head}_up"].build([((), standing.state == "ready")])
+    states = [((known,), known == standing.state) for known in _STATES]
+    yield FIGURES[f"{head}_state"].build(states)
+    # From nought: a count that begins with its first crash hides that crash from `increase`.
+    counts = dict.fromkeys(CRASH_REASONS, 0) | standing.restarts
+    yield FIGURES[f"{head}_restarts_total"].build(((r,), n) for r, n in counts.items())
     if standing.start_seconds is not None:
-        yield GaugeMetricFamily(
-            f"launcher_{name}_start_seconds",
-            f"From the {name}'s last start to its first answer.",
-            standing.start_seconds,
+        yield FIGURES[f"{head}_start_seconds"].build([((), standing.start_seconds)])
+
+
+class Gpus:
+    """What nvidia-smi says, asked by a scrape and at most every few seconds; nothing without it."""
+
+    def __init__(self, *, has_gpu: bool) -> None:
+        self._has_gpu = has_gpu
+        self._rows: list[list[str]] = []
+        self._read_at = 0.0
+        self._reading = asyncio.Lock()
+
+    async def refresh(self) -> None:
+        if not self._has_gpu:
+            return
+        async with self._reading:
+            if time.monotonic() - self._read_at >= _GPU_FRESH_S:
+                self._rows = await asyncio.to_thread(query_gpus, _GPU_QUERY)
+                self._read_at = time.monotonic()
+
+    def collect(self) -> Iterator[Metric]:
+        columns = (
+            ("utilization_ratio", 2, 0.01),
+            ("memory_used_bytes", 3, _MIB),
+            ("memory_bytes", 4, _MIB),
+            ("power_watts", 5, 1),
+            ("temperature_celsius", 6, 1),
+            ("clock_hertz", 7, _MHZ),
         )
+        for name, column, unit in columns:
+            rows = [
+                (row[:2], float(row[column]) * unit)
+                for row in self._rows
+                if _is_number(row[column])  # a GPU that cannot tell says [N/A]
+            ]
+            if rows:
+                yield FIGURES[f"launcher_gpu_{name}"].build(rows)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.asynccontextmanager
@@ -112,7 +222,8 @@ async def serve_status(source: StatusSource, host: str, port: int) -> AsyncItera
 
 def build_status_app(source: StatusSource) -> web.Application:
     registry = CollectorRegistry()
-    registry.register(StandingCollector(source))
+    gpus = Gpus(has_gpu=source.has_gpu)
+    registry.register(StandingCollector(source, gpus))
 
     async def status(_request: web.Request) -> web.Response:
         return _json(source.describe())
@@ -126,8 +237,10 @@ def build_status_app(source: StatusSource) -> web.Application:
         is_ready = all(state == "ready" for state in states.values())
         return _json(states, status=200 if is_ready else 503)
 
-    async def metrics(_request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), content_type="text/plain")
+    async def metrics(request: web.Request) -> web.Response:
+        await gpus.refresh()
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 
     app = web.Application()
     app.router.add_get("/status", status)

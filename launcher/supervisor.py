@@ -25,6 +25,7 @@ from launcher.process import ChildProcess, end_leftovers, forget_record, write_r
 log = structlog.get_logger("launcher")
 _POLL_S = 0.2
 _ARGPARSE_EXIT = 2
+CRASH_REASONS = ("exit", "signal", "start_timeout", "hang")
 
 
 class Program(Protocol):
@@ -75,7 +76,7 @@ class RestartRule:
 class Ending:
     """How one run of the program ended."""
 
-    reason: str  # "asked", "exit", "signal", "start_timeout", "hang"
+    reason: str  # "asked", or one of CRASH_REASONS
     returncode: int | None
     uptime_s: float
     was_ready: bool

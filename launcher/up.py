@@ -71,7 +71,7 @@ class Session:
         settings, plan = prepared.settings, prepared.plan
         self._prepared = prepared
         self._began = time.monotonic()
-        rule = RestartRule(
+        self._rule = rule = RestartRule(
             settings.restart_limit,
             settings.restart_window_s,
             settings.restart_delay_s,
@@ -150,7 +150,15 @@ class Session:
             "device": self._facts["device"],
             "fingerprint": self.cards.fingerprint["name"],
         }
-        return StatusSource(standings, self._facts, labels, self._progress, lambda: self.cards.last)
+        return StatusSource(
+            standings,
+            self._facts,
+            labels,
+            self._progress,
+            lambda: self.cards.last,
+            self._rule,
+            has_gpu=self._prepared.plan.device.is_gpu,
+        )
 
     async def _announce(self) -> None:
         await self.engine.ready.wait()

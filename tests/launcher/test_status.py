@@ -1,12 +1,43 @@
-"""What the status port answers before, while and after everything is ready."""
+"""What the status port answers before, while and after everything is ready, and what it counts."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client.parser import text_string_to_metric_families
 
-from launcher.status import StatusSource, build_status_app
-from launcher.supervisor import Standing
+from launcher.status import StatusSource, build_status_app, list_metrics
+from launcher.supervisor import RestartRule, Standing
+
+LABELS = {
+    "vllm": "0.32.0",
+    "model": "demo",
+    "profile": "cpu",
+    "device": "CPU (8 GiB, cpu)",
+    "fingerprint": "abc",
+}
+CRASH = {"time": "2026-01-02T03:04:05+00:00", "reason": "signal", "exit_code": None}
+NVIDIA_SMI = """#!/bin/sh
+echo '0, NVIDIA H200, 87, 120000, 143771, 512.40, 54, 1980'
+echo '1, NVIDIA H200, 3, 900, 143771, [N/A], 31, 345'
+"""
+
+
+def make_source(engine: str, gateway: str, **fields: Any) -> StatusSource:
+    standings = {"engine": Standing(engine), "gateway": Standing(gateway)}
+    rule = RestartRule(limit=5, window_s=600, delay_s=1, delay_max_s=60)
+    given: dict[str, Any] = {"crash": lambda: None} | fields
+    return StatusSource(standings, {}, LABELS, lambda: None, rule=rule, **given)
+
+
+async def read_metrics(source: StatusSource) -> str:
+    async with TestClient(TestServer(build_status_app(source))) as client:
+        response = await client.get("/metrics")
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        return await response.text()
 
 
 @pytest.mark.parametrize(
@@ -16,9 +47,59 @@ from launcher.supervisor import Standing
 async def test_readyz_says_whether_all_programs_are_ready(
     engine: str, gateway: str, status: int
 ) -> None:
-    standings = {"engine": Standing(engine), "gateway": Standing(gateway)}
-    source = StatusSource(standings, {}, {}, lambda: None, lambda: None)
+    source = make_source(engine, gateway)
     async with TestClient(TestServer(build_status_app(source))) as client:
         response = await client.get("/readyz")
         assert response.status == status
         assert await response.json() == {"engine": engine, "gateway": gateway}
+
+
+async def test_metrics_are_those_declared_with_type_labels_and_meaning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    source = make_source("ready", "ready", crash=lambda: CRASH, has_gpu=True)
+    for standing in source.standings.values():
+        standing.start_seconds = 12.5
+
+    text = await read_metrics(source)
+
+    exported = {}
+    for family in text_string_to_metric_families(text):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {tuple(sample.labels) for sample in family.samples}
+        exported[name] = (family.type, labels, family.documentation)
+    assert exported == {
+        one.name: (one.kind, {tuple(sorted(one.labels))}, one.meaning) for one in list_metrics()
+    }
+
+
+async def test_metrics_tell_of_gpus_what_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    text = await read_metrics(make_source("ready", "ready", has_gpu=True))
+
+    assert 'launcher_gpu_utilization_ratio{gpu="0",name="NVIDIA H200"} 0.87' in text
+    assert 'launcher_gpu_power_watts{gpu="0",name="NVIDIA H200"} 512.4' in text
+    assert 'launcher_gpu_power_watts{gpu="1"' not in text
+    assert 'launcher_gpu_clock_hertz{gpu="1",name="NVIDIA H200"} 3.45e+08' in text
+
+
+async def test_metrics_count_restarts_from_nought_and_date_the_last_crash() -> None:
+    source = make_source("ready", "ready", crash=lambda: CRASH)
+    source.standings["engine"].restarts["signal"] = 2
+
+    text = await read_metrics(source)
+
+    assert 'launcher_engine_restarts_total{reason="signal"} 2.0' in text
+    assert 'launcher_engine_restarts_total{reason="hang"} 0.0' in text
+    assert "launcher_engine_last_crash_timestamp_seconds 1.767323045e+09" in text
+    assert "launcher_gpu_" not in text

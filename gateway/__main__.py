@@ -18,6 +18,7 @@ from gateway.config import Settings, SettingsError, load_settings, read_worker
 from gateway.keys import make_key
 from gateway.logs import configure_logging
 from gateway.pool import POOL
+from gateway.server import Runner
 from gateway.warmup import read_questions
 from gateway.workers import run_workers
 
@@ -67,14 +68,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(
-        app,
-        # Without it a caller who hangs up leaves the engine working to the end.
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=settings.client_keepalive_s,
-        shutdown_timeout=settings.drain_timeout_s,
-    )
+    runner = Runner(app, settings)
     await runner.setup()
     try:
         await web.TCPSite(

@@ -25,4 +25,5 @@ async def read_body(request: web.Request) -> bytes:
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {settings.body_timeout_s:g} s") from None
     except (HttpProcessingError, PayloadEncodingError, web.RequestPayloadError) as error:
-        raise InvalidRequest(f"the body cannot be decoded: {error}", code="bad_encoding") from None
+        reason = str(error).splitlines()[-1].strip()  # aiohttp's has a status and a line break too
+        raise InvalidRequest(f"the body cannot be decoded: {reason}", code="bad_encoding") from None

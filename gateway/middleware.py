@@ -29,6 +29,7 @@ log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other"))
 _RESTART_S = 5
+_GONE = 499  # what log and counters say of a caller who hung up
 _QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
 
 
@@ -37,7 +38,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     """One for everything: each more would cost every request a frame and a task of bookkeeping."""
     trace = Trace(_request_id(request), _route(request), span=request.get(SPAN))
     request[TRACE] = trace
-    status = 499  # what the log says of a caller who hung up
+    status = _GONE
     try:
         response = await _answer(request, handler, trace)
         status = response.status
@@ -45,17 +46,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
             trace.put_headers(response.headers)
         return response
     finally:
-        duration_s = trace.elapsed_s()
-        request.app[METRICS].count_request(trace, status, duration_s)
-        write = log.debug if trace.route in _QUIET_ROUTES else log.info
-        write(
-            "request_done",
-            request_id=trace.request_id,
-            route=trace.route,
-            status=status,
-            duration_s=round(duration_s, 4),
-            **trace.log_fields(),
-        )
+        _record(request.app, trace, status)
 
 
 @web.middleware
@@ -66,7 +57,7 @@ async def trace_spans(request: web.Request, handler: Handler) -> web.StreamRespo
         return await handler(request)
     span = request.app[SPANS].open_request(request.method, route, request.headers)
     request[SPAN] = span
-    status = 499
+    status = _GONE
     try:
         response = await handler(request)
         status = response.status
@@ -74,6 +65,29 @@ async def trace_spans(request: web.Request, handler: Handler) -> web.StreamRespo
     finally:
         span.close(request[TRACE], status)
 
+
+def refuse(app: web.Application, error: GatewayError) -> web.Response:
+    """The answer to what never became a request: in the same form, with the same line and count."""
+    trace = Trace(_make_request_id(), "other")
+    trace.note_error(error.error_code, error.source)
+    response = _build_refusal(error)
+    trace.put_headers(response.headers)
+    _record(app, trace, response.status)
+    return response
+
+
+def _record(app: web.Application, trace: Trace, status: int) -> None:
+    duration_s = trace.elapsed_s()
+    app[METRICS].count_request(trace, status, duration_s)
+    write = log.debug if trace.route in _QUIET_ROUTES else log.info
+    write(
+        "request_done",
+        request_id=trace.request_id,
+        route=trace.route,
+        status=status,
+        duration_s=round(duration_s, 4),
+        **trace.log_fields(),
+    )
 
 
 async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.StreamResponse:
@@ -88,7 +102,7 @@ async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.S
             raise ConnectionResetError(error.message) from error
         return _answer_error(request, error)
     except web.HTTPException as error:
-        response = _answer_error(request, _translate(request, error))
+        response = _answer_error(request, translate(request.app, request, error))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -112,21 +126,28 @@ def _admit(request: web.Request, trace: Trace) -> None:
     request[CALLER] = caller
 
 
-def _translate(request: web.Request, error: web.HTTPException) -> GatewayError:
+def translate(
+    app: web.Application, request: web.BaseRequest, error: web.HTTPException
+) -> GatewayError:
+    """aiohttp's own refusals as errors of ours."""
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        limit = request.app[SETTINGS].max_body_bytes
+        limit = app[SETTINGS].max_body_bytes
         return PayloadTooLarge(f"the body is larger than {limit} bytes; send it in parts")
     if isinstance(error, web.HTTPNotFound):
         return NotFound(f"there is no {request.path}")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}")
-    return InvalidRequest(error.reason, code="bad_request")
+    return InvalidRequest(error.text or error.reason, code="bad_request")
 
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+    return given if _REQUEST_ID.fullmatch(given) else _make_request_id()
+
+
+def _make_request_id() -> str:
+    return f"{random.getrandbits(128):032x}"
 
 
 def _route(request: web.Request) -> str:
@@ -137,6 +158,10 @@ def _route(request: web.Request) -> str:
 
 def _answer_error(request: web.Request, error: GatewayError) -> web.Response:
     request[TRACE].note_error(error.error_code, error.source)
+    return _build_refusal(error)
+
+
+def _build_refusal(error: GatewayError) -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

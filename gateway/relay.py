@@ -47,7 +47,7 @@ ROUTES = (
 # Lists of what passes, not of what does not: who the caller is, who goes first and how the
 # connection is kept are the gateway's business, and the engine needs nothing else.
 _SENT = ("Accept", "X-Session-Id", "anthropic-version", "traceparent", "tracestate")
-_PASSED_ON = ("Content-Type", "Cache-Control")
+_PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:

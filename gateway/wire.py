@@ -91,10 +91,12 @@ class ModelCard:
     max_model_len: int | None = None
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
+def parse_json_object(body: bytes, *, takes_surrogates: bool = False) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if not takes_surrogates or "surrogate" not in str(error):
+            raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
         value = _parse_leniently(body, error)
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_type")
@@ -103,9 +105,9 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 def _parse_leniently(body: bytes, error: Exception) -> Any:
     """JSON's grammar allows half a surrogate pair, orjson does not: one prompt pays for it."""
-    if b"surrogate" in str(error).encode():
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(body, parse_constant=_refuse_constant)
+    with contextlib.suppress(ValueError, RecursionError):
+        # Of bytes it would take UTF-16 too, which is nobody's JSON.
+        return json.loads(body.decode(), parse_constant=_refuse_constant)
     raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
 
 
@@ -124,7 +126,7 @@ def is_text(value: str) -> bool:
 
 def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
     """The request as the contract reads it; `InvalidRequest` names the field that is wrong."""
-    data = parse_json_object(body)
+    data = parse_json_object(body, takes_surrogates=True)
     name = "prompt" if "prompt" in data else "prompts"
     if name not in data:
         raise InvalidRequest(
@@ -265,7 +267,7 @@ def _parse_relay_call(path: str, body: bytes, settings: Settings) -> RelayCall:
         changed = True  # who goes first is the gate's business
     sequences = _bound_sequences(data, settings)
     _bound_sizes(data, settings)
-    is_stream = data.get("stream") is True
+    is_stream = _is_set(data, "stream", "stream")
     hides_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
         hides_usage = _ask_for_usage(data)
@@ -279,6 +281,14 @@ def _parse_relay_call(path: str, body: bytes, settings: Settings) -> RelayCall:
         hides_usage=hides_usage,
         affinity=_affinity(data, settings),
     )
+
+
+def _is_set(data: Mapping[str, Any], name: str, param: str) -> bool:
+    """The engine reads "yes" and 1 as true: streams whose tokens nobody would count."""
+    value = data.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong_type(param, "true or false")
+    return bool(value)
 
 
 def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
@@ -332,7 +342,7 @@ def _ask_for_usage(data: dict[str, Any]) -> bool:
     options = data.get("stream_options")
     if options is not None and not isinstance(options, dict):
         return False
-    if options and options.get("include_usage"):
+    if options and _is_set(options, "include_usage", "stream_options.include_usage"):
         return False
     data["stream_options"] = {**(options or {}), "include_usage": True}
     return True

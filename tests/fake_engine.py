@@ -69,9 +69,13 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
 
 
 @contextlib.asynccontextmanager
-async def serve_app(app: web.Application, port: int = 0) -> AsyncIterator[str]:
-    """Any app on a free port of the loopback, as the programs run theirs."""
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
+async def serve_app(
+    app: web.Application, port: int = 0, runner: web.AppRunner | None = None
+) -> AsyncIterator[str]:
+    """Any app on a free port of the loopback; as aiohttp serves it, unless `runner` knows more."""
+    runner = runner or web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=1
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -111,7 +115,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     if any(behaviour.refuses(question) for question in questions):
         return _refusal("this is not to my taste", behaviour.refused_field)
     if call.get("stream"):
-        return await _stream(request, call, questions[0])
+        return await _stream(request, call, " ".join(questions))
     choices = [
         {
             "index": index,
@@ -124,8 +128,8 @@ async def _completions(request: web.Request) -> web.StreamResponse:
         choices.pop()
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 2 * len(questions)}
     # Order is the field `index`, not the place in the list.
-    body = {"id": "cmpl-1", "model": call.get("model"), "choices": choices[::-1], "usage": usage}
-    return _json(body)
+    whole = {"id": "cmpl-1", "model": call.get("model"), "choices": choices[::-1], "usage": usage}
+    return _json(whole)
 
 
 async def _chat(request: web.Request) -> web.StreamResponse:
@@ -169,7 +173,8 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
             choice = {"index": 0, "text": character, "delta": {"content": character}}
             await response.write(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
             await asyncio.sleep(behaviour.stream_gap_s)
-    if (call.get("stream_options") or {}).get("include_usage"):
+    options = call.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}
         event = {"choices": [], "usage": usage}
         await response.write(b"data: " + orjson.dumps(event) + b"\n\n")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the top of the house to its ground; modules of one floor do not know each other.
 GATEWAY_FLOORS = (
     ("__main__",),
-    ("app", "workers"),
+    ("app", "server", "workers"),
     ("predict", "relay", "health", "usage", "warmup", "pulse", "middleware"),
     ("pool", "admission", "body"),
     ("engine", "prompts", "keys"),

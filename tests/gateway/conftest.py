@@ -16,6 +16,7 @@ from aiohttp import web
 from gateway.app import build_app
 from gateway.config import Settings
 from gateway.pool import POOL
+from gateway.server import Runner
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 
 
@@ -80,7 +81,7 @@ async def serve_gateway(
         urls = [await stack.enter_async_context(serve_app(build_fake_engine(e))) for e in engines]
         options = make_settings(**({"engines": tuple(urls)} | settings))
         app = build_app(options, reload or (lambda: options))
-        url = await stack.enter_async_context(serve_app(app))
+        url = await stack.enter_async_context(serve_app(app, runner=Runner(app, options)))
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
         served = Served(url, client, app, engines[0], urls[0], engines[1:])
         if wait_ready:

@@ -127,6 +127,12 @@ async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None
         ({"stop": "x" * 1000}, "stop"),
         ({"response_format": {"schema": "x" * 70_000}}, "response_format"),
         ({"model": 3}, "model"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": 1}, "stream"),
+        (
+            {"stream": True, "stream_options": {"include_usage": "no"}},
+            "stream_options.include_usage",
+        ),
     ],
 )
 async def test_dangerous_field_is_bounded(

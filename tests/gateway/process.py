@@ -1,0 +1,77 @@
+"""A gateway as a process of its own, as users run it, and what the kernel says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import orjson
+
+from tests.fake_engine import MODEL_FOLDER
+from tests.gateway.conftest import until
+
+_LONGEST_START_S = 30
+
+
+@dataclass(frozen=True)
+class GatewayProcess:
+    """A running `python -m gateway`; its log goes to a file."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    log: Path
+
+    def read_log(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def rss_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def count_sockets(self) -> int:
+        count = 0
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed in this very moment
+                count += str(link.readlink()).startswith("socket:")
+        return count
+
+
+@contextlib.asynccontextmanager
+async def serve_process(
+    folder: Path, engine_url: str, *flags: str
+) -> AsyncIterator[GatewayProcess]:
+    command = ["--port", "0", "--engines", engine_url, "--tokenizer", str(MODEL_FOLDER)]
+    command += ["--warmup-prompts", "2", "--log-format", "json"]
+    path = folder / "gateway.log"
+    with path.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "gateway", *command, *flags, stderr=log
+        )
+    try:
+        await until(lambda: process.returncode is not None or _port(path), _LONGEST_START_S)
+        served = GatewayProcess(process, f"http://127.0.0.1:{_port(path)}", path)
+        async with httpx.AsyncClient(base_url=served.url) as client:
+            await until(lambda: _is_ready(client), _LONGEST_START_S)
+        yield served
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), 60)
+
+
+def _port(log: Path) -> int | None:
+    for line in log.read_bytes().splitlines():
+        if b'"gateway_listening"' in line:
+            return int(orjson.loads(line)["port"])
+    return None
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    return (await client.get("/readyz")).status_code == 200

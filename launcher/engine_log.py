@@ -30,12 +30,14 @@ _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("warming_kernels", re.compile(r"init engine \(.*?\) took (?P<detail>[\d.]+ s)")),
     ("listening", re.compile(r"Starting vLLM (?:API )?server|Application startup complete")),
 )
-# Banners, and warnings about what is so by design on a CPU: nobody can act on them.
+# Banners, argparse's usage (three hundred lines before the one that matters), and warnings about
+# what is so by design on a CPU: nobody can act on them.
 _NOISE = re.compile(
     r"Route: /|Available routes are|nanobind|leaked (?:instance|type|function)|\.\.\. skipped rem"
     r"|reference counting issue|api_utils\.py:\d+\]\s*[█▄▀ ]*(?:$|[█▄▀])|checkpoint shards"
     r"|Triton is (?:not )?installed|requires Triton|Enforce eager set|Inductor compilation was"
     r"|Reset SSM cache|reduce_op|triton_utils/dispatcher|hasattr\(value, |wrapper = lookup\("
+    r"|^usage: |^\s{12,}[\[{]"
     r"|NUMA binding|found in LD_PRELOAD|OMP_NUM_THREADS=\d+ is|torch\.set_num_threads|Found ulimit"
 )
 _LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")

@@ -82,6 +82,10 @@ def test_killed_child_is_read_from_the_leash() -> None:
         (STAMP.format("WARNING") + "The model's generation config is unusual", False),
         (STAMP.format("ERROR") + "EngineCore encountered a fatal error.", False),
         ("RuntimeError: boom", False),
+        ("usage: entry.py [-h] [--headless] [--api-server-count API_SERVER_COUNT]", True),
+        ("                [--structured-outputs-config STRUCTURED_OUTPUTS_CONFIG]", True),
+        ("entry.py: error: argument --dtype: invalid choice: 'x'", False),
+        ("        [one, two] = three()", False),
     ],
 )
 def test_short_log_keeps_what_matters(line: str, noise: bool) -> None:

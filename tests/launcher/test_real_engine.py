@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from launcher.process import list_group
-from tests.launcher.programs import Launcher, ask_in_background, running
+from tests.launcher.programs import MODEL, Launcher, ask_in_background, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 START_S = 90.0
@@ -62,6 +63,11 @@ def test_core_killed_during_a_batch_engine_returns_and_card_names_it(launcher: L
     assert card["exit_code"] == 0  # what vLLM itself calls this
     assert (card["killed_children"][0]["pid"], card["reason"]) == (core, "exit")
     assert list_group(group) == []
+    crashes = [line for line in launcher.err.splitlines() if "engine_crashed" in line]
+    assert ["reason=exit returncode=0" in line for line in crashes] == [True]
+    metrics = launcher.read("/metrics")
+    assert metrics is not None
+    assert 'launcher_engine_restarts_total{reason="exit"} 1.0' in metrics.text
 
 
 def test_core_stopped_watchdog_restarts_it_with_stacks(launcher: Launcher) -> None:
@@ -103,22 +109,40 @@ def test_term_during_a_batch_the_batch_finishes_and_exit_is_0(launcher: Launcher
     assert list_group(group) == []
 
 
-@pytest.mark.parametrize("broken", ["weights", "architecture"])
-def test_unservable_model_ends_with_3_and_its_reason(tmp_path: Path, broken: str) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in (Path(__file__).parents[2] / "demo" / "model").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    if broken == "weights":
-        whole = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    else:
-        config = (folder / "config.json").read_text().replace("Qwen3ForCausalLM", "Qwen9ForNobody")
-        (folder / "config.json").write_text(config)
-    settings = {"LAUNCHER_MODEL": str(folder)}
+def test_crash_loop_ends_with_4_within_its_budget(tmp_path: Path) -> None:
+    """Its core dies, and from then on its weights are too short to be loaded."""
+    folder = copy_model(tmp_path)
+    settings = {"LAUNCHER_MODEL": str(folder), "LAUNCHER_RESTART_LIMIT": "1"}
     launcher = Launcher(tmp_path, settings=settings, fake=None)
     with running(launcher):
-        assert launcher.wait(within_s=START_S) == 3
-    reason = {"weights": "SafetensorError", "architecture": "Qwen9ForNobody"}[broken]
-    assert reason in launcher.err.splitlines()[-1]
+        launcher.wait_state("ready", within_s=START_S)
+        cut_weights(folder)
+        os.kill(find_core(launcher), signal.SIGKILL)
+        assert launcher.wait(within_s=START_S) == 4
+    crashes = [line for line in launcher.err.splitlines() if "engine_crashed" in line]
+    assert ["returncode=0" in line for line in crashes] == [True, False]
+    last = launcher.err.splitlines()[-1]
+    assert last.startswith("launcher: the engine crashed 2 times within 600 s")
+    assert "SafetensorError" in last
     assert launcher.processes() == []
+
+
+def test_unservable_model_ends_with_3_and_its_reason(tmp_path: Path) -> None:
+    folder = copy_model(tmp_path)
+    config = (folder / "config.json").read_text().replace("Qwen3ForCausalLM", "Qwen9ForNobody")
+    (folder / "config.json").write_text(config)
+    launcher = Launcher(tmp_path, settings={"LAUNCHER_MODEL": str(folder)}, fake=None)
+    with running(launcher):
+        assert launcher.wait(within_s=START_S) == 3
+    assert "Qwen9ForNobody" in launcher.err.splitlines()[-1]
+    assert launcher.processes() == []
+
+
+def copy_model(into: Path) -> Path:
+    return Path(shutil.copytree(MODEL, into / "model"))
+
+
+def cut_weights(folder: Path) -> None:
+    """As a full disk or a bad one leaves them."""
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)

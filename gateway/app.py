@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
-from gateway import health, middleware, predict, pulse, relay, usage, warmup
+from gateway import health, middleware, predict, pulse, relay, ui, usage, warmup
 from gateway.admission import GATE, Gate
 from gateway.config import SETTINGS, Settings, SettingsError, load_settings, read_worker
 from gateway.engine import Engine, build_session
 from gateway.keys import KEYRING, Keyring, run_key_reload
+from gateway.launchers import LAUNCHERS, Launcher
 from gateway.ledger import LEDGER, LEDGER_NAME, Ledger
 from gateway.metrics import METRICS, Metrics
 from gateway.pool import ENGINE_LIST, POOL, EngineList, Pool
@@ -41,6 +42,7 @@ def build_app(
                 return Engine(url, settings, session, app[METRICS])
 
             app[POOL] = Pool(map(build_engine, settings.engines), settings, app[METRICS])
+            app[LAUNCHERS] = [Launcher(url, session) for url in settings.launchers]
             app[ENGINE_LIST] = EngineList(settings, build_engine, reload)
             yield
 
@@ -55,6 +57,7 @@ def build_app(
     app.router.add_get("/readyz", health.handle_readyz)
     app.router.add_get("/metrics", health.handle_metrics)
     app.router.add_get("/usage", usage.handle_usage)
+    ui.add_page(app)
     app.router.add_post("/predict", predict.handle_predict)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)

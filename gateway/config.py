@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -206,6 +206,13 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Told to stop: time for running requests to finish."
     )
 
+    ui: bool = Field(True, description="Serve the page at /ui.")
+    launchers: TextList = Field(
+        (),
+        description="Status addresses of the engines' launchers, for the page; separated by "
+        "commas. `launcher up` sets it.",
+    )
+
     metrics_keys: int = Field(
         200, ge=0, description="Keys with usage figures of their own; the others are one."
     )
@@ -222,7 +229,7 @@ class Settings(BaseSettings):
         "info", description="Least severe line logged."
     )
 
-    @field_validator("engines", "stop", "api_keys", "aliases", mode="before")
+    @field_validator("engines", "launchers", "stop", "api_keys", "aliases", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -249,10 +256,10 @@ class Settings(BaseSettings):
         pairs = (pair.partition("=") for pair in self.aliases)
         return {alias.strip(): model.strip() for alias, _, model in pairs}
 
-    @field_validator("engines")
+    @field_validator("engines", "launchers")
     @classmethod
-    def _check_engines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
+    def _check_addresses(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not value and info.field_name == "engines":
             raise ValueError("at least one engine is needed")
         for url in value:
             if not url.startswith(("http://", "https://")):

@@ -27,12 +27,14 @@ from gateway.errors import (
 from gateway.metrics import Metrics
 from gateway.wire import (
     Completion,
+    EngineLoad,
     ModelCard,
     Prompt,
     Sampling,
     build_completion_call,
     parse_completion,
     parse_engine_error,
+    parse_engine_load,
     parse_models,
 )
 
@@ -171,6 +173,15 @@ class Engine:
         if status != 200:
             raise self._error(status, answer)
         return parse_models(answer)
+
+    async def read_load(self) -> EngineLoad | None:
+        """Its own figures; `None` when it has none to give."""
+        try:
+            async with asyncio.timeout(self._settings.probe_timeout_s):
+                status, answer = await self._exchange("GET", "/metrics")
+            return parse_engine_load(answer) if status == 200 else None
+        except (EngineError, TimeoutError, ValueError):
+            return None
 
     async def open(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None

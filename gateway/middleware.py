@@ -27,10 +27,12 @@ from gateway.wire import build_error
 
 log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other"))
+# The page asks for a key itself, once a second: that is no request to count.
+_PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
+_OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other")) | _PAGE_ROUTES
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
-_QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics"))
+_QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics")) | _PAGE_ROUTES
 
 
 @web.middleware

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,20 @@ from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequ
 Prompt = str | list[int]
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_FIGURE = re.compile(rb"^vllm:(\w+)(?:\{.*\})? (\S+)", re.MULTILINE)
+_FIGURES = {
+    b"num_requests_running": "running",
+    b"num_requests_waiting": "waiting",
+    b"kv_cache_usage_perc": "kv_usage",
+    b"prompt_tokens_total": "prompt_tokens",
+    b"generation_tokens_total": "completion_tokens",
+    b"request_success_total": "finished",
+    b"num_preemptions_total": "preemptions",
+    b"prefix_cache_hits_total": "cached_tokens",
+    b"prefix_cache_queries_total": "looked_up_tokens",
+    b"time_to_first_token_seconds_sum": "first_token_sum_s",
+    b"time_to_first_token_seconds_count": "first_token_count",
+}
 _NO_CHOICES = b'"choices":[]'
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_STOPS = 4  # vLLM's own limit
@@ -89,6 +104,23 @@ class ModelCard:
 
     name: str
     max_model_len: int | None = None
+
+
+@dataclass(slots=True)
+class EngineLoad:
+    """What an engine's own metrics say: gauges as they are, the rest counted since its start."""
+
+    running: float = 0.0
+    waiting: float = 0.0
+    kv_usage: float = 0.0
+    prompt_tokens: float = 0.0
+    completion_tokens: float = 0.0
+    finished: float = 0.0
+    preemptions: float = 0.0
+    cached_tokens: float = 0.0
+    looked_up_tokens: float = 0.0
+    first_token_sum_s: float = 0.0
+    first_token_count: float = 0.0
 
 
 def parse_json_object(body: bytes, *, takes_surrogates: bool = False) -> dict[str, Any]:
@@ -505,3 +537,18 @@ def parse_models(body: bytes) -> list[ModelCard]:
         raise EngineError(
             "the engine's model list could not be read", code="engine_garbled"
         ) from error
+
+
+def parse_engine_load(metrics: bytes) -> EngineLoad | None:
+    """From Prometheus text; `None` where the engine counts nothing (`--disable-log-stats`)."""
+    load: EngineLoad | None = None
+    for name, value in _FIGURE.findall(metrics):
+        field_name = _FIGURES.get(name)
+        if field_name is None:
+            continue
+        load = load or EngineLoad()
+        known, told = getattr(load, field_name), float(value)
+        # One line for each data-parallel rank: its shares add up, but the fullest cache decides.
+        total = max(known, told) if field_name == "kv_usage" else known + told
+        setattr(load, field_name, total if math.isfinite(total) else 0.0)
+    return load

@@ -70,6 +70,8 @@ class Gateway:
             "GATEWAY_LOG_FORMAT": self._log_format,
             "GATEWAY_DRAIN_TIMEOUT_S": str(self._settings.drain_timeout_s),
         }
+        if self._settings.status_port_used:
+            ours["GATEWAY_LAUNCHERS"] = self._settings.status_url
         servers = int(self._plan.value("api-server-count", 1))
         if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
             size = -(-self._plan.warmup_prompts // servers)

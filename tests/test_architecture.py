@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 GATEWAY_FLOORS = (
     ("__main__",),
     ("app", "server", "workers"),
-    ("predict", "relay", "health", "usage", "warmup", "pulse", "middleware"),
+    ("predict", "relay", "health", "ui", "usage", "warmup", "pulse", "middleware"),
     ("pool", "admission", "body"),
-    ("engine", "prompts", "keys"),
+    ("engine", "launchers", "prompts", "keys"),
     ("wire", "logs", "ledger", "metrics", "spans"),
     ("errors", "config", "trace"),
 )

@@ -1,0 +1,108 @@
+"""The launchers behind the engines, over HTTP: how far a start is, and how the last run ended.
+
+What leaves here is a list of fields, not a list of what to leave out: command lines, environments
+and process ids stay with the launcher. Text that comes from an engine's log is searched for keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import web
+
+_TIMEOUT_S = 2.0
+_MOST_LINES = 60
+_MOST_CHARACTERS = 400
+_STANDING = ("state", "since_s", "start_seconds", "restarts")
+_FACTS = ("profile", "model", "device")
+_VERSIONS = ("vllm", "torch", "python")
+_PROGRESS = ("stage", "percent", "detail")
+_CRASH = ("time", "reason", "exit_code", "signal", "uptime_s", "was_ready", "restarts")
+_SECRETS = (
+    re.compile(r"(?i)(://[^/\s:@]+:)[^/\s@]+(?=@)"),
+    re.compile(r"(?i)(\bbearer\s+)\S+"),
+    re.compile(
+        r"(?i)((?:key|token|secret|password|passwd|credential)s?['\"]?\s*[:=]\s*[\[('\"]*)"
+        r"(?!\d+\b)[^\s'\",)\]}]{8,}"
+    ),
+    re.compile(r"(?i)(--[\w-]*(?:key|token|secret|password)\s+)\S+"),
+    re.compile(r"()\b(?:hf_|sk-|vg-|ghp_|AKIA)[\w-]{8,}"),
+)
+
+
+class Launcher:
+    """One launcher's status port. It is only read, and never needed: without it less is known."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self._url = url
+        self._session = session
+        self._crash: dict[str, Any] | None = None
+
+    async def read(self) -> dict[str, Any] | None:
+        """Its status with the last crash, both cut down; `None` when it does not answer."""
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                status = await self._get("/status")
+                known = self._crash and self._crash["time"]
+                told = (status.get("last_crash") or {}).get("time")
+                if told != known:
+                    self._crash = cut_crash(await self._get("/crash")) if told else None
+        except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, AttributeError):
+            return None
+        return cut_status(status) | {"crash": self._crash}
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        async with self._session.get(self._url + path) as response:
+            answer = orjson.loads(await response.read())
+        if not isinstance(answer, dict):
+            raise TypeError(f"{path} is no JSON object")
+        return answer
+
+
+LAUNCHERS = web.AppKey("launchers", list[Launcher])
+
+
+def cut_status(status: Mapping[str, Any]) -> dict[str, Any]:
+    progress = _pick(status.get("progress"), _PROGRESS)
+    return {
+        **_pick(status.get("engine"), _STANDING),
+        **_pick(status, _FACTS),
+        "versions": _pick(status.get("versions"), _VERSIONS),
+        "progress": _clean(progress) if progress else None,
+    }
+
+
+def cut_crash(card: Mapping[str, Any]) -> dict[str, Any]:
+    """`cause` and `last_lines` are log text: not for everybody, see `ui.py`."""
+    return {
+        **_pick(card, _CRASH),
+        "cause": _clean(card.get("cause") or ""),
+        "last_lines": _clean(list(card.get("last_lines") or ())[-_MOST_LINES:]),
+    }
+
+
+def _pick(data: object, names: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        return {}
+    return {name: data[name] for name in names if name in data}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return hide_secrets(value[:_MOST_CHARACTERS])
+    if isinstance(value, list):
+        return [_clean(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _clean(one) for name, one in value.items()}
+    return value
+
+
+def hide_secrets(text: str) -> str:
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1•••", text)
+    return text

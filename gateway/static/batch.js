@@ -1,0 +1,177 @@
+// From a file or pasted text to a run: the form of the batch panel.
+
+import { find, make, readNumber, setText } from "./parts.js";
+import { BadInput, parseQuestions, readFile } from "./questions.js";
+import { save } from "./results.js";
+import { Run } from "./run.js";
+import { bytes, number, say } from "./words.js";
+
+const BODY_MARGIN = 64 * 1024;
+const SLOW_READING_MS = 150;
+
+export class BatchPanel {
+  #items = [];
+  #found = null;
+  #problem = null;
+  #fileName = "";
+  #run = null;
+  #typing = 0;
+  #isCompact = false;
+  #shown = "";
+
+  constructor(live) {
+    this.live = live;
+    find("pick").addEventListener("click", () => find("file").click());
+    find("file").addEventListener("change", (event) => {
+      if (event.target.files[0]) this.takeFile(event.target.files[0]);
+      event.target.value = "";
+    });
+    find("file-clear").addEventListener("click", () => this.#clearFile());
+    find("paste").addEventListener("input", () => {
+      clearTimeout(this.#typing);
+      this.#typing = setTimeout(() => this.#take(find("paste").value), SLOW_READING_MS);
+    });
+    find("batch-form").addEventListener("change", () => this.show());
+    find("piece").addEventListener("focus", () => (this.#how = "pieces"));
+    find("batch-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      clearTimeout(this.#typing);
+      if (!this.#fileName) this.#take(find("paste").value);
+      if (this.#items.length && !this.#run?.isRunning) this.#start(this.#items.map((item) => ({ ...item })));
+    });
+    find("batch-stop").addEventListener("click", () => this.#run?.stop());
+    for (const one of find("downloads").children) {
+      one.addEventListener("click", () => save(one.dataset.format, this.#run.export()));
+    }
+    find("more").addEventListener("click", () => this.#run.showMore());
+    find("again").addEventListener("click", () => this.#run.start());
+    find("change").addEventListener("click", () => {
+      this.#isCompact = false;
+      this.show();
+      (this.#fileName ? find("file-clear") : find("paste")).focus();
+    });
+  }
+
+  get #how() {
+    return find("batch-form").elements.how.value;
+  }
+
+  set #how(value) {
+    find("batch-form").elements.how.value = value;
+  }
+
+  get #limits() {
+    return this.live.status?.limits;
+  }
+
+  async takeFile(file) {
+    this.#fileName = file.name;
+    const most = this.#limits?.body_bytes;
+    try {
+      if (most && file.size > 4 * most) throw new BadInput("batch.tooLarge", { size: bytes(file.size), limit: bytes(most) });
+      this.#isCompact = false;
+      this.#take(await readFile(file));
+    } catch (error) {
+      const problem = error instanceof BadInput ? error : new BadInput("batch.unreadable", { reason: error.message });
+      this.#fail(problem);
+    }
+  }
+
+  #clearFile() {
+    this.#fileName = "";
+    this.#take(find("paste").value);
+    find("paste").focus();
+  }
+
+  #take(text) {
+    try {
+      this.#found = text.trim() ? parseQuestions(text) : null;
+      this.#items = this.#found?.items ?? [];
+      this.#problem = null;
+      this.show();
+    } catch (error) {
+      if (!(error instanceof BadInput)) throw error;
+      this.#fail(error);
+    }
+  }
+
+  #fail(problem) {
+    this.#found = null;
+    this.#items = [];
+    this.#problem = problem;
+    this.show();
+  }
+
+  translate() {
+    find("batch-temperature").placeholder = say("options.default");
+    for (const one of find("downloads").children) {
+      one.setAttribute("aria-label", say("run.download", { format: one.textContent }));
+    }
+    this.#shown = "";
+    this.show();
+    this.#run?.translate();
+  }
+
+  show() {
+    const isRunning = this.#run?.isRunning ?? false;
+    const count = this.#items.length;
+    find("batch-max-tokens").placeholder = this.#limits ? number(this.#limits.max_tokens) : say("options.default");
+    find("file-chip").hidden = !this.#fileName;
+    setText(find("file-chip").firstElementChild, this.#fileName);
+    find("paste-field").hidden = !!this.#fileName;
+    setText(find("run"), count ? say("batch.run", { count: number(count) }) : say("batch.runNone"));
+    find("run").disabled = !count || isRunning;
+    find("batch-stop").hidden = !isRunning;
+    find("batch-form").classList.toggle("compact", this.#isCompact);
+    find("source").hidden = find("choices").hidden = this.#isCompact;
+    find("change").hidden = !this.#isCompact || isRunning;
+    setText(find("batch-hint"), count ? this.#warnOfPieces() : "");
+    const key = [count, this.#fileName, this.#problem?.message, this.#found?.format, this.#items[0]?.question].join("\n");
+    if (key !== this.#shown) {
+      this.#shown = key;
+      this.#showFound();
+    }
+  }
+
+  #showFound() {
+    const box = find("found");
+    if (this.#problem) {
+      box.replaceChildren(make("p.error", say(this.#problem.key, this.#problem.values)));
+      return;
+    }
+    if (!this.#found) return box.replaceChildren();
+    const { items, format, skipped } = this.#found;
+    if (!items.length) return box.replaceChildren(make("p.error", say("batch.none")));
+    const references = items.filter((item) => item.reference).length;
+    const repeated = items.length - new Set(items.map((item) => item.question)).size;
+    const parts = [say("batch.found", { count: number(items.length), format: say(`format.${format}`) })];
+    if (references) parts.push(say("batch.references", { count: number(references) }));
+    if (repeated) parts.push(say("batch.repeated", { count: number(repeated) }));
+    if (skipped) parts.push(say("batch.skipped", { count: number(skipped) }));
+    const list = make("ol", ...items.slice(0, 3).map((item) => make("li", item.question)));
+    const rest = items.length > 3 ? make("p.hint", say("batch.moreExamples", { count: number(items.length - 3) })) : null;
+    box.replaceChildren(make("p", make("strong", parts[0]), ...parts.slice(1).map((part) => ` · ${part}`)), list, rest ?? "");
+  }
+
+  #warnOfPieces() {
+    const limit = this.#limits?.prompts;
+    if (this.#how !== "one" || !limit || this.#items.length <= limit) return "";
+    return say("batch.split", { limit: number(limit), pieces: number(Math.ceil(this.#items.length / limit)) });
+  }
+
+  async #start(items) {
+    const most = this.#limits?.prompts ?? 10_000;
+    const size = this.#how === "pieces" ? Math.min(most, readNumber(find("piece")) ?? 16) : most;
+    const options = {
+      max_tokens: readNumber(find("batch-max-tokens")),
+      temperature: readNumber(find("batch-temperature")),
+      system: find("batch-system").value.trim() || undefined,
+    };
+    const bodyBytes = (this.#limits?.body_bytes ?? 2 ** 25) - BODY_MARGIN;
+    this.#run?.retire();
+    this.#run = new Run(items, options, this.live, { size, bytes: bodyBytes });
+    this.#run.onChange = () => this.show();
+    this.#isCompact = true;
+    await this.#run.start();
+  }
+}

@@ -1,0 +1,143 @@
+// The one poll of /ui/status: who wants to know subscribes; nobody else asks the gateway.
+
+import { call, readJson } from "./api.js";
+
+const EVERY_MS = 1000;
+const SLOWEST_MS = 5000;
+const KEEP_S = 120;
+const GAP_S = 3.5;
+
+/** `status` is the last answer; `state` one word for it; `samples` the figures of two minutes. */
+export class Live extends EventTarget {
+  status = null;
+  state = "unknown";
+  samples = [];
+  #failures = 0;
+  #timer = 0;
+  #before = null;
+
+  start() {
+    document.addEventListener("visibilitychange", () => {
+      if (!document.hidden) this.look();
+    });
+    this.look();
+  }
+
+  /** Now, and then every second; a hidden page rests. */
+  look() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
+    this.#poll().finally(() => {
+      const pause = Math.min(EVERY_MS * 2 ** Math.max(0, this.#failures - 3), SLOWEST_MS);
+      if (!document.hidden || this.isWanted) this.#timer ||= setTimeout(() => this.look(), pause);
+    });
+  }
+
+  /** An engine is on its way: what is sent now would only wait at the gateway. */
+  get isAway() {
+    return ["starting", "restarting", "waiting", "warming", "down"].includes(this.state);
+  }
+
+  /** Set while something must be followed even on a hidden page. */
+  isWanted = false;
+
+  async #poll() {
+    try {
+      const status = await readJson(await call("ui/status", { signal: AbortSignal.timeout(10_000) }));
+      this.#failures = 0;
+      this.status = status;
+      this.state = describe(status);
+      this.#sample(status);
+    } catch (error) {
+      this.#failures += 1;
+      if (error.needsKey) this.state = "key";
+      else if (this.#failures > 1) this.state = "unreachable"; // one lost answer is no news
+    }
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #sample(status) {
+    const before = this.#before;
+    if (before?.at === status.at) return;
+    this.#before = status;
+    this.samples.push(measure(status, before && status.at - before.at < GAP_S ? before : null));
+    const oldest = status.at - KEEP_S;
+    this.samples = this.samples.filter((sample) => sample.at >= oldest);
+  }
+
+  /** Resolves when questions are answered again, rejects when `signal` says to stop waiting. */
+  ready(signal) {
+    return new Promise((resolve, reject) => {
+      const look = () => {
+        if (this.state !== "ready") return;
+        stop();
+        resolve();
+      };
+      const give = () => {
+        stop();
+        reject(signal.reason);
+      };
+      const stop = () => {
+        this.removeEventListener("change", look);
+        signal.removeEventListener("abort", give);
+      };
+      if (signal.aborted) return reject(signal.reason);
+      this.addEventListener("change", look);
+      signal.addEventListener("abort", give);
+      look();
+    });
+  }
+
+  /** Answers and tokens that the engines have counted so far, or nothing where they do not count. */
+  get counted() {
+    const loads = this.status?.engines.map((engine) => engine.load).filter(Boolean) ?? [];
+    if (!loads.length) return null;
+    return { answers: sum(loads, "finished"), tokens: sum(loads, "completion_tokens") };
+  }
+}
+
+const sum = (list, name) => list.reduce((total, one) => total + one[name], 0);
+
+/** The state that a person would name, from what gateway and launcher say. */
+function describe(status) {
+  if (status.gateway.state !== "waiting") return status.gateway.state;
+  const launcher = status.launchers[0];
+  if (!launcher) return status.engines.some((one) => one.state === "warming") ? "warming" : "down";
+  if (launcher.state === "waiting") return "waiting";
+  if (launcher.state === "starting") return launcher.crash ? "restarting" : "starting";
+  if (launcher.state === "ready" || launcher.state === "warming") {
+    return status.engines.some((one) => one.state === "warming") || launcher.state === "warming" ? "warming" : "down";
+  }
+  return launcher.state;
+}
+
+function measure(status, before) {
+  const now = collect(status);
+  const old = before && collect(before);
+  const seconds = before ? status.at - before.at : 0;
+  const grown = (name) => (old && now[name] !== null && old[name] !== null && now[name] >= old[name] ? now[name] - old[name] : null);
+  const tokens = grown("tokens");
+  const firsts = grown("firstCount");
+  return {
+    at: status.at,
+    rate: tokens === null ? null : tokens / seconds,
+    running: status.gate.running,
+    waiting: status.gate.waiting + (now.waiting ?? 0),
+    kv: now.kv,
+    first: firsts ? grown("firstSum") / firsts : null,
+  };
+}
+
+function collect(status) {
+  const loads = status.engines.map((engine) => engine.load).filter(Boolean);
+  if (!loads.length) {
+    return { tokens: null, waiting: null, kv: null, firstSum: null, firstCount: null };
+  }
+  return {
+    tokens: sum(loads, "completion_tokens"),
+    waiting: sum(loads, "waiting"),
+    kv: Math.max(...loads.map((load) => load.kv_usage)),
+    firstSum: sum(loads, "first_token_sum_s"),
+    firstCount: sum(loads, "first_token_count"),
+  };
+}

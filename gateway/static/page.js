@@ -1,0 +1,145 @@
+// Puts the page together: language, colours, key, tabs, and who is told when the state changes.
+
+import { call, currentKey, setKey } from "./api.js";
+import { AskPanel } from "./ask.js";
+import { BatchPanel } from "./batch.js";
+import { EnginePanel } from "./engine.js";
+import { Figures } from "./figures.js";
+import { Live } from "./live.js";
+import { find, recall, remember, setText } from "./parts.js";
+import { explain } from "./trouble.js";
+import { chooseLanguage, currentLanguage, say, setLanguage, translate } from "./words.js";
+
+const live = new Live();
+const engine = new EnginePanel(live);
+const figures = new Figures(live);
+const ask = new AskPanel(live);
+const batch = new BatchPanel(live);
+
+function show() {
+  engine.show();
+  figures.show();
+  ask.show();
+  batch.show();
+  find("key-button").hidden = live.state !== "key" && !currentKey();
+}
+
+function changeLanguage(name) {
+  setLanguage(name);
+  translate(document);
+  ask.translate();
+  batch.translate();
+  show();
+}
+
+function prepareChoices() {
+  const language = find("language");
+  setLanguage(chooseLanguage(recall("page.language"), navigator.languages));
+  language.value = currentLanguage();
+  language.addEventListener("change", () => {
+    remember("page.language", language.value);
+    changeLanguage(language.value);
+  });
+  const theme = find("theme");
+  theme.value = recall("page.theme") ?? "auto";
+  theme.addEventListener("change", () => {
+    remember("page.theme", theme.value);
+    document.documentElement.dataset.chosenTheme = theme.value;
+    document.dispatchEvent(new Event("themechange"));
+  });
+}
+
+const TABS = ["ask", "batch"];
+
+function openTab(name, { takesFocus = false } = {}) {
+  for (const one of TABS) {
+    const tab = find(`tab-${one}`);
+    const isOpen = one === name;
+    tab.setAttribute("aria-selected", String(isOpen));
+    tab.tabIndex = isOpen ? 0 : -1;
+    find(`panel-${one}`).hidden = !isOpen;
+    if (isOpen && takesFocus) tab.focus();
+  }
+}
+
+function prepareTabs() {
+  for (const name of TABS) find(`tab-${name}`).addEventListener("click", () => openTab(name));
+  document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -TABS.length, End: TABS.length }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const now = TABS.findIndex((name) => find(`tab-${name}`).getAttribute("aria-selected") === "true");
+    const next = Math.abs(step) === 1 ? (now + step + TABS.length) % TABS.length : step > 0 ? TABS.length - 1 : 0;
+    openTab(TABS[next], { takesFocus: true });
+  });
+}
+
+/** A file may be dropped anywhere; else the browser would leave the page for it. */
+function prepareDrop() {
+  const carriesFile = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+  const light = (isOn) => find("drop").classList.toggle("over", isOn);
+  addEventListener("dragover", (event) => {
+    if (!carriesFile(event)) return;
+    event.preventDefault();
+    openTab("batch");
+    light(true);
+  });
+  addEventListener("dragleave", (event) => event.relatedTarget ?? light(false));
+  addEventListener("drop", (event) => {
+    if (!carriesFile(event)) return;
+    event.preventDefault();
+    light(false);
+    if (event.dataTransfer.files[0]) batch.takeFile(event.dataTransfer.files[0]);
+  });
+}
+
+function prepareKey() {
+  const dialog = find("key-dialog");
+  const field = find("key");
+  const fail = (text) => {
+    setText(find("key-error"), text);
+    find("key-error").hidden = !text;
+  };
+  const open = () => {
+    if (dialog.open) return;
+    field.value = "";
+    fail("");
+    find("key-forget").hidden = !currentKey();
+    dialog.showModal();
+    field.focus();
+  };
+  const use = (key) => {
+    setKey(key);
+    dialog.close();
+    live.look();
+  };
+  find("key-button").addEventListener("click", open);
+  find("key-cancel").addEventListener("click", () => dialog.close());
+  find("key-forget").addEventListener("click", () => use(""));
+  find("key-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const key = field.value.trim();
+    if (!key) return fail(say("key.empty"));
+    try {
+      await call("ui/status", { keyToTry: key });
+      use(key);
+    } catch (error) {
+      fail(error.needsKey ? say("key.unknown") : explain(error));
+    }
+  });
+  // Asked for by itself once; who said no finds the button above.
+  let wasAsked = false;
+  live.addEventListener("change", () => {
+    if (live.state !== "key" || wasAsked) return;
+    wasAsked = true;
+    open();
+  });
+}
+
+prepareChoices();
+prepareTabs();
+prepareDrop();
+prepareKey();
+live.addEventListener("change", show);
+changeLanguage(currentLanguage());
+live.start();

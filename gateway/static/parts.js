@@ -1,0 +1,83 @@
+// Making and finding elements; nothing here knows what the page is about.
+
+export const find = (id) => document.getElementById(id);
+
+/** make("p.hint", "text", child, …); text is always text, never markup. */
+export function make(tag, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const element = document.createElement(name);
+  if (classes.length) element.className = classes.join(" ");
+  element.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return element;
+}
+
+/** A button that calls `act`. */
+export function button(kind, text, act) {
+  const element = make(`button.${kind}`, text);
+  element.type = "button";
+  element.addEventListener("click", act);
+  return element;
+}
+
+/** Writes only what is new: a screen reader speaks every change. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Pairs of a term and its value; those without a value are left out. */
+export function facts(list, pairs) {
+  list.replaceChildren(
+    ...pairs
+      .filter(([, value]) => value !== null && value !== undefined && value !== "")
+      .map(([term, value]) => make("div", make("dt", term), make("dd", value))),
+  );
+}
+
+/** A bar's share from 0 to 1; `null` is work whose length is unknown. */
+export function setBar(bar, share, { isEstimate = false } = {}) {
+  bar.classList.toggle("endless", share === null);
+  bar.classList.toggle("estimate", isEstimate && share !== null);
+  if (share === null) {
+    bar.removeAttribute("aria-valuenow");
+    bar.firstElementChild.style.width = "";
+  } else {
+    const value = Math.round(Math.min(1, Math.max(0, share)) * 100);
+    bar.setAttribute("aria-valuenow", value);
+    bar.firstElementChild.style.width = `${value}%`;
+  }
+}
+
+/** A failure's meaning, and below it what helps to look further. */
+export function showFailure(element, parts) {
+  element.hidden = !parts;
+  const text = parts ? [parts.text, parts.detail].join("\n") : "";
+  if (element.dataset.shown === text) return; // an alert is spoken at every change
+  element.dataset.shown = text;
+  element.replaceChildren(...(parts ? [parts.text, parts.detail ? make("small", parts.detail) : ""] : []));
+}
+
+export function announce(text) {
+  setText(find("announce"), text);
+}
+
+/** A number field's value, or nothing where it is empty or out of its range. */
+export function readNumber(input) {
+  if (input.value.trim() === "" || !input.checkValidity()) return undefined;
+  return Number(input.value);
+}
+
+export function remember(name, value) {
+  try {
+    localStorage.setItem(name, value);
+  } catch {
+    // storage can be forbidden; then choices last as long as the page
+  }
+}
+
+export function recall(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}

@@ -1,0 +1,83 @@
+// What a failure means for the person in front of the page.
+
+import { say, span } from "./words.js";
+
+const BY_CODE = {
+  network: "error.network",
+  broken: "error.broken",
+  garbled: "error.garbled",
+  invalid_api_key: "error.badKey",
+  missing_key: "error.key",
+  requests_per_minute: "error.allowance",
+  tokens_per_minute: "error.allowance",
+  key_concurrency: "error.allowance",
+  overloaded: "error.busy",
+  queue_timeout: "error.busy",
+  prompt_too_long: "error.tooLong",
+  engine_aborted: "error.engine",
+  engine_failed: "error.engine",
+  engine_garbled: "error.engine",
+  engine_timeout: "error.engine",
+  not_ready: "error.notReady",
+  engine_unreachable: "error.notReady",
+};
+
+/** What it means; then the gateway's own words and the request's id, for who looks further. */
+export function explain({ code, message, requestId }) {
+  const id = requestId ? say("error.request", { id: requestId }) : "";
+  const text = BY_CODE[code] ? say(BY_CODE[code]) : message || code;
+  return { text, detail: [message === text ? "" : message, id].filter(Boolean).join(" · ") };
+}
+
+/** Rejects with the signal's reason when the wait is given up. */
+export function pause(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    const give = () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", give);
+      resolve();
+    }, seconds * 1000);
+    if (signal.aborted) give();
+    else signal.addEventListener("abort", give, { once: true });
+  });
+}
+
+const MOST_TRIES = 5;
+const LONGEST_WAIT_S = 600;
+
+/**
+ * Runs `work` until it has run: what an engine that is away, or a full queue, refused is sent again
+ * when it is back. `tell` gets a line while waiting and nothing when it goes on.
+ */
+export async function persist(work, { live, signal, tell }) {
+  for (let number = 1; ; number += 1) {
+    try {
+      if (live.isAway) {
+        tell(say("error.notReady"));
+        await live.ready(signal);
+        tell("");
+      }
+      return await work();
+    } catch (failure) {
+      if (!failure.didNotRun || number === MOST_TRIES) throw failure;
+      await wait(failure, live, signal, tell);
+    }
+  }
+}
+
+async function wait(failure, live, signal, tell) {
+  tell(failure.status === 503 ? say("error.notReady") : say("run.retryIn", { time: span(failure.retryAfter || 1), reason: explain(failure).text }));
+  await pause(Math.min(failure.retryAfter || 1, failure.status === 503 ? 1 : LONGEST_WAIT_S), signal);
+  if (failure.status === 503) {
+    const patience = AbortSignal.timeout(LONGEST_WAIT_S * 1000);
+    try {
+      await live.ready(AbortSignal.any([signal, patience]));
+    } catch (reason) {
+      throw signal.aborted ? reason : failure;
+    }
+  }
+  tell("");
+}

@@ -24,7 +24,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from gateway.trace import Trace
 
 _TRACES_PATH = "/v1/traces"
-_FLUSH_TIMEOUT_S = 3.0
+_NAMELESS = "unknown_service"
+_FLUSH_TIMEOUT_S = 2.0
 _SERVER_ERROR = 500
 _W3C = TraceContextTextMapPropagator()
 
@@ -33,11 +34,12 @@ class Spans:
     """Opens a span for each request; a thread of its own exports them."""
 
     def __init__(self, endpoint: str) -> None:
-        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over this name.
-        resource = Resource({"service.name": "vllm-gateway"}).merge(Resource.create())
+        resource = Resource.create()
+        if str(resource.attributes["service.name"]).startswith(_NAMELESS):
+            resource = resource.merge(Resource({"service.name": "vllm-gateway"}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(endpoint=complete_endpoint(endpoint))
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._exporter = OTLPSpanExporter(endpoint=complete_endpoint(endpoint))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("gateway")
 
     def open_request(
@@ -49,7 +51,9 @@ class Spans:
         """What has not been sent yet is sent, unless nobody takes it."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_TIMEOUT_S):
-                await asyncio.to_thread(self._provider.shutdown)
+                await asyncio.to_thread(self._provider.force_flush)
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]  # ends its retries
+        await asyncio.to_thread(self._provider.shutdown)
 
 
 class OpenTelemetryRequest:

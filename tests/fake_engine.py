@@ -45,6 +45,8 @@ class Behaviour:
     running: int = 0
     cancelled: int = 0
     unreadable: int = 0
+    metrics: str = ""
+    scrapes: int = 0
 
 
 BEHAVIOUR = web.AppKey("behaviour", Behaviour)
@@ -56,6 +58,7 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app[BEHAVIOUR] = behaviour
     app[TOKENIZER] = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
     app.router.add_get("/health", _health)
+    app.router.add_get("/metrics", _metrics)
     app.router.add_get("/v1/models", _models)
     app.router.add_post("/v1/completions", _completions)
     app.router.add_post("/v1/chat/completions", _chat)
@@ -86,6 +89,12 @@ async def serve_app(
 
 async def _health(request: web.Request) -> web.Response:
     return web.Response(status=200 if request.app[BEHAVIOUR].is_healthy else 503)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    behaviour = request.app[BEHAVIOUR]
+    behaviour.scrapes += 1
+    return web.Response(text=behaviour.metrics, status=200 if behaviour.metrics else 404)
 
 
 async def _models(request: web.Request) -> web.Response:

@@ -1,0 +1,414 @@
+"""The page at /ui: its files, what shields it, and the figures that it may show to whom."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html.parser
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+from aiohttp import web
+
+from gateway.launchers import hide_secrets
+from gateway.pool import POOL
+from tests.fake_engine import Behaviour, serve_app
+from tests.gateway.conftest import Serve, Served, until
+from tests.gateway.raw import ask, build_request
+from tests.gateway.test_keys import _bearer, _keys_file
+
+STATIC = Path(__file__).parent.parent.parent / "gateway" / "static"
+FIGURES = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m {odd} name"} 2.0
+vllm:num_requests_running{engine="1",model_name="m"} 3.0
+vllm:num_requests_waiting{engine="0"} 4.0
+vllm:kv_cache_usage_perc{engine="0"} 0.25
+vllm:kv_cache_usage_perc{engine="1"} 0.75
+vllm:generation_tokens_total{engine="0"} 1.5e+03
+vllm:generation_tokens_created{engine="0"} 1.7e+09
+vllm:request_success_total{finished_reason="stop"} 7.0
+vllm:request_success_total{finished_reason="length"} 1.0
+vllm:time_to_first_token_seconds_bucket{le="0.1"} 8.0
+vllm:time_to_first_token_seconds_sum{engine="0"} 0.5
+vllm:time_to_first_token_seconds_count{engine="0"} 8.0
+http_requests_total 99.0
+"""
+
+
+class Launcher:
+    """What a launcher's status port says, with all that must not be passed on."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.status: dict[str, Any] = {
+            "engine": {
+                "state": "starting",
+                "since_s": 3.2,
+                "pid": 4242,
+                "start_seconds": 20.1,
+                "restarts": {"signal": 1},
+            },
+            "progress": {
+                "stage": "loading_weights",
+                "percent": 40,
+                "detail": "token=hunter2hunter2",
+            },
+            "profile": "cpu",
+            "model": "demo",
+            "device": "CPU",
+            "versions": {"vllm": "0.32.0", "system": "Linux-internal-host"},
+            "argv": ["python", "--api-key", "sk-from-argv"],
+            "last_crash": {"time": "2026-01-02T03:04:05+00:00"},
+        }
+        self.crash: dict[str, Any] = {
+            "time": "2026-01-02T03:04:05+00:00",
+            "reason": "signal",
+            "exit_code": None,
+            "signal": "SIGKILL",
+            "cause": "ValueError: no room in /home/somebody",
+            "uptime_s": 62.5,
+            "was_ready": True,
+            "restarts": 1,
+            "last_lines": [f"line {n}" for n in range(100)] + ["Authorization: Bearer sk-in-log"],
+            "argv": ["python", "--api-key", "sk-from-argv"],
+            "environment": {"HF_TOKEN": "hf_from_environment"},
+            "processes": ["4242 python"],
+        }
+
+    def build(self) -> web.Application:
+        async def answer(request: web.Request) -> web.Response:
+            self.calls.append(request.path)
+            data = self.status if request.path == "/status" else self.crash
+            return web.json_response(data)
+
+        app = web.Application()
+        app.router.add_get("/status", answer)
+        app.router.add_get("/crash", answer)
+        return app
+
+
+@contextlib.asynccontextmanager
+async def serve_with_launcher(
+    serve: Serve, launcher: Launcher, engine: Behaviour | None = None, **settings: Any
+) -> AsyncIterator[Served]:
+    async with (
+        serve_app(launcher.build()) as url,
+        serve(engine or Behaviour(), launchers=(url,), **settings) as served,
+    ):
+        yield served
+
+
+async def read_status(served: Served, **headers: str) -> dict[str, Any]:
+    answer = await served.client.get("/ui/status", headers=headers)
+    assert answer.status_code == 200, answer.text
+    status: dict[str, Any] = answer.json()
+    return status
+
+
+class _Links(html.parser.HTMLParser):
+    """Addresses that a page loads, and anything inline that its policy would refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.inline: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in {"src", "href"} and value and not value.startswith("#"):
+                self.links.append(value)
+            if name == "style" or name.startswith("on"):
+                self.inline.append(f"{tag} {name}")
+        if tag == "style" or (tag == "script" and "src" not in dict(attrs)):
+            self.inline.append(tag)
+
+
+def _links_of(page: str) -> _Links:
+    links = _Links()
+    links.feed(page)
+    return links
+
+
+async def test_page_and_everything_it_loads_is_served_under_its_policy(served: Served) -> None:
+    page = await served.client.get("/ui")
+    links = _links_of(page.text)
+    names = {link.removeprefix("ui/") for link in links.links}
+    for script in STATIC.glob("*.js"):
+        names |= set(re.findall(r'from "\./([\w.]+)"', script.read_text(encoding="utf-8")))
+
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert names == {path.name for path in STATIC.iterdir()} - {"index.html"}
+    for name in names:
+        file = await served.client.get(f"/ui/{name}")
+        assert file.status_code == 200, name
+        assert file.content == (STATIC / name).read_bytes()
+        for header in ("Content-Security-Policy", "X-Content-Type-Options", "Referrer-Policy"):
+            assert file.headers[header] == page.headers[header]
+    kinds = {
+        name: (await served.client.head(f"/ui/{name}")).headers["Content-Type"] for name in names
+    }
+    assert kinds["page.js"].startswith("text/javascript")
+    assert kinds["page.css"].startswith("text/css")
+    assert kinds["icon.svg"].startswith("image/svg+xml")
+
+
+async def test_page_policy_allows_its_own_files_and_nothing_else(served: Served) -> None:
+    page = await served.client.get("/ui")
+    policy = dict(
+        part.strip().partition(" ")[::2]
+        for part in page.headers["Content-Security-Policy"].split(";")
+    )
+
+    assert policy.pop("default-src") == "'none'"
+    assert policy.pop("require-trusted-types-for") == "'script'"
+    assert set(policy.values()) == {"'self'", "'none'"}
+    assert {"frame-ancestors", "base-uri", "form-action", "connect-src"} <= policy.keys()
+    assert page.headers["X-Frame-Options"] == "DENY"
+    assert _links_of(page.text).inline == []
+
+
+def test_page_files_name_no_other_host() -> None:
+    for path in STATIC.iterdir():
+        text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert re.findall(r"(?:https?:)?//[\w-]+\.\w+", text) == [], path.name
+        assert len(text) < 40_000
+
+
+async def test_page_asked_for_again_is_not_sent_again(served: Served) -> None:
+    first = await served.client.get("/ui/page.js")
+    again = await served.client.get("/ui/page.js", headers={"If-None-Match": first.headers["ETag"]})
+    other = await served.client.get("/ui/page.js", headers={"If-None-Match": '"other"'})
+
+    assert (again.status_code, again.content) == (304, b"")
+    assert other.status_code == 200
+    assert first.headers["Cache-Control"] == "no-cache"
+
+
+async def test_page_with_a_slash_leads_to_the_page_below_any_prefix(served: Served) -> None:
+    answer = await served.client.get("/ui/")
+
+    assert (answer.status_code, answer.headers["Location"]) == (308, "../ui")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/ui/../ui.py",
+        "/ui/..%2fui.py",
+        "/ui/%2e%2e%2fui.py",
+        "/ui/static%2fpage.js",
+        "/ui/page.js%00",
+        "/ui//etc/passwd",
+        "/ui/%2fetc%2fpasswd",
+        "/ui/index.html/",
+    ],
+)
+async def test_page_file_that_is_none_is_404(served: Served, path: str) -> None:
+    answer = await ask(served.url, build_request("GET", path), "GET")
+
+    assert answer.status in {400, 404}
+    assert b"import" not in answer.body
+
+
+async def test_page_turned_off_is_404_everywhere(serve: Serve) -> None:
+    async with serve(ui=False) as served:
+        codes = [
+            (await served.client.get(path)).status_code
+            for path in ("/ui", "/ui/", "/ui/status", "/ui/page.js")
+        ]
+
+        assert codes == [404] * 4
+        assert (await served.predict("a")).status_code == 200
+
+
+async def test_page_is_there_before_any_engine(serve: Serve) -> None:
+    async with serve(Behaviour(is_healthy=False), wait_ready=False) as served:
+        await until(lambda: "GET /health" in served.app[POOL].describe())
+        status = await read_status(served)
+
+        assert (await served.client.get("/ui")).status_code == 200
+        assert status["gateway"]["state"] == "waiting"
+        assert status["gateway"]["expected_s"] >= 1
+        assert status["engines"] == [
+            {
+                "state": "down",
+                "reason": "it does not answer GET /health",
+                "model": None,
+                "max_model_len": None,
+                "load": None,
+            }
+        ]
+
+
+async def test_status_sums_the_engines_own_figures(serve: Serve) -> None:
+    async with serve(Behaviour(metrics=FIGURES)) as served:
+        await served.predict(["a", "b"])
+        status = await read_status(served)
+        load = status["engines"][0]["load"]
+
+        assert (load["running"], load["waiting"], load["finished"]) == (5, 4, 8)
+        assert (load["kv_usage"], load["completion_tokens"]) == (0.75, 1500)
+        assert (load["first_token_sum_s"], load["first_token_count"]) == (0.5, 8)
+        assert status["gateway"]["state"] == "ready"
+        assert status["gate"] == {"running": 0, "waiting": 0, "places": 4096}
+        assert status["used"]["requests"] == 1
+        assert status["limits"]["prompts"] == 10_000
+        assert served.engine_url not in json.dumps(status)
+
+
+@pytest.mark.parametrize("figures", ["", "nothing of use 1\n", "vllm:num_requests_running abc\n"])
+async def test_status_engine_without_figures_has_none(serve: Serve, figures: str) -> None:
+    async with serve(Behaviour(metrics=figures)) as served:
+        assert (await read_status(served))["engines"][0]["load"] is None
+
+
+async def test_status_many_pages_cost_the_engine_one_look(serve: Serve) -> None:
+    async with serve(Behaviour(metrics=FIGURES)) as served:
+        answers = await asyncio.gather(*(read_status(served) for _ in range(30)))
+
+        assert served.engine.scrapes == 1
+        assert len({answer["at"] for answer in answers}) == 1
+        await asyncio.sleep(1.05)  # what is under test is that time
+        assert (await read_status(served))["at"] > answers[0]["at"]
+
+
+async def test_status_page_that_goes_away_takes_nothing_from_the_others(serve: Serve) -> None:
+    async with serve(Behaviour(metrics=FIGURES)) as served:
+        gone = asyncio.create_task(served.client.get("/ui/status", timeout=0.001))
+        staying = asyncio.create_task(served.client.get("/ui/status"))
+        with contextlib.suppress(httpx.TimeoutException):
+            await gone
+
+        assert (await staying).json()["engines"][0]["load"]["running"] == 5
+
+
+async def test_status_needs_a_key_and_takes_none_of_its_allowance(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path, keys = _keys_file(tmp_path, alice="requests_per_minute = 1")
+    async with serve(keys_file=path) as served:
+        missing = await served.client.get("/ui/status")
+        wrong = await served.client.get("/ui/status", headers=_bearer("vg-nope"))
+        for _ in range(5):
+            await read_status(served, **_bearer(keys["alice"]))
+        body = {"prompt": "a"}
+        answer = await served.client.post("/predict", json=body, headers=_bearer(keys["alice"]))
+
+        assert (await served.client.get("/ui")).status_code == 200
+        assert (missing.status_code, missing.json()["error"]["code"]) == (401, "missing_key")
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert answer.status_code == 200
+
+
+async def test_status_passes_on_a_launchers_progress_and_nothing_private(serve: Serve) -> None:
+    launcher = Launcher()
+    async with serve_with_launcher(serve, launcher) as served:
+        status = await read_status(served)
+        shown = status["launchers"][0]
+
+        assert (shown["state"], shown["since_s"], shown["start_seconds"]) == ("starting", 3.2, 20.1)
+        assert shown["progress"]["stage"] == "loading_weights"
+        assert shown["versions"] == {"vllm": "0.32.0"}
+        assert shown["crash"]["signal"] == "SIGKILL"
+        text = json.dumps(status)
+        for secret in ("argv", "environment", "4242", "sk-", "hf_", "hunter2", "internal-host"):
+            assert secret not in text, secret
+
+
+async def test_status_asks_for_a_crash_once(serve: Serve) -> None:
+    launcher = Launcher()
+    async with serve_with_launcher(serve, launcher) as served:
+        await read_status(served)
+        await asyncio.sleep(1.05)  # past the second for which figures are kept
+        await read_status(served)
+        assert launcher.calls == ["/status", "/crash", "/status"]
+
+        launcher.status["last_crash"] = None
+        await asyncio.sleep(1.05)
+        assert (await read_status(served))["launchers"][0]["crash"] is None
+
+
+@pytest.mark.parametrize("broken", [[], {"engine": 3, "progress": "x"}, {"last_crash": 5}])
+async def test_status_odd_launcher_is_left_out_or_empty(serve: Serve, broken: Any) -> None:
+    launcher = Launcher()
+    launcher.status = broken
+    async with serve_with_launcher(serve, launcher) as served:
+        status = await read_status(served)
+
+        assert status["gateway"]["state"] == "ready"
+        assert all("state" not in one for one in status["launchers"])
+
+
+async def test_status_launcher_that_is_away_is_left_out(serve: Serve) -> None:
+    async with serve(launchers=("http://127.0.0.1:9",)) as served:
+        assert (await read_status(served))["launchers"] == []
+
+
+async def test_crash_log_without_keys_is_for_this_machine_alone(serve: Serve) -> None:
+    async with serve_with_launcher(serve, Launcher()) as served:
+
+        async def read_crash(**headers: str) -> dict[str, Any]:
+            crash: dict[str, Any] = (await read_status(served, **headers))["launchers"][0]["crash"]
+            return crash
+
+        here = await read_crash()
+        assert here["last_lines"][-1] == "Authorization: Bearer •••"
+        assert len(here["last_lines"]) == 60
+        assert here["cause"] == "ValueError: no room in /home/somebody"
+        for headers in (
+            {"X-Forwarded-For": "192.0.2.7"},
+            {"Forwarded": "for=192.0.2.7"},
+            {"Host": "pointed-here.example"},
+            {"Host": "127.0.0.1.example"},
+        ):
+            elsewhere = await read_crash(**headers)
+            assert elsewhere.keys() == here.keys() - {"last_lines", "cause"}, headers
+
+
+async def test_crash_log_with_keys_is_for_admins(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, alice="", root="admin = true")
+    async with serve_with_launcher(serve, Launcher(), keys_file=path) as served:
+        alice = (await read_status(served, **_bearer(keys["alice"])))["launchers"][0]["crash"]
+        root = (await read_status(served, **_bearer(keys["root"])))["launchers"][0]["crash"]
+
+        assert "last_lines" not in alice
+        assert alice["cause"] == root["cause"]
+        assert len(root["last_lines"]) == 60
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("'api_key': ['sk-abcdefgh'], 'port': 1", "'api_key': ['•••'], 'port': 1"),
+        (
+            "error: unrecognized arguments: --api-key abc",
+            "error: unrecognized arguments: --api-key •••",
+        ),
+        ("HF_TOKEN=hf_abcdefghij", "HF_TOKEN=•••"),
+        ("https://me:pass@host/x", "https://me:•••@host/x"),
+        ("Authorization: Bearer abc", "Authorization: Bearer •••"),
+        ("max_num_batched_tokens=2048", "max_num_batched_tokens=2048"),
+        ("GPU KV cache size: 147,456 tokens", "GPU KV cache size: 147,456 tokens"),
+        ("KeyError: 'model.embed_tokens.weight'", "KeyError: 'model.embed_tokens.weight'"),
+    ],
+)
+def test_secrets_in_log_lines_are_hidden_and_nothing_else(text: str, shown: str) -> None:
+    assert hide_secrets(text) == shown
+
+
+async def test_page_is_quiet_in_the_log(served: Served) -> None:
+    with structlog.testing.capture_logs() as lines:
+        await served.client.get("/ui/page.js")
+        await read_status(served)
+
+    assert {(line["route"], line["log_level"]) for line in lines if "route" in line} == {
+        ("/ui/{file}", "debug"),
+        ("/ui/status", "debug"),
+    }

@@ -78,14 +78,16 @@ def _find_gaps(answers: Sequence[Answer]) -> Iterator[Finding]:
     total = len(answers)
     if empty:
         where = _list_places(empty)
-        yield _about("empty_answers", f"{len(empty)} of {total} answers are empty: {where}", empty)
+        yield _about(
+            "empty_answers", f"{len(empty)} of {total} answers {_be(empty)} empty: {where}", empty
+        )
     if missing:
         where = _list_places(missing)
         yield _about("no_answer", f"{len(missing)} of {total} got no answer: {where}", missing)
     if refused:
         first = answers[refused[0]]
         where = _list_places(refused)
-        text = f"{len(refused)} of {total} were refused: {where}; the first: {first.refusal}"
+        text = f"{len(refused)} of {total} got a refusal: {where}; the first: {first.refusal}"
         yield _about("refused", text, refused)
 
 
@@ -140,7 +142,7 @@ def _find_sameness(answers: Sequence[Answer]) -> Iterator[Finding]:
     loops = [place for place, one in enumerate(answers) if is_looping(one.texts[0])]
     if loops:
         where = _list_places(loops)
-        text = f"{len(loops)} answers end going round in circles: {where}"
+        text = f"answers that end going round in circles: {where}"
         yield Finding("looping_answers", "note", text, tuple(place + 1 for place in loops))
 
 
@@ -163,7 +165,7 @@ def _find_remarks(
     facts: Facts, answers: Sequence[Answer], runs: Sequence[RunResult]
 ) -> Iterator[Finding]:
     if facts.skipped:
-        text = f"{len(facts.skipped)} blocks of the question file were left out: {facts.skipped[0]}"
+        text = f"left out of the question file: {len(facts.skipped)}; {facts.skipped[0]}"
         yield Finding("skipped_questions", "note", text)
     if facts.unique_questions < facts.questions:
         text = (
@@ -174,14 +176,15 @@ def _find_remarks(
         yield Finding("repeated_questions", "note", text)
     if facts.unscored:
         text = (
-            f"{facts.unscored} references hold no Latin letter or digit: in the course reading "
-            f"they score 0 whatever is answered, so it ends at {facts.ceiling:.4f}"
+            f"references without any Latin letter or digit: {facts.unscored}; in the course "
+            "reading they score 0 whatever is answered, so it ends at "
+            f"{facts.ceiling:.4f}"
         )
         yield Finding("unscored_references", "note", text)
     unstable = [place for place, one in enumerate(answers) if len(set(one.texts)) > 1]
     if unstable:
         where = _list_places(unstable)
-        text = f"{len(unstable)} answers differed between the {len(runs)} runs: {where}"
+        text = f"answers that differed between the {len(runs)} runs: {len(unstable)}, {where}"
         yield Finding("unstable_answers", "note", text, tuple(place + 1 for place in unstable))
     if not facts.tokens_by:
         text = f"tokens were not counted: {facts.tokens_missing}; name a folder with --model_path"
@@ -190,6 +193,10 @@ def _find_remarks(
 
 def _about(code: str, text: str, places: Sequence[int]) -> Finding:
     return Finding(code, "error", text, tuple(place + 1 for place in places))
+
+
+def _be(places: Sequence[int]) -> str:
+    return "is" if len(places) == 1 else "are"
 
 
 def _list_places(places: Sequence[int]) -> str:

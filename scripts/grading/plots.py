@@ -109,10 +109,11 @@ def draw_spans(spans: Sequence[Span], *, groups: int, x_label: str, limit: float
     lane_counts = [max((lane for lane, _ in row), default=0) + 1 for row in lanes]
     total = sum(lane_counts) + groups - 1
     lane_height = min(26.0, max(2.0, 190 / max(1, total)))
-    height = int(_TOP + _BOTTOM + max(60.0, total * lane_height))
+    first = 6.0 if limit is None else float(_TOP)
+    height = int(first + _BOTTOM + total * lane_height)
     frame = _Frame(_round_up(end), 1, height)
     parts = _x_axis(frame, x_label, _format_plain)
-    top = float(_TOP)
+    top = first
     for number, row in enumerate(lanes):
         middle = top + lane_counts[number] * lane_height / 2 + 4
         if groups > 1:

@@ -141,7 +141,7 @@ def _lengths(answers: Sequence[Answer]) -> str:
 def _describe_lengths(answers: Sequence[Answer]) -> str:
     ours = statistics.median(len(one.texts[0]) for one in answers)
     theirs = statistics.median(len(one.reference) for one in answers)
-    return f"Medians: answers {ours:.0f}, references {theirs:.0f}; longer ones are in the last bar."
+    return f"Medians: answers {ours:.0f}, references {theirs:.0f}. The last bar holds all longer."
 
 
 def _calls(grade: Grade) -> str:
@@ -163,14 +163,18 @@ def _calls(grade: Grade) -> str:
 
 def _describe_calls(runs: Sequence[RunResult]) -> str:
     times = [call.seconds for run in runs for call in run.calls]
-    word = "call" if len(times) == 1 else "calls"
     if len(times) == 1:
-        return f"1 {word} of {times[0]:.3f} s."
+        return f"1 call of {times[0]:.3f} s.{_explain_red(runs)}"
     p50, p90, p99 = (quantile(times, share) for share in (0.5, 0.9, 0.99))
     return (
-        f"{len(times)} {word}: median {p50:.3f} s, 90 % within {p90:.3f} s, 99 % within "
-        f"{p99:.3f} s, longest {max(times):.3f} s. Red ones left something unanswered."
+        f"{len(times)} calls: median {p50:.3f} s, 90 % within {p90:.3f} s, 99 % within "
+        f"{p99:.3f} s, longest {max(times):.3f} s.{_explain_red(runs)}"
     )
+
+
+def _explain_red(runs: Sequence[RunResult]) -> str:
+    is_any = any(call.answered < call.asked for run in runs for call in run.calls)
+    return " Red ones left something unanswered." if is_any else ""
 
 
 def _speeds(grade: Grade) -> str:

@@ -1,0 +1,311 @@
+"""What GET /metrics tells is what is declared, and what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.keys import make_key
+from gateway.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
+from gateway.pool import POOL
+from gateway.trace import Trace
+from tests.fake_engine import Behaviour
+from tests.gateway.conftest import Serve, Served, serve_gateway, until
+from tests.gateway.test_workers import serve_workers
+
+STREAM = {"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}
+OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0, text/plain;q=0.5"}
+
+
+def parse(text: str) -> dict[str, tuple[str, str, set[tuple[str, ...]]]]:
+    """Type, meaning and label names (without a bucket's) of each family."""
+    families = {}
+    for family in text_string_to_metric_families(text):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {
+            tuple(label for label in sample.labels if label != "le") for sample in family.samples
+        }
+        families[name] = (family.type, family.documentation, labels)
+    return families
+
+
+async def read(served: Served) -> str:
+    return (await served.client.get("/metrics")).text
+
+
+async def number(served: Served, series: str) -> float:
+    """One series, written as it is exported."""
+    found = [line for line in (await read(served)).splitlines() if line.startswith(series + " ")]
+    assert len(found) == 1, f"{series}: {found}"
+    return float(found[0].rpartition(" ")[2])
+
+
+async def cause_everything(served: Served) -> None:
+    """At least one sample of each figure."""
+    await served.predict(["a", "b", "b", ""])
+    await served.client.post("/v1/completions", json=STREAM)
+    await served.client.get("/nowhere")
+    served.engine.cuts_connection = True
+    await served.predict("lost by the one, answered by the other")
+
+
+async def test_exported_figures_are_those_declared(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        await cause_everything(served)
+        await asyncio.sleep(0.6)  # a beat of the pulse
+        families = parse(await read(served))
+
+    assert families == {
+        one.name: (one.kind, one.meaning, {tuple(sorted(one.labels))}) for one in list_metrics()
+    }
+
+
+async def test_metrics_are_openmetrics_for_who_asks_and_text_for_others(served: Served) -> None:
+    await served.predict("a")
+
+    plain = await served.client.get("/metrics", headers={"Accept": "*/*"})
+    asked = await served.client.get("/metrics", headers=OPENMETRICS)
+
+    assert plain.headers["Content-Type"].startswith("text/plain; version=")
+    assert "# TYPE gateway_requests_total counter" in plain.text
+    assert asked.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert "# TYPE gateway_requests counter" in asked.text
+    assert asked.text.endswith("# EOF\n")
+    assert "_created" not in plain.text + asked.text
+
+
+async def test_stream_is_observed_once_however_many_chunks(serve: Serve) -> None:
+    async with serve(Behaviour(stream_gap_s=0.02)) as served:
+        await served.client.post("/v1/completions", json=STREAM)
+
+        count = 'gateway_{}_seconds_count{{route="/v1/completions"}}'
+        for name in ("request", "queue", "first_chunk", "chunk_gap", "longest_chunk_gap"):
+            assert await number(served, count.format(name)) == 1, name
+        total = 'gateway_{}_seconds_sum{{route="/v1/completions"}}'
+        mean = await number(served, total.format("chunk_gap"))
+        longest = await number(served, total.format("longest_chunk_gap"))
+        assert 0.015 <= mean <= longest
+
+
+async def test_what_did_not_wait_or_stream_is_not_observed_as_if(served: Served) -> None:
+    await served.predict("a")
+    await served.client.post("/predict", content=b"{")
+
+    text = await read(served)
+
+    assert 'gateway_request_seconds_count{route="/predict"} 2.0' in text
+    assert 'gateway_queue_seconds_count{route="/predict"} 1.0' in text
+    assert 'gateway_chunk_gap_seconds_count{route="/predict"} 0.0' in text
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "source"),
+    [
+        (b"{", "invalid_json", "gateway"),
+        (b'{"model": "fake", "prompt": "bad"}', "http_400", "engine"),
+    ],
+)
+async def test_error_is_counted_with_who_failed(
+    serve: Serve, body: bytes, code: str, source: str
+) -> None:
+    async with serve(Behaviour(refuses=lambda question: question == "bad")) as served:
+        answer = await served.client.post("/v1/completions", content=body)
+
+        assert answer.status_code == 400
+        labels = f'code="{code}",route="/v1/completions",source="{source}"'
+        assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
+
+
+async def test_stream_that_breaks_is_an_error_although_its_status_was_200(served: Served) -> None:
+    served.engine.stream_cut_after = 2
+
+    await served.client.post("/v1/completions", json=STREAM)
+
+    labels = 'code="engine_failed",route="/v1/completions",source="engine"'
+    assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
+    requests = 'gateway_requests_total{route="/v1/completions",status="200"}'
+    assert await number(served, requests) == 1
+
+
+async def test_caller_who_hangs_up_is_counted_as_such(serve: Serve) -> None:
+    async with serve(Behaviour(delay_s=1)) as served:
+        asking = asyncio.create_task(served.predict("a"))
+        await until(lambda: served.engine.running)
+        asking.cancel()
+        labels = 'code="caller_gone",route="/predict",source="caller"'
+
+        async def is_counted() -> bool:
+            return f"gateway_errors_total{{{labels}}} 1.0" in await read(served)
+
+        await until(is_counted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "reason"),
+    [
+        ({"api_keys": ("k",)}, {}, "missing_key"),
+        ({"api_keys": ("k",)}, {"Authorization": "Bearer x"}, "invalid_api_key"),
+        ({"max_running": 1, "max_waiting": 0}, {}, "overloaded"),
+        ({"max_running": 1, "queue_timeout_s": 0.05}, {}, "queue_timeout"),
+    ],
+)
+async def test_refusal_is_counted_by_its_reason(
+    serve: Serve, settings: dict[str, Any], headers: dict[str, str], reason: str
+) -> None:
+    async with serve(Behaviour(delay_s=0.3), **settings) as served:
+        series = f'gateway_refused_total{{reason="{reason}"}}'
+        assert await number(served, series) == 0  # there from the start, for `increase`
+
+        post = served.client.post
+        answers = await asyncio.gather(
+            *(post("/predict", json={"prompt": str(n)}, headers=headers) for n in range(2))
+        )
+
+        refused = [answer for answer in answers if answer.status_code in {401, 429}]
+        assert 0 < len(refused) == await number(served, series)
+
+
+async def test_breaker_is_seen_opening_and_closing(serve: Serve) -> None:
+    settings = {"breaker_failures": 2, "breaker_pause_s": 0.4, "max_attempts": 1}
+    async with serve(Behaviour(), Behaviour(), **settings) as served:
+        engine = f'{{engine="{served.engine_url}"}}'
+        opened = f"gateway_engine_breaker_open{engine}"
+        assert await number(served, opened) == 0
+        served.engine.cuts_connection = True
+
+        for attempt in range(6):
+            await served.predict(f"{attempt}", temperature=0.5)
+            await until(lambda: not served.app[POOL].engines[0].suspect.is_set())
+
+        assert await number(served, opened) == 1
+        assert await number(served, f"gateway_engine_failures_total{engine}") >= 2
+        assert await number(served, f"gateway_breaker_trips_total{engine}") >= 1
+
+        async def is_closed() -> bool:
+            return await number(served, opened) == 0
+
+        await until(is_closed)
+
+
+async def test_failed_warmup_is_counted_and_a_good_one_timed(serve: Serve) -> None:
+    async with serve(Behaviour(status=500), wait_ready=False) as served:
+        engine = f'engine="{served.engine_url}"'
+        failed = f'gateway_warmups_total{{{engine},outcome="failed"}}'
+
+        async def has_failed() -> bool:
+            return await number(served, failed) >= 1
+
+        await until(has_failed)
+        assert await number(served, f"gateway_engine_ready{{{engine}}}") == 0
+        served.engine.status = 200
+        await until(lambda: served.app[POOL].is_ready)
+
+        assert await number(served, f'gateway_warmups_total{{{engine},outcome="done"}}') == 1
+        assert 0 < await number(served, f"gateway_warmup_seconds{{{engine}}}") < 5
+        assert await number(served, f'gateway_engine_state{{{engine},state="ready"}}') == 1
+
+
+async def test_engine_that_left_the_settings_leaves_the_figures(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        kept, gone = served.app[POOL].engines
+        assert f'gateway_engine_ready{{engine="{gone.url}"}} 1.0' in await read(served)
+
+        await served.app[POOL].set_engines([kept])
+
+        assert f'gateway_engine_ready{{engine="{gone.url}"}}' not in await read(served)
+
+
+async def test_last_batch_is_that_of_the_last_list(served: Served) -> None:
+    await served.predict(["a", "b", "c"])
+    await served.predict("alone")
+
+    assert await number(served, "gateway_last_batch_prompts") == 3
+    assert await number(served, "gateway_last_batch_tokens") == 6
+    assert await number(served, "gateway_last_batch_characters") == 3 * len("answer:a")
+    assert 0 < await number(served, "gateway_last_batch_seconds") < 5
+    answers = 3 * len("answer:a") + len("answer:alone")
+    assert await number(served, "gateway_predict_characters_total") == answers
+
+
+async def test_usage_of_many_keys_is_bounded(serve: Serve, tmp_path: Path) -> None:
+    keys = dict(make_key(f"user-{number}") for number in range(5))
+    (tmp_path / "keys.toml").write_text("".join(keys.values()))
+    async with serve(keys_file=tmp_path / "keys.toml", metrics_keys=2) as served:
+        for key in keys:
+            headers = {"Authorization": f"Bearer {key}"}
+            await served.client.post("/predict", json={"prompt": "a"}, headers=headers)
+
+        assert await number(served, 'gateway_usage_requests_total{key="user-1"}') == 1
+        assert await number(served, 'gateway_usage_requests_total{key="(others)"}') == 3
+        others = 'gateway_usage_tokens_total{direction="out",key="(others)"}'
+        assert await number(served, others) == 6
+        assert 'key="user-2"' not in await read(served)
+
+
+async def test_loop_that_is_held_up_shows_as_lag(served: Served) -> None:
+    await asyncio.sleep(0.1)
+    time.sleep(1.0)  # noqa: ASYNC251 — this is the fault
+
+    async def is_seen() -> bool:
+        return await number(served, "gateway_event_loop_lag_seconds_sum") >= 0.3
+
+    await until(is_seen)
+
+
+async def test_settings_and_limits_are_told() -> None:
+    async with serve_gateway(max_running=77, routing="prefix") as one:
+        first = await read(one)
+    async with serve_gateway(max_running=78, routing="prefix", api_keys=("not-to-be-told",)) as other:
+        second = await read(other)
+
+    assert "gateway_max_running_sequences 77.0" in first
+    assert 'routing="prefix"' in first
+    marks = {
+        text.partition('gateway_config_info{dedup="true",fingerprint="')[2][:12]
+        for text in (first, second)
+    }
+    assert len(marks) == 2
+    assert "not-to-be-told" not in second
+
+
+async def test_any_worker_tells_of_the_engines(tmp_path: Path) -> None:
+    async with serve_workers(tmp_path) as workers:
+        await workers.ask("a")
+        texts = [(await workers.get("/metrics")).text for _ in range(8)]
+
+    for text in texts:
+        families = parse(text)
+        assert families["gateway_engine_ready"][0] == "gauge"
+        assert 'state="ready"} 1.0' in text
+        assert "gateway_engine_running_sequences" in families
+        assert families.keys() <= {one.name for one in list_metrics()}
+
+
+@pytest.mark.parametrize("buckets", [SECONDS, GAP_SECONDS])
+def test_buckets_fit_a_small_model(buckets: tuple[float, ...]) -> None:
+    """Each decade in which its figures lie has steps of its own."""
+    assert list(buckets) == sorted(set(buckets))
+    for decade in (0.001, 0.01, 0.1):
+        assert sum(decade <= bound < 10 * decade for bound in buckets) >= 3
+
+
+def test_counting_a_request_takes_microseconds() -> None:
+    metrics = Metrics()
+    trace = Trace("id", "/v1/completions")
+    trace.note_queued()
+    trace.note_entered()
+    for _ in range(3):
+        trace.note_chunk()
+
+    def count() -> float:
+        began = time.perf_counter()
+        for _ in range(1000):
+            metrics.count_request(trace, 200, 0.01)
+        return time.perf_counter() - began
+
+    assert min(count() for _ in range(5)) / 1000 < 50e-6

@@ -47,6 +47,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.delay_s = 0.0
         self.status: dict[str, Any] = {
             "engine": {
                 "state": "starting",
@@ -85,6 +86,7 @@ class Launcher:
     def build(self) -> web.Application:
         async def answer(request: web.Request) -> web.Response:
             self.calls.append(request.path)
+            await asyncio.sleep(self.delay_s)
             data = self.status if request.path == "/status" else self.crash
             return web.json_response(data)
 
@@ -273,6 +275,7 @@ async def test_status_many_pages_cost_the_engine_one_look(serve: Serve) -> None:
     async with serve(Behaviour(metrics=FIGURES)) as served:
         answers = await asyncio.gather(*(read_status(served) for _ in range(30)))
 
+        assert (await read_status(served))["at"] == answers[0]["at"]
         assert served.engine.scrapes == 1
         assert len({answer["at"] for answer in answers}) == 1
         await asyncio.sleep(1.05)  # what is under test is that time
@@ -280,13 +283,17 @@ async def test_status_many_pages_cost_the_engine_one_look(serve: Serve) -> None:
 
 
 async def test_status_page_that_goes_away_takes_nothing_from_the_others(serve: Serve) -> None:
-    async with serve(Behaviour(metrics=FIGURES)) as served:
-        gone = asyncio.create_task(served.client.get("/ui/status", timeout=0.001))
+    launcher = Launcher()
+    launcher.delay_s = 0.4
+    async with serve_with_launcher(serve, launcher) as served:
+        gone = asyncio.create_task(served.client.get("/ui/status", timeout=0.2))
+        await until(lambda: launcher.calls)
         staying = asyncio.create_task(served.client.get("/ui/status"))
-        with contextlib.suppress(httpx.TimeoutException):
+        with pytest.raises(httpx.TimeoutException):
             await gone
 
-        assert (await staying).json()["engines"][0]["load"]["running"] == 5
+        assert (await staying).json()["launchers"][0]["state"] == "starting"
+        assert launcher.calls == ["/status", "/crash"]
 
 
 async def test_status_needs_a_key_and_takes_none_of_its_allowance(

@@ -260,7 +260,9 @@ async def test_loop_that_is_held_up_shows_as_lag(served: Served) -> None:
 async def test_settings_and_limits_are_told() -> None:
     async with serve_gateway(max_running=77, routing="prefix") as one:
         first = await read(one)
-    async with serve_gateway(max_running=78, routing="prefix", api_keys=("not-to-be-told",)) as other:
+    async with serve_gateway(
+        max_running=78, routing="prefix", api_keys=("not-to-be-told",)
+    ) as other:
         second = await read(other)
 
     assert "gateway_max_running_sequences 77.0" in first

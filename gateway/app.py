@@ -9,7 +9,7 @@ from aiohttp import web
 from gateway import health, middleware, predict, pulse, relay, ui, usage, warmup
 from gateway.admission import GATE, Gate
 from gateway.config import SETTINGS, Settings, SettingsError, load_settings, read_worker
-from gateway.engine import Engine, build_session
+from gateway.engine import Engine, build_connector, build_session
 from gateway.keys import KEYRING, Keyring, run_key_reload
 from gateway.launchers import LAUNCHERS, Launcher
 from gateway.ledger import LEDGER, LEDGER_NAME, Ledger
@@ -36,10 +36,11 @@ def build_app(
     app[GATE] = Gate(settings, app[METRICS], app[LEDGER], worker)
 
     async def hold_engines(app: web.Application) -> AsyncIterator[None]:
-        async with build_session(settings) as session:
+        connector = build_connector(settings)
+        async with build_session(settings, connector) as session:
 
             def build_engine(url: str) -> Engine:
-                return Engine(url, settings, session, app[METRICS])
+                return Engine(url, settings, connector, app[METRICS])
 
             app[POOL] = Pool(map(build_engine, settings.engines), settings, app[METRICS])
             app[LAUNCHERS] = [Launcher(url, session) for url in settings.launchers]

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import aiohttp
-from yarl import URL
 
 from gateway.config import Settings
 from gateway.errors import (
@@ -25,6 +24,8 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.metrics import Metrics
+from gateway.upstream import Answer, Upstream
+from gateway.watch import Watch
 from gateway.wire import (
     Completion,
     EngineLoad,
@@ -39,7 +40,6 @@ from gateway.wire import (
 )
 
 _BUSY_S = 1.0
-_MOST_ADDRESSES = 64
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -55,7 +55,7 @@ class Engine:
     """A vLLM server at `url`. Its state is written by the warm-up alone."""
 
     def __init__(
-        self, url: str, settings: Settings, session: aiohttp.ClientSession, metrics: Metrics
+        self, url: str, settings: Settings, connector: aiohttp.BaseConnector, metrics: Metrics
     ) -> None:
         self.url = url
         self.state = EngineState.DOWN
@@ -68,8 +68,8 @@ class Engine:
         self._busy_until = 0.0
         self._failures = 0
         self.tripped_until = 0.0
-        self._addresses: dict[str, URL] = {}
-        self._session = session
+        self._watch = Watch()
+        self._upstream = Upstream(url, connector, settings.connect_timeout_s)
         self._settings = settings
         self._metrics = metrics
         for known in (metrics.engine_failures, metrics.breaker_trips):
@@ -183,31 +183,27 @@ class Engine:
         except (EngineError, TimeoutError, ValueError):
             return None
 
-    async def open(
+    async def ask(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
-    ) -> aiohttp.ClientResponse:
-        """An answer whose body has not been read, for passing on; the caller releases it."""
+    ) -> tuple[Answer, bytes | None]:
+        """An answer for passing on: with its body, or without it when it is a stream, which the
+        caller reads and leaves.
+        """
         try:
-            response = await self._session.request(
-                method, self._address(path), headers=headers, data=body
-            )
-        except (aiohttp.ClientError, TimeoutError) as error:
+            with self._watch.call(self._settings.engine_timeout_s):
+                answer = await self._upstream.send(method, path, headers, body)
+                text = None
+                if not answer.is_stream:
+                    with answer:
+                        text = await answer.content.read()
+        except (aiohttp.ClientError, OSError) as error:
             self.note_failure()
             raise self.translate(error) from error
-        if response.status < 500:
+        if answer.status < 500:
             self._failures = 0
-        elif response.status != 503:
+        elif answer.status != 503:
             self.note_failure()
-        return response
-
-    def _address(self, path: str) -> URL:
-        """Parsed once a path: that costs more than the rest of a request's preparation."""
-        address = self._addresses.get(path)
-        if address is None:
-            address = URL(self.url + path, encoded=True)
-            if len(self._addresses) < _MOST_ADDRESSES:
-                self._addresses[path] = address
-        return address
+        return answer, text
 
     async def _exchange(
         self,
@@ -217,11 +213,12 @@ class Engine:
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
         try:
-            async with self._session.request(
-                method, self._address(path), data=body, headers=headers
-            ) as response:
-                return response.status, await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
+            with (
+                self._watch.call(self._settings.engine_timeout_s),
+                await self._upstream.send(method, path, headers or {}, body) as answer,
+            ):
+                return answer.status, await answer.content.read()
+        except (aiohttp.ClientError, OSError) as error:
             raise self.translate(error) from error
 
     @staticmethod
@@ -247,14 +244,18 @@ class Engine:
         return EngineError(f"the engine answered {status}: {message}")
 
 
-def build_session(settings: Settings) -> aiohttp.ClientSession:
-    """The one client of the process."""
+def build_connector(settings: Settings) -> aiohttp.TCPConnector:
+    """The connections to all engines."""
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=settings.engine_keepalive_s)
+
+
+def build_session(settings: Settings, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    """The same connections for what is asked seldom: a launcher's status. It closes them, too."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=settings.engine_keepalive_s),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(
             total=settings.engine_timeout_s, sock_connect=settings.connect_timeout_s
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
         trust_env=False,
     )

@@ -71,6 +71,7 @@ class RouteFigures:
 
     request: Histogram
     queue: Histogram
+    first_chunk: Histogram
     chunk_gap: Histogram
     longest_chunk_gap: Histogram
 
@@ -258,6 +259,7 @@ class Metrics:
         return RouteFigures(
             self.request_seconds.labels(route),
             self.queue_seconds.labels(route),
+            self.first_chunk_seconds.labels(route),
             self.chunk_gap_seconds.labels(route),
             self.longest_chunk_gap_seconds.labels(route),
         )
@@ -270,8 +272,11 @@ class Metrics:
         figures.request.observe(duration_s, exemplar)
         if trace.has_entered:
             figures.queue.observe(trace.queue_s, exemplar)
+        if trace.chunks:
+            figures.first_chunk.observe(trace.first_chunk_at - trace.started, exemplar)
         if trace.chunks > 1:
-            figures.chunk_gap.observe(trace.chunk_span_s / (trace.chunks - 1), exemplar)
+            span_s = trace.last_chunk_at - trace.first_chunk_at
+            figures.chunk_gap.observe(span_s / (trace.chunks - 1), exemplar)
             figures.longest_chunk_gap.observe(trace.longest_gap_s, exemplar)
         if status >= 400 or trace.error_code is not None:
             self._count_error(trace, status)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
 import aiohttp
 from aiohttp import web
@@ -21,7 +21,9 @@ from gateway.errors import EngineError, EngineTimeout, EngineUnreachable, Gatewa
 from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
-from gateway.trace import TRACE
+from gateway.trace import TRACE, Trace
+from gateway.upstream import Answer
+from gateway.watch import Silence
 from gateway.wire import (
     RelayCall,
     add_aliases,
@@ -53,7 +55,8 @@ _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
 async def handle_relay(request: web.Request) -> web.StreamResponse:
     """Read, check, enter the gate, pass on."""
     if request.method == "GET":
-        return await _pass_on(request, RelayCall(b""))
+        # Nothing is generated, so it may be asked again like a greedy call.
+        return await _pass_on(request, RelayCall(b"", is_greedy=True))
     path = request.path
     call = parse_relay_call(path, await read_body(request), request.app[SETTINGS])
     caller = request[CALLER]
@@ -127,19 +130,18 @@ async def _exchange(
     engine.running += call.sequences
     try:
         path = request.rel_url.raw_path_qs
-        upstream = await within(
-            trace.deadline, engine.open(request.method, path, headers, call.body or None)
+        asking = engine.ask(request.method, path, headers, call.body or None)
+        upstream, body = await (
+            asking if trace.deadline is None else within(trace.deadline, asking)
         )
-        try:
-            trace.engine_s = time.perf_counter() - asked
-            if upstream.headers.get("Content-Type", "").startswith("text/event-stream"):
+        trace.engine_s = time.perf_counter() - asked
+        if body is None:
+            with upstream:
                 return await _stream(request, call, engine, upstream)
-            if upstream.status in {429, 503} and len(request.app[POOL].engines) > 1 and not is_last:
-                engine.note_busy()
-                raise _TryAgain(EngineError("the engine is busy", code="engine_busy"))
-            return await _whole(request, engine, upstream, asked)
-        finally:
-            upstream.release() if upstream.content.at_eof() else upstream.close()
+        if upstream.status in {429, 503} and len(request.app[POOL].engines) > 1 and not is_last:
+            engine.note_busy()
+            raise _TryAgain(EngineError("the engine is busy", code="engine_busy"))
+        return _whole(request, upstream, body)
     except GatewayError as error:
         if not is_last and (isinstance(error, EngineUnreachable) or _is_repeatable(error, call)):
             raise _TryAgain(error) from None
@@ -153,41 +155,43 @@ def _is_repeatable(error: GatewayError, call: RelayCall) -> bool:
     return is_failure and call.is_greedy
 
 
-async def _whole(
-    request: web.Request, engine: Engine, upstream: aiohttp.ClientResponse, asked: float
-) -> web.Response:
-    try:
-        body = await within(request[TRACE].deadline, upstream.read())
-    except (aiohttp.ClientError, TimeoutError) as error:
-        engine.note_failure()
-        raise engine.translate(error) from error
-    request[TRACE].engine_s = time.perf_counter() - asked
-    settings = request.app[SETTINGS]
+def _whole(request: web.Request, upstream: Answer, body: bytes) -> web.Response:
     if upstream.status == 200:
-        if request.path == "/v1/models" and settings.alias_map:
-            body = add_aliases(body, settings.alias_map)
+        aliases = request.app[SETTINGS].alias_map
+        if aliases and request.path == "/v1/models":
+            body = add_aliases(body, aliases)
         _count(request, parse_usage(body))
     return web.Response(status=upstream.status, headers=_headers(upstream), body=body)
 
 
-def _headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+def _headers(upstream: Answer) -> dict[str, str]:
     return {name: upstream.headers[name] for name in _PASSED_ON if name in upstream.headers}
 
 
 async def _stream(
-    request: web.Request, call: RelayCall, engine: Engine, upstream: aiohttp.ClientResponse
+    request: web.Request, call: RelayCall, engine: Engine, upstream: Answer
 ) -> web.StreamResponse:
     """Once its first byte has left, a stream ends as one: a failure is its last event."""
+    trace = request[TRACE]
     response = web.StreamResponse(status=upstream.status, headers=_headers(upstream))
     response.headers.setdefault("Cache-Control", "no-cache")
     response.headers["X-Accel-Buffering"] = "no"  # nginx would hold a stream back
-    request[TRACE].put_headers(response.headers)
+    trace.put_headers(response.headers)
     await response.prepare(request)
-    request[TRACE].is_streaming = True
-    try:
-        await within(request[TRACE].deadline, _copy(request, call, engine, upstream, response))
-    except GatewayError as error:
-        await _end_with_error(request, response, error)
+    trace.is_streaming = True
+    with Silence(request, upstream.content, response) as silence:
+        try:
+            copying = _copy(trace, call, upstream, response, silence)
+            usage = await (copying if trace.deadline is None else within(trace.deadline, copying))
+            _count(request, usage)
+        except GatewayError as error:
+            await _end_with_error(request, response, error)
+        except aiohttp.ClientError as error:
+            if silence.is_writing:
+                # aiohttp's own for a caller who has gone is a ClientError too.
+                raise ConnectionResetError("the caller has gone") from None
+            engine.note_failure()
+            await _end_with_error(request, response, engine.translate(error))
     await response.write_eof()
     return response
 
@@ -196,78 +200,42 @@ async def _end_with_error(
     request: web.Request, response: web.StreamResponse, error: GatewayError
 ) -> None:
     request[TRACE].note_error(error.error_code, error.source)
-    timeout_s = request.app[SETTINGS].client_write_timeout_s
-    await _write(response, build_stream_error(error, request.path), timeout_s)
+    try:
+        async with asyncio.timeout(request.app[SETTINGS].client_write_timeout_s):
+            await response.write(build_stream_error(error, request.path))
+    except (TimeoutError, ConnectionError):
+        raise ConnectionResetError("the caller has gone") from None
 
 
 async def _copy(
-    request: web.Request,
+    trace: Trace,
     call: RelayCall,
-    engine: Engine,
-    upstream: aiohttp.ClientResponse,
+    upstream: Answer,
     response: web.StreamResponse,
-) -> None:
-    timeout_s = request.app[SETTINGS].client_write_timeout_s
+    silence: Silence,
+) -> tuple[int, int] | None:
+    """The path of every chunk, so each line here is felt. Answers with the usage it saw."""
+    read, write = upstream.content.readany, response.write
     usage: tuple[int, int] | None = None
     rest = b""  # of an event whose end has not come yet
-    async for chunk in _chunks(request, engine, upstream):
-        if not chunk:
-            if not rest:  # never in the middle of an event
-                await _write(response, b": keep-alive\n\n", timeout_s)
-            continue
-        events = chunk
-        if rest or not chunk.endswith(b"\n\n"):
-            events, rest = _split(rest + chunk)
-        if b'"usage":{' in events:
-            usage = _add(usage, parse_usage(events))
-            if call.hides_usage:
-                events = drop_usage_events(events)
-        if events:
-            await _write(response, events, timeout_s)
-    if rest:
-        await _write(response, rest, timeout_s)
-    _count(request, usage)
-
-
-async def _chunks(
-    request: web.Request, engine: Engine, upstream: aiohttp.ClientResponse
-) -> AsyncIterator[bytes]:
-    """What comes, as it comes; an empty one for each while of silence."""
-    settings, trace = request.app[SETTINGS], request[TRACE]
-    first_chunk = request.app[METRICS].first_chunk_seconds.labels(trace.route)
-    silent_s = 0.0
-    while True:
-        try:
-            async with asyncio.timeout(settings.keepalive_comment_s):
-                chunk = await upstream.content.readany()
-        except TimeoutError:
-            silent_s += settings.keepalive_comment_s
-            if silent_s >= settings.stream_idle_timeout_s:
-                raise EngineTimeout("the engine's stream fell silent") from None
-            yield b""
-            continue
-        except aiohttp.ClientError as error:
-            engine.note_failure()
-            raise engine.translate(error) from error
-        if not chunk:
-            return
+    while chunk := await read():
         trace.note_chunk()
-        if trace.chunks == 1:
-            first_chunk.observe(trace.elapsed_s(), trace.exemplar)
-        silent_s = 0.0
-        yield chunk
-
-
-async def _write(response: web.StreamResponse, data: bytes, timeout_s: float) -> None:
-    """Awaiting is the back-pressure; one who takes nothing at all is given up."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await response.write(data)
-    except TimeoutError:
-        raise ConnectionResetError("the caller takes no data") from None
-    except ConnectionError:
-        # aiohttp's own is a ClientError too, and must not pass for a failure of the engine.
-        raise ConnectionResetError("the caller has gone") from None
+        if rest or not chunk.endswith(b"\n\n"):
+            chunk, rest = _split(rest + chunk)
+            silence.is_inside_event = bool(rest)
+        if b'"usage":{' in chunk:
+            usage = _add(usage, parse_usage(chunk))
+            if call.hides_usage:
+                chunk = drop_usage_events(chunk)
+        if chunk:
+            silence.is_writing = True
+            await write(chunk)
+            silence.is_writing = False
+    if rest:
+        silence.is_writing = True
+        await write(rest)
+        silence.is_writing = False
+    return usage
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

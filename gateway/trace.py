@@ -65,7 +65,7 @@ class Trace:
     deadline: float | None = None
     is_streaming: bool = False
     chunks: int = 0
-    chunk_span_s: float = 0.0
+    first_chunk_at: float = 0.0
     longest_gap_s: float = 0.0
     last_chunk_at: float = 0.0
 
@@ -87,11 +87,10 @@ class Trace:
     def note_chunk(self) -> None:
         """For each chunk of a stream, so a few additions and nothing else."""
         now = time.perf_counter()
-        if self.chunks:
-            gap_s = now - self.last_chunk_at
-            self.chunk_span_s += gap_s
-            if gap_s > self.longest_gap_s:  # noqa: PLR1730 — max() would be a call for each chunk
-                self.longest_gap_s = gap_s
+        if not self.chunks:
+            self.first_chunk_at = now
+        elif now - self.last_chunk_at > self.longest_gap_s:
+            self.longest_gap_s = now - self.last_chunk_at
         self.chunks += 1
         self.last_chunk_at = now
 

@@ -16,6 +16,7 @@ GATEWAY_FLOORS = (
     ("pool", "admission", "body"),
     ("engine", "launchers", "prompts", "keys"),
     ("wire", "logs", "ledger", "metrics", "spans"),
+    ("watch", "upstream"),
     ("errors", "config", "trace"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(GATEWAY_FLOORS) for name in names}

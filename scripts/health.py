@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Exit 0 if an address answers 200: the images' health check, without curl. `health.py URL`
 
-Without urllib too: it would go through a proxy that the container may have been given.
+Variables in the address are those of the container. Without urllib too: it would go through a proxy
+that the container may have been given.
 """
 
 from __future__ import annotations
 
 import http.client
+import os
 import sys
 
 TIMEOUT_S = 4.0
 
 
 def main() -> int:
-    url = sys.argv[1]
+    url = os.path.expandvars(sys.argv[1])
     address, _, path = url.removeprefix("http://").partition("/")
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
     try:

@@ -1,0 +1,91 @@
+"""The files of the stack, by their own judges; these need no container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+COMPOSE_FILES = sorted(ROOT.glob("compose*.yaml"))
+WAYS = [
+    (),
+    ("compose.cpu.yaml",),
+    ("compose.scale.yaml",),
+    ("tests/stack/compose.ci.yaml",),
+]
+
+
+def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def passes(*words: str | Path, **variables: str) -> str:
+    result = run(*words, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def compose(way: tuple[str, ...], *words: str, **variables: str) -> str:
+    if run("docker", "compose", "version").returncode != 0:
+        pytest.skip("no `docker compose` here; scripts/system.sh containers gets it")
+    files = [part for name in ("compose.yaml", *way) for part in ("-f", name)]
+    own = {"STACK_PYTHON": "/python", "STACK_SITE": "/site"}
+    return passes("docker", "compose", *files, *words, **(own | variables))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("Dockerfile.*")), ids=lambda path: path.name)
+def test_dockerfile_is_clean(path: Path) -> None:
+    passes(BIN / "hadolint", "--failure-threshold", "warning", path)
+
+
+@pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
+def test_compose_file_keeps_to_the_schema(path: Path, tmp_path: Path) -> None:
+    # The schema knows no tags; what they mean is Compose's matter, and tested below.
+    plain = tmp_path / path.name
+    plain.write_text(path.read_text(encoding="utf-8").replace("!override", ""), encoding="utf-8")
+    passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", plain)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "compose.yaml")
+def test_compose_files_fit_together(way: tuple[str, ...]) -> None:
+    assert compose(way, "config", "--quiet") == ""
+
+
+def test_engine_gets_its_gpu_and_two_engines_get_two() -> None:
+    one, two = compose((), "config"), compose(("compose.scale.yaml",), "config")
+    assert one.count("driver: nvidia") == 1
+    assert two.count("driver: nvidia") == 2
+    assert "http://engine:8001,http://engine-2:8001" in two
+    assert compose(("compose.cpu.yaml",), "config").count("driver: nvidia") == 0
+
+
+def test_every_image_of_a_registry_is_pinned() -> None:
+    images = compose((), "config", "--images").split()
+    foreign = [image for image in images if not image.startswith("vllm-gateway")]
+    assert len(foreign) == 2
+    assert all(":" in image and not image.endswith(":latest") for image in foreign)
+
+
+def test_prometheus_configuration_is_valid() -> None:
+    if not shutil.which("promtool"):
+        pytest.skip("no promtool here; scripts/system.sh prometheus gets it")
+    passes("promtool", "check", "config", ROOT / "deploy" / "prometheus" / "prometheus.yml")
+
+
+@pytest.mark.parametrize("name", ["engines.yml", "launchers.yml"])
+def test_two_engines_are_scraped_as_one_is(name: str) -> None:
+    folder = ROOT / "deploy" / "prometheus"
+    one = (folder / "targets" / name).read_text(encoding="utf-8")
+    two = (folder / "scale" / name).read_text(encoding="utf-8")
+    port = one.partition("engine:")[2][:4]
+    assert one == f"- targets: [engine:{port}]\n"
+    assert two == f"- targets: [engine:{port}, engine-2:{port}]\n"

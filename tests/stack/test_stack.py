@@ -1,0 +1,331 @@
+"""compose.yaml as users get it, in real containers with the real vLLM, from start to stop."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.stack.conftest import GATEWAY, Step, answers, wait_until
+from tests.stack.docker import ROOT, Docker, DockerError, kill_container, kill_process
+
+COURSE = "http://127.0.0.1:8010"
+SERVICES = ("engine", "gateway", "prometheus")
+# What Dockerfile.gateway may add to its base image.
+LARGEST_GATEWAY_BYTES = 100 * 2**20
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(480)]
+
+
+def predict(questions: list[str], *, url: str = GATEWAY, key: str = "") -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = {"prompt": questions}
+    return httpx.post(f"{url}/predict", json=body, headers=headers, timeout=120, trust_env=False)
+
+
+def read_pairs(count: int) -> tuple[list[str], list[str]]:
+    """As many of the demo's questions as the course's judge asks, and what the model knows."""
+    lines = (ROOT / "demo" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    asked = [pairs[number % len(pairs)] for number in range(count)]
+    return [pair["question"] for pair in asked], [pair["answer"] for pair in asked]
+
+
+def name_of(service: str) -> str:
+    return f"vllm-gateway-{service}-1"
+
+
+def when(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+def first_healthy(container: dict[str, Any]) -> float:
+    checks = container["State"]["Health"]["Log"]
+    return min(when(check["End"]) for check in checks if check["ExitCode"] == 0)
+
+
+def address_of(docker: Docker, service: str) -> str:
+    """On the network between the services, which this machine's side of the bridge is part of."""
+    networks = docker.inspect(name_of(service))["NetworkSettings"]["Networks"]
+    return f"http://{networks['vllm-gateway_inside']['IPAddress']}"
+
+
+def ask_prometheus(docker: Docker, path: str, **parameters: str) -> Any:
+    url = f"{address_of(docker, 'prometheus')}:9090/api/v1/{path}"
+    response = httpx.get(url, params=parameters, timeout=10, trust_env=False)
+    assert response.status_code == 200, response.text
+    return response.json()["data"]
+
+
+def value_of(docker: Docker, expression: str) -> float:
+    rows = ask_prometheus(docker, "query", query=expression)["result"]
+    return float(rows[0]["value"][1]) if rows else 0.0
+
+
+# --- the images ---
+
+
+def test_gateway_image_is_small_and_not_root(docker: Docker) -> None:
+    image = docker.inspect("vllm-gateway")
+    base = docker.inspect("python:3.12-slim")
+    config = image["Config"]
+    assert image["Size"] - base["Size"] < LARGEST_GATEWAY_BYTES
+    assert config["User"] == "10001:10001"
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Healthcheck"]["Test"]
+
+
+@pytest.mark.parametrize("name", ["vllm-gateway", "vllm-gateway-engine", "vllm-gateway-course"])
+def test_image_holds_what_it_needs_and_nothing_of_the_rest(docker: Docker, name: str) -> None:
+    """Nothing that .dockerignore should have kept out, no test, no secret, no cache of pip's."""
+    listed = docker.run("run", "--rm", "--entrypoint", "find", name, "/app", "-maxdepth", "1")
+    found = {line.removeprefix("/app/") for line in listed.split()[1:]}
+    wanted = {
+        "vllm-gateway": {"gateway", "demo", "scripts"},
+        "vllm-gateway-engine": {"launcher", "demo", "scripts", "requirements", "pyproject.toml"},
+    }
+    course = wanted["vllm-gateway-engine"] | {"gateway"}
+    assert found == wanted.get(name, course)
+
+
+# --- from nothing to healthy ---
+
+
+def test_services_became_healthy_in_order(stack: Docker) -> None:
+    model, engine, gateway = (stack.inspect(name_of(one)) for one in ("model", "engine", "gateway"))
+    assert model["State"]["ExitCode"] == 0
+    assert when(model["State"]["FinishedAt"]) <= when(engine["State"]["StartedAt"])
+    assert first_healthy(engine) <= when(gateway["State"]["StartedAt"]) + 1
+    for service in SERVICES:
+        assert stack.inspect(name_of(service))["State"]["Health"]["Status"] == "healthy", service
+
+
+def test_only_the_gateway_is_published_and_only_on_the_loopback(stack: Docker) -> None:
+    published = {
+        service: stack.inspect(name_of(service))["HostConfig"]["PortBindings"] or {}
+        for service in SERVICES
+    }
+    assert published == {
+        "engine": {},
+        "gateway": {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8000"}]},
+        "prometheus": {},
+    }
+    networks = stack.inspect(name_of("engine"))["NetworkSettings"]["Networks"]
+    assert [stack.inspect(network)["Internal"] for network in networks] == [True]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_container_has_no_rights_to_lose(stack: Docker, service: str) -> None:
+    status = stack.run("exec", name_of(service), "cat", "/proc/1/status")
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert int(facts["CapEff"], 16) == 0
+    assert int(facts["CapBnd"], 16) == 0
+    assert facts["NoNewPrivs"] == "1"
+    assert facts["Uid"].split()[0] != "0"
+    assert facts["Name"] in ("docker-init", "tini")
+
+
+@pytest.mark.parametrize("service", ["gateway", "prometheus"])
+def test_root_file_system_cannot_be_written(stack: Docker, service: str) -> None:
+    config = stack.inspect(name_of(service))["HostConfig"]
+    assert config["ReadonlyRootfs"]
+    with pytest.raises(DockerError, match="Read-only file system"):
+        stack.run("exec", "--user", "0", name_of(service), "touch", "/etc/here")
+
+
+def test_engine_is_the_real_vllm(stack: Docker) -> None:
+    """Not a stand-in: it says its version, and it is a program below the launcher."""
+    listed = stack.run("exec", name_of("engine"), "cat", "/proc/1/cmdline")
+    assert "launcher" in listed
+    code = "import vllm; print(vllm.__version__)"
+    assert stack.run("exec", name_of("engine"), "python3", "-c", code).startswith("0.32.")
+
+
+# --- through the door ---
+
+
+def test_root_says_batch(stack: Docker) -> None:
+    response = httpx.get(GATEWAY, timeout=15, trust_env=False)
+    assert (response.status_code, response.json()) == (200, {"status": "batch"})
+
+
+def test_predict_batch_of_the_judges_size_is_answered_in_order(stack: Docker, step: Step) -> None:
+    questions, known = read_pairs(358)
+    with step("/predict with 358 questions"):
+        response = predict(questions)
+    assert response.status_code == 200, response.text
+    answers_given = response.json()["response"]
+    assert len(answers_given) == 358
+    right = sum(given == want for given, want in zip(answers_given, known, strict=True))
+    # The model knows the page by heart; a wrong order would match nearly nothing.
+    assert right > 300
+
+
+def test_stream_comes_through_the_published_port(stack: Docker) -> None:
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": read_pairs(1)[0][0]}],
+        "stream": True,
+    }
+    url = f"{GATEWAY}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        events = [line for line in response.iter_lines() if line.startswith("data: ")]
+    assert len(events) > 10
+    assert events[-1] == "data: [DONE]"
+
+
+# --- Prometheus ---
+
+
+def test_prometheus_scrapes_every_target(stack: Docker) -> None:
+    wanted = {
+        ("gateway", "gateway"),
+        ("engine", "engine"),
+        ("launcher", "engine"),
+        ("prometheus", "127.0.0.1"),
+    }
+
+    def all_up() -> bool:
+        targets = ask_prometheus(stack, "targets")["activeTargets"]
+        up = {
+            (target["labels"]["job"], target["labels"]["instance"])
+            for target in targets
+            if target["health"] == "up"
+        }
+        return up == wanted and len(targets) == len(wanted)
+
+    wait_until(f"every target is up: {wanted}", all_up, within_s=30)
+
+
+def test_prometheus_saw_the_batch_at_the_gateway_and_in_the_engine(stack: Docker) -> None:
+    """What came in at the door is what the engine did: more than one batch of 358."""
+
+    def counted() -> bool:
+        finished = value_of(stack, 'sum(vllm:request_success_total{job="engine"})')
+        up = value_of(stack, 'launcher_engine_up{job="launcher"}')
+        tokens = value_of(stack, 'sum({__name__=~"gateway_.*tokens.*_total",job="gateway"})')
+        return finished > 183 and up == 1 and tokens > 0
+
+    wait_until("the batch shows in the figures of all three", counted, within_s=30)
+
+
+def test_prometheus_evaluates_every_rule(stack: Docker) -> None:
+    def evaluated() -> bool:
+        groups = ask_prometheus(stack, "rules")["groups"]
+        rules = [rule for group in groups for rule in group["rules"]]
+        bad = [rule["name"] for rule in rules if rule["health"] == "err"]
+        assert not bad, bad
+        return len(rules) > 10 and all(rule["health"] == "ok" for rule in rules)
+
+    wait_until("all rules are evaluated without an error", evaluated, within_s=60)
+    firing = ask_prometheus(stack, "alerts")["alerts"]
+    assert [one["labels"]["alertname"] for one in firing if one["state"] == "firing"] == []
+
+
+# --- what goes wrong ---
+
+
+def test_engine_container_killed_comes_back(stack: Docker, step: Step) -> None:
+    """SIGKILL to its first process: all of it dies at once, as when the memory is used up."""
+    before = stack.inspect(name_of("engine"))
+    kill_container(stack, name_of("engine"))
+    with step("engine's container killed: gateway noticed"):
+        wait_until("not ready", lambda: answers(f"{GATEWAY}/readyz", 503), within_s=20)
+    assert answers(f"{GATEWAY}/healthz")
+
+    with step("engine's container killed: ready again"):
+        wait_until("ready again", lambda: answers(f"{GATEWAY}/readyz"), within_s=120)
+    after = stack.inspect(name_of("engine"))
+    assert after["RestartCount"] == before["RestartCount"] + 1
+    assert after["Id"] == before["Id"]
+    questions, _ = read_pairs(32)
+    response = predict(questions)
+    assert response.status_code == 200
+    assert "errors" not in response.json()
+    assert stack.inspect(name_of("gateway"))["RestartCount"] == 0
+
+
+def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> None:
+    """The way docs/stack.md shows: make a key, say where the file is and where to listen."""
+    up = ("up", "--detach", "--no-build", "--no-deps", "gateway")
+    with step("gateway with BIND and no keys refuses to start"):
+        stack.compose(*up, variables={"BIND": "0.0.0.0"})
+        wait_until("it says why", lambda: "GATEWAY_KEYS_FILE" in log_of(stack), within_s=30)
+
+    made = stack.compose_said("run", "-T", "--rm", "--no-deps", "gateway", "new-key", "alice")
+    key = made.err.rpartition("key, shown once: ")[2].split()[0]
+    file = stack.scratch / "keys.toml"
+    file.write_text(made.out, encoding="utf-8")
+    stack.scratch.chmod(0o755)  # the container's user reads it
+    with step("gateway with BIND and a keys file serves who has a key"):
+        stack.compose(*up, variables={"BIND": "0.0.0.0", "KEYS_FILE": str(file)})
+        wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
+    assert stack.inspect(name_of("gateway"))["HostConfig"]["PortBindings"] == {
+        "8000/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8000"}]
+    }
+    questions, _ = read_pairs(1)
+    assert [predict(questions, key=given).status_code for given in ("", "vg-x", key)] == [
+        401,
+        401,
+        200,
+    ]
+    stack.compose(*up)
+    wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
+
+
+# --- the end ---
+
+
+def test_stop_lets_a_running_batch_finish_and_exits_cleanly(stack: Docker, step: Step) -> None:
+    questions = [f"第 {number} 个问题：什么是线程块？" for number in range(1500)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(predict, questions)
+        wait_until("the batch is in the engine", lambda: running_in_engine(stack) > 0, within_s=20)
+        with step("docker compose stop, with a batch running"):
+            stack.compose("stop", timeout_s=120)
+        response = running.result()
+    assert response.status_code == 200, response.text[:500]
+    assert len(response.json()["response"]) == len(questions)
+    states = {service: stack.inspect(name_of(service))["State"] for service in SERVICES}
+    assert {service: state["ExitCode"] for service, state in states.items()} == dict.fromkeys(
+        SERVICES, 0
+    )
+    assert not any(state["OOMKilled"] for state in states.values())
+    assert when(states["gateway"]["FinishedAt"]) <= when(states["engine"]["FinishedAt"])
+
+
+def test_course_container_answers_offline_alone(stack: Docker, step: Step) -> None:
+    """One container, one port, no network beyond: what the course's judge builds and runs."""
+    with step("course's container: started and healthy"):
+        stack.compose("up", "--detach", "--no-build", "--wait", "course", timeout_s=240)
+    root = httpx.get(COURSE, timeout=15, trust_env=False)
+    assert (root.status_code, root.json()) == (200, {"status": "batch"})
+    questions, known = read_pairs(358)
+    given = predict(questions, url=COURSE).json()["response"]
+    assert sum(one == other for one, other in zip(given, known, strict=True)) > 300
+    config = stack.inspect(name_of("course"))
+    assert config["Config"]["User"] == "10001:10001"
+    # Nothing but the launcher is the first process here: it must bury what its engine leaves.
+    assert not config["HostConfig"]["Init"]
+
+    with step("course's container: the engine's core killed, ready again"):
+        kill_process(stack, name_of("course"), "EngineCore")
+        wait_until("not ready", lambda: answers(f"{COURSE}/readyz", 503), within_s=20)
+        wait_until("ready again", lambda: answers(f"{COURSE}/readyz"), within_s=120)
+    with step("course's container: stopped"):
+        stack.compose("stop", "course", timeout_s=120)
+    assert stack.inspect(name_of("course"))["State"]["ExitCode"] == 0
+
+
+def log_of(stack: Docker) -> str:
+    return stack.compose("logs", "--no-color", "gateway")
+
+
+def running_in_engine(stack: Docker) -> float:
+    text = httpx.get(f"{address_of(stack, 'engine')}:8001/metrics", trust_env=False).text
+    rows = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
+    return sum(float(row.rpartition(" ")[2]) for row in rows)

@@ -9,7 +9,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast stack-test check fix bench docs lock
+.PHONY: help setup serve test test-fast stack-test check fix grade selftest bench docs lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +41,19 @@ check: setup-dev ## style, types
 fix: setup-dev ## mend what the style checker can mend
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
+grade: setup-dev ## the judge at home: scores, speed, what is wrong, a report; `MODEL=… PORT=…` as for serve
+	@$(PY) scripts/grade.py $(if $(MODEL),--model_path $(MODEL)) $(if $(PORT),--port $(PORT)) $(ARGS) \
+	  $(if $(PROFILE),-- --profile $(PROFILE))
+
+selftest: setup-dev ## fourteen checks of the gateway that runs here
+	@$(PY) scripts/selftest.py $(if $(PORT),--port $(PORT)) $(ARGS)
+
 bench: setup-dev ## gateway time over direct time, interleaved, with a control
 	@$(PY) scripts/bench.py $(ARGS)
 
-docs: setup-dev ## the README's tables, from the settings themselves
+docs: setup-dev ## the README's tables and docs/results.md, from what they are made of
 	@$(PY) scripts/readme.py
+	@$(PY) scripts/results.py
 
 lock: setup-dev ## resolve the requirements anew
 	@scripts/lock.sh $(VENV)/bin/uv

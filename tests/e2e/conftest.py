@@ -28,6 +28,7 @@ class Stack:
     engine: str
     start_s: float
     log: Path
+    status: str
 
     def predict(self, prompt: object, **fields: object) -> httpx.Response:
         body = {"prompt": prompt, **fields}
@@ -67,7 +68,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             gateway = f"http://127.0.0.1:{port}"
             _wait_ready(gateway, process, log_path)
             start_s = time.monotonic() - started
-            yield Stack(gateway, f"http://127.0.0.1:{engine_port}", start_s, log_path)
+            status = f"http://127.0.0.1:{status_port}"
+            yield Stack(gateway, f"http://127.0.0.1:{engine_port}", start_s, log_path, status)
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait(timeout=60)

@@ -1,0 +1,1 @@
+"""The parts of the self-test (`scripts/selftest.py`): one room a file."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from launcher.config import Settings
 from launcher.errors import SettingsError
@@ -121,16 +122,35 @@ def own_options(plan: Plan, settings: Settings) -> list[Choice]:
             "running requests finish before it stops; the default of 0 aborts them",
         ),
     ]
+    if settings.engine_log == "requests":
+        rows.append(("enable-log-requests", True, "so that a request can be found in its log"))
+    if settings.otlp_endpoint:
+        url = complete_endpoint(settings.otlp_endpoint)
+        rows.append(("otlp-traces-endpoint", url, "its spans go below the gateway's"))
     return [Choice(name, value, reason, source, origin) for name, value, reason in rows]
+
+
+def complete_endpoint(text: str) -> str:
+    """A collector's address alone gets the path that OTLP has for traces."""
+    parts = urlsplit(text)
+    return text if parts.path.strip("/") else urlunsplit(parts._replace(path="/v1/traces"))
 
 
 def own_environment(plan: Plan, settings: Settings) -> list[Choice]:
     source, origin = "launcher settings", "launcher"
-    cache = str(settings.cache_path / "vllm")
-    return [
-        Choice("VLLM_CACHE_ROOT", cache, "one known place for compiled code", source, origin),
-        Choice("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched", source, origin),
+    rows = [
+        (
+            "VLLM_CACHE_ROOT",
+            str(settings.cache_path / "vllm"),
+            "one known place for compiled code",
+        ),
+        ("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched"),
     ]
+    if settings.otlp_endpoint:
+        how = "the way the gateway sends its spans too; vLLM would use gRPC"
+        rows.append(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf", how))
+        rows.append(("OTEL_SERVICE_NAME", "vllm", "its name beside the gateway's"))
+    return [Choice(name, value, reason, source, origin) for name, value, reason in rows]
 
 
 def build_arguments(options: Iterable[Choice], flags: Flags) -> list[str]:

@@ -121,14 +121,27 @@ class Settings(BaseSettings):
     )
     restart_delay_max_s: float = Field(60.0, ge=0, description="Longest pause before a restart.")
 
-    engine_log: Literal["short", "all", "none"] = Field(
+    engine_log: Literal["short", "requests", "all", "none"] = Field(
         "short",
         description="Which of the engine's lines are shown; all of them are in the log file. "
-        "short leaves out its banner and its list of routes.",
+        "short leaves out what nobody can act on; requests has the engine log every request too.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: readable on a terminal, JSON elsewhere."
     )
+
+    otlp_endpoint: str = Field(
+        "",
+        description="Engine and gateway send spans to this OpenTelemetry collector (OTLP over "
+        "HTTP, such as `http://localhost:4318`).",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is not an http:// or https:// address")
+        return value
 
     @field_validator("set", mode="before")
     @classmethod

@@ -43,6 +43,18 @@ _NOISE = re.compile(
 _LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 _ORIGIN = re.compile(r"^\((?P<who>\w+)[^)]*\) ")
 _STAMP = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]+\]\s*")
+_LINE = re.compile(
+    r"^(?:\((?P<process>\w+)(?: pid=(?P<pid>\d+))?\) )?"
+    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)"
+    r"(?: \d\d-\d\d [\d:]+ \[(?P<place>[^\]]+)\]\s*|:\s+))?(?P<message>.*)$"
+)
+# `cmpl-<X-Request-Id>-<place in the list>`, and in its core eight digits more.
+_REQUEST = re.compile(
+    r"^(?:(?P<inner>Added request)|Received request|Generated response|Request)"
+    r" (?P<id>(?P<kind>[a-z]+)-[\w.:-]+)"
+)
+# Its beginning is told twice; the other line is three times as long, with the sampling in it.
+_RECEIVED = "Received request "
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHILD_KILLED = re.compile(r"^leash: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
 _CAUSE = re.compile(
@@ -75,9 +87,46 @@ def is_noise(line: str) -> bool:
     return bool(level and level[1] in ("INFO", "DEBUG")) or bool(_NOISE.search(line))
 
 
+def is_request(line: str) -> bool:
+    """Tells that a request began or failed; there are such lines only if the engine logs them."""
+    message = _find_parts(line)["message"]
+    return bool(_REQUEST.match(message)) and not message.startswith(_RECEIVED)
+
+
 def level_of(line: str) -> str:
     match = _LEVEL.search(line[:60])
     return match[1].lower() if match else "info"
+
+
+def split_line(line: str) -> dict[str, str | int]:
+    """Its parts, for a log of objects: which process, how bad, where, what, which request."""
+    parts = _find_parts(clean(line))
+    row: dict[str, str | int] = {"level": level_of(line), "message": parts["message"]}
+    if parts["process"]:
+        row["process"] = parts["process"]
+    if parts["pid"]:
+        row["pid"] = int(parts["pid"])
+    if parts["place"]:
+        row["logger"] = parts["place"]
+    if request := _REQUEST.match(parts["message"]):
+        row["engine_request_id"] = name = request["id"].rstrip(".:")
+        kind = request["kind"]
+        row["request_id"] = _find_request_id(name, kind, is_inner=bool(request["inner"]))
+    return row
+
+
+def _find_parts(line: str) -> dict[str, str]:
+    match = _LINE.match(line)
+    parts = dict.fromkeys(_LINE.groupindex, "") | {"message": line}
+    return match.groupdict("") if match else parts
+
+
+def _find_request_id(name: str, kind: str, *, is_inner: bool) -> str:
+    """The id that the gateway sent, without what vLLM put around it."""
+    own = name.removeprefix(f"{kind}-")
+    if is_inner:
+        own = re.sub(r"-[0-9a-f]{8}$", "", own)
+    return re.sub(r"-\d+$", "", own) if kind == "cmpl" else own
 
 
 def find_killed_child(line: str) -> tuple[int, str] | None:

@@ -70,6 +70,8 @@ class Gateway:
             "GATEWAY_LOG_FORMAT": self._log_format,
             "GATEWAY_DRAIN_TIMEOUT_S": str(self._settings.drain_timeout_s),
         }
+        if self._settings.otlp_endpoint:
+            ours["GATEWAY_OTLP_ENDPOINT"] = self._settings.otlp_endpoint
         if self._settings.status_port_used:
             ours["GATEWAY_LAUNCHERS"] = self._settings.status_url
         servers = int(self._plan.value("api-server-count", 1))

@@ -52,6 +52,13 @@ class Output:
             logger_factory=_SilentLogger,
             cache_logger_on_first_use=False,
         )
+        logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)
+
+    def announce(self, text: str) -> None:
+        """The one line for who waits, on standard output."""
+        head = {"timestamp": _now(), "source": "launcher", "level": "info", "event": "ready"}
+        row = json.dumps({**head, "message": text}, ensure_ascii=False)
+        print(row if self.is_json else text, flush=True)  # noqa: T201
 
     def show_line(self, source: str, stream: str, line: str) -> None:
         """One line that a child program wrote."""
@@ -63,9 +70,9 @@ class Output:
             shown = line if self.is_terminal else engine_log.clean(line)
             self._write(self._prefix(source) + shown)
             return
-        own = _parse_object(line)
-        rest = {"event": "line", "level": engine_log.level_of(line), "stream": stream, "line": line}
-        self._write_json({"timestamp": _now(), "source": source, **(own or rest)})
+        head = {"timestamp": _now(), "source": source, "level": "info", "event": "line"}
+        row = _parse_object(line) or {"stream": stream, **engine_log.split_line(line)}
+        self._write_json(head | row)
 
     def _render(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
         at, level, name = event.pop("timestamp"), event.pop("level"), event.pop("event")
@@ -79,7 +86,9 @@ class Output:
         return ""
 
     def _wants(self, line: str) -> bool:
-        if self._engine_log_mode == "short":
+        if self._engine_log_mode == "requests" and engine_log.is_request(line):
+            return True
+        if self._engine_log_mode in ("short", "requests"):
             return not engine_log.is_noise(line)
         return self._engine_log_mode == "all"
 
@@ -150,6 +159,19 @@ class LineLog:
         for newer, older in reversed(list(itertools.pairwise(names))):
             if self.path.with_name(newer).is_file():
                 self.path.with_name(newer).replace(self.path.with_name(older))
+
+
+class _LibraryHandler(logging.Handler):
+    """What libraries log, in the same form as everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger("launcher").log(
+            min(record.levelno // 10 * 10, logging.CRITICAL),
+            "library_line",
+            logger=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )
 
 
 class _SilentLogger:

@@ -70,6 +70,7 @@ class Session:
     ) -> None:
         settings, plan = prepared.settings, prepared.plan
         self._prepared = prepared
+        self._output = output
         self._began = time.monotonic()
         self._rule = rule = RestartRule(
             settings.restart_limit,
@@ -168,13 +169,12 @@ class Session:
         settings, plan = self._prepared.settings, self._prepared.plan
         what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
         if not self.gateway:
-            print(f"{what} at {settings.engine_url} (vLLM itself; no gateway)", flush=True)  # noqa: T201
+            self._output.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")
             return
         body = json.dumps({"prompt": _example(settings)}, ensure_ascii=False)
-        print(  # noqa: T201
+        self._output.announce(
             f"{what} at {settings.gateway_url}  try: curl -s {settings.gateway_url}/predict "
-            f"-H 'Content-Type: application/json' -d '{body}'",
-            flush=True,
+            f"-H 'Content-Type: application/json' -d '{body}'"
         )
 
     def _on_signal(self) -> None:

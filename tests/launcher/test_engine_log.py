@@ -9,8 +9,10 @@ from launcher.engine_log import (
     find_cause,
     find_killed_child,
     is_noise,
+    is_request,
     level_of,
     read_progress,
+    split_line,
 )
 
 STAMP = "(EngineCore pid=86) {} 11-21 09:34:22 [core.py:1] "
@@ -95,3 +97,57 @@ def test_short_log_keeps_what_matters(line: str, noise: bool) -> None:
 def test_level_of_lines_with_and_without_one() -> None:
     assert level_of(STAMP.format("WARNING") + "x") == "warning"
     assert level_of("plain") == "info"
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            STAMP.format("WARNING") + "The KV cache is full",
+            {
+                "level": "warning",
+                "message": "The KV cache is full",
+                "process": "EngineCore",
+                "pid": 86,
+                "logger": "core.py:1",
+            },
+        ),
+        (
+            "INFO:     Started server process [6293]",
+            {"level": "info", "message": "Started server process [6293]"},
+        ),
+        ("RuntimeError: boom", {"level": "info", "message": "RuntimeError: boom"}),
+        ("\x1b[1mbold\x1b[0m", {"level": "info", "message": "bold"}),
+        ("", {"level": "info", "message": ""}),
+        ("two\rparts", {"level": "info", "message": "two\rparts"}),
+    ],
+)
+def test_line_is_split_into_the_keys_of_the_log(line: str, parts: dict[str, object]) -> None:
+    assert split_line(line) == parts
+
+
+@pytest.mark.parametrize(
+    ("message", "request_id"),
+    [
+        ("Added request cmpl-from-me-12-a5311c2f.", "from-me"),
+        ("Added request chatcmpl-from-me-958685e0.", "from-me"),
+        ("Received request cmpl-from-me-0: params: SamplingParams(n=1).", "from-me"),
+        ("Received request chatcmpl-3f2a9c1e-958685e0: params: x", "3f2a9c1e-958685e0"),
+        ("Request cmpl-from-me.2-7 failed (bad request): too long.", "from-me.2"),
+        ("Request chatcmpl-from-me aborted.", "from-me"),
+    ],
+)
+def test_line_of_a_request_names_the_id_that_the_caller_knows(
+    message: str, request_id: str
+) -> None:
+    row = split_line(STAMP.format("INFO") + message)
+
+    assert row["request_id"] == request_id
+    assert request_id in str(row["engine_request_id"])
+    assert is_request(STAMP.format("INFO") + message) is not message.startswith("Received")
+
+
+def test_line_of_no_request_is_none() -> None:
+    for message in ("Requests are queued", "GPU KV cache size: 4 tokens", "Added a route"):
+        assert "request_id" not in split_line(STAMP.format("INFO") + message)
+        assert not is_request(STAMP.format("INFO") + message)

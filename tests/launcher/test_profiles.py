@@ -245,6 +245,22 @@ def test_older_vllm_gets_the_words_it_knows() -> None:
     assert '"cudagraph_capture_sizes":[1,2,4' in nested
 
 
+def test_spans_and_request_lines_are_asked_of_the_engine_only_when_wanted() -> None:
+    plan = make_plan("course", "H200", "qwen3-0.6b")
+    plain = make_command(plan)
+    asked = Settings(otlp_endpoint="http://collector:4318", engine_log="requests")
+    command = build_command(plan, asked, VLLM, FLAGS)
+
+    new = set(command.arguments) - set(plain.arguments)
+    assert new == {
+        "--enable-log-requests",
+        "--otlp-traces-endpoint",
+        "http://collector:4318/v1/traces",
+    }
+    variables = command.environment.keys() - plain.environment.keys()
+    assert variables == {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_SERVICE_NAME"}
+
+
 @pytest.mark.engine
 def test_installed_parser_accepts_every_recorded_command(monkeypatch: pytest.MonkeyPatch) -> None:
     combinations = list(itertools.product(GPUS, NAMES, MODELS))
@@ -252,6 +268,10 @@ def test_installed_parser_accepts_every_recorded_command(monkeypatch: pytest.Mon
     for gpu, profile, model in combinations:
         plan = make_plan(profile, gpu, model, monkeypatch=monkeypatch)
         commands.append(list(make_command(plan).arguments[1:]))
+    asked = Settings(otlp_endpoint="http://collector:4318", engine_log="requests")
+    combinations.append(("H200", "spans", "qwen3-0.6b"))
+    command = build_command(make_plan("course", "H200", "qwen3-0.6b"), asked, VLLM, FLAGS)
+    commands.append(list(command.arguments[1:]))
     refusals = dict(zip(combinations, try_commands(commands), strict=True))
     assert {key: word for key, word in refusals.items() if word} == {}
 

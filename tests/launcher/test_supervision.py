@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -279,11 +280,14 @@ def test_json_logs_wrap_the_engine_lines_in_the_same_keys(launcher: Launcher) ->
     with running(launcher):
         launcher.wait_state("ready")
         assert launcher.stop() == 0
-    import json  # noqa: PLC0415
 
     rows = [json.loads(line) for line in launcher.err.splitlines()]
     assert {row["source"] for row in rows} == {"launcher", "engine"}
     assert all({"timestamp", "level", "event"} <= row.keys() for row in rows)
+    assert all("message" in row for row in rows if row["source"] == "engine")
+    announced = json.loads(launcher.out)
+    assert announced["event"] == "ready"
+    assert launcher.engine_url in announced["message"]
 
 
 def test_engine_without_counters_is_never_called_hung(launcher: Launcher) -> None:

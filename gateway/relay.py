@@ -29,6 +29,7 @@ from gateway.wire import (
     add_aliases,
     build_stream_error,
     drop_usage_events,
+    name_engine_error,
     parse_relay_call,
     parse_usage,
 )
@@ -156,12 +157,16 @@ def _is_repeatable(error: GatewayError, call: RelayCall) -> bool:
 
 
 def _whole(request: web.Request, upstream: Answer, body: bytes) -> web.Response:
+    headers = _headers(upstream)
     if upstream.status == 200:
         aliases = request.app[SETTINGS].alias_map
         if aliases and request.path == "/v1/models":
             body = add_aliases(body, aliases)
         _count(request, parse_usage(body))
-    return web.Response(status=upstream.status, headers=_headers(upstream), body=body)
+    elif upstream.status >= 400:
+        body = name_engine_error(upstream.status, body)
+        headers["Content-Type"] = "application/json"
+    return web.Response(status=upstream.status, headers=headers, body=body)
 
 
 def _headers(upstream: Answer) -> dict[str, str]:

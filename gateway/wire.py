@@ -527,6 +527,19 @@ def parse_engine_error(body: bytes) -> tuple[str, str | None]:
         return body[:300].decode("utf-8", "replace"), None
 
 
+def name_engine_error(status: int, body: bytes) -> bytes:
+    """An engine's refusal as it is, with who refused; what is no error object becomes one."""
+    try:
+        data = orjson.loads(body)
+        error = data["error"]
+        error.setdefault("source", EngineError.source)
+        return orjson.dumps(data)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        message, param = parse_engine_error(body)
+        text = f"the engine answered {status}: {message}".rstrip(": ")
+        return build_error(EngineError(text, param=param))
+
+
 def parse_models(body: bytes) -> list[ModelCard]:
     try:
         return [

@@ -99,3 +99,23 @@ async def test_relay_dead_engine_is_an_error_in_the_envelope(served: Served) -> 
 
     assert answer.status_code == 502
     assert answer.json()["error"]["source"] == "engine"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error": {"message": "m", "code": 400}}', "m"),
+        (b'{"detail": "Not Found"}', 'the engine answered 404: {"detail": "Not Found"}'),
+        (b"<html>gone</html>", "the engine answered 404: <html>gone</html>"),
+    ],
+)
+async def test_relay_refusal_of_the_engine_says_that_it_is_the_engines(
+    served: Served, body: bytes, message: str
+) -> None:
+    served.engine.status, served.engine.body = 404, body
+    answer = await _post(served.url, {"model": "fake", "prompt": "x"})
+
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["error"]["source"] == "engine"
+    assert answer.json()["error"]["message"] == message

@@ -10,6 +10,7 @@ from gateway import health, middleware, predict, pulse, relay, ui, usage, warmup
 from gateway.admission import GATE, Gate
 from gateway.config import SETTINGS, Settings, SettingsError, load_settings, read_worker
 from gateway.engine import Engine, build_connector, build_session
+from gateway.grade import GradeFile
 from gateway.keys import KEYRING, Keyring, run_key_reload
 from gateway.launchers import LAUNCHERS, Launcher
 from gateway.ledger import LEDGER, LEDGER_NAME, Ledger
@@ -48,6 +49,8 @@ def build_app(
             yield
 
     app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, pulse.run_pulse, run_key_reload))
+    if settings.grade_record:
+        GradeFile(settings.grade_record, app[METRICS])
     if settings.otlp_endpoint:
         app[SPANS] = build_spans(settings.otlp_endpoint)
         app.middlewares.insert(0, middleware.trace_spans)

@@ -213,6 +213,10 @@ class Settings(BaseSettings):
         "commas. `launcher up` sets it.",
     )
 
+    grade_record: Path | None = Field(
+        None,
+        description="Record that `scripts/grade.py --record` writes; /metrics tells its figures.",
+    )
     metrics_keys: int = Field(
         200, ge=0, description="Keys with usage figures of their own; the others are one."
     )

@@ -173,6 +173,13 @@ class Metrics:
             "last_batch_characters", f"Characters in the answers {last}."
         )
 
+        self.grade = self._live_gauge(
+            "grade", "The last grade, from the file GATEWAY_GRADE_RECORD.", "figure", "unit"
+        )
+        self.grade_timestamp_seconds = self._live_gauge(
+            "grade_timestamp_seconds", "When the last grade was taken.", "name"
+        )
+
     def _declare_engines(self) -> None:
         self.engine_ready = self._live_gauge(
             "engine_ready", "1 when the engine has answered its warm-up.", "engine"

@@ -14,7 +14,7 @@ GATEWAY_FLOORS = (
     ("app", "server", "workers"),
     ("predict", "relay", "health", "ui", "usage", "warmup", "pulse", "middleware"),
     ("pool", "admission", "body"),
-    ("engine", "launchers", "prompts", "keys"),
+    ("engine", "launchers", "prompts", "keys", "grade"),
     ("wire", "logs", "ledger", "metrics", "spans"),
     ("watch", "upstream"),
     ("errors", "config", "trace"),

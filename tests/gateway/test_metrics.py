@@ -14,6 +14,7 @@ from gateway.keys import make_key
 from gateway.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
 from gateway.pool import POOL
 from gateway.trace import Trace
+from scripts.record import Figure, take_record, write_record
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, serve_gateway, until
 from tests.gateway.test_workers import serve_workers
@@ -54,8 +55,9 @@ async def cause_everything(served: Served) -> None:
     await served.predict("lost by the one, answered by the other")
 
 
-async def test_exported_figures_are_those_declared(serve: Serve) -> None:
-    async with serve(Behaviour(), Behaviour()) as served:
+async def test_exported_figures_are_those_declared(serve: Serve, tmp_path: Path) -> None:
+    record = keep_grade(tmp_path / "grade.json")
+    async with serve(Behaviour(), Behaviour(), grade_record=record) as served:
         await cause_everything(served)
         await asyncio.sleep(0.6)  # a beat of the pulse
         families = parse(await read(served))
@@ -230,6 +232,30 @@ async def test_last_batch_is_that_of_the_last_list(served: Served) -> None:
     assert 0 < await number(served, "gateway_last_batch_seconds") < 5
     answers = 3 * len("answer:a") + len("answer:alone")
     assert await number(served, "gateway_predict_characters_total") == answers
+
+
+def keep_grade(path: Path) -> Path:
+    """As `scripts/grade.py --record` does."""
+    figures = (Figure("ROUGE-L, course reading", 0.75), Figure("tokens/s", 70_940.0, "/s"))
+    write_record(take_record("Grade of demo", figures, command="x", machine="y"), path)
+    return path
+
+
+async def test_last_grade_is_told_as_soon_as_there_is_one(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "grade.json"
+    async with serve(grade_record=path) as served:
+        assert "gateway_grade{" not in await read(served)
+
+        keep_grade(path)
+
+        score = 'gateway_grade{figure="ROUGE-L, course reading",unit=""}'
+        assert await number(served, score) == 0.75
+        assert await number(served, 'gateway_grade{figure="tokens/s",unit="/s"}') == 70940
+        taken = await number(served, 'gateway_grade_timestamp_seconds{name="Grade of demo"}')
+        assert -1 <= time.time() - taken <= 61  # to the minute
+
+        path.write_text("{}")
+        assert "gateway_grade{" not in await read(served)
 
 
 async def test_usage_of_many_keys_is_bounded(serve: Serve, tmp_path: Path) -> None:

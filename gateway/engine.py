@@ -16,6 +16,7 @@ from enum import StrEnum
 import aiohttp
 
 from gateway.config import Settings
+from gateway.connector import EngineConnector
 from gateway.errors import (
     EngineError,
     EngineTimeout,
@@ -246,7 +247,7 @@ class Engine:
 
 def build_connector(settings: Settings) -> aiohttp.TCPConnector:
     """The connections to all engines."""
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=settings.engine_keepalive_s)
+    return EngineConnector(limit=0, keepalive_timeout=settings.engine_keepalive_s)
 
 
 def build_session(settings: Settings, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:

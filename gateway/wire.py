@@ -494,7 +494,8 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
         usage = data.get("usage") or {}
         answers: list[Answer | GatewayError | None] = [None] * n_prompts
         for choice in choices:
-            answers[choice["index"]] = _read_choice(choice)
+            place = range(n_prompts).index(choice["index"])  # -1 would be the last one's
+            answers[place] = _read_choice(choice)
         prompt_tokens = int(usage.get("prompt_tokens") or 0)
         completion_tokens = int(usage.get("completion_tokens") or 0)
     except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError) as error:

@@ -17,7 +17,7 @@ GATEWAY_FLOORS = (
     ("engine", "launchers", "prompts", "keys", "grade"),
     ("wire", "logs", "ledger", "metrics", "spans"),
     ("watch", "upstream"),
-    ("errors", "config", "trace"),
+    ("connector", "errors", "config", "trace"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(GATEWAY_FLOORS) for name in names}
 

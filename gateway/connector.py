@@ -1,0 +1,46 @@
+"""Connections to engines: aiohttp's, and deaf to what nobody asked for.
+
+aiohttp takes whatever arrives on a kept connection for the answer to the next request on it. An
+engine that answers a call twice would so tell one caller what another asked; here it is hung up on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+
+
+class _Line(ResponseHandler):
+    """Listens from a request's start to its answer's last byte."""
+
+    _is_listening = False
+
+    def set_response_params(self, **options: Any) -> None:
+        self._is_listening = True
+        super().set_response_params(**options)
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        message, payload = data
+        if message.code >= 200:  # after an interim answer the real one is still to come
+            payload.on_eof(self._fall_deaf)
+        super().feed_data(data, size)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_listening:
+            super().data_received(data)
+        elif data:  # aiohttp wakes its parser with nothing, too
+            self.close()
+
+    def _fall_deaf(self) -> None:
+        self._is_listening = False
+
+
+class EngineConnector(aiohttp.TCPConnector):
+    """aiohttp's pool of connections, with lines of our own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._factory = functools.partial(_Line, loop=self._loop)  # type: ignore[assignment]

@@ -522,6 +522,8 @@ def parse_engine_error(body: bytes) -> tuple[str, str | None]:
     try:
         data = orjson.loads(body)
         error = data.get("error", data)
+        if isinstance(error.get("detail"), str):
+            return error["detail"], None
         param = error.get("param")
         return str(error["message"]), param.rsplit(".", 1)[-1] if isinstance(param, str) else None
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):

@@ -105,7 +105,7 @@ async def test_relay_dead_engine_is_an_error_in_the_envelope(served: Served) -> 
     ("body", "message"),
     [
         (b'{"error": {"message": "m", "code": 400}}', "m"),
-        (b'{"detail": "Not Found"}', 'the engine answered 404: {"detail": "Not Found"}'),
+        (b'{"detail": "Not Found"}', "the engine answered 404: Not Found"),
         (b"<html>gone</html>", "the engine answered 404: <html>gone</html>"),
     ],
 )

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -55,6 +54,7 @@ from scripts.grading.result import (  # noqa: E402
 from scripts.grading.server import (  # noqa: E402
     Order,
     Started,
+    ended_by_sigterm,
     is_anyone_there,
     read_engine,
     read_model,
@@ -170,20 +170,6 @@ def serve(arguments: argparse.Namespace, progress: Progress) -> Iterator[Started
     progress.say(f"starting {' '.join(order.command()[1:])}; its log is {log_path}")
     with start_server(order, log_path) as started, ended_by_sigterm():
         yield started
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM as Ctrl-C: the server that was started is stopped on the way out."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def build_order(arguments: argparse.Namespace) -> Order:

@@ -11,13 +11,14 @@ from pathlib import Path
 from scripts.grading.findings import Finding
 from scripts.grading.leaderboard import PUBLISHED
 from scripts.grading.metrics import mark_common, quantile
-from scripts.grading.plots import Bar, Series, Span, draw_bars, draw_histogram, draw_spans
 from scripts.grading.result import Answer, Grade, RunResult
+from scripts.plots import Bar, Series, Span, draw_bars, draw_histogram, draw_spans
 
 _WORST = 12
 _MOST_LISTED = 1000
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 _PAGE = Path(__file__).with_name("report.html")
+_STYLE = Path(__file__).parents[1] / "report.css"
 
 
 def write_report(grade: Grade, path: Path) -> None:
@@ -28,6 +29,7 @@ def write_report(grade: Grade, path: Path) -> None:
 def render(grade: Grade) -> str:
     """The page around it is report.html; its marks are replaced here."""
     parts = {
+        "style": _STYLE.read_text(encoding="utf-8"),
         "title": escape(f"Grade of {grade.facts.model or grade.facts.server_url}"),
         "head": _head(grade),
         "findings": _findings(grade.findings),

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from scripts.grading.plots import Bar, Series, Span, draw_bars, draw_histogram, draw_spans
 from scripts.grading.report import render
+from scripts.plots import Bar, Series, Span, draw_bars, draw_histogram, draw_spans
 from tests.scripts.conftest import Examine
 from tests.scripts.judged import Judged
 

@@ -9,7 +9,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast stack-test check fix grade selftest bench docs lock
+.PHONY: help setup serve test test-fast stack-test check fix grade selftest bench docs dashboards lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: setup-dev ## gateway time over direct time, interleaved, with a control
 docs: setup-dev ## the README's tables and docs/results.md, from what they are made of
 	@$(PY) scripts/readme.py
 	@$(PY) scripts/results.py
+
+dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py
+	@$(PY) scripts/dashboards.py
 
 lock: setup-dev ## resolve the requirements anew
 	@scripts/lock.sh $(VENV)/bin/uv

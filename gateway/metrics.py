@@ -220,6 +220,9 @@ class Metrics:
             "How much later than asked the event loop woke up, measured twice a second.",
             buckets=LAG_SECONDS,
         )
+        self.start_time_seconds = self._live_gauge(
+            "start_time_seconds", "When the gateway started, all its workers together."
+        )
         self.build_info = self._live_gauge(
             "build_info", "1; the program and its Python.", "version", "python"
         )

@@ -23,6 +23,7 @@ from gateway.pool import POOL, Pool
 
 _BEAT_S = 0.5
 _RUNNING, _OPEN_UNTIL = 1, 2  # fields of a worker's row for an engine
+_BEGAN_AT = 1
 
 
 class Pulse:
@@ -41,6 +42,9 @@ class Pulse:
         metrics.engine_running_sequences.read = self._read_running
         metrics.max_running_sequences.read = lambda: [((), settings.max_running)]
         metrics.max_waiting_sequences.read = lambda: [((), settings.max_waiting)]
+        began = ledger.row("start")
+        began[_BEGAN_AT] = began[_BEGAN_AT] or time.time()  # a worker that comes back is no start
+        metrics.start_time_seconds.read = lambda: [((), began[_BEGAN_AT])]
         about, build = describe_settings(settings), (read_version(), platform.python_version())
         metrics.config_info.read = lambda: [(about, 1)]
         metrics.build_info.read = lambda: [(build, 1)]

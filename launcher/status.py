@@ -52,6 +52,8 @@ class Figure:
 
 def _list_figures() -> Iterator[Figure]:
     yield Figure("launcher_build_info", "gauge", ("version", "python"), "1; the launcher itself.")
+    began = "When the launcher started; an engine that never became ready ends it."
+    yield Figure("launcher_start_time_seconds", "gauge", (), began)
     about = ("vllm", "model", "profile", "device", "fingerprint")
     yield Figure("launcher_engine_info", "gauge", about, "1; what the engine runs.")
     for name in _PROGRAMS:
@@ -126,11 +128,13 @@ class StandingCollector(Collector):
     def __init__(self, source: StatusSource, gpus: Gpus) -> None:
         self._source = source
         self._gpus = gpus
+        self._began_at = time.time()
 
     def collect(self) -> Iterator[Metric]:
         source, crash = self._source, self._source.crash()
         build = (read_version("vllm-gateway"), platform.python_version())
         yield FIGURES["launcher_build_info"].build([(build, 1)])
+        yield FIGURES["launcher_start_time_seconds"].build([((), self._began_at)])
         about = FIGURES["launcher_engine_info"]
         yield about.build([([source.labels[label] for label in about.labels], 1)])
         for name, standing in source.standings.items():

@@ -1,0 +1,143 @@
+"""Dashboards: what the script writes, in Grafana's own words, over metrics that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from scripts.panels import BOARDS
+from tests.deploy.check_live import WITHOUT_DATA
+from tests.deploy.expressions import (
+    DASHBOARDS,
+    RULES,
+    find_names,
+    list_expressions,
+    list_known_names,
+    list_panels,
+)
+from tests.deploy.promtool import run_promtool
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(DASHBOARDS.glob("*.json"))
+NAMES = [board.name for board in BOARDS]
+RULE = re.compile(r"^        expr: (?:\|\n((?:          .*\n)+)|(.+)\n)", re.MULTILINE)
+
+
+def read(path: Path) -> dict[str, Any]:
+    board: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return board
+
+
+def test_files_are_what_the_script_writes() -> None:
+    checked = subprocess.run(
+        [sys.executable, "scripts/dashboards.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert sorted(NAMES) == [path.stem for path in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_board_survives_grafanas_own_classes(path: Path) -> None:
+    """A key that they do not know would be lost on the way."""
+    register_default_plugins()
+    board = read(path)
+
+    again = json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder))
+
+    assert again == board
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_target_asks_prometheus(path: Path) -> None:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    board = read(path)
+
+    identities = [panel["id"] for panel in board["panels"]]
+    assert len(set(identities)) == len(identities)
+    for panel in list_panels(board):
+        assert panel["datasource"] == source, panel["title"]
+        assert panel["targets"], panel["title"]
+        for target in panel["targets"]:
+            assert target["datasource"] == source, panel["title"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_panels_lie_side_by_side(path: Path) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in read(path)["panels"]:
+        at = panel["gridPos"]
+        cells = {
+            (at["x"] + column, at["y"] + line)
+            for column in range(at["w"])
+            for line in range(at["h"])
+        }
+        assert at["x"] + at["w"] <= 24, panel["title"]
+        assert not taken & cells, panel["title"]
+        taken |= cells
+
+
+def test_titles_tell_panels_of_a_board_apart() -> None:
+    for board in BOARDS:
+        titles = [panel.title for row in board.rows for panel in row.panels]
+        assert len(set(titles)) == len(titles), board.name
+
+
+def test_expressions_are_promql(tmp_path: Path) -> None:
+    """As rules, because that is what promtool reads; with the line of each that is none."""
+    expressions = list_expressions()
+    assert len(expressions) > 60
+    rules = [
+        {"record": f"check:{place}", "expr": expression.promql}
+        for place, expression in enumerate(expressions)
+    ]
+    path = tmp_path / "rules.yml"
+    path.write_text(json.dumps({"groups": [{"name": "check", "rules": rules}]}))
+
+    assert f"{len(rules)} rules found" in run_promtool("check", "rules", path)
+
+
+def test_expressions_read_metrics_that_exist() -> None:
+    known = list_known_names()
+    unknown = {
+        f"{one.board}, {one.panel}: {name}"
+        for one in list_expressions()
+        for name in find_names(one.promql) - known
+    }
+
+    assert unknown == set()
+
+
+def test_rules_read_metrics_that_exist() -> None:
+    known = list_known_names()
+    for path in sorted(RULES.glob("*.yml")):
+        text = path.read_text(encoding="utf-8")
+        expressions = RULE.findall(text)
+        assert len(expressions) == text.count(" expr:")
+        for lines, line in expressions:
+            assert find_names(lines or line) - known == set(), path.name
+
+
+def test_names_in_an_expression_are_found() -> None:
+    promql = 'sum by (le, x) (rate(a_bucket{l="m"}[5m])) / on (x) group_left b:c:sum offset 1m > 2'
+
+    assert find_names(promql) == {"a_bucket", "b:c:sum"}
+
+
+def test_panels_that_may_be_empty_exist_and_say_why() -> None:
+    panels = {(one.board, one.panel) for one in list_expressions()}
+
+    assert WITHOUT_DATA.keys() <= panels
+    assert all(len(reason) > 10 for reason in WITHOUT_DATA.values())

@@ -1,0 +1,40 @@
+"""Alerts and recording rules: valid, and each alert seen firing and seen silent."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.promtool import run_promtool
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus" / "rules"
+CASES = Path(__file__).parent / "rules"
+ALERTS = re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", sorted(RULES.glob("*.yml")), ids=lambda path: path.name)
+def test_rules_are_valid(path: Path) -> None:
+    assert "rules found" in run_promtool("check", "rules", path)
+
+
+@pytest.mark.parametrize("path", sorted(CASES.glob("*.yml")), ids=lambda path: path.name)
+def test_rules_do_what_their_cases_say(path: Path) -> None:
+    assert "SUCCESS" in run_promtool("test", "rules", path)
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_alert_has_a_firing_and_a_silent_case(alert: str) -> None:
+    cases = (CASES / "alerts.test.yml").read_text(encoding="utf-8")
+    expected = re.findall(rf"alertname: {alert}\n\s+exp_alerts:(.*)", cases)
+
+    assert "" in expected, "it is never seen firing"
+    assert " []" in expected, "it is never seen silent"
+
+
+def test_alerts_are_those_that_the_page_explains() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+    assert re.findall(r"^\| `(\w+)` \| (?:critical|warning) \|", page, re.MULTILINE) == ALERTS

@@ -48,6 +48,7 @@ export class EnginePanel {
     const { state, status } = this.live;
     this.#showPill(state, status);
     this.#showNotice(state, status);
+    this.#body.hidden = !status;
     if (status) {
       this.#showSteps(state, status);
       this.#showFacts(state, status);

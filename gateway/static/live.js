@@ -50,10 +50,16 @@ export class Live extends EventTarget {
       this.#sample(status);
     } catch (error) {
       this.#failures += 1;
-      if (error.needsKey) this.state = "key";
+      if (error.needsKey) this.#lock();
       else if (this.#failures > 1) this.state = "unreachable"; // one lost answer is no news
     }
     this.dispatchEvent(new Event("change"));
+  }
+
+  /** What was seen with a key is not shown without one. */
+  #lock() {
+    Object.assign(this, { state: "key", status: null, samples: [] });
+    this.#before = null;
   }
 
   #sample(status) {

@@ -96,6 +96,7 @@ function prepareDrop() {
 function prepareKey() {
   const dialog = find("key-dialog");
   const field = find("key");
+  let wasAsked = false;
   const fail = (text) => {
     setText(find("key-error"), text);
     find("key-error").hidden = !text;
@@ -109,6 +110,7 @@ function prepareKey() {
     field.focus();
   };
   const use = (key) => {
+    wasAsked = true;
     setKey(key);
     dialog.close();
     live.look();
@@ -128,7 +130,6 @@ function prepareKey() {
     }
   });
   // Asked for by itself once; who said no finds the button above.
-  let wasAsked = false;
   live.addEventListener("change", () => {
     if (live.state !== "key" || wasAsked) return;
     wasAsked = true;

@@ -30,7 +30,7 @@ const WORDS = {
   "ask.waiting": ["Waiting for the first token …", "等待第一个词元……"],
   "ask.thinking": ["Thinking", "思考过程"],
   "ask.first": ["first token {value}", "首词元 {value}"],
-  "ask.tokens": ["{count} tokens", "{count} 个词元"],
+  "ask.tokens": ["{count} token{s}", "{count} 个词元"],
   "ask.rate": ["{value} tokens/s", "{value} 词元/秒"],
   "ask.total": ["{value} in all", "共 {value}"],
   "ask.cut": ["cut at the longest length", "到达长度上限"],
@@ -39,7 +39,7 @@ const WORDS = {
   "ask.copied": ["Copied", "已复制"],
   "ask.again": ["Ask again", "重新提问"],
   "ask.empty": ["The model gave an empty answer.", "模型的回答为空。"],
-  "ask.done": ["The answer is complete: {count} tokens.", "回答完成：{count} 个词元。"],
+  "ask.done": ["The answer is complete: {count} token{s}.", "回答完成：{count} 个词元。"],
 
   "batch.pick": ["Choose a file", "选择文件"],
   "batch.drop": ["or drop one here", "或拖放到这里"],
@@ -56,14 +56,14 @@ const WORDS = {
   ],
   "batch.pieces": ["In pieces: answers show as they come. Size:", "分批发送：边答边显示。每批："],
   "batch.pieceSize": ["Questions in a piece", "每批问题数"],
-  "batch.run": ["Run {count} questions", "运行 {count} 个问题"],
+  "batch.run": ["Run {count} question{s}", "运行 {count} 个问题"],
   "batch.runNone": ["Run", "运行"],
   "batch.stop": ["Stop", "停止"],
   "batch.change": ["Change the questions", "修改问题"],
-  "batch.found": ["{count} questions found ({format})", "识别出 {count} 个问题（{format}）"],
+  "batch.found": ["{count} question{s} found ({format})", "识别出 {count} 个问题（{format}）"],
   "batch.references": ["{count} with a reference answer", "其中 {count} 个带参考答案"],
   "batch.repeated": ["{count} of them repeated", "其中 {count} 个重复"],
-  "batch.skipped": ["{count} lines without a question were left out", "已略过 {count} 行没有问题的内容"],
+  "batch.skipped": ["Left out, without a question: {count}", "已略过 {count} 行没有问题的内容"],
   "batch.moreExamples": ["and {count} more", "还有 {count} 个"],
   "batch.split": ["More than one call takes ({limit}): {pieces} calls are made.", "超过单次上限（{limit}）：将分 {pieces} 次发送。"],
   "format.lines": ["lines of text", "按行文本"],
@@ -79,7 +79,7 @@ const WORDS = {
 
   "run.running": ["Running …", "运行中……"],
   "run.waiting": ["Waiting for the engine …", "等待引擎……"],
-  "run.done": ["{count} questions answered", "已回答 {count} 个问题"],
+  "run.done": ["{count} question{s} answered", "已回答 {count} 个问题"],
   "run.doneFailed": ["{count} answered, {failed} failed", "已回答 {count} 个，失败 {failed} 个"],
   "run.stopped": ["Stopped after {count} of {total}", "已停止：完成 {count} / {total}"],
   "run.broken": ["Failed after {count} of {total}", "失败：完成 {count} / {total}"],
@@ -88,7 +88,7 @@ const WORDS = {
     "About {done} of {total} by the engine's own count (other callers' answers count too), {time}",
     "按引擎计数约完成 {done} / {total}（其他调用者的回答也计在内），用时 {time}",
   ],
-  "run.elapsed": ["{total} questions are with the engine, {time}", "{total} 个问题正在由引擎处理，用时 {time}"],
+  "run.elapsed": ["With the engine: {total}, {time}", "{total} 个问题正在由引擎处理，用时 {time}"],
   "run.left": ["about {time} left", "约剩 {time}"],
   "run.retryIn": ["Trying again in {time}: {reason}", "{time} 后重试：{reason}"],
   "run.held": ["The engine is not ready; what is missing is sent when it is.", "引擎未就绪；恢复后会自动发送剩余问题。"],
@@ -254,7 +254,9 @@ export const allWords = () => WORDS;
 
 export function say(key, values = {}) {
   const text = WORDS[key]?.[LANGUAGES.indexOf(language)] ?? key;
-  return text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+  // The English plural, where a text has one.
+  const all = { s: values.count === "1" ? "" : "s", ...values };
+  return text.replace(/\{(\w+)\}/g, (_, name) => all[name] ?? "");
 }
 
 /** Puts the words into everything below `root` that names one. */

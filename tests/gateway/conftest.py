@@ -74,6 +74,7 @@ async def serve_gateway(
     *others: Behaviour,
     wait_ready: bool = True,
     reload: Callable[[], Settings] | None = None,
+    port: int = 0,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     engines = (engine or Behaviour(), *others)
@@ -81,7 +82,7 @@ async def serve_gateway(
         urls = [await stack.enter_async_context(serve_app(build_fake_engine(e))) for e in engines]
         options = make_settings(**({"engines": tuple(urls)} | settings))
         app = build_app(options, reload or (lambda: options))
-        url = await stack.enter_async_context(serve_app(app, runner=Runner(app, options)))
+        url = await stack.enter_async_context(serve_app(app, port, Runner(app, options)))
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
         served = Served(url, client, app, engines[0], urls[0], engines[1:])
         if wait_ready:

@@ -1,0 +1,134 @@
+"""A real browser before a real gateway: what each page test has, and what each must not do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+from tests.fake_engine import Behaviour
+from tests.gateway.conftest import Served, serve_gateway
+
+ROOT = Path(__file__).parent.parent.parent
+SHOTS = ROOT / "out" / "page"
+LONGEST_START_MS = 110_000
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# The browser notes every answer above 399 by itself; a test that provokes one says so.
+_BROWSERS_NOTE = "Failed to load resource"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip("no chromium here: `scripts/system.sh browser` installs it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visitor:
+    """Opens pages and remembers everything that a good page does not do."""
+
+    browser: Browser
+    problems: list[str] = field(default_factory=list)
+    hosts: set[str] = field(default_factory=set)
+    may_fail: bool = False
+    _close: list[Callable[[], None]] = field(default_factory=list)
+
+    def open(self, url: str, *, wait: bool = True, path: str = "/ui", **options: Any) -> Page:
+        defaults = {"viewport": {"width": 1280, "height": 860}, "locale": "en-GB"}
+        context = self.browser.new_context(**(defaults | options))
+        self._close.append(context.close)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", self._note)
+        page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.goto(url + path)
+        if wait:
+            page.wait_for_selector("#pill[data-state=ready]", timeout=LONGEST_START_MS)
+        return page
+
+    def check(self, url: str) -> None:
+        assert self.problems == []
+        assert self.hosts <= {urlsplit(url).netloc, ""}, "a request to another host"
+
+    def close(self) -> None:
+        for close in self._close:
+            close()
+
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type not in {"error", "warning"}:
+            return
+        if not (self.may_fail and _BROWSERS_NOTE in message.text):
+            self.problems.append(f"{message.type}: {message.text}")
+
+
+@pytest.fixture
+def visitor(chromium: Browser) -> Iterator[Visitor]:
+    visitor = Visitor(chromium)
+    yield visitor
+    visitor.close()
+
+
+@contextlib.contextmanager
+def running_gateway(engine: Behaviour | None = None, **settings: Any) -> Iterator[Served]:
+    """A gateway and a stand-in engine in a thread: the browser's driver needs this one's loop."""
+    answers: queue.SimpleQueue[tuple[Served, Callable[[], None]] | BaseException] = (
+        queue.SimpleQueue()
+    )
+
+    async def serve() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        try:
+            async with serve_gateway(engine, **settings) as served:
+                answers.put((served, lambda: _call(loop, stop.set)))
+                await stop.wait()
+        except BaseException as error:
+            answers.put(error)
+            raise
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    answer = answers.get(timeout=20)
+    if isinstance(answer, BaseException):
+        raise answer
+    served, stop = answer
+    try:
+        yield served
+    finally:
+        stop()
+        thread.join(timeout=20)
+
+
+def _call(loop: asyncio.AbstractEventLoop, act: Callable[[], object]) -> None:
+    loop.call_soon_threadsafe(act)
+
+
+def shoot(page: Page, name: str, *, whole: bool = False) -> None:
+    """A screenshot for people to look at."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=whole, animations="disabled")
+
+
+def width_of(page: Page) -> int:
+    """Wider than its window, a page scrolls sideways."""
+    return int(page.evaluate("document.documentElement.scrollWidth"))
+
+
+def pick(page: Page, *, language: str, theme: str) -> None:
+    page.select_option("#language", language)
+    page.select_option("#theme", theme)

@@ -1,0 +1,405 @@
+"""The page before a stand-in engine that misbehaves: keys, failures, files, words, motion."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.fake_engine import Behaviour
+from tests.gateway.test_keys import _keys_file
+from tests.page.conftest import Visitor, running_gateway, shoot, width_of
+
+pytestmark = pytest.mark.browser
+STATIC = Path(__file__).parent.parent.parent / "gateway" / "static"
+
+
+def ask(page: Page, question: str) -> None:
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+
+
+def open_batch(page: Page, text: str) -> None:
+    page.click("#tab-batch")
+    page.fill("#paste", text)
+    expect(page.locator("#run")).to_be_enabled()
+
+
+def test_page_turned_off_is_no_page(visitor: Visitor) -> None:
+    visitor.may_fail = True
+    with running_gateway(ui=False) as served:
+        page = visitor.open(served.url, wait=False)
+
+        assert json.loads(page.inner_text("body"))["error"]["code"] == "not_found"
+
+
+def test_key_is_asked_for_kept_in_the_tab_and_forgotten(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.may_fail = True
+    path, keys = _keys_file(tmp_path, alice="")
+    with running_gateway(keys_file=path) as served:
+        page = visitor.open(served.url, wait=False)
+        expect(page.locator("#key-dialog")).to_be_visible()
+        expect(page.locator("#key")).to_be_focused()
+        page.fill("#key", "vg-wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-error")).to_have_text("This key is not known to the gateway.")
+        shoot(page, "key")
+        page.fill("#key", keys["alice"])
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#pill[data-state=ready]")
+        ask(page, "mine")
+        expect(page.locator(".turn > .answer")).to_have_text("answer:mine")
+
+        page.reload()
+        page.wait_for_selector("#pill[data-state=ready]")
+        other = page.context.new_page()
+        other.goto(served.url + "/ui")
+        expect(other.locator("#key-dialog")).to_be_visible()
+        assert page.evaluate("Object.values(localStorage).join()").count("vg-") == 0
+
+        page.click("#key-button")
+        page.click("#key-forget")
+        page.wait_for_selector("#pill[data-state=key]")
+        expect(page.locator("#engine-body")).to_be_hidden()
+        ask(page, "mine")
+        expect(page.locator(".turn .error")).to_contain_text("use the button Key above")
+        visitor.check(served.url)
+
+
+def test_answer_is_stopped_by_button_and_by_escape(visitor: Visitor) -> None:
+    engine = Behaviour(stream_gap_s=0.05)
+    with running_gateway(engine) as served:
+        page = visitor.open(served.url)
+        for number, stop in enumerate(("click", "Escape"), start=1):
+            ask(page, "tell me everything " * 20)
+            expect(page.locator(".turn > .answer").first).to_contain_text("answer:tell")
+            if stop == "click":
+                page.click("#stop")
+            else:
+                page.keyboard.press("Escape")
+            expect(page.locator(".turn .figures").first).to_contain_text("stopped")
+            expect(page.locator("#send")).to_be_enabled()
+            assert page.evaluate("document.activeElement.id") == "question"
+            text = page.locator(".turn > .answer").first.inner_text()
+            assert text.startswith("answer:tell")
+            page.wait_for_timeout(200)
+            assert engine.cancelled == number
+        visitor.check(served.url)
+
+
+def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None:
+    engine = Behaviour(stream_cut_after=9)
+    with running_gateway(engine) as served:
+        page = visitor.open(served.url)
+        ask(page, "twice")
+        expect(page.locator(".turn .error")).to_contain_text("The engine failed on this.")
+        expect(page.locator(".turn .error")).to_contain_text("request ")
+        assert page.locator(".turn > .answer").inner_text() == "answer:tw"
+        shoot(page, "cut-off")
+
+        engine.stream_cut_after = None
+        page.wait_for_selector("#pill[data-state=ready]")
+        page.click("text=Ask again")
+        expect(page.locator(".turn > .answer").first).to_have_text("answer:twice")
+        visitor.check(served.url)
+
+
+def test_answer_keeps_its_white_space_and_no_markup_runs(visitor: Visitor) -> None:
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        question = "a\n   b <img src=x onerror=alert(1)> </script><script>alert(2)</script>"
+        ask(page, question)
+
+        expect(page.locator(".turn .figures")).to_contain_text("in all")
+        assert page.locator(".turn > .answer").inner_text() == f"answer:{question}"
+        assert page.locator(".turn img, .turn script").count() == 0
+        visitor.check(served.url)
+
+
+def test_earlier_turns_are_sent_along_when_asked_to(visitor: Visitor) -> None:
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        ask(page, "one")
+        expect(page.locator(".turn .figures").first).to_contain_text("in all")
+        page.click("#ask-form summary")
+        page.check("#follow")
+        page.fill("#ask-system", "be brief")
+        page.fill("#ask-max-tokens", "7")
+        ask(page, "two")
+        expect(page.locator(".turn > .answer").first).to_have_text("answer:two")
+
+        call = served.engine.calls[-1]
+        assert [message["role"] for message in call["messages"]] == [
+            "system",
+            "user",
+            "assistant",
+            "user",
+        ]
+        assert call["max_tokens"] == 7
+        visitor.check(served.url)
+
+
+def test_batch_failures_are_named_and_run_again(visitor: Visitor) -> None:
+    engine = Behaviour(refuses=lambda question: "bad" in question)
+    with running_gateway(engine) as served:
+        page = visitor.open(served.url)
+        open_batch(page, "one\nbad two\nthree\n\nbad four")
+        page.click("#run")
+        expect(page.locator("#run-title")).to_have_text("2 answered, 2 failed")
+        expect(page.locator(".result .error")).to_have_count(2)
+        expect(page.locator(".result .error").first).to_contain_text("this is not to my taste")
+        shoot(page, "batch-failed")
+
+        engine.refuses = lambda _: False
+        engine.calls.clear()
+        page.click("#again")
+        expect(page.locator("#run-title")).to_have_text("4 questions answered")
+
+        assert sum(len(call["prompt"]) for call in engine.calls) == 2
+        texts = page.locator(".result .answer").all_inner_texts()
+        assert texts == ["answer:one", "answer:bad two", "answer:three", "answer:bad four"]
+        visitor.check(served.url)
+
+
+def test_batch_waits_for_an_engine_that_is_away(visitor: Visitor) -> None:
+    engine = Behaviour(is_healthy=False)
+    with running_gateway(engine, wait_ready=False) as served:
+        page = visitor.open(served.url, wait=False)
+        page.wait_for_selector("#pill[data-state=down]")
+        open_batch(page, "one\ntwo")
+        page.click("#run")
+        expect(page.locator("#run-title")).to_have_text("Waiting for the engine …")
+
+        engine.is_healthy = True
+        expect(page.locator("#run-title")).to_have_text("2 questions answered")
+        visitor.check(served.url)
+
+
+def test_gateway_gone_and_back_is_followed_without_a_reload(visitor: Visitor) -> None:
+    visitor.may_fail = True
+    with running_gateway() as served:
+        port = int(served.url.rsplit(":", 1)[1])
+        page = visitor.open(served.url)
+        page.evaluate("window.isSamePage = true")
+    page.wait_for_selector("#pill[data-state=unreachable]")
+    expect(page.locator("#notice-title")).to_contain_text("recovers by itself")
+    shoot(page, "unreachable")
+
+    with running_gateway(port=port) as served:
+        page.wait_for_selector("#pill[data-state=ready]")
+        expect(page.locator("#notice")).to_be_hidden()
+        assert page.evaluate("window.isSamePage")
+        visitor.check(served.url)
+
+
+def test_file_is_chosen_dropped_and_removed(visitor: Visitor, tmp_path: Path) -> None:
+    path = tmp_path / "题目.txt"
+    path.write_bytes("什么是 warp？\n什么是线程块？\n".encode("gb18030"))
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        page.click("#tab-batch")
+        page.set_input_files("#file", path)
+        expect(page.locator("#file-chip")).to_contain_text("题目.txt")
+        expect(page.locator("#found")).to_contain_text("什么是线程块？")
+        page.click("#file-clear")
+        expect(page.locator("#found")).to_be_empty()
+
+        page.click("#tab-ask")
+        drop(page, "dropped.json", '["one", "two", {"prompt": "three"}]')
+        expect(page.locator("#panel-batch")).to_be_visible()
+        expect(page.locator("#found")).to_contain_text("3 questions found (JSON)")
+        drop(page, "bad.json", '["one", ')
+        expect(page.locator("#found .error")).to_contain_text("not valid JSON")
+        expect(page.locator("#run")).to_be_disabled()
+        visitor.check(served.url)
+
+
+def drop(page: Page, name: str, text: str) -> None:
+    page.evaluate(
+        """([name, text]) => {
+          const data = new DataTransfer();
+          data.items.add(new File([text], name));
+          for (const kind of ["dragover", "drop"]) {
+            const how = { dataTransfer: data, bubbles: true, cancelable: true };
+            document.body.dispatchEvent(new DragEvent(kind, how));
+          }
+        }""",
+        [name, text],
+    )
+
+
+@pytest.fixture(scope="module")
+def modules(chromium: Browser) -> Any:
+    """A page whose modules can be called one by one."""
+    with running_gateway() as served:
+        visitor = Visitor(chromium)
+        page = visitor.open(served.url)
+        yield page
+        visitor.close()
+
+
+PARSED = "async (text) => (await import('/ui/questions.js')).parseQuestions(text)"
+
+
+@pytest.mark.parametrize(
+    ("text", "format_", "questions"),
+    [
+        ("a\r\n\n  b  \n", "lines", [("a", None), ("b", None)]),
+        ("\ufeffa", "lines", [("a", None)]),
+        ('["a", "b"]', "json", [("a", None), ("b", None)]),
+        ('{"prompt": ["a", "b"]}', "json", [("a", None), ("b", None)]),
+        ('[{"question": "a", "answer": "x"}]', "json", [("a", "x")]),
+        (
+            '{"question": "a", "answer": "x"}\n{"问题": "b", "答案": "y"}',
+            "jsonl",
+            [("a", "x"), ("b", "y")],
+        ),
+        ('"a"\n"b"\n', "jsonl", [("a", None), ("b", None)]),
+        (
+            '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}',
+            "jsonl",
+            [("a", None)],
+        ),
+        (
+            "（1. 问题：甲是什么？\n答案：甲\n是甲（第一）。\n（2. 问题：乙？ 答案：乙。",
+            "course",
+            [("甲是什么？", "甲\n是甲（第一）。"), ("乙？", "乙。")],
+        ),
+        (
+            "(1、问题: 甲？ 答案: 甲。)\n(2、问题: 乙？ 答案: 乙。)",
+            "course",
+            [("甲？", "甲。"), ("乙？", "乙。")],
+        ),
+        ("1. 问题：甲？\n2. 问题：乙？", "course", [("甲？", None), ("乙？", None)]),
+    ],
+)
+def test_questions_are_read_in_every_form(
+    modules: Page, text: str, format_: str, questions: list[tuple[str, str | None]]
+) -> None:
+    read = modules.evaluate(PARSED, text)
+
+    assert read["format"] == format_
+    assert [(one["question"], one.get("reference")) for one in read["items"]] == questions
+
+
+def test_questions_left_out_are_counted(modules: Page) -> None:
+    read = modules.evaluate(PARSED, '{"question": "a"}\n{"no": 1}\n{"question": " "}')
+
+    assert (len(read["items"]), read["skipped"]) == (1, 2)
+
+
+def test_questions_bad_line_is_named(modules: Page) -> None:
+    script = f"async (text) => ({PARSED})(text).catch((error) => error.values)"
+
+    assert modules.evaluate(script, '{"question": "a"}\n{"question": ')["line"] == 2
+
+
+def test_pieces_respect_number_and_bytes(modules: Page) -> None:
+    cut = """async ([texts, most, bytes]) => {
+      const { cutPieces } = await import('/ui/questions.js');
+      const pieces = cutPieces(texts.map((question) => ({ question })), most, bytes);
+      return pieces.map((piece) => piece.map((item) => item.question));
+    }"""
+
+    assert modules.evaluate(cut, [["a", "b", "c"], 2, 1000]) == [["a", "b"], ["c"]]
+    assert modules.evaluate(cut, [["aaaa", "bbbb", "c"], 9, 15]) == [["aaaa", "bbbb"], ["c"]]
+
+
+def test_csv_runs_nothing_in_a_spreadsheet(modules: Page) -> None:
+    write = """async (rows) => (await import('/ui/results.js'))
+      .write("csv", { rows, started: new Date(), seconds: 1, options: {}, model: "m" })"""
+    rows = [{"question": '=HYPERLINK("x")', "answer": "a,\nb", "reference": None, "error": None}]
+
+    text = modules.evaluate(write, rows)
+
+    head, row = (
+        "\ufeffindex,question,answer,reference,error",
+        """0,"'=HYPERLINK(""x"")","a,\nb",,""",
+    )
+    assert text == f"{head}\r\n{row}\r\n"
+
+
+def test_words_are_there_in_both_languages_and_all_of_them_used(modules: Page) -> None:
+    words: dict[str, list[str]] = modules.evaluate(
+        "async () => (await import('/ui/words.js')).allWords()"
+    )
+    source = "".join(path.read_text(encoding="utf-8") for path in STATIC.iterdir())
+    asked = set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.]+)"', source))
+    asked |= set(re.findall(r'say\(\s*"([\w.]+)"', source))
+
+    assert asked <= words.keys()
+    spoken = source.replace("words.js", "")
+    for key, pair in words.items():
+        assert len(pair) == 2, key
+        assert all(pair), key
+        values = [set(re.findall(r"\{\w+\}", text)) for text in pair]
+        assert values[0] - {"{s}"} == values[1], key  # {s} is the English plural's
+        family = key.partition(".")[0]
+        assert f'"{key}"' in spoken or f"`{family}.$" in spoken, f"{key} is said nowhere"
+
+
+@pytest.mark.parametrize(
+    ("locale", "language"), [("zh-CN", "zh-CN"), ("zh-TW", "zh-CN"), ("de-DE", "en")]
+)
+def test_language_follows_the_browser(visitor: Visitor, locale: str, language: str) -> None:
+    with running_gateway() as served:
+        page = visitor.open(served.url, locale=locale, color_scheme="dark")
+
+        assert page.get_attribute("html", "lang") == language
+        assert page.get_attribute("html", "data-theme") == "dark"
+        page.select_option("#language", "zh")
+        page.select_option("#theme", "light")
+        page.reload()
+        assert page.get_attribute("html", "lang") == "zh-CN"
+        assert page.get_attribute("html", "data-theme") == "light"
+        visitor.check(served.url)
+
+
+def test_every_control_has_a_name(visitor: Visitor) -> None:
+    nameless = """() => [...document.querySelectorAll("button, input, select, textarea, a, svg")]
+      .filter((one) => !one.closest("[hidden]") && one.type !== "file")
+      .filter((one) => !(one.labels?.length || one.ariaLabel || one.getAttribute("aria-labelledby")
+        || one.textContent.trim()))
+      .map((one) => one.outerHTML.slice(0, 120))"""
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        ask(page, "one")
+        expect(page.locator(".turn .figures").first).to_contain_text("in all")
+        page.wait_for_selector("[data-tile=running] svg[aria-label]")
+        found = page.evaluate(nameless)
+        open_batch(page, "one")
+        page.click("#run")
+        expect(page.locator("#downloads")).to_be_visible()
+
+        assert found == []
+        assert page.evaluate(nameless) == []
+
+
+def test_motion_is_left_out_for_who_wants_none(visitor: Visitor) -> None:
+    moving = "() => document.getAnimations().filter((one) => one.playState === 'running').length"
+    with running_gateway(Behaviour(is_healthy=False), wait_ready=False) as served:
+        lively = visitor.open(served.url, wait=False)
+        lively.wait_for_selector("#notice-bar.endless")
+        assert lively.evaluate(moving) > 0
+
+        calm = visitor.open(served.url, wait=False, reduced_motion="reduce")
+        calm.wait_for_selector("#notice-bar.endless")
+        assert calm.evaluate(moving) == 0
+
+
+def test_page_at_phone_width_and_large_type_does_not_scroll_sideways(visitor: Visitor) -> None:
+    with running_gateway() as served:
+        page = visitor.open(served.url, viewport={"width": 360, "height": 740})
+        page.evaluate("document.documentElement.style.fontSize = '22px'")
+        ask(page, "averyveryverylongwordwithoutanyspace" * 6)
+        expect(page.locator(".turn .figures")).to_contain_text("in all")
+        assert width_of(page) <= 360
+        open_batch(page, "averyveryverylongwordwithoutanyspace" * 6)
+        page.click("#run")
+        expect(page.locator("#run-title")).to_have_text("1 question answered")
+        assert width_of(page) <= 360
+        shoot(page, "phone-large-type", whole=True)

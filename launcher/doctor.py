@@ -122,7 +122,7 @@ class Doctor:
         )
         if not (self._model.path / "tokenizer.json").is_file():
             yield Finding("warn", "model", "no tokenizer.json: the gateway cannot count tokens")
-        elif not _has_template(self._model.path):
+        elif not self._model.chat_template:
             text = "no chat template: set GATEWAY_PROMPT_STYLE to chatml, qa or raw"
             yield Finding("warn", "model", text)
 
@@ -208,12 +208,6 @@ class Doctor:
             yield Finding("fail", "clock", text)
         else:
             yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
-
-
-def _has_template(path: Path) -> bool:
-    config = path / "tokenizer_config.json"
-    inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return inside or (path / "chat_template.jinja").is_file()
 
 
 def run_doctor(settings: Settings, say: Callable[[str], None]) -> int:

@@ -32,6 +32,7 @@ class Flags:
     version: str
     kinds: dict[str, str]
     fields: dict[str, list[str]] = field(default_factory=dict)
+    choices: dict[str, list[str]] = field(default_factory=dict)
 
     def kind(self, name: str) -> str:
         return self.kinds.get(name, "value")
@@ -56,6 +57,13 @@ class Flags:
         if tail:
             self._check_field(head, tail, origin)
 
+    def check_value(self, name: str, value: Any, *, origin: str) -> None:
+        """For flags whose values are names that the parser itself does not look at."""
+        known = self.choices.get(name)
+        if known and value not in known:
+            near = suggest(str(value), known) or f" (it knows {', '.join(known)})"
+            raise SettingsError(f"{origin} {name}: vLLM {self.version} has no {value!r}{near}")
+
     def _check_field(self, head: str, tail: str, origin: str) -> None:
         known, path = self.fields.get(head), head
         for part in tail.split("."):
@@ -72,7 +80,7 @@ class Flags:
 def read_shipped_flags() -> Flags:
     data = tomllib.loads((_FOLDER / "flags.toml").read_text(encoding="utf-8"))
     kinds = {name: kind for kind in KINDS for name in data[kind]}
-    return Flags(data["version"], kinds, data["fields"])
+    return Flags(data["version"], kinds, data["fields"], data["choices"])
 
 
 def read_flags(version: str, cache: Path) -> Flags:
@@ -81,12 +89,13 @@ def read_flags(version: str, cache: Path) -> Flags:
     if version in ("", shipped.version):
         return shipped
     file = cache / f"flags-{version}.json"
-    if not file.is_file():
-        answer = _ask_parser("list", [])
+    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "choices" not in data:  # not asked yet, or by an earlier launcher, which asked for less
+        answer = _ask_parser("list", [])[0]
+        data = json.loads(answer)
         cache.mkdir(parents=True, exist_ok=True)
-        file.write_text(answer[0], encoding="utf-8")
-    data = json.loads(file.read_text(encoding="utf-8"))
-    return Flags(version, data["flags"], data["fields"])
+        file.write_text(answer, encoding="utf-8")
+    return Flags(version, data["flags"], data["fields"], data["choices"])
 
 
 def try_commands(commands: Sequence[Sequence[str]]) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -14,6 +15,11 @@ from launcher.errors import SettingsError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
+# What `explain` needs of a model: its shape, and how it is told to write.
+_DESCRIPTION = [
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template*",
+    "additional_chat_templates/*",
+]  # fmt: skip
 # Weights per element, packed scales included, by the checkpoint's own quantisation.
 _QUANT_BYTES = {"fp8": 1.0, "awq": 0.56, "gptq": 0.56, "bitsandbytes": 0.56}
 
@@ -59,6 +65,8 @@ class Model:
     path: Path
     shape: Shape
     file_bytes: int  # of the weights on disk; 0 where only the config is here
+    model_type: str = ""
+    chat_template: str = ""  # all of them, where it has several; empty: none
 
     def weight_bytes(self, quantization: str) -> int:
         """In device memory, under the engine option `quantization` (empty: as the files are)."""
@@ -78,21 +86,43 @@ def find_model(settings: Settings, *, config_only: bool = False) -> Model:
     needs_weights = not config_only and "load-format=dummy" not in settings.set
     if not size and needs_weights:
         raise SettingsError(f"model: {path} has no weights (*.safetensors, *.bin)")
-    return Model(settings.model, settings.served_model_name or _name(settings), path, shape, size)
+    served_name = settings.served_model_name or _name(settings)
+    model_type = str(_read_config(path).get("model_type", ""))
+    template = read_chat_template(path)
+    return Model(settings.model, served_name, path, shape, size, model_type, template)
 
 
 def read_shape(path: Path) -> Shape:
+    whole = _read_config(path)
+    text = {**whole, **whole.get("text_config", {})}
+    try:
+        return _build_shape(whole, text)
+    except KeyError as error:
+        raise SettingsError(f"model: {path / 'config.json'} does not say {error}") from None
+
+
+def read_chat_template(path: Path) -> str:
+    """In a file of its own, or in the tokenizer's, where it may be several by name."""
+    files = [path / "chat_template.jinja", *(path / "additional_chat_templates").glob("*.jinja")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            value = json.loads((path / name).read_text(encoding="utf-8")).get("chat_template")
+            rows = value if isinstance(value, list) else [{"template": value}]
+            texts += [str(row["template"]) for row in rows if row.get("template")]
+    return "\n".join(texts)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         whole = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"model: {path} has no config.json") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"model: {path / 'config.json'} cannot be read: {error}") from None
-    text = {**whole, **whole.get("text_config", {})}
-    try:
-        return _build_shape(whole, text)
-    except KeyError as error:
-        raise SettingsError(f"model: {path / 'config.json'} does not say {error}") from None
+    if not isinstance(whole, dict):
+        raise SettingsError(f"model: {path / 'config.json'} holds no object")
+    return whole
 
 
 def _build_shape(whole: dict[str, Any], text: dict[str, Any]) -> Shape:
@@ -137,12 +167,12 @@ def _find_folder(settings: Settings, *, config_only: bool) -> Path:
 
 def _fetch_huggingface(name: str, *, config_only: bool) -> Path:
     # Imported late: `--help` should not wait for it.
-    from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
         if config_only:
-            return Path(hf_hub_download(name, "config.json")).parent
+            return Path(snapshot_download(name, allow_patterns=_DESCRIPTION))
         try:
             here = Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
@@ -166,7 +196,7 @@ def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
         raise SettingsError(
             "model: LAUNCHER_HUB=modelscope needs its package: pip install modelscope"
         ) from None
-    only = {"allow_patterns": ["config.json"]} if config_only else {}
+    only = {"allow_patterns": _DESCRIPTION} if config_only else {}
     try:
         here = Path(modelscope.snapshot_download(name, local_files_only=True))
         if config_only or is_complete(here):

@@ -30,8 +30,9 @@ def main() -> int:
         parser = build_parser()
         flags = list_flags(parser)
         fields = list_fields(flags)
+        choices = list_choices()
     if sys.argv[1] == "list":
-        print(json.dumps({"flags": flags, "fields": fields}))  # noqa: T201
+        print(json.dumps({"flags": flags, "fields": fields, "choices": choices}))  # noqa: T201
     else:
         for line in sys.stdin:
             print(json.dumps(try_argv(parser, json.loads(line))), flush=True)  # noqa: T201
@@ -80,6 +81,16 @@ def list_fields(flags: dict[str, str]) -> dict[str, list[str]]:
         if name.split(".")[0] in flags and hasattr(where, kind):
             fields[name] = [f.name for f in dataclasses.fields(getattr(where, kind)) if f.init]
     return fields
+
+
+def list_choices() -> dict[str, list[str]]:
+    """Names that argparse takes as any text, and the server refuses seconds later."""
+    tools = importlib.import_module("vllm.tool_parsers").ToolParserManager
+    reasoning = importlib.import_module("vllm.reasoning").ReasoningParserManager
+    return {
+        "tool-call-parser": sorted(tools.list_registered()),
+        "reasoning-parser": sorted(reasoning.list_registered()),
+    }
 
 
 def try_argv(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from launcher.budget import RULES, Budget, Sizing, Workload, compute_budget
 from launcher.config import suggest
 from launcher.errors import SettingsError
+from launcher.families import find_rows
 from launcher.flags import Flags, find_change
 from launcher.hardware import Device, read_cpu
 from launcher.models import Model
@@ -104,6 +105,8 @@ def build_plan(
         origin = f"{name} {section}".strip()
         options |= _choices(tables.get("options", {}), origin)
         environment |= _choices(tables.get("env", {}), origin)
+    overrides = tuple(overrides)
+    options |= choose_parsers(model, flags, overrides)
     for choice in overrides:
         # Variables are upper case, flags never are.
         (environment if choice.name.isupper() else options)[choice.name] = choice
@@ -123,9 +126,35 @@ def build_plan(
     )  # fmt: skip
 
 
+def choose_parsers(model: Model, flags: Flags, overrides: Iterable[Choice]) -> dict[str, Choice]:
+    """What reads the model's calls of tools and its thinking; `overrides` may say otherwise."""
+    asked = {choice.name: choice for choice in overrides}
+    chosen = {
+        row.flag: Choice(row.flag, row.parser, row.reason, row.source, f"model {row.family}")
+        for row in find_rows(model, _read_template(model, asked.get("chat-template")))
+        if row.parser in flags.choices.get(row.flag, ())
+    }
+    reader = {**chosen, **asked}.get("tool-call-parser")
+    if reader and not reader.omit:
+        name = "enable-auto-tool-choice"
+        reason = "without it vLLM ignores the parser and refuses every request with tools"
+        source = "vLLM 0.32 renderers/online_renderer.py:254"
+        chosen[name] = Choice(name, True, reason, source, reader.origin)
+    return chosen
+
+
+def _read_template(model: Model, asked: Choice | None) -> str:
+    if asked is None or asked.omit:
+        return model.chat_template
+    try:
+        return Path(str(asked.value)).read_text(encoding="utf-8")
+    except OSError:  # it may be the template itself
+        return str(asked.value)
+
+
 def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[Choice]:
     """`key=value` as the setting `set` has them; a key may be spelt with underscores."""
-    choices = []
+    choices: list[Choice] = []
     for pair in pairs:
         key, _, text = pair.partition("=")
         name = flags.resolve(key)
@@ -133,6 +162,11 @@ def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[Choice]:
             raise SettingsError(f"--set {key}: not here; set {_OWNED[name]}")
         value = parse_value(text, flags.kind(name))
         choices.append(Choice(name, value, "asked for", "--set", "--set", omit=text == ""))
+    names = {choice.name for choice in choices}
+    for choice in choices:
+        # A plugin brings parsers that only it knows.
+        if not choice.omit and f"{choice.name.replace('-call', '')}-plugin" not in names:
+            flags.check_value(choice.name, choice.value, origin="--set")
     return choices
 
 

@@ -53,14 +53,26 @@ STYLES = (
     "You are an expert in GPU programming. Be brief and precise.",
 )
 
-# The turns of Qwen3 without tools: what the template can say is all that the model was taught.
+# The turns of Qwen3. Tools are shown, so that clients which bring some are served, but the model
+# was not taught to call any: it does so only where a grammar leaves it no choice.
 CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson + '\\n' }}
+    {%- endfor %}
+    {{- 'A call: <tool_call>{"name": "...", "arguments": {}}</tool_call><|im_end|>\\n' }}
+{%- endif %}
 {%- for message in messages %}
     {%- set content = message.content or '' %}
     {%- if message.role == 'assistant' and '</think>' in content %}
         {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
     {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>' + call.function | tojson + '</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}

@@ -20,7 +20,7 @@ FLOORS = (
     ("fingerprint", "probe", "output", "process"),
     ("command", "engine_log", "warm", "rouge"),
     ("profiles",),
-    ("budget",),
+    ("budget", "families"),
     ("models", "hardware", "flags"),
     ("config",),
     ("errors",),

@@ -54,7 +54,7 @@ def _row(figure: Figure) -> str:
 
 
 def _range(figure: Figure) -> str:
-    if figure.low is None and figure.high is None:
+    if figure.low == figure.high:  # none, or none worth showing
         return ""
     if figure.low is None:
         return f"up to {format_number(figure.high or 0.0)}"

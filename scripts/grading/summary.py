@@ -90,7 +90,7 @@ def _describe_lengths(lengths: Sequence[int]) -> str:
 
 
 def build_figures(grade: Grade) -> list[Figure]:
-    """For the record of a run: medians over the runs, with their range."""
+    """For the record of a run: medians over the runs, with their range; no two of one name."""
     facts, runs = grade.facts, grade.runs
 
     def figure(name: str, read: Callable[[RunResult], float], unit: str, note: str = "") -> Figure:
@@ -109,8 +109,7 @@ def build_figures(grade: Grade) -> list[Figure]:
         figures.append(figure("tokens/s", lambda r: r.speed.tokens_per_s or 0.0, "/s"))
     figures.append(figure("characters/s", lambda r: r.speed.characters_per_s, "/s"))
     if facts.unique_questions < facts.questions:
-        note = f"{facts.unique_questions} different questions, each counted once"
-        figures.append(
-            figure("characters/s", lambda r: r.unique_speed.characters_per_s, "/s", note)
-        )
+        note = f"{facts.unique_questions} different questions"
+        name = "characters/s, each question once"
+        figures.append(figure(name, lambda r: r.unique_speed.characters_per_s, "/s", note))
     return figures

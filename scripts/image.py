@@ -75,10 +75,16 @@ def add_packages(lock: Path) -> None:
         install(lacking)
         if worse := sorted(list_complaints() - complaints):
             raise ImageError(f"this image's packages no longer fit together: {'; '.join(worse)}")
-    for name in sorted(lacking):
-        was = f"{installed[name]} -> " if name in installed else ""
-        print(f"image: {name} {was}{pin_of(lacking[name])}")
-    print(f"image: {len(lacking)} packages added, {len(installed)} left as they were")
+    # Told from what is there now: an entry may be for another platform.
+    importlib.invalidate_caches()
+    added = {name: now for name, now in list_installed().items() if installed.get(name) != now}
+    for name, now in sorted(added.items()):
+        print(
+            f"image: {name} {installed[name]} -> {now}"
+            if name in installed
+            else f"image: {name} {now}"
+        )
+    print(f"image: {len(added)} packages added, {len(installed)} were there")
 
 
 def find_lacking(
@@ -152,11 +158,6 @@ def fold(name: str) -> str:
 def release(version: str) -> tuple[int, ...]:
     found = re.match(r"[\d.]*\d", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def pin_of(entry: str) -> str:
-    found = _PIN.match(entry)
-    return found[2] if found else ""
 
 
 # --- a model ---

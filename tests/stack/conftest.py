@@ -150,7 +150,9 @@ def pytest_runtest_makereport(
 def save_logs(docker: Docker) -> None:
     folder = ROOT / "out" / "stack"
     folder.mkdir(parents=True, exist_ok=True)
-    text = docker.compose("ps", "--all") + docker.compose("logs", "--no-color", "--timestamps")
+    every = ("--profile", "*")
+    text = docker.compose(*every, "ps", "--all")
+    text += docker.compose(*every, "logs", "--no-color", "--timestamps")
     (folder / "services.log").write_text(text, encoding="utf-8")
     shutil.copy(docker.log, folder / "dockerd.log")
 

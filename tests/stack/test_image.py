@@ -1,0 +1,212 @@
+"""What goes into the images beside the programs: packages on top of others' ones, and a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from scripts import image
+
+ROOT = Path(__file__).parent.parent.parent
+LOCK = """\
+aiohttp==3.14.5 \\
+    --hash=sha256:aa
+    # via vllm-gateway
+orjson==3.13.0 \\
+    --hash=sha256:bb
+colorama==0.4.6 ; sys_platform == 'win32' \\
+    --hash=sha256:cc
+Typing_Extensions==4.16.0 \\
+    --hash=sha256:dd
+"""
+FLOORS = {"aiohttp": "3.14.1", "orjson": "3.11"}
+
+
+def call(*words: str | Path, **variables: str) -> tuple[int, str]:
+    """`image.py` as an image's build runs it; what it says on either stream."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "image.py", *words],
+        env={**os.environ, "HF_TOKEN": "", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+# --- packages ---
+
+
+@pytest.mark.parametrize(
+    ("installed", "lacking"),
+    [
+        ({}, {"aiohttp", "orjson", "colorama", "typing-extensions"}),
+        # What vLLM's image has newer than the lock stays, what is older than needed does not.
+        ({"aiohttp": "4.0.0", "orjson": "3.11"}, {"colorama", "typing-extensions"}),
+        ({"aiohttp": "3.9.9", "orjson": "3.12"}, {"aiohttp", "colorama", "typing-extensions"}),
+        ({"typing-extensions": "4.1.0"}, {"aiohttp", "orjson", "colorama"}),
+    ],
+)
+def test_packages_lacking_are_those_absent_or_too_old(
+    installed: dict[str, str], lacking: set[str]
+) -> None:
+    assert set(image.find_lacking(LOCK, FLOORS, installed)) == lacking
+
+
+def test_packages_lacking_keep_their_marker_and_every_hash() -> None:
+    found = image.find_lacking(LOCK, FLOORS, {})
+    assert "sys_platform == 'win32'" in found["colorama"]
+    assert "--hash=sha256:aa" in found["aiohttp"]
+
+
+def test_packages_of_this_environment_are_complete_and_left_alone() -> None:
+    before = image.list_installed()
+    code, said = call("packages", ROOT / "requirements" / "gateway.txt")
+    assert code == 0, said
+    assert "image: 0 packages added" in said
+    assert image.list_installed() == before
+
+
+def test_every_dependency_has_a_floor_that_the_lock_keeps() -> None:
+    """A dependency written otherwise would never be checked against what an image has."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pyproject = tomllib.loads(text)
+    floors = image.read_floors(pyproject)
+    assert len(floors) == len(pyproject["project"]["dependencies"])
+    lock = (ROOT / "requirements" / "image.txt").read_text(encoding="utf-8")
+    entries = image.find_lacking(lock, {}, {})
+    for name, floor in floors.items():
+        pinned = entries[name].partition("==")[2].split()[0]
+        assert image.release(pinned) >= image.release(floor), name
+
+
+# --- a model ---
+
+
+def test_model_demo_is_copied_and_found_again(tmp_path: Path) -> None:
+    code, said = call("model", "demo", tmp_path)
+    assert (code, "is ready" in said) == (0, True), said
+    assert (tmp_path / "demo" / "model.safetensors").is_file()
+    assert call("model", "demo", tmp_path) == (0, f"image: {tmp_path / 'demo'} is there\n")
+
+
+def test_model_of_ones_own_needs_no_hub(tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "model"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text("{}")
+    (own / "model.safetensors").write_bytes(b"weights")
+    assert call("model", "mine/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")[0] == 0
+
+
+def test_model_not_wanted_is_none(tmp_path: Path) -> None:
+    assert call("model", "", tmp_path)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing-here", "put one there"),
+        ("../etc", "neither a hub's name"),
+        ("a/b/c", "neither a hub's name"),
+        ("some/model", "cannot get some/model from huggingface"),
+    ],
+)
+def test_model_that_cannot_be_had_is_said_in_one_line(tmp_path: Path, name: str, says: str) -> None:
+    code, said = call("model", name, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert code == 2
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_model_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, said = call("model", "demo", tmp_path / "file")
+    assert code == 2
+    assert "must be allowed to write there" in said
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of Hugging Face's interface as a download takes."""
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    asked: list[tuple[str, str]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers.get("Authorization", "")))
+        if self.path.startswith("/api/models/some/model"):
+            if "/tree/" in self.path:
+                rows = [
+                    {"type": "file", "path": name, "size": len(content), "oid": name}
+                    for name, content in self.files.items()
+                ]
+                self._answer(json.dumps(rows).encode(), {"Content-Type": "application/json"})
+                return
+            names = [{"rfilename": name} for name in self.files]
+            about = {"id": "some/model", "sha": self.commit, "siblings": names}
+            self._answer(json.dumps(about).encode(), {"Content-Type": "application/json"})
+            return
+        name = self.path.rpartition("/")[2]
+        if name in self.files:
+            etag = f'"{name}"'
+            self._answer(self.files[name], {"ETag": etag, "X-Repo-Commit": self.commit})
+        else:
+            self.send_error(404)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _answer(self, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    Hub.files = {
+        "config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "model.safetensors": b"weights",
+        "model.gguf": b"the same once more",
+    }
+    Hub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_model_of_a_hub_is_fetched_whole_without_what_is_not_served(
+    tmp_path: Path, hub: str
+) -> None:
+    code, said = call("model", "some/model", tmp_path, HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
+    assert code == 0, said
+    got = {path.name for path in (tmp_path / "some" / "model").iterdir()}
+    assert got == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert "Bearer hf_secret" in {token for _, token in Hub.asked}
+    assert "hf_secret" not in said
+
+
+def test_model_of_a_hub_without_weights_is_not_put_into_place(tmp_path: Path, hub: str) -> None:
+    del Hub.files["model.safetensors"]
+    code, said = call("model", "some/model", tmp_path, HF_ENDPOINT=hub)
+    assert (code, "no model with weights" in said) == (2, True)
+    assert not (tmp_path / "some").exists()

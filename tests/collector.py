@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,3 +84,30 @@ async def serve_collector() -> AsyncIterator[Collector]:
     async with serve_app(build_collector(collector)) as url:
         collector.url = url
         yield collector
+
+
+@contextlib.contextmanager
+def run_collector() -> Iterator[Collector]:
+    """The same in a thread of its own, for tests that wait in plain code."""
+    started: list[Collector] = []
+    is_up = threading.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        async with serve_collector() as collector:
+            started.append(collector)
+            is_up.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    task = loop.create_task(serve())
+    thread = threading.Thread(target=loop.run_until_complete, args=(task,), daemon=True)
+    thread.start()
+    if not is_up.wait(10):
+        raise TimeoutError("the collector does not listen")
+    try:
+        yield started[0]
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(10)
+        loop.close()

@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.collector import Collector, run_collector
+
 ROOT = Path(__file__).parent.parent.parent
 LONGEST_START_S = 60
 
@@ -54,11 +56,19 @@ def pairs() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def collector() -> Iterator[Collector]:
+    """Where engine and gateway send their spans, in a thread that outlives every test's loop."""
+    with run_collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
     port, engine_port, status_port = free_ports(3)
     folder = tmp_path_factory.mktemp("stack")
     command = [sys.executable, "-m", "launcher", "up", "--port", str(port)]
     command += ["--engine-port", str(engine_port), "--status-port", str(status_port)]
+    command += ["--otlp-endpoint", collector.url, "--engine-log", "requests"]
     environment = os.environ | {"XDG_STATE_HOME": str(folder)}
     log_path = folder / "up.log"
     started = time.monotonic()

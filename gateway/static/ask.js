@@ -5,6 +5,8 @@ import { announce, button, find, make, readNumber, setText, showFailure } from "
 import { explain, persist } from "./trouble.js";
 import { examples, number, rate, say, span } from "./words.js";
 
+const SHORTEST_WRITING_S = 0.1;
+
 export class AskPanel {
   #turns = [];
   #current = null;
@@ -224,8 +226,9 @@ class Turn {
     const parts = [say("ask.first", { value: span((this.#firstAt - this.began) / 1000) })];
     if (this.tokens) {
       parts.push(say("ask.tokens", { count: number(this.tokens) }));
-      // The first token came with the prompt's work; the rate is of those after it.
-      const value = writing > 0.01 && this.tokens > 1 ? (this.tokens - 1) / writing : this.tokens / total;
+      // The first token came with the prompt's work; the rate is of those after it. Where all came
+      // at once, there is nothing to measure but the whole.
+      const value = writing > SHORTEST_WRITING_S && this.tokens > 1 ? (this.tokens - 1) / writing : this.tokens / total;
       parts.push(say("ask.rate", { value: rate(value) }));
     }
     if (this.#endAt) parts.push(say("ask.total", { value: span(total) }));

@@ -32,7 +32,7 @@ export class BatchPanel {
       this.#typing = setTimeout(() => this.#take(find("paste").value), SLOW_READING_MS);
     });
     find("batch-form").addEventListener("change", () => this.show());
-    find("piece").addEventListener("focus", () => (this.#how = "pieces"));
+    for (const event of ["input", "click"]) find("piece").addEventListener(event, () => (this.#how = "pieces"));
     find("batch-form").addEventListener("submit", (event) => {
       event.preventDefault();
       clearTimeout(this.#typing);

@@ -27,7 +27,8 @@ const NOTICES = {
   stopped: "down",
   stopping: "stopping",
 };
-const TONES = { ready: "good", unknown: "calm", starting: "busy", warming: "busy", restarting: "busy", waiting: "busy" };
+const BUSY = ["starting", "warming", "restarting", "waiting", "key"];
+const TONES = { ready: "good", unknown: "calm", ...Object.fromEntries(BUSY.map((state) => [state, "busy"])) };
 
 export class EnginePanel {
   #body = find("engine-body");
@@ -67,7 +68,8 @@ export class EnginePanel {
     const ready = status?.engines.filter((engine) => engine.state === "ready").length ?? 0;
     let text = say(`state.${state}`);
     if (state === "ready" && ready < total) text = say("engine.of", { ready, total });
-    setText(find("pill-text"), model && state !== "key" ? `${text} · ${model}` : text);
+    const isKnown = model && state !== "key" && state !== "unreachable";
+    setText(find("pill-text"), isKnown ? `${text} · ${model}` : text);
     document.title = state === "ready" || state === "unknown" ? "vllm-gateway" : `${say(`state.${state}`)} · vllm-gateway`;
   }
 
@@ -153,9 +155,10 @@ export class EnginePanel {
     const engine = status.engines.find((one) => one.model) ?? status.engines[0] ?? {};
     const load = engine.load;
     const restarts = Object.values(launcher.restarts ?? {}).reduce((sum, one) => sum + one, 0);
-    const word = launcher.state && state !== "ready" ? `state.${state}` : `state.${engine.state ?? "unknown"}`;
+    const isGone = state === "unreachable";
+    const word = isGone || (launcher.state && state !== "ready") ? `state.${state}` : `state.${engine.state ?? "unknown"}`;
     facts(this.#facts, [
-      [say("state"), say(word) + (launcher.since_s ? ` · ${running(launcher.since_s)}` : "")],
+      [say("state"), say(word) + (launcher.since_s && !isGone ? ` · ${running(launcher.since_s)}` : "")],
       [say("engine.model"), engine.model ?? launcher.model],
       [say("engine.device"), launcher.device],
       [say("engine.profile"), launcher.profile],
@@ -224,5 +227,11 @@ function showLines(lines) {
   block.tabIndex = 0;
   block.setAttribute("role", "region");
   block.setAttribute("aria-label", say("crash.lines"));
+  // The end is what matters; it can be scrolled to once the card is open.
+  new IntersectionObserver(([entry], observer) => {
+    if (!entry.isIntersecting) return;
+    block.scrollTop = block.scrollHeight;
+    observer.disconnect();
+  }).observe(block);
   return make("div", make("h3", say("crash.lines")), block);
 }

@@ -45,13 +45,14 @@ export class Figures {
   }
 
   show() {
-    const { samples, status } = this.live;
+    const { samples, state, status } = this.live;
     const newest = samples.at(-1);
     for (const tile of this.#tiles) {
       setText(tile.label, say(tile.name));
       const values = samples.map(tile.pick);
       const value = tile.isSparse ? values.findLast((one) => one !== null) : newest && tile.pick(newest);
-      setText(tile.value, value === null || value === undefined ? "–" : tile.format(value));
+      const isUnknown = value === null || value === undefined || state === "unreachable";
+      setText(tile.value, isUnknown ? "–" : tile.format(value));
       setText(tile.noteElement, status && tile.note ? tile.note(status) : "");
       tile.chart.show(samples, tile.pick);
     }

@@ -294,12 +294,12 @@ export function bytes(count) {
 /** A time span as people say it: 34 ms, 1.2 s, 3 min 20 s, 2 h 5 min. */
 export function span(seconds) {
   const units = language === "zh" ? ["毫秒", "秒", "分", "小时", "天"] : ["ms", "s", "min", "h", "d"];
-  if (seconds < 0.9995) return `${number(seconds * 1000)} ${units[0]}`;
-  if (seconds < 59.95) return `${number(seconds, seconds < 9.95 ? 1 : 0)} ${units[1]}`;
+  if (seconds < 0.9995) return `${number(seconds * 1000)}\u00a0${units[0]}`;
+  if (seconds < 59.95) return `${number(seconds, seconds < 9.95 ? 1 : 0)}\u00a0${units[1]}`;
   const whole = Math.round(seconds);
   const pair = (size, unit, next, nextUnit) => {
     const rest = Math.floor((whole % size) / next);
-    return `${Math.floor(whole / size)} ${unit}` + (rest ? ` ${rest} ${nextUnit}` : "");
+    return `${Math.floor(whole / size)}\u00a0${unit}` + (rest ? `\u00a0${rest}\u00a0${nextUnit}` : "");
   };
   if (whole < 3600) return pair(60, units[2], 1, units[1]);
   if (whole < 86400) return pair(3600, units[3], 60, units[2]);

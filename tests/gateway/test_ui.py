@@ -183,6 +183,42 @@ def test_page_files_name_no_other_host() -> None:
         assert len(text) < 40_000
 
 
+def _read_colours() -> dict[str, dict[str, str]]:
+    """The variables of each theme; the dark one changes what it names."""
+    css = (STATIC / "page.css").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^(:root[^{]*?) \{(.*?)^\}", css, re.MULTILINE | re.DOTALL))
+    light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", blocks[":root"]))
+    dark = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", blocks[':root[data-theme="dark"]']))
+    assert light.keys() == dark.keys()
+    return {"light": light, "dark": dark}
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("front", "backs"),
+    [
+        ("ink", "paper card sunken wash busy-wash bad-wash"),
+        ("soft", "paper card sunken busy-wash bad-wash"),
+        ("accent", "paper card wash"),
+        ("accent-ink", "accent"),
+        ("bad", "card paper"),
+    ],
+)
+def test_page_text_has_the_contrast_that_eyes_need(theme: str, front: str, backs: str) -> None:
+    colours = _read_colours()[theme]
+    for back in backs.split():
+        pair = sorted((_luminance(colours[front]), _luminance(colours[back])))
+        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, f"{front} on {back}"
+
+
 async def test_page_asked_for_again_is_not_sent_again(served: Served) -> None:
     first = await served.client.get("/ui/page.js")
     again = await served.client.get("/ui/page.js", headers={"If-None-Match": first.headers["ETag"]})

@@ -151,9 +151,9 @@ def test_batch_of_50_in_one_call_is_answered_and_downloaded(
     expect(page.locator("#run-facts")).to_contain_text("Tokens/s")
     assert calls.count("/predict") == 1
     expect(page.locator(".result")).to_have_count(25)
+    shoot(page, "batch-done")
     page.click("#more")
     expect(page.locator(".result")).to_have_count(50)
-    shoot(page, "batch-done")
     expected = [(pair["question"], pair["answer"]) for pair in pairs[:50]]
     for kind, read in (("json", _read_json), ("jsonl", _read_jsonl), ("csv", _read_csv)):
         with page.expect_download() as download:
@@ -226,7 +226,7 @@ def test_figures_and_charts_show_the_work(stack: Stack, visitor: Visitor) -> Non
         expect(page.locator(".turn .figures").first).to_contain_text("in all")
         page.wait_for_timeout(1100)  # a reading is a second old at most
 
-    expect(page.locator("[data-tile=first] .value")).to_have_text(re.compile(r"^[\d.,]+ (ms|s)$"))
+    expect(page.locator("[data-tile=first] .value")).to_have_text(re.compile(r"^[\d.,]+\s(ms|s)$"))
     for tile in ("rate", "running", "waiting", "kv", "first"):
         chart = page.locator(f"[data-tile={tile}] svg")
         assert "highest" in str(chart.get_attribute("aria-label")), tile
@@ -312,6 +312,7 @@ def test_engine_killed_under_the_open_page_is_seen_to_recover(
     page.click(".crash summary")
     expect(page.locator(".crash")).to_contain_text("It was killed by SIGKILL.")
     expect(page.locator(".crash pre")).to_contain_text("INFO")
+    page.wait_for_selector(".turn:not([aria-busy]) .figures")
     shoot(page, "recovered")
     assert page.evaluate("window.isSamePage")
     assert sum(stack.read_engine()["restarts"].values()) == 1

@@ -311,9 +311,10 @@ def find_worse(comparison: Comparison, path: str) -> Iterator[Finding]:
 def keep_record(grade: Grade, path: Path) -> None:
     facts = grade.facts
     name = f"Grade of {facts.model or facts.server_url}, {facts.questions} questions"
-    engine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.engine.items())
     about = f"{facts.questions_file} {facts.sending}; {len(grade.runs)} runs."
-    about += f" Engine: {engine}." if engine else ""
+    if facts.engine:
+        known = (f"{key} {facts.engine[key]}" for key in ("profile", "device", "fingerprint"))
+        about += f" {facts.engine['vllm']}, {', '.join(known)}."
     figures = build_figures(grade)
     record = take_record(name, figures, about=about, command=facts.command, machine=facts.machine)
     write_record(record, path)

@@ -27,10 +27,28 @@ sys.path.insert(0, str(ROOT))
 from scripts.checking.contract import CONTRACT_CHECKS  # noqa: E402
 from scripts.checking.door import CheckFailed, Door, Seen, open_door  # noqa: E402
 from scripts.checking.engine import ENGINE_CHECKS  # noqa: E402
-from scripts.record import Figure, describe_machine, take_record, write_record  # noqa: E402
+from scripts.record import (  # noqa: E402
+    Figure,
+    describe_command,
+    describe_machine,
+    take_record,
+    write_record,
+)
 
 Check = Callable[[Door], Seen]
 CHECKS: tuple[tuple[str, Check], ...] = (*ENGINE_CHECKS, *CONTRACT_CHECKS)
+# Of what checks measure: its name in a record, its unit there, how many of those a unit here has.
+_FIGURES = {
+    "load_s": ("load time of the engine", "s", 1),
+    "first_token_s": ("first token of a stream", "ms", 1000),
+    "stream_s": ("a stream of 64 tokens", "ms", 1000),
+    "latency_s": ("one token, median of 5 calls", "ms", 1000),
+    "tokens_per_s": ("64 prompts in one call", "tokens/s", 1),
+    "main_MiB": ("main memory of the engine", "MiB", 1),
+    "GPU_MiB": ("GPU memory of the engine", "MiB", 1),
+    "many_s": ("1,025 prompts in one call, 4 tokens each", "s", 1),
+    "freed_s": ("from a hang-up to a free engine", "ms", 1000),
+}
 _GREEN, _RED, _RESET = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 
 
@@ -113,16 +131,15 @@ def keep(arguments: argparse.Namespace, outcomes: Sequence[Outcome], model: str)
         count = Figure("checks passed", passed, f"of {len(outcomes)}")
         others = [build_figure(*item) for outcome in outcomes for item in outcome.figures.items()]
         machine = arguments.machine or describe_machine()
-        record = take_record(f"Self-test of {model}", [count, *others], machine=machine)
+        command = describe_command().replace(arguments.api_key or "\0", "…")
+        name, figures = f"Self-test of {model}", [count, *others]
+        record = take_record(name, figures, command=command, machine=machine)
         write_record(record, Path(arguments.record))
 
 
 def build_figure(key: str, value: float) -> Figure:
-    """`first_token_s` is the first token in seconds."""
-    known = {"tokens_per_s": ("throughput of 64 prompts", "tokens/s")}
-    stem, _, unit = key.rpartition("_")
-    name, unit = known.get(key, (stem.replace("_", " "), unit))
-    return Figure(name, round(value, 4), unit)
+    name, unit, factor = _FIGURES[key]
+    return Figure(name, round(value * factor, 2), unit)
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:

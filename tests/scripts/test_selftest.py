@@ -17,6 +17,7 @@ from scripts import selftest
 from scripts.checking import contract
 from scripts.checking.contract import _REFUSED_PLACES, CONTRACT_CHECKS
 from scripts.checking.door import open_door
+from scripts.record import read_record
 from scripts.selftest import CHECKS, Outcome, perform
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.conftest import serve_gateway
@@ -247,6 +248,21 @@ async def test_program_prints_json_alone_where_it_is_wanted() -> None:
     assert code == 0
     assert json.loads(out)["passed"] is True
     assert "1 of 1 passed" in err
+
+
+async def test_program_keeps_a_record_without_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    async with serve_app(build_server(answer)) as url:
+        code, _, err = await run(
+            *("--server-url", url, "--only", "empty", "1,025", "--record", str(file)),
+            *("--api-key", "sk-secret"),
+        )
+
+    assert code == 0, err
+    record = read_record(file)
+    assert [figure.unit for figure in record.figures] == ["of 2", "s"]
+    assert "sk-secret" not in file.read_text(encoding="utf-8")
+    assert "--api-key …" in record.command
 
 
 async def test_program_without_a_server_says_so() -> None:

@@ -7,10 +7,14 @@ engine that answers a call twice would so tell one caller what another asked; he
 from __future__ import annotations
 
 import functools
+import socket
 from typing import Any
 
 import aiohttp
+from aiohttp import AddrInfoType
 from aiohttp.client_proto import ResponseHandler
+
+_KERNEL_BYTES = 2**18
 
 
 class _Line(ResponseHandler):
@@ -38,9 +42,17 @@ class _Line(ResponseHandler):
         self._is_listening = False
 
 
+def _make_socket(address: AddrInfoType) -> socket.socket:
+    """Left to itself, the kernel would hold megabytes of a stream whose reader is slow."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BYTES)
+    return made
+
+
 class EngineConnector(aiohttp.TCPConnector):
     """aiohttp's pool of connections, with lines of our own."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(socket_factory=_make_socket, **options)
         self._factory = functools.partial(_Line, loop=self._loop)  # type: ignore[assignment]

@@ -7,6 +7,8 @@ text, and a traceback in the log.
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from typing import Any, cast
 
 import structlog
@@ -17,6 +19,7 @@ from gateway.config import Settings
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.middleware import refuse, translate
 
+_UNSENT_BYTES = 2**17
 log = structlog.get_logger("gateway")
 
 
@@ -28,6 +31,12 @@ class Connection(web.RequestHandler):
     @property
     def _app(self) -> web.Application:
         return cast("Server", self._manager).app
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # Left to itself, the kernel would take megabytes for a caller who reads slowly.
+        line = transport.get_extra_info("socket")
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
     def handle_error(
         self,

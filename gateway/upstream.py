@@ -19,6 +19,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+# aiohttp holds two of these before it lets the engine wait; its own would be 256 KiB.
+_READ_BYTES = 2**15
+
 
 class Answer:
     """A head that has come, and its body on the way. Left as a context, it frees its connection:
@@ -94,7 +97,9 @@ class Upstream:
         protocol, transport = connection.protocol, connection.transport
         if protocol is None or transport is None or transport.is_closing():
             raise aiohttp.ServerDisconnectedError
-        protocol.set_response_params(read_until_eof=True, auto_decompress=False)
+        protocol.set_response_params(
+            read_until_eof=True, auto_decompress=False, read_bufsize=_READ_BYTES
+        )
         if body:
             transport.writelines((head, body))
         else:

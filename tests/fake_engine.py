@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import re
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ import orjson
 from aiohttp import web
 from tokenizers import Tokenizer
 
+FLOOD_BYTES = 256 * 2**20
+_FLOOD_EVENT = b"data: " + b"x" * 2**14 + b"\n\n"
 MODEL_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 _USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -40,6 +43,8 @@ class Behaviour:
     drops_last_choice: bool = False
     stream_cut_after: int | None = None
     stream_gap_s: float = 0.0
+    flooded_bytes: int = 0
+    floods: Callable[[str], bool] = lambda question: False
     calls: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     running: int = 0
@@ -174,6 +179,8 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
     behaviour = request.app[BEHAVIOUR]
     text = "answer:" + question
     async with _working(behaviour, 1):
+        if behaviour.floods(question):
+            await _flood(request, response)
         for number, character in enumerate(text):
             if number == behaviour.stream_cut_after:
                 assert request.transport is not None
@@ -190,6 +197,16 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()
     return response
+
+
+async def _flood(request: web.Request, response: web.StreamResponse) -> None:
+    """As fast as it is taken, and counts how much that is; keeps next to nothing back itself."""
+    assert request.transport is not None
+    line = request.transport.get_extra_info("socket")
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+    for _ in range(FLOOD_BYTES // len(_FLOOD_EVENT)):
+        await response.write(_FLOOD_EVENT)
+        request.app[BEHAVIOUR].flooded_bytes += len(_FLOOD_EVENT)
 
 
 async def _responses(request: web.Request) -> web.Response:

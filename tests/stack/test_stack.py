@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.deploy.check_live import check_live, make_traffic
 from tests.stack.conftest import GATEWAY, Step, answers, wait_until
 from tests.stack.docker import ROOT, Docker, DockerError, kill_container, kill_process
 
@@ -224,6 +226,16 @@ def test_prometheus_evaluates_every_rule(stack: Docker) -> None:
     wait_until("all rules are evaluated without an error", evaluated, within_s=60)
     firing = ask_prometheus(stack, "alerts")["alerts"]
     assert [one["labels"]["alertname"] for one in firing if one["state"] == "firing"] == []
+
+
+def test_every_panel_of_the_dashboards_shows_something(stack: Docker) -> None:
+    for _ in range(2):  # a rate needs two samples of each series
+        make_traffic(GATEWAY)
+        time.sleep(6)  # longer than the pause between two scrapes
+
+    findings = check_live(f"{address_of(stack, 'prometheus')}:9090", within_s=60)
+
+    assert [str(finding) for finding in findings] == []
 
 
 # --- what goes wrong ---

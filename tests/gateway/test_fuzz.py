@@ -179,7 +179,8 @@ def _is_envelope(answer: RawAnswer) -> bool:
     except (ValueError, KeyError, TypeError):
         return False
     # The engine's own refusals come in its own words.
-    return bool(error.get("message")) and ("source" not in error or set(error) == _ENVELOPE)
+    is_whole = set(error) == _ENVELOPE or error.get("source") == "engine"
+    return bool(error.get("message")) and is_whole
 
 
 def _read_text(answer: RawAnswer) -> str:

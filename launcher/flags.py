@@ -70,9 +70,9 @@ class Flags:
             if known is None:
                 return  # a free dictionary below here
             if part not in known:
-                raise SettingsError(
-                    f"{origin} {head}.{tail}: {path} has no {part!r}{suggest(part, known)}"
-                )
+                change = find_change(f"{path}.{part}")
+                what = change["note"] if change else f"{path} has no {part!r}{suggest(part, known)}"
+                raise SettingsError(f"{origin} {head}.{tail}: {what}")
             path = f"{path}.{part}"
             known = self.fields.get(path)
 

@@ -14,7 +14,14 @@ import importlib
 import io
 import json
 import sys
+from typing import Any
 
+# Where vLLM builds its parser: 0.33, 0.29 or so, before.
+PLACES = (
+    "vllm.entrypoints.common.cli_args",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.openai.cli_args",
+)
 NESTED = {
     "compilation-config": "CompilationConfig",
     "attention-config": "AttentionConfig",
@@ -40,32 +47,36 @@ def main() -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """vLLM's own; the module it lives in has moved, newest place first."""
-    for name in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
-        with contextlib.suppress(ModuleNotFoundError):
-            module = importlib.import_module(name)
-            break
-    try:
-        utils = importlib.import_module("vllm.utils.argparse_utils")
-    except ModuleNotFoundError:
-        utils = importlib.import_module("vllm.utils")
+    """vLLM's own."""
+    module = find_module(PLACES)
+    utils = find_module(("vllm.utils.argparse_utils", "vllm.utils"))
     parser: argparse.ArgumentParser = module.make_arg_parser(utils.FlexibleArgumentParser())
     return parser
 
 
+def find_module(names: tuple[str, ...]) -> Any:
+    """The first that is there; one that is there and lacks something of its own says so."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise
+    sys.exit(f"this vLLM has none of {', '.join(names)}")
+
+
 def list_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
-    flags = {}
-    for action in parser._actions:  # noqa: SLF001
-        for option in action.option_strings:
-            if option.startswith("--") and option != "--help":
-                flags[option.removeprefix("--")] = kind_of(action)
-    negations = {f"no-{name}" for name, kind in flags.items() if kind == "switch"}
-    return {name: kind for name, kind in flags.items() if name not in negations}
+    actions: dict[str, argparse.Action] = parser._option_string_actions  # noqa: SLF001
+    names = {option[2:] for option in actions if option.startswith("--") and option != "--help"}
+    kinds = {name: kind_of(actions[f"--{name}"], f"no-{name}" in names) for name in names}
+    negations = {f"no-{name}" for name, kind in kinds.items() if kind == "switch"}
+    return {name: kinds[name] for name in sorted(names - negations)}
 
 
-def kind_of(action: argparse.Action) -> str:
+def kind_of(action: argparse.Action, has_negation: bool) -> str:
     if isinstance(action, argparse.BooleanOptionalAction):
-        return "switch"
+        # 0.33 has `--disable-x` beside `--enable-x`, and no negation of it.
+        return "switch" if has_negation else "mark"
     if action.nargs == 0:
         return "mark"
     return "list" if action.nargs in ("+", "*") else "value"

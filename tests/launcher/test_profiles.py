@@ -286,15 +286,6 @@ def test_installed_parser_refuses_what_it_does_not_know() -> None:
     assert "use_cudnn_prefill" in (verdicts[2] or "")
 
 
-@pytest.mark.engine
-def test_shipped_flags_are_those_of_the_installed_vllm(tmp_path: Path) -> None:
-    from launcher.flags import read_flags  # noqa: PLC0415
-
-    asked = read_flags("0.32.0-asked", tmp_path)
-    assert asked.kinds == FLAGS.kinds
-    assert {k: sorted(v) for k, v in asked.fields.items()} == FLAGS.fields
-
-
 def test_profile_files_say_what_they_are_for() -> None:
     for name in NAMES:
         data = tomllib.loads((PROFILES / f"{name}.toml").read_text())

@@ -127,6 +127,9 @@ class Metrics:
             "Requests that ended in an error; source says who failed: gateway, engine or caller.",
             *("route", "code", "source"),
         )
+        self.broken_streams = self._counter(
+            "broken_streams", "Streams that ended in an error, after a status of 200.", "route"
+        )
         self.refused = self._counter(
             "refused", "Requests turned away before an engine saw them.", "reason"
         )
@@ -304,6 +307,8 @@ class Metrics:
         code = trace.error_code or ("caller_gone" if status == 499 else f"http_{status}")
         source = trace.error_source or ("caller" if status == 499 else "engine")
         self.errors.labels(trace.route, code, source).inc()
+        if trace.is_streaming and trace.error_code is not None:
+            self.broken_streams.labels(trace.route).inc()
         if code in REFUSALS:
             self.refused.labels(code).inc()
 

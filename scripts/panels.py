@@ -141,7 +141,7 @@ _UP = Row(
             "Requests that fail",
             "gateway:failures:ratio5m",
             "percentunit",
-            about="Answered with 5xx in five minutes; what callers do wrong does not count.",
+            about="5xx and broken streams of five minutes; what callers do wrong does not count.",
             alarm=0.05,
             empty="no request",
         ),

@@ -120,6 +120,18 @@ def test_expressions_read_metrics_that_exist() -> None:
     assert unknown == set()
 
 
+def test_grades_that_are_shown_are_those_that_the_grader_keeps() -> None:
+    source = (ROOT / "scripts" / "grading" / "summary.py").read_text(encoding="utf-8")
+    shown = {
+        name
+        for one in list_expressions()
+        for name in re.findall(r'gateway_grade\{figure="([^"]+)"', one.promql)
+    }
+
+    assert len(shown) == 3
+    assert {name for name in shown if f'figure("{name}"' not in source} == set()
+
+
 def test_rules_read_metrics_that_exist() -> None:
     known = list_known_names()
     for path in sorted(RULES.glob("*.yml")):

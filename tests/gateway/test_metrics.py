@@ -53,6 +53,10 @@ async def cause_everything(served: Served) -> None:
     await served.client.get("/nowhere")
     served.engine.cuts_connection = True
     await served.predict("lost by the one, answered by the other")
+    for engine in served.all_engines:
+        engine.cuts_connection, engine.stream_cut_after = False, 2
+    await until(lambda: served.app[POOL].is_ready)
+    await served.client.post("/v1/completions", json=STREAM)
 
 
 async def test_exported_figures_are_those_declared(serve: Serve, tmp_path: Path) -> None:
@@ -132,6 +136,7 @@ async def test_stream_that_breaks_is_an_error_although_its_status_was_200(served
     assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
     requests = 'gateway_requests_total{route="/v1/completions",status="200"}'
     assert await number(served, requests) == 1
+    assert await number(served, 'gateway_broken_streams_total{route="/v1/completions"}') == 1
 
 
 async def test_caller_who_hangs_up_is_counted_as_such(serve: Serve) -> None:

@@ -9,7 +9,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast stack-test check fix grade selftest bench docs dashboards lock
+.PHONY: help setup serve test test-fast page-test stack-test check fix grade selftest bench docs dashboards lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ test: check ## every test, the real engine included, on every Python at hand
 
 test-fast: setup-dev ## the tests that need no engine
 	@$(PY) -m pytest -m "not engine" $(ARGS)
+
+page-test: setup-dev ## the page in a real browser; its screenshots go to out/page
+	@scripts/system.sh browser || true
+	@$(PY) -m pytest -m browser tests/page $(ARGS)
 
 stack-test: setup-dev ## compose.yaml brought up in containers with the real vLLM; root, some minutes
 	@$(PY) -m pytest -m stack tests/stack $(ARGS)

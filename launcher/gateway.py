@@ -83,6 +83,10 @@ class Gateway:
         fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
         return {**ours, **exported, **fixed}
 
+    async def has_page(self) -> bool:
+        """Its own settings say whether there is one."""
+        return await self._answers("/ui")
+
     def read_line(self, line: str) -> None:
         """Its lines are shown as they are."""
 

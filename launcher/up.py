@@ -168,12 +168,13 @@ class Session:
         await (self.gateway or self.engine).ready.wait()
         settings, plan = self._prepared.settings, self._prepared.plan
         what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
-        if not self.gateway:
+        if not self._gateway:
             self._output.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")
             return
         body = json.dumps({"prompt": _example(settings)}, ensure_ascii=False)
+        page = f" (page: {settings.gateway_url}/ui)" if await self._gateway.has_page() else ""
         self._output.announce(
-            f"{what} at {settings.gateway_url}  try: curl -s {settings.gateway_url}/predict "
+            f"{what} at {settings.gateway_url}{page}  try: curl -s {settings.gateway_url}/predict "
             f"-H 'Content-Type: application/json' -d '{body}'"
         )
 

@@ -91,6 +91,7 @@ def test_wheel_holds_both_programs_and_their_data(tmp_path: Path) -> None:
     ).stdout
     for name in (
         "gateway/app.py",
+        "gateway/static/index.html",
         "gateway/system_prompts/one-line.txt",
         "launcher/profiles/cpu.toml",
     ):

@@ -29,6 +29,7 @@ def test_up_prints_one_line_whose_curl_works(launcher: Launcher) -> None:
         assert line.count("\n") == 1
         address, _, body = line.partition("try: curl -s ")[2].partition(" -H ")
         assert address == f"http://127.0.0.1:{launcher.port}/predict"
+        assert f"(page: http://127.0.0.1:{launcher.port}/ui)" in line
         content = body.split(" -d ")[1].strip().strip("'")
         headers = {"Content-Type": "application/json"}
         reply = httpx.post(address, content=content, headers=headers, trust_env=False)

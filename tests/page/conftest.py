@@ -1,4 +1,8 @@
-"""A real browser before a real gateway: what each page test has, and what each must not do."""
+"""A real browser before a real gateway: what each page test has, and what each must not do.
+
+Plain `pytest` leaves these tests out: `make page-test`. Without a browser they are skipped, with
+the reason, and never counted as passed.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,14 @@ LONGEST_START_MS = 110_000
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # The browser notes every answer above 399 by itself; a test that provokes one says so.
 _BROWSERS_NOTE = "Failed to load resource"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "browser" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +97,9 @@ def visitor(chromium: Browser) -> Iterator[Visitor]:
 
 
 @contextlib.contextmanager
-def running_gateway(engine: Behaviour | None = None, **settings: Any) -> Iterator[Served]:
+def running_gateway(
+    engine: Behaviour | None = None, *others: Behaviour, **settings: Any
+) -> Iterator[Served]:
     """A gateway and a stand-in engine in a thread: the browser's driver needs this one's loop."""
     answers: queue.SimpleQueue[tuple[Served, Callable[[], None]] | BaseException] = (
         queue.SimpleQueue()
@@ -94,7 +108,7 @@ def running_gateway(engine: Behaviour | None = None, **settings: Any) -> Iterato
     async def serve() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
-            async with serve_gateway(engine, **settings) as served:
+            async with serve_gateway(engine, *others, **settings) as served:
                 answers.put((served, lambda: _call(loop, stop.set)))
                 await stop.wait()
         except BaseException as error:

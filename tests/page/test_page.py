@@ -196,6 +196,27 @@ def test_gateway_gone_and_back_is_followed_without_a_reload(visitor: Visitor) ->
         visitor.check(served.url)
 
 
+def test_several_engines_are_told_apart(visitor: Visitor) -> None:
+    well, ill = Behaviour(), Behaviour(is_healthy=False, model="other")
+    with running_gateway(well, ill, wait_ready=False) as served:
+        page = visitor.open(served.url)
+        expect(page.locator("#pill-text")).to_have_text("1 of 2 engines ready · fake")
+        expect(page.locator(".engines li")).to_have_text(
+            ["Engine 1: Ready", "Engine 2: Not answering"]
+        )
+
+        ill.is_healthy = True
+        expect(page.locator("#pill-text")).to_have_text("Ready · fake")
+        page.click("#ask-form summary")
+        page.select_option("#model", "other")
+        ask(page, "you")
+        expect(page.locator(".turn")).to_be_visible()
+        page.wait_for_selector(".turn:not([aria-busy])")
+        assert [call["model"] for call in (*well.calls, *ill.calls) if "messages" in call] == [
+            "other"
+        ]
+
+
 def test_file_is_chosen_dropped_and_removed(visitor: Visitor, tmp_path: Path) -> None:
     path = tmp_path / "题目.txt"
     path.write_bytes("什么是 warp？\n什么是线程块？\n".encode("gb18030"))

@@ -196,22 +196,24 @@ def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
         raise SettingsError(
             "model: LAUNCHER_HUB=modelscope needs its package: pip install modelscope"
         ) from None
-    only = {"allow_patterns": _DESCRIPTION} if config_only else {}
-    try:
+    wanted = {"allow_patterns": _DESCRIPTION} if config_only else {"ignore_patterns": NOT_WEIGHTS}
+    is_enough = _is_described if config_only else is_complete
+    with contextlib.suppress(Exception):  # plain ValueErrors for "not here yet"
         here = Path(modelscope.snapshot_download(name, local_files_only=True))
-        if config_only or is_complete(here):
+        if is_enough(here):
             return here
-    except Exception:  # noqa: BLE001, S110  (it raises plain ValueErrors for "not here yet")
-        pass
     try:
-        return Path(modelscope.snapshot_download(name, **only))
+        here = Path(modelscope.snapshot_download(name, **wanted))
     except Exception as error:  # noqa: BLE001  (no tree of its own to catch)
         raise SettingsError(f"model: cannot get {name} from ModelScope: {_line(error)}") from None
+    if not is_enough(here):
+        raise SettingsError(f"model: ModelScope's copy of {name} in {here} is incomplete")
+    return here
 
 
 def is_complete(folder: Path) -> bool:
     """A download that was cut off leaves a folder that looks whole from outside."""
-    if not (folder / "config.json").is_file():
+    if not _is_described(folder):
         return False
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -220,6 +222,11 @@ def is_complete(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
+def _is_described(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
 def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    """The first line, and of a failed connection only whose it was."""
+    text = str(error).strip().partition("\n")[0].partition(": Max retries exceeded")[0]
+    return text or type(error).__name__

@@ -10,7 +10,7 @@ import pytest
 from launcher.config import Settings
 from launcher.errors import SettingsError
 from launcher.models import Model, Shape, find_model, read_shape
-from tests.launcher.programs import MODEL, Launcher
+from tests.launcher.programs import MODEL, Launcher, running
 from tests.launcher.test_explain import call
 
 MODELS = Path(__file__).parent / "models"
@@ -70,6 +70,124 @@ def test_hub_model_cut_off_while_loading_is_fetched_again(tmp_path: Path) -> Non
     code, _, err = call(launcher, "serve")
     assert code == 2
     assert "the copy of some/model here is incomplete" in err
+
+
+# The part of modelscope's API that is used, as 1.40 has it: a folder for a name, or an exception.
+FAKE_MODELSCOPE = """
+import os, pathlib, shutil
+
+def snapshot_download(model_id=None, revision=None, cache_dir=None, user_agent=None,
+                      local_files_only=False, cookies=None, ignore_file_pattern=None,
+                      allow_file_pattern=None, local_dir=None, allow_patterns=None,
+                      ignore_patterns=None):
+    root = pathlib.Path(os.environ["MODELSCOPE_CACHE"])
+    folder = root / "models" / model_id.replace("/", "--") / "snapshots" / "master"
+    if local_files_only:
+        if not folder.is_dir():
+            raise ValueError("Cannot find the requested files in the cached path")
+        return str(folder)
+    with (root / "fetched").open("a") as file:
+        file.write(f"{model_id} {allow_patterns} {ignore_patterns}\\n")
+    if not os.environ.get("FAKE_HUB"):
+        raise OSError("[E1020] Connection failed: Pool(host='hub'): Max retries exceeded: x\\nmore")
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in pathlib.Path(os.environ["FAKE_HUB"]).iterdir():
+        if allow_patterns is None or source.name in allow_patterns:
+            shutil.copy(source, folder)
+    return str(folder)
+"""
+
+
+@pytest.fixture
+def modelscope(tmp_path: Path) -> Launcher:
+    """A launcher whose hub is ModelScope; the hub is reachable where FAKE_HUB names a folder."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "modelscope.py").write_text(FAKE_MODELSCOPE)
+    (tmp_path / "cache").mkdir()
+    settings = {
+        "LAUNCHER_HUB": "modelscope",
+        "LAUNCHER_MODEL": "some/model",
+        "MODELSCOPE_CACHE": str(tmp_path / "cache"),
+    }
+    return Launcher(tmp_path, settings=settings, path=f"{tmp_path / 'lib'}:")
+
+
+def put_modelscope(launcher: Launcher, *, is_whole: bool) -> Path:
+    folder = launcher.folder / "cache" / "models" / "some--model" / "snapshots" / "master"
+    folder.mkdir(parents=True)
+    for file in MODEL.iterdir():
+        if is_whole or file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def fetches(launcher: Launcher) -> list[str]:
+    file = launcher.folder / "cache" / "fetched"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.mark.parametrize("command", ["explain", "serve"])
+def test_modelscope_model_once_cached_needs_no_network(modelscope: Launcher, command: str) -> None:
+    folder = put_modelscope(modelscope, is_whole=True)
+    if command == "explain":
+        code, out, err = call(modelscope, "explain", "--json")
+        assert (code, err) == (0, "")
+        argv = json.loads(out)["argv"]
+    else:
+        with running(modelscope):
+            argv = modelscope.wait_state("ready")["argv"]
+    assert str(folder) in argv
+    assert "some/model" in argv
+    assert fetches(modelscope) == []
+
+
+def test_modelscope_explain_fetches_no_weights(modelscope: Launcher) -> None:
+    modelscope.settings["FAKE_HUB"] = str(MODEL)
+    code, out, _ = call(modelscope, "explain")
+    assert code == 0
+    assert "tool-call-parser = hermes" in out
+    assert list((modelscope.folder / "cache").rglob("*.safetensors")) == []
+
+
+def test_modelscope_cut_off_model_is_fetched_again(modelscope: Launcher) -> None:
+    folder = put_modelscope(modelscope, is_whole=False)
+    modelscope.settings["FAKE_HUB"] = str(MODEL)
+    with running(modelscope):
+        modelscope.wait_state("ready")
+    assert (folder / "model.safetensors").is_file()
+    assert len(fetches(modelscope)) == 1
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_modelscope_out_of_reach_is_one_line(modelscope: Launcher, is_begun: bool) -> None:
+    if is_begun:
+        put_modelscope(modelscope, is_whole=False)
+    code, _, err = call(modelscope, "serve")
+    assert code == 2
+    assert err == (
+        "launcher: model: cannot get some/model from ModelScope: "
+        "[E1020] Connection failed: Pool(host='hub')\n"
+    )
+
+
+def test_modelscope_that_fetches_half_is_one_line(modelscope: Launcher, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text((MODEL / "config.json").read_text())
+    modelscope.settings["FAKE_HUB"] = str(half)
+    code, _, err = call(modelscope, "serve")
+    assert code == 2
+    assert "is incomplete" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_modelscope_not_installed_says_what_to_install(modelscope: Launcher) -> None:
+    (modelscope.folder / "lib" / "modelscope.py").write_text("raise ImportError")
+    code, _, err = call(modelscope, "serve")
+    assert code == 2
+    assert err.splitlines() == [
+        "launcher: model: LAUNCHER_HUB=modelscope needs its package: pip install modelscope"
+    ]
 
 
 @pytest.mark.parametrize(

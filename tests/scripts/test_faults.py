@@ -129,6 +129,16 @@ async def test_grade_shuffled_order_is_named(examine: Examine, order: Any) -> No
     assert "shuffled_answers" in errors_of(grade)
 
 
+async def test_grade_shuffled_order_of_a_later_run_is_named(examine: Examine) -> None:
+    def shuffle_once(answers: list[str], call: int) -> list[str]:
+        return answers[::-1] if call == 1 else answers
+
+    grade = await examine(Judged(reply=shuffle_once), "--runs", "3")
+
+    assert errors_of(grade) == ["shuffled_answers"]
+    assert text_of(grade, "shuffled_answers").startswith("run 2: ")
+
+
 async def test_grade_shuffled_order_of_a_mediocre_model_is_named(examine: Examine) -> None:
     def shuffle(answers: list[str], _call: int) -> list[str]:
         spoiled = [spoil(answer, 0.45) for answer in answers]

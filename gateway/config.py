@@ -42,7 +42,10 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """An OpenAI-compatible gateway over vLLM engines."""
+    """An OpenAI-compatible gateway over vLLM engines.
+
+    Before the flags, `check` only judges the settings; `new-key NAME` alone makes an API key.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,

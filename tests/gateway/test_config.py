@@ -98,6 +98,7 @@ def test_program_help_names_every_flag_and_bad_settings_exit_2() -> None:
 
     assert helped.returncode == 0
     assert all(flag in helped.stdout for _, flag, _, _ in list_settings())
+    assert all(verb in helped.stdout for verb in ("`check`", "`new-key NAME`"))
     assert refused.returncode == unknown.returncode == 2
     assert refused.stderr.startswith("gateway: ")
     assert len(refused.stderr.splitlines()) == len(unknown.stderr.splitlines()) == 1

@@ -52,8 +52,8 @@ grade: setup-dev ## the judge at home: scores, speed, what is wrong, a report; `
 selftest: setup-dev ## fourteen checks of the gateway that runs here
 	@$(PY) scripts/selftest.py $(if $(PORT),--port $(PORT)) $(ARGS)
 
-bench: setup-dev ## gateway time over direct time, interleaved, with a control
-	@$(PY) scripts/bench.py $(ARGS)
+bench: setup-dev ## what the gateway costs over the engine itself, with a control; `ARGS=--quick`: a minute's look
+	@$(PY) scripts/bench.py $(if $(MODEL),--model $(MODEL)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
 
 docs: setup-dev ## the README's tables and docs/results.md, from what they are made of
 	@$(PY) scripts/readme.py

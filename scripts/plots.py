@@ -46,6 +46,37 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Dot:
+    """One value over another; a hollow one is no success."""
+
+    x: float
+    y: float
+    is_hollow: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Dots under a name."""
+
+    name: str
+    dots: Sequence[Dot]
+    style: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """A value with its interval; those of one `group` stand close together under its name."""
+
+    group: str
+    name: str
+    value: float
+    low: float
+    high: float
+    style: str
+
+
+@dataclass(frozen=True)
 class _Frame:
     """Places of values inside the axes."""
 
@@ -63,13 +94,19 @@ class _Frame:
 
 
 def draw_histogram(
-    series: Sequence[Series], *, x_label: str, x_max: float, bins: int, x_min: float = 0.0
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    x_max: float,
+    bins: int,
+    x_min: float = 0.0,
+    y_label: str = "answers",
 ) -> str:
     """The series' bars stand side by side in each bin."""
     width = (x_max - x_min) / bins
     counts = [_count(one.values, x_min, width, bins) for one in series]
     frame = _Frame(x_max, _round_up(max((max(row) for row in counts), default=1)), x_min=x_min)
-    parts = _axes(frame, x_label, "answers", _format_plain)
+    parts = _axes(frame, x_label, y_label, _format_plain)
     slot = (frame.x(x_min + width) - frame.x(x_min)) / len(series)
     for place, (one, row) in enumerate(zip(series, counts, strict=True)):
         for number, count in enumerate(row):
@@ -130,6 +167,69 @@ def draw_spans(spans: Sequence[Span], *, groups: int, x_label: str, limit: float
         parts.append(f'<line class="bad" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{frame.y(0):.1f}"/>')
         parts.append(_text(x - 4, 14, "limit", "end", "bad"))
     return _wrap(parts, (), x_label, height)
+
+
+def draw_cloud(
+    clouds: Sequence[Cloud], *, x_label: str, y_label: str, limit: float | None, limit_name: str
+) -> str:
+    """Dots from nought; what lies far above the limit is drawn at the upper edge."""
+    dots = [dot for cloud in clouds for dot in cloud.dots]
+    highest = max((dot.y for dot in dots if math.isfinite(dot.y)), default=1.0)
+    top = highest if limit is None else min(highest, limit * 1.5)
+    frame = _Frame(
+        _round_up(max((dot.x for dot in dots), default=1.0)), _round_up(max(top, limit or 0.0))
+    )
+    parts = _axes(frame, x_label, y_label, _format_plain)
+    if limit is not None:
+        y = frame.y(limit)
+        edges = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+        parts.append(f'<line class="bad" {edges}/>')
+        parts.append(_text(_LEFT + 4, y - 4, limit_name, "start", "bad"))
+    for cloud in clouds:
+        for dot in cloud.dots:
+            style = f"{cloud.style} hollow" if dot.is_hollow else cloud.style
+            place = frame.x(dot.x), frame.y(min(dot.y, frame.y_max))
+            parts.append(_circle(place, style, dot.title))
+    series = [Series(cloud.name, (), cloud.style) for cloud in clouds]
+    return _wrap(parts, series, f"{y_label} over {x_label}")
+
+
+def draw_ranges(
+    ranges: Sequence[Range], *, centre: float, band: float, x_label: str, widest: float
+) -> str:
+    """Each value as a dot on its interval; a band around the centre; all within `widest` of it."""
+    groups = list(dict.fromkeys(one.group for one in ranges))
+    lanes = {group: [one for one in ranges if one.group == group] for group in groups}
+    head, lane, first = 20, 13, 8
+    height = first + sum(head + lane * len(row) + 6 for row in lanes.values()) + _BOTTOM
+    far = max((abs(v - centre) for one in ranges for v in (one.low, one.high)), default=band)
+    reach = min(widest, max(far, band) * 1.1)
+    frame = _Frame(centre + reach, 1, height, centre - reach)
+    base = frame.y(0)
+    shade = (frame.x(centre - band), first), (frame.x(centre + band) - frame.x(centre - band),
+                                              base - first)  # fmt: skip
+    parts = [_rect(*shade, "band", f"within {band:.0%}")]
+    x = frame.x(centre)
+    parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{first}" y2="{base:.1f}"/>')
+    parts += _x_axis(frame, x_label, lambda value: f"{value:.4g}")
+    top = first
+    for group, row in lanes.items():
+        parts.append(_text(6, top + 13, group, "start"))
+        for number, one in enumerate(row):
+            parts += _draw_range(one, frame, top + head + number * lane + 4)
+        top += head + lane * len(row) + 6
+    styles = {one.name: one.style for one in ranges}
+    series = [Series(name, (), style) for name, style in styles.items()]
+    return _wrap(parts, series, x_label, height)
+
+
+def _draw_range(one: Range, frame: _Frame, y: float) -> list[str]:
+    low, value, high = (
+        frame.x(min(frame.x_max, max(frame.x_min, v))) for v in (one.low, one.value, one.high)
+    )
+    title = f"{one.group}, {one.name}: {one.value:.4g} ({one.low:.4g} to {one.high:.4g})"
+    line = f'<line class="{one.style}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return [line, _circle((value, y), one.style, title)]
 
 
 def _assign_lanes(spans: Sequence[Span]) -> list[tuple[int, Span]]:
@@ -206,6 +306,13 @@ def _rect(place: tuple[float, float], size: tuple[float, float], style: str, tit
     return (
         f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
         f'height="{height:.1f}"><title>{escape(title)}</title></rect>'
+    )
+
+
+def _circle(place: tuple[float, float], style: str, title: str) -> str:
+    return (
+        f'<circle class="{style}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.5">'
+        f"<title>{escape(title)}</title></circle>"
     )
 
 

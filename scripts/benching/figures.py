@@ -1,0 +1,204 @@
+"""What the rounds say: medians with intervals, what the control allows to be believed, verdicts.
+
+Every figure carries how far the same figure moved where nothing differed: the control asks the
+direct door a second time. Nothing that the control does by itself is called real.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+# A median's 95 % interval by order statistics needs six values.
+FEWEST_ROUNDS = 6
+QUIET = 0.03
+Part = Literal["engine", "relay"]
+
+
+class BenchFailed(Exception):
+    """Why there are no figures; the text is for the user."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A median and the interval that holds the true one in 95 of 100 cases.
+
+    Below six rounds no such interval exists; `low` and `high` are then all that was seen.
+    """
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+    @property
+    def is_sure(self) -> bool:
+        return self.rounds >= FEWEST_ROUNDS
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def find_span(values: Sequence[float]) -> Span:
+    """By rank, so that a few rounds in which the machine did something else say little."""
+    ordered = sorted(values)
+    outside = _count_outside(len(ordered))
+    low, high = ordered[outside], ordered[len(ordered) - 1 - outside]
+    return Span(statistics.median(ordered), low, high, len(ordered))
+
+
+def _count_outside(rounds: int) -> int:
+    """How many of the lowest (and of the highest) values the interval may leave out."""
+    tail, outside = 0.0, 0
+    while outside < (rounds - 1) // 2:
+        tail += math.comb(rounds, outside) * 0.5**rounds
+        if tail > 0.025:
+            break
+        outside += 1
+    return max(0, outside - 1)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One measure of one workload: a value for each arm, round by round."""
+
+    workload: str
+    measure: str
+    unit: str
+    by_arm: dict[str, list[float]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload}: {self.measure}"
+
+    @property
+    def rounds(self) -> int:
+        return min(map(len, self.by_arm.values()))
+
+    def relate(self, arm: str, *others: str) -> list[float]:
+        """Round by round: the arm over the geometric mean of the others."""
+        rows = zip(self.by_arm[arm], *(self.by_arm[other] for other in others), strict=True)
+        return [value / statistics.geometric_mean(rest) for value, *rest in rows]
+
+    def subtract(self, arm: str, *others: str) -> list[float]:
+        """Round by round: the arm less the mean of the others."""
+        rows = zip(self.by_arm[arm], *(self.by_arm[other] for other in others), strict=True)
+        return [value - statistics.mean(rest) for value, *rest in rows]
+
+    def is_positive(self) -> bool:
+        """Whether ratios can be made of it."""
+        return all(value > 0 for values in self.by_arm.values() for value in values)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a figure was promised to keep."""
+
+    word: Literal["at most", "at least"]
+    limit: float
+
+    def excess(self, value: float) -> float:
+        """How far beyond the limit; negative inside."""
+        return value - self.limit if self.word == "at most" else self.limit - value
+
+    def describe(self) -> str:
+        return f"{self.word} {self.limit:g}"
+
+
+BoundVerdict = Literal["within", "OVER", "unclear"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    `neutral` is its value if the gateway cost nothing, `control` what it was where nothing
+    differed. A figure that has no such value may have a `reference`: what the direct door needed,
+    which tells how far the machine itself moved between two runs.
+    """
+
+    part: Part
+    name: str
+    unit: str
+    span: Span
+    neutral: float | None = None
+    control: Span | None = None
+    bound: Bound | None = None
+    is_more_better: bool = False
+    reference: float | None = None
+
+    @property
+    def noise(self) -> float:
+        """How far the same figure went from its neutral value where nothing differed."""
+        if self.control is None or self.neutral is None:
+            return 0.0
+        return abs(self.control.value - self.neutral)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Ratios alone can be held against the 3 %."""
+        return self.control is None or self.neutral != 1.0 or self.noise <= QUIET
+
+    @property
+    def difference(self) -> str:
+        """From what is neutral, in words."""
+        if self.neutral is None:
+            return ""
+        change = self.span.value - self.neutral
+        return judge_change(change, self.span, self.neutral, self.noise)
+
+    @property
+    def bound_verdict(self) -> BoundVerdict | None:
+        if self.bound is None:
+            return None
+        if self.bound.excess(self.span.value) <= 0:
+            return "within"
+        # A figure without rounds, such as memory, has no chance in it.
+        is_measured_once = self.span.rounds == 1
+        near = min(self.bound.excess(self.span.low), self.bound.excess(self.span.high))
+        is_beyond = near > 0 and self.bound.excess(self.span.value) > self.noise
+        return "OVER" if is_measured_once or (self.span.is_sure and is_beyond) else "unclear"
+
+
+def judge_change(change: float, span: Span, neutral: float, noise: float) -> str:
+    if not span.is_sure:
+        return f"cannot be told: {count_rounds(span.rounds)}"
+    if span.low <= neutral <= span.high:
+        return "no real difference"
+    if abs(change) <= noise:
+        return "cannot be told: the control moved as much"
+    return "really more" if change > 0 else "really less"
+
+
+def count_rounds(rounds: int) -> str:
+    """Why so few say nothing."""
+    return f"{rounds} round{'' if rounds == 1 else 's'}, {FEWEST_ROUNDS} are needed"
+
+
+def build_ratio(part: Part, series: Series, bound: Bound | None = None) -> Row:
+    """Gateway over direct; the two direct arms together are the better known reference."""
+    return Row(
+        part,
+        series.name,
+        "× direct",
+        find_span(series.relate("gateway", "direct", "control")),
+        1.0,
+        find_span(series.relate("control", "direct")),
+        bound,
+    )
+
+
+def build_added(part: Part, series: Series, bound: Bound | None = None) -> Row:
+    return Row(
+        part,
+        f"{series.name}, added",
+        series.unit,
+        find_span(series.subtract("gateway", "direct", "control")),
+        0.0,
+        find_span(series.subtract("control", "direct")),
+        bound,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import resource
 import shutil
@@ -15,6 +16,7 @@ from launcher.config import Settings
 from launcher.errors import LauncherError, SettingsError
 from launcher.fingerprint import read_version
 from launcher.flags import Flags, find_change, read_flags, try_commands
+from launcher.gateway import check_gateway
 from launcher.hardware import GIB, Device, find_device
 from launcher.models import Model, find_model
 from launcher.prepare import decide
@@ -58,6 +60,7 @@ class Doctor:
             ("model", self._check_model),
             ("plan", self._check_plan),
             ("flags", self._check_flags),
+            ("gateway", self._check_gateway),
             ("port", self._check_ports),
             ("disk", self._check_disk),
             ("limits", self._check_limits),
@@ -166,6 +169,11 @@ class Doctor:
             if choice.name not in {option.name for option in options}:
                 text = f"{choice.name} is unknown to {self._vllm.title}: left out or renamed"
                 yield Finding("warn", "flags", text)
+
+    def _check_gateway(self) -> Iterator[Finding]:
+        if self._plan and importlib.util.find_spec("gateway"):  # the engine's image has none
+            check_gateway(self._settings, self._plan)
+            yield Finding("ok", "gateway", "it has nothing against its settings")
 
     def _check_ports(self) -> Iterator[Finding]:
         for listener in list_listeners(self._settings, with_gateway=True):

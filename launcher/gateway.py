@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -43,45 +44,8 @@ class Gateway:
         self.kill_timeout_s = settings.kill_timeout_s
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
-        return [sys.executable, "-m", "gateway"], self._environment()
-
-    async def check(self) -> None:
-        """Its settings are its own to judge; asked first, it costs half a second and no engine."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "gateway", "check"),
-            env=self._environment(),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        _, said = await process.communicate()
-        if process.returncode:
-            lines = said.decode(errors="replace").strip().splitlines() or ["no word"]
-            raise SettingsError(f"the gateway cannot start: {lines[-1].removeprefix('gateway: ')}")
-
-    def _environment(self) -> dict[str, str]:
-        ours = {
-            "GATEWAY_HOST": self._settings.host,
-            "GATEWAY_PORT": str(self._settings.port),
-            "GATEWAY_ENGINES": self._settings.engine_url,
-            "GATEWAY_TOKENIZER": str(self._plan.model.path),
-            "GATEWAY_WARMUP_PROMPTS": str(self._plan.warmup_prompts),
-            "GATEWAY_LOG_FORMAT": self._log_format,
-            "GATEWAY_DRAIN_TIMEOUT_S": str(self._settings.drain_timeout_s),
-        }
-        if self._settings.otlp_endpoint:
-            ours["GATEWAY_OTLP_ENDPOINT"] = self._settings.otlp_endpoint
-        if self._settings.status_port_used:
-            ours["GATEWAY_LAUNCHERS"] = self._settings.status_url
-        servers = int(self._plan.value("api-server-count", 1))
-        if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
-            size = -(-self._plan.warmup_prompts // servers)
-            ours["GATEWAY_MAX_PROMPTS_PER_CALL"] = str(size)
-        exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
-        # Where it listens and whom it asks is the launcher's to say: it waits there for it.
-        fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
-        return {**ours, **exported, **fixed}
+        environment = build_environment(self._settings, self._plan, self._log_format)
+        return [sys.executable, "-m", "gateway"], environment
 
     async def has_page(self) -> bool:
         """Its own settings say whether there is one."""
@@ -119,3 +83,42 @@ class Gateway:
         except httpx.HTTPError:
             return False
         return response.status_code == httpx.codes.OK
+
+
+def check_gateway(settings: Settings, plan: Plan) -> None:
+    """Its settings are its own to judge; asked first, it costs half a second and no engine."""
+    result = subprocess.run(
+        [sys.executable, "-m", "gateway", "check"],
+        env=build_environment(settings, plan, "json"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        words = (result.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("gateway: ")
+        raise SettingsError(f"the gateway cannot start: {words}")
+
+
+def build_environment(settings: Settings, plan: Plan, log_format: str) -> dict[str, str]:
+    """Its settings, as variables: what the launcher knows, under what the user exported."""
+    ours = {
+        "GATEWAY_HOST": settings.host,
+        "GATEWAY_PORT": str(settings.port),
+        "GATEWAY_ENGINES": settings.engine_url,
+        "GATEWAY_TOKENIZER": str(plan.model.path),
+        "GATEWAY_WARMUP_PROMPTS": str(plan.warmup_prompts),
+        "GATEWAY_LOG_FORMAT": log_format,
+        "GATEWAY_DRAIN_TIMEOUT_S": str(settings.drain_timeout_s),
+    }
+    if settings.otlp_endpoint:
+        ours["GATEWAY_OTLP_ENDPOINT"] = settings.otlp_endpoint
+    if settings.status_port_used:
+        ours["GATEWAY_LAUNCHERS"] = settings.status_url
+    servers = int(plan.value("api-server-count", 1))
+    if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
+        size = -(-plan.warmup_prompts // servers)
+        ours["GATEWAY_MAX_PROMPTS_PER_CALL"] = str(size)
+    exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
+    # Where it listens and whom it asks is the launcher's to say: it waits there for it.
+    fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
+    return {**ours, **exported, **fixed}

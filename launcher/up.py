@@ -24,7 +24,7 @@ from launcher.crash import CrashCards
 from launcher.engine import Engine
 from launcher.errors import SettingsError
 from launcher.fingerprint import read_versions
-from launcher.gateway import Gateway
+from launcher.gateway import Gateway, check_gateway
 from launcher.output import Output
 from launcher.prepare import Prepared
 from launcher.probe import EngineProbe
@@ -47,9 +47,10 @@ async def run(prepared: Prepared, *, with_gateway: bool) -> int:
             await _end_leftovers(settings.state_path / f"{name}.json")
         for listener in list_listeners(settings, with_gateway=with_gateway):
             listener.ensure_free()
+        if with_gateway:
+            check_gateway(settings, prepared.plan)
         async with _clients(prepared) as (probe, client):
             session = Session(prepared, output, probe, client, with_gateway=with_gateway)
-            await session.check()
             status = (settings.status_host, settings.status_port_used)
             async with serve_status(session.status_source(), *status):
                 await session.run()
@@ -103,11 +104,6 @@ class Session:
         self._progress = lambda: asdict(engine.progress) if engine.progress else None
         self._signals = 0
         self._stop = asyncio.Event()
-
-    async def check(self) -> None:
-        """What would stop the gateway stops everything, before an engine is started in vain."""
-        if self._gateway:
-            await self._gateway.check()
 
     async def run(self) -> None:
         """Whatever ends first, a signal or a program given up, ends the rest in order."""

@@ -72,21 +72,24 @@ def test_doctor_healthy_host_exits_0_with_a_line_per_finding(launcher: Launcher)
     code, out, err = call(launcher, "doctor")
     assert (code, err) == (0, "")
     subjects = {line.split()[1] for line in out.splitlines()}
-    assert {"vllm", "torch", "device", "model", "memory", "flags", "port", "disk"} <= subjects
+    named = {"vllm", "torch", "device", "model", "memory", "flags", "gateway", "port", "disk"}
+    assert named <= subjects
 
 
 @pytest.mark.engine
-def test_doctor_names_the_refused_flag_and_the_taken_port(launcher: Launcher) -> None:
+def test_doctor_names_refused_flag_bad_setting_and_taken_port(launcher: Launcher) -> None:
     launcher.fake = None
+    launcher.settings["GATEWAY_PROMPT_STYLE"] = "poem"
     with socket.socket() as other:
         other.bind(("127.0.0.1", launcher.engine_port))
         other.listen()
         code, out, _ = call(launcher, "doctor", "--set", "kv-cache-dtype=fp9")
     assert code == 2
     failures = [line for line in out.splitlines() if line.startswith("FAIL")]
-    assert len(failures) == 2
+    assert len(failures) == 3
     assert "kv-cache-dtype" in failures[0]
-    assert "LAUNCHER_ENGINE_PORT" in failures[1]
+    assert "GATEWAY_PROMPT_STYLE" in failures[1]
+    assert "LAUNCHER_ENGINE_PORT" in failures[2]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from tests.stack.bases import CannotCopyError, Pythons, find_pythons, load_bases, make_base
-from tests.stack.docker import ROOT, Docker, own_network, remove_scratch
+from tests.stack.docker import ROOT, TWO_ENGINES, Docker, own_network, remove_scratch
 
 GATEWAY = "http://127.0.0.1:8000"
 Step = Callable[[str], AbstractContextManager[None]]
@@ -125,7 +125,8 @@ def stack(docker: Docker, step: Step) -> Iterator[Docker]:
             save_logs(docker)
             raise
     yield docker
-    docker.compose("down", "--volumes", "--timeout", "20", timeout_s=120)
+    end = ("--profile", "*", "down", "--volumes", "--timeout", "20")
+    docker.compose(*end, files=TWO_ENGINES, timeout_s=120)
 
 
 @pytest.fixture(autouse=True)
@@ -151,8 +152,8 @@ def save_logs(docker: Docker) -> None:
     folder = ROOT / "out" / "stack"
     folder.mkdir(parents=True, exist_ok=True)
     every = ("--profile", "*")
-    text = docker.compose(*every, "ps", "--all")
-    text += docker.compose(*every, "logs", "--no-color", "--timestamps")
+    text = docker.compose(*every, "ps", "--all", files=TWO_ENGINES)
+    text += docker.compose(*every, "logs", "--no-color", "--timestamps", files=TWO_ENGINES)
     (folder / "services.log").write_text(text, encoding="utf-8")
     shutil.copy(docker.log, folder / "dockerd.log")
 

@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
+_CI = ("tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml")
+ONE_ENGINE = ("compose.yaml", _CI[0])
+TWO_ENGINES = ("compose.yaml", "compose.scale.yaml", *_CI)
 _CGROUP = "vllm-gateway-stack-test"
 _CLONE_NEWNET = 0x40000000
 _START_S = 30
@@ -107,14 +110,22 @@ class Docker:
         return self._call(["docker", *words], timeout_s, stdin=stdin).out
 
     def compose(
-        self, *words: str, timeout_s: float = 60, variables: Mapping[str, str] | None = None
+        self,
+        *words: str,
+        files: Sequence[str] = ONE_ENGINE,
+        timeout_s: float = 60,
+        variables: Mapping[str, str] | None = None,
     ) -> str:
-        return self.compose_said(*words, timeout_s=timeout_s, variables=variables).out
+        said = self.compose_said(*words, files=files, timeout_s=timeout_s, variables=variables)
+        return said.out
 
     def compose_said(
-        self, *words: str, timeout_s: float = 60, variables: Mapping[str, str] | None = None
+        self,
+        *words: str,
+        files: Sequence[str] = ONE_ENGINE,
+        timeout_s: float = 60,
+        variables: Mapping[str, str] | None = None,
     ) -> Said:
-        files = ("compose.yaml", "tests/stack/compose.ci.yaml")
         command = ["docker", "compose", *(part for file in files for part in ("-f", file))]
         return self._call([*command, *words], timeout_s, variables=variables)
 

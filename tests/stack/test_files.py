@@ -18,6 +18,7 @@ WAYS = [
     ("compose.cpu.yaml",),
     ("compose.scale.yaml",),
     ("tests/stack/compose.ci.yaml",),
+    ("compose.scale.yaml", "tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml"),
 ]
 
 

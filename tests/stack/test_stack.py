@@ -13,7 +13,14 @@ import pytest
 
 from tests.deploy.check_live import check_live, make_traffic
 from tests.stack.conftest import GATEWAY, Step, answers, wait_until
-from tests.stack.docker import ROOT, Docker, DockerError, kill_container, kill_process
+from tests.stack.docker import (
+    ROOT,
+    TWO_ENGINES,
+    Docker,
+    DockerError,
+    kill_container,
+    kill_process,
+)
 
 COURSE = "http://127.0.0.1:8010"
 SERVICES = ("engine", "gateway", "prometheus")
@@ -289,6 +296,31 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
     wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
 
 
+# --- two engines ---
+
+
+def test_two_engines_share_the_work_and_one_may_die(stack: Docker, step: Step) -> None:
+    up = ("up", "--detach", "--no-build", "--wait")
+    with step("compose.scale.yaml: a second engine"):
+        stack.compose(*up, files=TWO_ENGINES, timeout_s=240)
+    before = finished_by_engine(stack)
+    questions = [f"第 {number} 问：什么是 warp？" for number in range(200)]
+    assert predict(questions).status_code == 200
+    gained = {name: count - before[name] for name, count in finished_by_engine(stack).items()}
+    assert sum(gained.values()) >= 200
+    assert min(gained.values()) >= 80, gained
+    wait_until(
+        "Prometheus scrapes both",
+        lambda: value_of(stack, 'sum(up{job=~"engine|launcher"})') == 4,
+        within_s=30,
+    )
+
+    kill_container(stack, name_of("engine-2"))
+    response = predict(questions[:50])
+    assert response.status_code == 200
+    assert "errors" not in response.json()
+
+
 # --- the end ---
 
 
@@ -298,14 +330,15 @@ def test_stop_lets_a_running_batch_finish_and_exits_cleanly(stack: Docker, step:
         running = pool.submit(predict, questions)
         wait_until("the batch is in the engine", lambda: running_in_engine(stack) > 0, within_s=20)
         with step("docker compose stop, with a batch running"):
-            stack.compose("stop", timeout_s=120)
+            stack.compose("stop", files=TWO_ENGINES, timeout_s=120)
         response = running.result()
     assert response.status_code == 200, response.text[:500]
     assert len(response.json()["response"]) == len(questions)
-    states = {service: stack.inspect(name_of(service))["State"] for service in SERVICES}
-    assert {service: state["ExitCode"] for service, state in states.items()} == dict.fromkeys(
-        SERVICES, 0
-    )
+    # The second engine was killed a moment ago, so it is told in the middle of its start.
+    services = (*SERVICES, "engine-2")
+    states = {service: stack.inspect(name_of(service))["State"] for service in services}
+    codes = {service: state["ExitCode"] for service, state in states.items()}
+    assert codes == dict.fromkeys(services, 0)
     assert not any(state["OOMKilled"] for state in states.values())
     assert when(states["gateway"]["FinishedAt"]) <= when(states["engine"]["FinishedAt"])
 
@@ -338,6 +371,15 @@ def log_of(stack: Docker) -> str:
 
 
 def running_in_engine(stack: Docker) -> float:
-    text = httpx.get(f"{address_of(stack, 'engine')}:8001/metrics", trust_env=False).text
-    rows = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
+    return read_engine(stack, "engine", "vllm:num_requests_running")
+
+
+def finished_by_engine(stack: Docker) -> dict[str, float]:
+    services = ("engine", "engine-2")
+    return {one: read_engine(stack, one, "vllm:request_success_total") for one in services}
+
+
+def read_engine(stack: Docker, service: str, metric: str) -> float:
+    text = httpx.get(f"{address_of(stack, service)}:8001/metrics", trust_env=False).text
+    rows = [line for line in text.splitlines() if line.startswith(metric + "{")]
     return sum(float(row.rpartition(" ")[2]) for row in rows)

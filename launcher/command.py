@@ -121,6 +121,11 @@ def own_options(plan: Plan, settings: Settings) -> list[Choice]:
             settings.drain_timeout_s,
             "running requests finish before it stops; the default of 0 aborts them",
         ),
+        (
+            "enable-server-load-tracking",
+            True,
+            "told to stop, the launcher sees requests that have not reached the core yet",
+        ),
     ]
     if settings.engine_log == "requests":
         rows.append(("enable-log-requests", True, "so that a request can be found in its log"))

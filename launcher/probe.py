@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass
 from types import TracebackType
 
 import httpx
 
 _QUICK_TIMEOUT_S = 5.0
+_STILL_S = 3.0
 _IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 # Prefill counts too: a long prompt is work, though it yields no token for a while.
 _MOVING = (
@@ -71,11 +73,37 @@ class EngineProbe:
         return parse_activity(response.text) if response.status_code == httpx.codes.OK else None
 
     async def wait_idle(self, timeout_s: float) -> None:
-        """Until nothing is in flight, the time is over, or the engine does not say."""
-        with contextlib.suppress(TimeoutError):
+        """Until nothing is in flight, the time is over, or the engine is gone."""
+        with contextlib.suppress(TimeoutError, httpx.HTTPError):
             async with asyncio.timeout(timeout_s):
-                while (now := await self.read_activity()) and now.in_flight:  # noqa: ASYNC110
-                    await asyncio.sleep(0.1)
+                await self._wait_idle()
+
+    async def _wait_idle(self) -> None:
+        """Its core knows nothing of requests that its server still turns into tokens, so the server
+        is asked too. The server's count misses some ends of streams, hence the limit.
+        """
+        seen, since = 0.0, time.monotonic()
+        while True:
+            with contextlib.suppress(httpx.TimeoutException):  # too busy to answer is not idle
+                at_server = await self._read_load()
+                metrics = await self._client.get("/metrics")
+                in_core = parse_activity(metrics.text) or Activity(0, 0.0)
+                if in_core.in_flight or in_core.moved != seen:
+                    seen, since = in_core.moved, time.monotonic()
+                is_still = time.monotonic() - since > _STILL_S
+                if not in_core.in_flight and (not at_server or is_still):
+                    return
+            await asyncio.sleep(0.1)
+
+    async def _read_load(self) -> int:
+        """Requests at its server; an engine that does not count them has none for us."""
+        response = await self._client.get("/load")
+        if response.status_code != httpx.codes.OK:
+            return 0
+        try:
+            return int(response.json()["server_load"])
+        except (ValueError, KeyError, TypeError):
+            return 0
 
 
 def parse_activity(text: str) -> Activity | None:

@@ -197,6 +197,31 @@ def test_term_during_a_batch_lets_it_finish(launcher: Launcher) -> None:
         assert launcher.wait() == 0
 
 
+def test_term_before_the_batch_has_reached_the_core_lets_it_finish(launcher: Launcher) -> None:
+    async def scenario() -> httpx.Response:
+        task = ask_in_background(launcher.engine_url, 4)
+        await asyncio.sleep(0.5)  # the batch is at the server
+        launcher.send(signal.SIGTERM)
+        return await task
+
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(tokenize_s=2)
+        choices = asyncio.run(scenario()).json()["choices"]
+        assert [choice["finish_reason"] for choice in choices] == ["length"] * 4
+        assert launcher.wait() == 0
+
+
+def test_term_with_a_count_that_never_ends_does_not_wait_for_it(launcher: Launcher) -> None:
+    launcher.settings |= {"LAUNCHER_DRAIN_TIMEOUT_S": "60"}
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(lost=1)
+        began = time.monotonic()
+        assert launcher.stop() == 0
+        assert time.monotonic() - began < 10
+
+
 def test_launcher_killed_engine_dies_with_it(launcher: Launcher) -> None:
     with running(launcher):
         pid = launcher.wait_state("ready")["engine"]["pid"]

@@ -32,6 +32,9 @@ class Server:
         if {words.get("fast_with"), words.get("wrong_with")} & set(sys.argv):
             self.delay_s = 0.05
         self.is_stalled = False
+        self.tokenize_s = 0.0  # before a request reaches the core; vLLM aborts it when told to stop
+        self.lost = 0  # streams whose end the server's count has missed
+        self.at_server = 0
         self.running = 0
         self.tokens = 0
         self.stopping = asyncio.Event()
@@ -43,6 +46,17 @@ class Server:
     async def completions(self, request: web.Request) -> web.Response:
         body = await request.json()
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+        self.at_server += 1
+        try:
+            return await self.generate(prompts)
+        finally:
+            self.at_server -= 1
+
+    async def generate(self, prompts: list[str]) -> web.Response:
+        await asyncio.sleep(self.tokenize_s)
+        if self.stopping.is_set():
+            choices = [{"index": i, "finish_reason": "abort"} for i in range(len(prompts))]
+            return web.json_response({"choices": choices})
         self.running += len(prompts)
         try:
             while self.is_stalled:
@@ -58,6 +72,9 @@ class Server:
         ]
         usage = {"completion_tokens": 10 * len(prompts)}
         return web.json_response({"choices": choices, "usage": usage})
+
+    async def load(self, _request: web.Request) -> web.Response:
+        return web.json_response({"server_load": self.at_server + self.lost})
 
     async def tokenize(self, _request: web.Request) -> web.Response:
         return web.json_response({"tokens": [1, 2, 3]})
@@ -85,6 +102,8 @@ class Server:
             assert self.core is not None
             os.kill(self.core.pid, signal.SIGKILL)
         self.delay_s = order.get("delay_s", self.delay_s)
+        self.tokenize_s = order.get("tokenize_s", self.tokenize_s)
+        self.lost = order.get("lost", self.lost)
         self.is_stalled = order.get("stall", self.is_stalled)
         return web.json_response({"core": self.core.pid if self.core else None})
 
@@ -100,6 +119,7 @@ class Server:
     async def run(self, host: str, port: int) -> None:
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/health", self.health)
+        app.router.add_get("/load", self.load)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/completions", self.completions)

@@ -26,7 +26,7 @@ from gateway.upstream import Answer
 from gateway.watch import Silence
 from gateway.wire import (
     RelayCall,
-    add_aliases,
+    build_models,
     build_stream_error,
     drop_usage_events,
     name_engine_error,
@@ -43,6 +43,7 @@ GENERATING = (
 )
 ROUTES = (
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model:.+}"),
     *(("POST", path) for path in GENERATING),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
@@ -130,7 +131,8 @@ async def _exchange(
     asked = time.perf_counter()
     engine.running += call.sequences
     try:
-        path = request.rel_url.raw_path_qs
+        # One model is picked from the list here: vLLM has no route for it.
+        path = "/v1/models" if request.method == "GET" else request.rel_url.raw_path_qs
         asking = engine.ask(request.method, path, headers, call.body or None)
         upstream, body = await (
             asking if trace.deadline is None else within(trace.deadline, asking)
@@ -159,9 +161,9 @@ def _is_repeatable(error: GatewayError, call: RelayCall) -> bool:
 def _whole(request: web.Request, upstream: Answer, body: bytes) -> web.Response:
     headers = _headers(upstream)
     if upstream.status == 200:
-        aliases = request.app[SETTINGS].alias_map
-        if aliases and request.path == "/v1/models":
-            body = add_aliases(body, aliases)
+        if request.method == "GET":
+            aliases = request.app[SETTINGS].alias_map
+            body = build_models(body, aliases, request.match_info.get("model"))
         _count(request, parse_usage(body))
     elif upstream.status >= 400:
         body = name_engine_error(upstream.status, body)

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from gateway.config import Settings
-from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequest
+from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequest, NotFound
 
 Prompt = str | list[int]
 
@@ -425,14 +425,31 @@ def build_stream_error(error: GatewayError, path: str) -> bytes:
     return b"data: " + build_error(error) + b"\n\ndata: [DONE]\n\n"
 
 
-def add_aliases(body: bytes, aliases: Mapping[str, str]) -> bytes:
-    """The engine's model list with the names that also stand for its models."""
-    data = orjson.loads(body)
-    cards = {card["id"]: card for card in data["data"]}
-    data["data"] += [
-        {**cards[target], "id": alias} for alias, target in aliases.items() if target in cards
-    ]
-    return orjson.dumps(data)
+def build_models(body: bytes, aliases: Mapping[str, str], wanted: str | None) -> bytes:
+    """The engine's model list with the names that also stand for its models, or one of them."""
+    if not aliases and wanted is None:
+        return body
+    try:
+        data = orjson.loads(body)
+        cards = {card["id"]: card for card in data["data"]}
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise _garbled_models() from error
+    for alias, target in aliases.items():
+        if target in cards:
+            cards[alias] = {**cards[target], "id": alias}
+    if wanted is None:
+        return orjson.dumps({**data, "data": list(cards.values())})
+    if wanted not in cards:
+        raise NotFound(
+            f"there is no model {wanted!r}; GET /v1/models lists what there is",
+            param="model",
+            code="model_not_found",
+        )
+    return orjson.dumps(cards[wanted])
+
+
+def _garbled_models() -> EngineError:
+    return EngineError("the engine's model list could not be read", code="engine_garbled")
 
 
 def build_predict_response(
@@ -550,9 +567,7 @@ def parse_models(body: bytes) -> list[ModelCard]:
             for card in orjson.loads(body)["data"]
         ]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise EngineError(
-            "the engine's model list could not be read", code="engine_garbled"
-        ) from error
+        raise _garbled_models() from error
 
 
 def parse_engine_load(metrics: bytes) -> EngineLoad | None:

@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.gateway.conftest import Served, until
+from tests.fake_engine import Behaviour
+from tests.gateway.conftest import Serve, Served, until
 
 
 def _sdk(served: Served) -> openai.AsyncOpenAI:
@@ -22,6 +23,17 @@ async def test_relay_sdk_lists_models_and_completes(served: Served) -> None:
 
     assert models == ["fake"]
     assert completion.choices[0].text == " answer:hello "
+
+
+async def test_relay_sdk_retrieves_one_model(serve: Serve) -> None:
+    async with serve(Behaviour(model="org/fake"), aliases=("gpt-4o=org/fake",)) as served:
+        async with _sdk(served) as client:
+            models = [await client.models.retrieve(name) for name in ("org/fake", "gpt-4o")]
+            with pytest.raises(openai.NotFoundError, match="no model 'nope'") as failure:
+                await client.models.retrieve("nope")
+
+    assert [model.id for model in models] == ["org/fake", "gpt-4o"]
+    assert failure.value.code == "model_not_found"
 
 
 async def test_relay_sdk_streams_piece_by_piece(served: Served) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "demo"
-_HUB_TOKEN = Path("/run/secrets/hf_token")
+HUB_TOKEN = Path("/run/secrets/hf_token")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PIN = re.compile(r"^([\w.-]+)==([^\s\\;]+)")
 _FLOOR = re.compile(r"^([\w.-]+)>=([\d.]+)")
@@ -221,7 +221,7 @@ def fetch(name: str, into: Path, hub: str) -> None:
 def read_token() -> str | None:
     """From a secret of the build or of compose; never from an argument, which an image keeps."""
     try:
-        text = _HUB_TOKEN.read_text(encoding="ascii").strip()
+        text = HUB_TOKEN.read_text(encoding="ascii").strip()
     except OSError:
         text = ""
     return text or os.environ.get("HF_TOKEN") or None

@@ -205,6 +205,26 @@ def test_model_of_a_hub_is_fetched_whole_without_what_is_not_served(
     assert "hf_secret" not in said
 
 
+def test_model_of_a_hub_is_asked_for_with_the_secret_of_the_build(tmp_path: Path, hub: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("hf_mounted\n")
+    code = (
+        "import pathlib, sys; from scripts import image;"
+        "image.HUB_TOKEN = pathlib.Path(sys.argv[1]);"
+        "image.provide_model('some/model', pathlib.Path(sys.argv[2]), 'huggingface')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, secret, tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_TOKEN": "hf_of_the_environment"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Bearer hf_mounted" in {token for _, token in Hub.asked}
+
+
 def test_model_of_a_hub_without_weights_is_not_put_into_place(tmp_path: Path, hub: str) -> None:
     del Hub.files["model.safetensors"]
     code, said = call("model", "some/model", tmp_path, HF_ENDPOINT=hub)

@@ -325,7 +325,7 @@ def test_two_engines_share_the_work_and_one_may_die(stack: Docker, step: Step) -
 
 
 def test_stop_lets_a_running_batch_finish_and_exits_cleanly(stack: Docker, step: Step) -> None:
-    questions = [f"第 {number} 个问题：什么是线程块？" for number in range(1500)]
+    questions = [f"第 {number} 个问题：什么是线程块？" for number in range(800)]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(predict, questions)
         wait_until("the batch is in the engine", lambda: running_in_engine(stack) > 0, within_s=20)

@@ -136,20 +136,27 @@ class Row:
         """How far the same figure went from its neutral value where nothing differed."""
         if self.control is None or self.neutral is None:
             return 0.0
-        return abs(self.control.value - self.neutral)
+        return measure_distance(self.control.value, self.neutral)
 
     @property
     def is_quiet(self) -> bool:
         """Ratios alone can be held against the 3 %."""
-        return self.control is None or self.neutral != 1.0 or self.noise <= QUIET
+        if self.control is None or self.neutral != 1.0:
+            return True
+        return abs(self.control.value - 1.0) <= QUIET
 
     @property
     def difference(self) -> str:
         """From what is neutral, in words."""
         if self.neutral is None:
             return ""
-        change = self.span.value - self.neutral
-        return judge_change(change, self.span, self.neutral, self.noise)
+        if not self.span.is_sure:
+            return f"cannot be told: {count_rounds(self.span.rounds)}"
+        if self.span.low <= self.neutral <= self.span.high:
+            return "no real difference"
+        if measure_distance(self.span.value, self.neutral) <= self.noise:
+            return "cannot be told: the control moved as much"
+        return "really more" if self.span.value > self.neutral else "really less"
 
     @property
     def bound_verdict(self) -> BoundVerdict | None:
@@ -164,14 +171,11 @@ class Row:
         return "OVER" if is_measured_once or (self.span.is_sure and is_beyond) else "unclear"
 
 
-def judge_change(change: float, span: Span, neutral: float, noise: float) -> str:
-    if not span.is_sure:
-        return f"cannot be told: {count_rounds(span.rounds)}"
-    if span.low <= neutral <= span.high:
-        return "no real difference"
-    if abs(change) <= noise:
-        return "cannot be told: the control moved as much"
-    return "really more" if change > 0 else "really less"
+def measure_distance(value: float, neutral: float) -> float:
+    """Of a ratio from 1: half and double are equally far."""
+    if neutral == 1.0 and value > 0:
+        return max(value, 1 / value) - 1
+    return abs(value - neutral)
 
 
 def count_rounds(rounds: int) -> str:

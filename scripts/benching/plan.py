@@ -22,18 +22,21 @@ SINGLE_TITLE = f"one prompt, {_SINGLE_TOKENS} tokens"
 
 @dataclass(frozen=True)
 class Scale:
-    """Seconds a part, and how much is asked."""
+    """Seconds a part, rounds, and how much is asked."""
 
     seconds: dict[str, float]
     fewest: int
     prompts: int
+    most: int = 150
     streams: tuple[int, ...] = (1, 16, 64)
     sweep_rounds: int = 8
     sweep_window_s: float = 2.0
+    sweep_arrivals: int = 60
     outside: Asked = field(default_factory=Asked)
     relay: Load = field(default_factory=Load)
 
     def budget(self, part: str, most: int, share: float = 1.0) -> Budget:
+        most = min(most, self.most)
         return Budget(self.seconds[part] * share, most, min(self.fewest, most))
 
 
@@ -98,6 +101,7 @@ def plan_sweep(scale: Scale, asked: Questions, bound_s: float) -> Plan:
         min(_SWEEP_TOKENS, asked.max_tokens),
         bound_s,
         scale.sweep_window_s,
+        scale.sweep_arrivals,
         scale.seconds["sweep"],
         scale.sweep_rounds,
     )

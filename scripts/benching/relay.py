@@ -148,20 +148,26 @@ async def measure_latency_ms(port: int, calls: int) -> float:
     return statistics.median(times) * 1e3
 
 
-async def count_in(port: int, seconds: float, ask: Callable[[Caller, int], Awaitable[int]]) -> int:
-    """What 64 connections at once get in that time."""
+async def measure_rate(
+    port: int, seconds: float, ask: Callable[[Caller, int], Awaitable[int]]
+) -> tuple[int, float]:
+    """What 64 connections at once get in that time, and how long it took to the last."""
 
-    async def work(first: int) -> int:
-        caller = await Caller.connect(port)
+    async def work(caller: Caller, first: int) -> int:
         count = turn = 0
-        while time.perf_counter() < deadline:
+        while not turn or time.perf_counter() < deadline:
             count += await ask(caller, first + turn)
             turn += 1
-        await caller.close()
         return count
 
-    deadline = time.perf_counter() + seconds
-    return sum(await asyncio.gather(*(work(n * 1_000_000) for n in range(_CONCURRENCY))))
+    callers = [await Caller.connect(port) for _ in range(_CONCURRENCY)]
+    started = time.perf_counter()
+    deadline = started + seconds
+    work_of_all = (work(caller, n * 1_000_000) for n, caller in enumerate(callers))
+    count = sum(await asyncio.gather(*work_of_all))
+    took_s = time.perf_counter() - started
+    await asyncio.gather(*(caller.close() for caller in callers))
+    return count, took_s
 
 
 async def _ask_once(caller: Caller, number: int) -> int:
@@ -202,18 +208,15 @@ async def measure_relay(load: Load, budget: Budget, chance: random.Random, say: 
 
 
 async def _take_turn(arms: Arms, arm: str, load: Load) -> dict[str, float]:
-    port = arms.ports[arm]
+    port, pid = arms.ports[arm], arms.pids.get(arm)
     values = {LATENCY: await measure_latency_ms(port, load.calls)}
-    pid = arms.pids.get(arm)
     cpu_s = read_cpu_s(pid) if pid else 0.0
-    started = time.perf_counter()
-    count = await count_in(port, load.seconds, _ask_once)
-    values[RATE] = count / (time.perf_counter() - started)
+    count, took_s = await measure_rate(port, load.seconds, _ask_once)
+    values[RATE] = count / took_s
     if pid:
         values[CPU] = (read_cpu_s(pid) - cpu_s) * 1e3 / count
-    started = time.perf_counter()
-    chunks = await count_in(port, load.seconds, Caller.ask_stream)
-    values[CHUNKS] = chunks / (time.perf_counter() - started)
+    chunks, took_s = await measure_rate(port, load.seconds, Caller.ask_stream)
+    values[CHUNKS] = chunks / took_s
     return values
 
 

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 
 from scripts.benching.figures import QUIET, Row, Span
-from scripts.benching.relay import CHUNKS, LATENCY, RATE
+from scripts.benching.relay import CHUNKS, LATENCY, RATE, Relayed
 from scripts.benching.result import Result, describe_quiet
-from scripts.benching.rounds import Measured
+from scripts.benching.rounds import CPU_MEASURE, Measured
 from scripts.benching.sweep import Sweep
 from scripts.plots import (
     Bar,
@@ -90,14 +90,15 @@ def _tiles(rows: Sequence[Row]) -> Iterator[str]:
     """The bounded figures and the knee: what people ask for first."""
     for row in rows:
         if row.bound is not None or row.name.endswith("knee"):
-            note = _interval(row.span) if row.span.rounds > 1 else ""
-            if row.bound:
-                note += f" · {row.bound.describe()}: {row.bound_verdict}"
+            words = [row.unit]
+            words += [_interval(row.span)] if row.span.rounds > 1 else []
+            words += [f"{row.bound.describe()}: {row.bound_verdict}"] if row.bound else []
+            note = " · ".join(words)
             style = ' class="bad"' if row.bound_verdict == "OVER" else ""
             yield (
                 f'<div class="tile"><small>{escape(row.name)}</small>'
                 f"<b{style}>{row.span.value:.3f}</b>"
-                f"<small>{escape(row.unit)} · {escape(note)}</small></div>"
+                f"<small>{escape(note)}</small></div>"
             )
 
 
@@ -107,12 +108,17 @@ def _interval(span: Span) -> str:
 
 def _plots(result: Result, rows: Sequence[Row]) -> Iterator[str]:
     ratios = [row for row in rows if row.part == "engine" and row.neutral == 1.0]
-    if ratios:
+    cpu = [row for row in ratios if row.name.endswith(CPU_MEASURE)]
+    times = [row for row in ratios if row not in cpu]
+    if times:
         caption = (
             f"Below 1 is less, above it more, than direct. The band is 1.00 ± {QUIET:.2f}: where "
             "the control leaves it, the machine was not quiet."
         )
-        yield _figure("Gateway and control, over direct", _draw_ratios(ratios), caption)
+        yield _figure("Time, over direct", _draw_ratios(times), caption)
+    if cpu:
+        caption = "The same of the CPU time of all that serves: gateway and engine together."
+        yield _figure("CPU, over direct", _draw_ratios(cpu), caption)
     if result.sweep:
         caption = (
             f"Each dot is one rate for one door; a hollow one was not served: 95 % took more than "
@@ -124,7 +130,7 @@ def _plots(result: Result, rows: Sequence[Row]) -> Iterator[str]:
             caption = "Every call of the measured rounds, in milliseconds."
             yield _figure(measured.title, _draw_times(measured), caption)
     if result.relayed:
-        yield from _draw_relayed(result)
+        yield from _draw_relayed(result.relayed)
 
 
 def _figure(title: str, plot: str, caption: str) -> str:
@@ -187,14 +193,13 @@ def _draw_times(measured: Measured) -> str:
     )  # fmt: skip
 
 
-def _draw_relayed(result: Result) -> Iterator[str]:
-    assert result.relayed is not None  # noqa: S101 — asked by the caller
+def _draw_relayed(relayed: Relayed) -> Iterator[str]:
     captions = {
         LATENCY: "One call at a time, to an engine that answers at once.",
         RATE: "64 connections; more is better.",
         CHUNKS: "64 streams; more is better.",
     }
-    for series in result.relayed.series:
+    for series in relayed.series:
         if series.measure in captions:
             bars = [
                 Bar(

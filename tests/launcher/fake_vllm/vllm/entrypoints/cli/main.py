@@ -1,7 +1,7 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `no_metrics`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
+`flood`, `no_metrics`, `echo`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
 argv); once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
@@ -67,8 +67,12 @@ class Server:
         finally:
             self.running -= len(prompts)
         choices = [
-            {"index": i, "text": self.answer, "finish_reason": "length"}
-            for i in range(len(prompts))
+            {
+                "index": i,
+                "text": f"to {prompt}" if "echo" in self.words else self.answer,
+                "finish_reason": "length",
+            }
+            for i, prompt in enumerate(prompts)
         ]
         usage = {"completion_tokens": 10 * len(prompts)}
         return web.json_response({"choices": choices, "usage": usage})

@@ -73,7 +73,7 @@ class PageFile:
 
 def read_files() -> dict[str, PageFile]:
     """By name; what is not in here cannot be asked for, however the path is written."""
-    return {path.name: _read_file(path) for path in sorted(_FILES.iterdir())}
+    return {path.name: _read_file(path) for path in _FILES.iterdir() if path.suffix in _TYPES}
 
 
 def _read_file(path: Path) -> PageFile:
@@ -89,7 +89,6 @@ class Figures:
 
     def __init__(self, app: web.Application) -> None:
         self._app = app
-        self._began = time.monotonic()
         self._read_at = 0.0
         self._last: dict[str, Any] = {}
         self._reading: asyncio.Task[None] | None = None
@@ -125,9 +124,7 @@ class Figures:
     def _describe_gateway(self) -> dict[str, Any]:
         pool = self._app[POOL]
         state = "stopping" if pool.draining else "ready" if pool.is_ready else "waiting"
-        expected_s = None if pool.is_ready else round(pool.expected_start_s(), 1)
-        up_s = round(time.monotonic() - self._began, 1)
-        return {"state": state, "expected_s": expected_s, "up_s": up_s}
+        return {"state": state}
 
     def _describe_gate(self) -> dict[str, Any]:
         gate = self._app[GATE]
@@ -135,7 +132,6 @@ class Figures:
         return {
             "running": sum(running for running, _ in lanes.values()),
             "waiting": sum(waiting for _, waiting in lanes.values()),
-            "places": self._app[SETTINGS].max_running,
         }
 
     def _sum_usage(self) -> dict[str, int]:

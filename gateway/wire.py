@@ -25,7 +25,6 @@ _FIGURES = {
     b"num_requests_running": "running",
     b"num_requests_waiting": "waiting",
     b"kv_cache_usage_perc": "kv_usage",
-    b"prompt_tokens_total": "prompt_tokens",
     b"generation_tokens_total": "completion_tokens",
     b"request_success_total": "finished",
     b"num_preemptions_total": "preemptions",
@@ -113,7 +112,6 @@ class EngineLoad:
     running: float = 0.0
     waiting: float = 0.0
     kv_usage: float = 0.0
-    prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
     finished: float = 0.0
     preemptions: float = 0.0

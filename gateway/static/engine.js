@@ -167,6 +167,7 @@ export class EnginePanel {
       [say("engine.start"), launcher.start_seconds && span(launcher.start_seconds)],
       [say("engine.restarts"), launcher.restarts && number(restarts)],
       [say("engine.answered"), load && number(load.finished)],
+      [say("engine.preempted"), load?.preemptions ? number(load.preemptions) : null],
       [say("engine.cached"), load?.cached_tokens ? percent(load.cached_tokens / load.looked_up_tokens) : null],
       [say("engine.reason"), engine.state === "down" && !launcher.state ? engine.reason : null],
     ]);

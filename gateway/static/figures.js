@@ -27,6 +27,10 @@ function noteWaiting(status) {
   return engine || gateway ? say("live.atGateway", { gateway: number(gateway), engine: number(engine) }) : "";
 }
 
+function sumUp({ used }) {
+  return say("live.used", { requests: number(used.requests), tokens: number(used.completion_tokens) });
+}
+
 export class Figures {
   #tiles;
 
@@ -57,7 +61,6 @@ export class Figures {
       tile.chart.show(samples, tile.pick);
     }
     const isSilent = status?.engines.some((engine) => engine.state === "ready" && !engine.load);
-    find("live-note").hidden = !isSilent;
-    setText(find("live-note"), isSilent ? say("live.noFigures") : "");
+    setText(find("live-note"), isSilent ? say("live.noFigures") : status ? sumUp(status) : "");
   }
 }

@@ -64,7 +64,8 @@ export class Live extends EventTarget {
 
   #sample(status) {
     const before = this.#before;
-    if (before?.at === status.at) return;
+    // Another of several workers may answer with an older reading; a clock set back is none.
+    if (before && status.at <= before.at && status.at > before.at - KEEP_S) return;
     this.#before = status;
     this.samples.push(measure(status, before && status.at - before.at < GAP_S ? before : null));
     const oldest = status.at - KEEP_S;

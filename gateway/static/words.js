@@ -162,6 +162,7 @@ const WORDS = {
   "engine.start": ["Last start took", "上次启动用时"],
   "engine.restarts": ["Restarts", "重启次数"],
   "engine.cached": ["Prefix cache hits", "前缀缓存命中"],
+  "engine.preempted": ["Preempted for lack of cache", "因缓存不足被抢占"],
   "engine.answered": ["Answers given", "已回答"],
   "engine.reason": ["Reason", "原因"],
   "engine.stages": ["Steps of the start", "启动步骤"],
@@ -188,6 +189,10 @@ const WORDS = {
   "live.first": ["Time to first token", "首词元时间"],
   "live.inEngine": ["{count} in the engine", "引擎内 {count}"],
   "live.atGateway": ["{gateway} here, {engine} in the engine", "网关 {gateway}，引擎 {engine}"],
+  "live.used": [
+    "Since the gateway started: {requests} request{s}, {tokens} tokens written",
+    "网关启动以来：{requests} 个请求，生成 {tokens} 个词元",
+  ],
   "live.noFigures": ["The engine gives no figures of its own.", "引擎没有提供自己的指标。"],
   "live.chart": ["{name}: now {now}; lowest {low}, highest {high} in the last 2 minutes", "{name}：当前 {now}；最近 2 分钟最低 {low}，最高 {high}"],
   "live.chartEmpty": ["{name}: no figures yet", "{name}：暂无数据"],
@@ -255,7 +260,7 @@ export const allWords = () => WORDS;
 export function say(key, values = {}) {
   const text = WORDS[key]?.[LANGUAGES.indexOf(language)] ?? key;
   // The English plural, where a text has one.
-  const all = { s: values.count === "1" ? "" : "s", ...values };
+  const all = { s: (values.count ?? values.requests) === "1" ? "" : "s", ...values };
   return text.replace(/\{(\w+)\}/g, (_, name) => all[name] ?? "");
 }
 

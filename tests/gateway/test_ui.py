@@ -273,7 +273,6 @@ async def test_page_is_there_before_any_engine(serve: Serve) -> None:
 
         assert (await served.client.get("/ui")).status_code == 200
         assert status["gateway"]["state"] == "waiting"
-        assert status["gateway"]["expected_s"] >= 1
         assert status["engines"] == [
             {
                 "state": "down",
@@ -295,7 +294,7 @@ async def test_status_sums_the_engines_own_figures(serve: Serve) -> None:
         assert (load["kv_usage"], load["completion_tokens"]) == (0.75, 1500)
         assert (load["first_token_sum_s"], load["first_token_count"]) == (0.5, 8)
         assert status["gateway"]["state"] == "ready"
-        assert status["gate"] == {"running": 0, "waiting": 0, "places": 4096}
+        assert status["gate"] == {"running": 0, "waiting": 0}
         assert status["used"]["requests"] == 1
         assert status["limits"]["prompts"] == 10_000
         assert served.engine_url not in json.dumps(status)

@@ -56,6 +56,7 @@ class Visitor:
 
     browser: Browser
     problems: list[str] = field(default_factory=list)
+    own_hosts: set[str] = field(default_factory=set)
     hosts: set[str] = field(default_factory=set)
     may_fail: bool = False
     _close: list[Callable[[], None]] = field(default_factory=list)
@@ -69,18 +70,18 @@ class Visitor:
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self.own_hosts.add(urlsplit(url).netloc)
         page.goto(url + path)
         if wait:
             page.wait_for_selector("#pill[data-state=ready]", timeout=LONGEST_START_MS)
         return page
 
-    def check(self, url: str) -> None:
-        assert self.problems == []
-        assert self.hosts <= {urlsplit(url).netloc, ""}, "a request to another host"
-
-    def close(self) -> None:
+    def leave(self) -> None:
+        """Closes the pages and tells what they did wrong, whatever the test was about."""
         for close in self._close:
             close()
+        assert self.problems == []
+        assert self.hosts <= self.own_hosts | {""}, "a request to another host"
 
     def _note(self, message: ConsoleMessage) -> None:
         if message.type not in {"error", "warning"}:
@@ -93,7 +94,7 @@ class Visitor:
 def visitor(chromium: Browser) -> Iterator[Visitor]:
     visitor = Visitor(chromium)
     yield visitor
-    visitor.close()
+    visitor.leave()
 
 
 @contextlib.contextmanager

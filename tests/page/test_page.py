@@ -67,7 +67,6 @@ def test_key_is_asked_for_kept_in_the_tab_and_forgotten(visitor: Visitor, tmp_pa
         expect(page.locator("#engine-body")).to_be_hidden()
         ask(page, "mine")
         expect(page.locator(".turn .error")).to_contain_text("use the button Key above")
-        visitor.check(served.url)
 
 
 def test_answer_is_stopped_by_button_and_by_escape(visitor: Visitor) -> None:
@@ -88,7 +87,6 @@ def test_answer_is_stopped_by_button_and_by_escape(visitor: Visitor) -> None:
             assert text.startswith("answer:tell")
             page.wait_for_timeout(200)
             assert engine.cancelled == number
-        visitor.check(served.url)
 
 
 def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None:
@@ -105,7 +103,6 @@ def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None
         page.wait_for_selector("#pill[data-state=ready]")
         page.click("text=Ask again")
         expect(page.locator(".turn > .answer").first).to_have_text("answer:twice")
-        visitor.check(served.url)
 
 
 def test_answer_keeps_its_white_space_and_no_markup_runs(visitor: Visitor) -> None:
@@ -117,7 +114,6 @@ def test_answer_keeps_its_white_space_and_no_markup_runs(visitor: Visitor) -> No
         expect(page.locator(".turn .figures")).to_contain_text("in all")
         assert page.locator(".turn > .answer").inner_text() == f"answer:{question}"
         assert page.locator(".turn img, .turn script").count() == 0
-        visitor.check(served.url)
 
 
 def test_earlier_turns_are_sent_along_when_asked_to(visitor: Visitor) -> None:
@@ -140,7 +136,6 @@ def test_earlier_turns_are_sent_along_when_asked_to(visitor: Visitor) -> None:
             "user",
         ]
         assert call["max_tokens"] == 7
-        visitor.check(served.url)
 
 
 def test_batch_failures_are_named_and_run_again(visitor: Visitor) -> None:
@@ -162,7 +157,6 @@ def test_batch_failures_are_named_and_run_again(visitor: Visitor) -> None:
         assert sum(len(call["prompt"]) for call in engine.calls) == 2
         texts = page.locator(".result .answer").all_inner_texts()
         assert texts == ["answer:one", "answer:bad two", "answer:three", "answer:bad four"]
-        visitor.check(served.url)
 
 
 def test_batch_waits_for_an_engine_that_is_away(visitor: Visitor) -> None:
@@ -176,7 +170,6 @@ def test_batch_waits_for_an_engine_that_is_away(visitor: Visitor) -> None:
 
         engine.is_healthy = True
         expect(page.locator("#run-title")).to_have_text("2 questions answered")
-        visitor.check(served.url)
 
 
 def test_gateway_gone_and_back_is_followed_without_a_reload(visitor: Visitor) -> None:
@@ -193,7 +186,6 @@ def test_gateway_gone_and_back_is_followed_without_a_reload(visitor: Visitor) ->
         page.wait_for_selector("#pill[data-state=ready]")
         expect(page.locator("#notice")).to_be_hidden()
         assert page.evaluate("window.isSamePage")
-        visitor.check(served.url)
 
 
 def test_several_engines_are_told_apart(visitor: Visitor) -> None:
@@ -236,7 +228,6 @@ def test_file_is_chosen_dropped_and_removed(visitor: Visitor, tmp_path: Path) ->
         drop(page, "bad.json", '["one", ')
         expect(page.locator("#found .error")).to_contain_text("not valid JSON")
         expect(page.locator("#run")).to_be_disabled()
-        visitor.check(served.url)
 
 
 def drop(page: Page, name: str, text: str) -> None:
@@ -260,7 +251,7 @@ def modules(chromium: Browser) -> Any:
         visitor = Visitor(chromium)
         page = visitor.open(served.url)
         yield page
-        visitor.close()
+        visitor.leave()
 
 
 PARSED = "async (text) => (await import('/ui/questions.js')).parseQuestions(text)"
@@ -377,7 +368,6 @@ def test_language_follows_the_browser(visitor: Visitor, locale: str, language: s
         page.reload()
         assert page.get_attribute("html", "lang") == "zh-CN"
         assert page.get_attribute("html", "data-theme") == "light"
-        visitor.check(served.url)
 
 
 def test_every_control_has_a_name(visitor: Visitor) -> None:

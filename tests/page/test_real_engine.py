@@ -100,7 +100,6 @@ def test_page_opened_while_the_engine_loads_follows_it_to_ready(
     expect(page.locator("#notice")).to_be_hidden()
     expect(page.locator(".turn > .answer")).to_contain_text("32 threads")
     expect(page.locator("#engine .facts")).to_contain_text("demo")
-    visitor.check(stack.url)
 
 
 def test_question_streams_and_its_speed_is_shown(
@@ -129,7 +128,6 @@ def test_question_streams_and_its_speed_is_shown(
     for part in ("first token", "tokens/s", "ms"):
         assert part in figures
     shoot(page, "answer")
-    visitor.check(stack.url)
 
 
 def test_batch_of_50_in_one_call_is_answered_and_downloaded(
@@ -160,7 +158,6 @@ def test_batch_of_50_in_one_call_is_answered_and_downloaded(
             page.click(f"#downloads [data-format={kind}]")
         assert download.value.suggested_filename.endswith(f".{kind}")
         assert read(download.value.path().read_bytes()) == expected
-    visitor.check(stack.url)
 
 
 def _read_json(data: bytes) -> list[tuple[str, str]]:
@@ -197,7 +194,6 @@ def test_batch_in_pieces_shows_true_progress(
     expect(page.locator("#run-title")).to_have_text("50 questions answered")
 
     assert calls.count("/predict") == 10
-    visitor.check(stack.url)
 
 
 def test_batch_in_one_call_shows_the_engines_count(
@@ -216,8 +212,6 @@ def test_batch_in_one_call_shows_the_engines_count(
     page.click("#batch-stop")
     expect(page.locator("#run-title")).to_have_text("Stopped after 0 of 1,098")
 
-    visitor.check(stack.url)
-
 
 def test_figures_and_charts_show_the_work(stack: Stack, visitor: Visitor) -> None:
     page = visitor.open(stack.url)
@@ -233,7 +227,6 @@ def test_figures_and_charts_show_the_work(stack: Stack, visitor: Visitor) -> Non
         assert str(chart.locator(".line").get_attribute("d")).startswith("M"), tile
     label = str(page.locator("[data-tile=rate] svg").get_attribute("aria-label"))
     assert "highest 0 " not in label
-    visitor.check(stack.url)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -254,7 +247,6 @@ def test_page_fits_desktop_and_phone_in_both_languages(
 
     assert page.get_attribute("html", "lang") == {"en": "en", "zh": "zh-CN"}[language]
     assert page.get_attribute("html", "data-theme") == theme
-    visitor.check(stack.url)
 
 
 def test_keyboard_alone_asks_and_runs_a_batch(stack: Stack, visitor: Visitor) -> None:
@@ -290,7 +282,6 @@ def test_keyboard_alone_asks_and_runs_a_batch(stack: Stack, visitor: Visitor) ->
     page.keyboard.press("Enter")
 
     expect(page.locator("#run-title")).to_have_text("1 question answered")
-    visitor.check(stack.url)
 
 
 def test_engine_killed_under_the_open_page_is_seen_to_recover(
@@ -316,4 +307,3 @@ def test_engine_killed_under_the_open_page_is_seen_to_recover(
     shoot(page, "recovered")
     assert page.evaluate("window.isSamePage")
     assert sum(stack.read_engine()["restarts"].values()) == 1
-    visitor.check(stack.url)

@@ -133,7 +133,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     choices = [
         {
             "index": index,
-            "text": f" answer:{question} ",
+            "text": f"{question if call.get('echo') else ''} answer:{question} ",
             "finish_reason": "abort" if behaviour.aborts(question) else "stop",
         }
         for index, question in enumerate(questions)

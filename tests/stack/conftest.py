@@ -12,17 +12,22 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.stack.bases import CannotCopyError, Pythons, find_pythons, load_bases, make_base
-from tests.stack.docker import ROOT, TWO_ENGINES, Docker, own_network, remove_scratch
+from tests.stack.docker import (
+    ROOT,
+    TWO_ENGINES,
+    Docker,
+    make_scratch,
+    own_network,
+    remove_scratch,
+)
 
 GATEWAY = "http://127.0.0.1:8000"
 Step = Callable[[str], AbstractContextManager[None]]
@@ -85,7 +90,7 @@ def docker(pythons: Pythons, step: Step) -> Iterator[Docker]:
     """The project's images, built as they are, and a daemon to run them without a way out."""
     # A `timeout` around the tests must end what they started, too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    scratch = Path(tempfile.mkdtemp(prefix="vllm-gateway-stack-"))
+    scratch = make_scratch()
     docker = Docker(scratch, {"MODEL": "demo", **pythons.variables})
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, before)

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _CI = ("tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml")
 ONE_ENGINE = ("compose.yaml", _CI[0])
 TWO_ENGINES = ("compose.yaml", "compose.scale.yaml", *_CI)
 _CGROUP = "vllm-gateway-stack-test"
+_SCRATCH = "vllm-gateway-stack-"
 _CLONE_NEWNET = 0x40000000
 _START_S = 30
 _STOP_S = 60
@@ -206,6 +208,17 @@ def _processes(docker: Docker, name: str) -> list[int]:
         if file.is_file():
             return [int(pid) for pid in file.read_text(encoding="ascii").split()]
     raise DockerError(f"{name} has no control group; is it running?")
+
+
+def make_scratch() -> Path:
+    """Gigabytes for a while; what a killed test could not remove goes first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        owner = left / "owner"
+        if owner.is_file() and not Path(f"/proc/{owner.read_text()}").exists():
+            remove_scratch(left)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    (scratch / "owner").write_text(str(os.getpid()))
+    return scratch
 
 
 def remove_scratch(scratch: Path) -> None:

@@ -52,6 +52,7 @@ ROUTES = (
 # connection is kept are the gateway's business, and the engine needs nothing else.
 _SENT = ("Accept", "X-Session-Id", "anthropic-version", "traceparent", "tracestate")
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
+_RETRY_AFTER_S = "1"
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
@@ -168,6 +169,8 @@ def _whole(request: web.Request, upstream: Answer, body: bytes) -> web.Response:
     elif upstream.status >= 400:
         body = name_engine_error(upstream.status, body)
         headers["Content-Type"] = "application/json"
+        if upstream.status in {429, 503}:
+            headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
     return web.Response(status=upstream.status, headers=headers, body=body)
 
 

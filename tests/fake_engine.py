@@ -38,6 +38,7 @@ class Behaviour:
     refused_field: str | None = None
     aborts: Callable[[str], bool] = lambda question: False
     status: int = 200
+    retry_after_s: int | None = None
     body: bytes | None = None
     cuts_connection: bool = False
     drops_last_choice: bool = False
@@ -159,7 +160,11 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         request.transport.abort()
         return web.Response()
     if behaviour.status != 200:
-        return _json({"error": {"message": "broken", "code": behaviour.status}}, behaviour.status)
+        broken = {"error": {"message": "broken", "code": behaviour.status}}
+        answer = _json(broken, behaviour.status)
+        if behaviour.retry_after_s is not None:
+            answer.headers["Retry-After"] = str(behaviour.retry_after_s)
+        return answer
     if call.get("model") != behaviour.model:
         body = {
             "error": {"message": f"The model `{call.get('model')}` does not exist.", "code": 404}

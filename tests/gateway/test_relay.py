@@ -10,6 +10,7 @@ import pytest
 
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
+from tests.gateway.raw import build_request, connect
 
 
 def _sdk(served: Served) -> openai.AsyncOpenAI:
@@ -26,11 +27,13 @@ async def test_relay_sdk_lists_models_and_completes(served: Served) -> None:
 
 
 async def test_relay_sdk_retrieves_one_model(serve: Serve) -> None:
-    async with serve(Behaviour(model="org/fake"), aliases=("gpt-4o=org/fake",)) as served:
-        async with _sdk(served) as client:
-            models = [await client.models.retrieve(name) for name in ("org/fake", "gpt-4o")]
-            with pytest.raises(openai.NotFoundError, match="no model 'nope'") as failure:
-                await client.models.retrieve("nope")
+    async with (
+        serve(Behaviour(model="org/fake"), aliases=("gpt-4o=org/fake",)) as served,
+        _sdk(served) as client,
+    ):
+        models = [await client.models.retrieve(name) for name in ("org/fake", "gpt-4o")]
+        with pytest.raises(openai.NotFoundError, match="no model 'nope'") as failure:
+            await client.models.retrieve("nope")
 
     assert [model.id for model in models] == ["org/fake", "gpt-4o"]
     assert failure.value.code == "model_not_found"
@@ -102,6 +105,30 @@ async def test_relay_gone_caller_cancels_the_engines_work(served: Served) -> Non
     call.cancel()
 
     await until(lambda: served.engine.running == 0, timeout_s=1)
+
+
+async def test_relay_half_closed_caller_is_taken_for_gone(served: Served) -> None:
+    """He looks like one who has closed for good, and for that one no engine may work on."""
+    served.engine.delay_s = 30
+    body = b'{"model": "fake", "messages": [{"role": "user", "content": "x"}]}'
+    async with connect(served.url) as (_, writer):
+        writer.write(build_request("POST", "/v1/chat/completions", body))
+        await until(lambda: served.engine.running == 1)
+
+        writer.write_eof()
+
+        await until(lambda: served.engine.running == 0, timeout_s=1)
+
+
+@pytest.mark.parametrize(("told_s", "passed_on"), [(7, "7"), (None, "1")])
+async def test_relay_busy_engine_says_when_to_come_back(
+    served: Served, told_s: int | None, passed_on: str
+) -> None:
+    served.engine.status, served.engine.retry_after_s = 503, told_s
+
+    answer = await served.chat("x")
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, passed_on)
 
 
 async def test_relay_dead_engine_is_an_error_in_the_envelope(served: Served) -> None:

@@ -91,7 +91,7 @@ class EngineProbe:
                 if in_core.in_flight or in_core.moved != seen:
                     seen, since = in_core.moved, time.monotonic()
                 is_still = time.monotonic() - since > _STILL_S
-                if not in_core.in_flight and (not at_server or is_still):
+                if not in_core.in_flight and (at_server <= 0 or is_still):
                     return
             await asyncio.sleep(0.1)
 

@@ -1,8 +1,9 @@
-"""Reading a request's body: all of it, bounded in size by the app and in time here."""
+"""Reading a request's body: all of it, bounded in size (sent and inflated) and in time."""
 
 from __future__ import annotations
 
 import asyncio
+import zlib
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
@@ -10,13 +11,50 @@ from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
 from gateway.config import SETTINGS
 from gateway.errors import BodyTimeout, InvalidRequest, PayloadTooLarge
 
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_WORTH_A_THREAD_BYTES = 2**16
+
 
 async def read_body(request: web.Request) -> bytes:
     settings = request.app[SETTINGS]
     if (request.content_length or 0) > settings.max_body_bytes:
-        raise PayloadTooLarge(
-            f"the body is larger than {settings.max_body_bytes} bytes; send it in parts"
+        raise _too_large(settings.max_body_bytes)
+    encoding = request.headers.get("Content-Encoding")
+    if encoding is None or encoding == "identity":
+        return await _read(request)
+    window = _WINDOWS.get(encoding.strip().lower())
+    if window is None:
+        raise InvalidRequest(
+            "send the body as it is, or with Content-Encoding gzip or deflate", code="bad_encoding"
         )
+    packed = await _read(request)
+    if len(packed) < _WORTH_A_THREAD_BYTES:
+        return _inflate(packed, window, settings.max_body_bytes)
+    return await asyncio.to_thread(_inflate, packed, window, settings.max_body_bytes)
+
+
+def _inflate(packed: bytes, window: int, most: int) -> bytes:
+    """At most so many bytes of it: a few megabytes of zeros unfold to gigabytes."""
+    inflater = zlib.decompressobj(window)
+    try:
+        body = inflater.decompress(packed, most + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body cannot be decoded: {error}", code="bad_encoding") from None
+    if len(body) > most:
+        raise _too_large(most)
+    if not inflater.eof or inflater.unused_data:
+        raise InvalidRequest(
+            "the body cannot be decoded: it is cut off or has a tail", code="bad_encoding"
+        )
+    return body
+
+
+def _too_large(most: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {most} bytes; send it in parts")
+
+
+async def _read(request: web.Request) -> bytes:
+    settings = request.app[SETTINGS]
     try:
         if request.content.is_eof():
             return await request.read()  # all here already, as small bodies are

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -35,6 +36,14 @@ _SYSTEM_PROMPTS = Path(__file__).parent / "system_prompts"
 _DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
 TextList = Annotated[tuple[str, ...], NoDecode]
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class SettingsError(Exception):
@@ -269,7 +278,7 @@ class Settings(BaseSettings):
         if not value and info.field_name == "engines":
             raise ValueError("at least one engine is needed")
         for url in value:
-            if not url.startswith(("http://", "https://")):
+            if not _is_address(url):
                 raise ValueError(f"{url!r} is not an http:// or https:// address")
         return tuple(url.rstrip("/") for url in value)
 

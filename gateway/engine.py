@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import aiohttp
+from yarl import URL
 
 from gateway.config import Settings
 from gateway.connector import EngineConnector
@@ -44,6 +45,11 @@ _BUSY_S = 1.0
 _JSON = {"Content-Type": "application/json"}
 
 
+def hide_password(url: str) -> str:
+    """Labels, logs and messages are for everybody."""
+    return str(URL(url).with_user(None)).rstrip("/") if "@" in url else url
+
+
 class EngineState(StrEnum):
     """What the gateway may send an engine: nothing, its warm-up, everything."""
 
@@ -58,7 +64,7 @@ class Engine:
     def __init__(
         self, url: str, settings: Settings, connector: aiohttp.BaseConnector, metrics: Metrics
     ) -> None:
-        self.url = url
+        self.url = hide_password(url)  # the name by which all speak of it
         self.state = EngineState.DOWN
         self.reason = "not looked at yet"
         self.card: ModelCard | None = None

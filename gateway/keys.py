@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import time
 import tomllib
@@ -29,7 +30,6 @@ log = structlog.get_logger("gateway")
 
 # Fields of a key's row in the ledger; an allowance takes two.
 _REQUESTS_LEFT, _TOKENS_LEFT, _REQUESTS, _PROMPT_TOKENS, _COMPLETION_TOKENS = 1, 3, 5, 6, 7
-_LOOPBACK = ("127.", "::1", "localhost")
 _BEARER = "bearer "
 _KEY_PREFIX = "vg-"
 _OTHERS = "(others)"  # no key can be called so
@@ -54,7 +54,13 @@ class Caller(BaseModel):
         if self.routes and route not in self.routes:
             raise Forbidden(f"this key may not use {route}", code="route_not_allowed")
 
-    def check_model(self, model: str) -> None:
+    def check_model(self, model: str | None) -> None:
+        if self.models and model is None:
+            raise Forbidden(
+                f"this key must name a model ({', '.join(self.models)})",
+                param="model",
+                code="model_not_allowed",
+            )
         if self.models and model not in self.models:
             raise Forbidden(
                 f"this key may not use the model {model!r}", param="model", code="model_not_allowed"
@@ -174,6 +180,12 @@ class Keyring:
             if stamp == self._stamp:
                 return
             self._stamp = stamp
+        except SettingsError as error:
+            if self._stamp is not None:  # gone: said once, and the keys stay as they were
+                self._stamp = None
+                log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 — no traceback
+            return
+        try:
             self._callers = self._from_environment | read_keys(self._path)
         except SettingsError as error:
             log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 — no traceback to see
@@ -276,7 +288,12 @@ def _row_name(caller: Caller) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    return host.startswith(_LOOPBACK)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _hash(key: str) -> str:

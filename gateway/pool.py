@@ -254,7 +254,9 @@ class Pool:
                 self._metrics.retried_calls.labels(lost.error_code).inc()
             try:
                 engine = await self.acquire(avoid=engine)
-            except Unavailable:
+            except Unavailable as error:
+                for place in places:  # it says when to come back, which the loss does not
+                    work.answers[place] = error
                 return
 
     async def _ask(self, work: _Work, places: Sequence[int], engine: Engine) -> None:

@@ -56,6 +56,7 @@ class PromptBuilder:
         self._settings = settings
         folder = settings.tokenizer
         self._tokenizer = _load_tokenizer(folder)
+        self._longest_token = max(map(len, self._tokenizer.get_vocab())) if self._tokenizer else 0
         self._render = _compile(self._template(folder), settings, _special_texts(folder))
         self._system = settings.read_system_prompt()
         self._cached_around = lru_cache(maxsize=64)(self._render_around)
@@ -102,7 +103,13 @@ class PromptBuilder:
     def _build(
         self, questions: Sequence[str], system: str | None, max_model_len: int | None
     ) -> list[Prompt | PromptRefused]:
-        texts = [self._text(one if is_text(one) else "", system) for one in questions]
+        if most := self._settings.max_input_tokens * self._longest_token:
+            questions = [one[:most] for one in questions]
+        long = {n for n, one in enumerate(questions) if self._is_hopeless(one, max_model_len)}
+        texts = [
+            self._text(one if is_text(one) and place not in long else "", system)
+            for place, one in enumerate(questions)
+        ]
         if self._tokenizer is None:
             prompts: list[Prompt] = list(texts)
         else:
@@ -117,9 +124,19 @@ class PromptBuilder:
                 for question, encoding in zip(questions, encodings, strict=True)
             ]
         return [
-            _refusal(question, prompt, max_model_len) or prompt
-            for question, prompt in zip(questions, prompts, strict=True)
+            _too_long(f"{len(question)} characters", max_model_len)
+            if place in long
+            else _refusal(question, prompt, max_model_len) or prompt
+            for place, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
         ]
+
+    def _is_hopeless(self, question: str, max_model_len: int | None) -> bool:
+        """Too long even if all its tokens were the longest: megabytes of text would be cut into
+        tokens, at a hundred times their size in memory, only to be refused.
+        """
+        if max_model_len is None or not self._longest_token:
+            return False
+        return len(question) > self._longest_token * max_model_len
 
     def _text(self, question: str, system: str | None) -> str:
         system = self._system if system is None else system
@@ -182,13 +199,17 @@ def _refusal(question: str, prompt: Prompt, max_model_len: int | None) -> Prompt
     if not question.strip():
         return PromptRefused("the prompt is empty", param="prompt", code="empty_prompt")
     if max_model_len is not None and not isinstance(prompt, str) and len(prompt) >= max_model_len:
-        return PromptRefused(
-            f"the prompt has {len(prompt)} tokens; the model takes {max_model_len} with its "
-            "answer. Shorten it, or set GATEWAY_MAX_INPUT_TOKENS to have questions cut",
-            param="prompt",
-            code="prompt_too_long",
-        )
+        return _too_long(f"{len(prompt)} tokens", max_model_len)
     return None
+
+
+def _too_long(size: str, max_model_len: int | None) -> PromptRefused:
+    return PromptRefused(
+        f"the prompt has {size}; the model takes {max_model_len} tokens with its answer. "
+        "Shorten it, or set GATEWAY_MAX_INPUT_TOKENS to have questions cut",
+        param="prompt",
+        code="prompt_too_long",
+    )
 
 
 def _load_tokenizer(folder: Path | None) -> Tokenizer | None:

@@ -30,6 +30,7 @@ from gateway.wire import (
     build_stream_error,
     drop_usage_events,
     name_engine_error,
+    name_stream_errors,
     parse_relay_call,
     parse_usage,
 )
@@ -51,6 +52,7 @@ ROUTES = (
 # Lists of what passes, not of what does not: who the caller is, who goes first and how the
 # connection is kept are the gateway's business, and the engine needs nothing else.
 _SENT = ("Accept", "X-Session-Id", "anthropic-version", "traceparent", "tracestate")
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
 _RETRY_AFTER_S = "1"
 
@@ -63,7 +65,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     path = request.path
     call = parse_relay_call(path, await read_body(request), request.app[SETTINGS])
     caller = request[CALLER]
-    if call.model is not None:
+    if caller.models:
         caller.check_model(call.model)
     if path not in GENERATING:
         return await _pass_on(request, call)
@@ -194,6 +196,8 @@ async def _stream(
             copying = _copy(trace, call, upstream, response, silence)
             usage = await (copying if trace.deadline is None else within(trace.deadline, copying))
             _count(request, usage)
+            if trace.error_code is not None:  # told in the stream, after a status of 200
+                engine.note_failure()
         except GatewayError as error:
             await _end_with_error(request, response, error)
         except aiohttp.ClientError as error:
@@ -230,13 +234,16 @@ async def _copy(
     rest = b""  # of an event whose end has not come yet
     while chunk := await read():
         trace.note_chunk()
-        if rest or not chunk.endswith(b"\n\n"):
+        if rest or not chunk.endswith(_EVENT_ENDS):
             chunk, rest = _split(rest + chunk)
             silence.is_inside_event = bool(rest)
         if b'"usage":{' in chunk:
             usage = _add(usage, parse_usage(chunk))
             if call.hides_usage:
                 chunk = drop_usage_events(chunk)
+        if b'data: {"error"' in chunk:
+            trace.note_error(EngineError.code, EngineError.source)
+            chunk = name_stream_errors(chunk)
         if chunk:
             silence.is_writing = True
             await write(chunk)
@@ -250,8 +257,8 @@ async def _copy(
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
     """Whole events, and the beginning of the next."""
-    end = data.rfind(b"\n\n") + 2
-    return (data[:end], data[end:]) if end > 1 else (b"", data)
+    end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _EVENT_ENDS)
+    return data[:end], data[end:]
 
 
 def _add(known: tuple[int, int] | None, told: tuple[int, int] | None) -> tuple[int, int] | None:

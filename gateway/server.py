@@ -108,6 +108,8 @@ class Runner(web.AppRunner):
             app,
             # Without it a caller who hangs up leaves the engine working to the end.
             handler_cancellation=True,
+            # `body.py` inflates, bounded: aiohttp would also inflate what it only throws away.
+            auto_decompress=False,
             access_log=None,
             keepalive_timeout=settings.client_keepalive_s,
             shutdown_timeout=settings.drain_timeout_s,

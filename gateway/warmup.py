@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 
 from gateway.config import SETTINGS, Settings, SettingsError, read_worker
-from gateway.engine import Engine, EngineState
+from gateway.engine import Engine, EngineState, hide_password
 from gateway.errors import EngineError, GatewayError
 from gateway.ledger import LEDGER, Ledger, Row
 from gateway.metrics import METRICS, Metrics
@@ -192,9 +192,9 @@ async def _change_engines(
 ) -> None:
     """Engines that are gone finish what they have: nothing new goes there."""
     known = {engine.url: engine for engine in app[POOL].engines}
-    engines = [known.get(url) or app[ENGINE_LIST].build(url) for url in urls]
+    engines = [known.get(hide_password(url)) or app[ENGINE_LIST].build(url) for url in urls]
     await app[POOL].set_engines(engines)
-    for url in known.keys() - set(urls):
+    for url in known.keys() - set(map(hide_password, urls)):
         watches.pop(url).cancel()
         log.info("engine_removed", engine=url)
     for engine in engines:

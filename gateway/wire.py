@@ -322,8 +322,8 @@ def _is_set(data: Mapping[str, Any], name: str, param: str) -> bool:
 
 
 def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
-    prompt = data.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and not _is_token_ids(prompt) else 1
+    prompt = data.get("prompt", data.get("input"))
+    prompts = len(prompt) if isinstance(prompt, list) and _holds_prompts(prompt) else 1
     if prompts > settings.max_prompts_per_call:
         raise InvalidRequest(
             f"{prompts} prompts in one call; at most {settings.max_prompts_per_call} are taken",
@@ -334,8 +334,9 @@ def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
     return max(1, prompts) * copies
 
 
-def _is_token_ids(prompt: list[Any]) -> bool:
-    return bool(prompt) and isinstance(prompt[0], int)
+def _holds_prompts(prompt: list[Any]) -> bool:
+    """Not the ids of one prompt, nor the turns of a conversation."""
+    return not prompt or isinstance(prompt[0], str | list)
 
 
 def _count(data: Mapping[str, Any], name: str, most: int) -> int:
@@ -543,6 +544,18 @@ def parse_engine_error(body: bytes) -> tuple[str, str | None]:
         return str(error["message"]), param.rsplit(".", 1)[-1] if isinstance(param, str) else None
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return body[:300].decode("utf-8", "replace"), None
+
+
+def name_stream_errors(events: bytes) -> bytes:
+    """The engine's own error events, with who failed."""
+    lines = events.split(b"\n")
+    for place, line in enumerate(lines):
+        if line.startswith(b'data: {"error"'):
+            with contextlib.suppress(orjson.JSONDecodeError, AttributeError):
+                data = orjson.loads(line[6:])
+                data["error"].setdefault("source", EngineError.source)
+                lines[place] = b"data: " + orjson.dumps(data)
+    return b"\n".join(lines)
 
 
 def name_engine_error(status: int, body: bytes) -> bytes:

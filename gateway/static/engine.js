@@ -99,7 +99,7 @@ export class EnginePanel {
   }
 
   #stage(state, launcher) {
-    if (state === "waiting") return say("state.waiting");
+    if (state === "waiting" || state === "down") return say(`state.${state}`);
     if (state === "warming") return say(launcher.state === "ready" ? "stage.warmup" : "stage.first_token");
     const { percent: share } = launcher.progress ?? {};
     const text = say(`stage.${STAGES[stageOf(launcher)]}`);

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from gateway.config import SettingsError
-from gateway.keys import Keyring, make_key
+from gateway.engine import hide_password
+from gateway.keys import Keyring, is_loopback, make_key
 from gateway.metrics import Metrics
 from tests.gateway.conftest import Serve, make_settings, until
 
@@ -209,3 +210,24 @@ def test_new_key_is_printed_once_and_only_its_hash_is_stored() -> None:
     key = made.stderr.split()[-1]
     assert key.startswith("vg-")
     assert key not in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "is_near"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("127.evil.example", False),
+        ("::", False),
+    ],
+)
+def test_loopback_is_an_address_not_a_beginning(host: str, is_near: bool) -> None:
+    assert is_loopback(host) is is_near
+
+
+def test_address_of_an_engine_is_told_without_its_password() -> None:
+    assert hide_password("http://me:pw@host:81/base") == "http://host:81/base"
+    assert hide_password("http://host:81") == "http://host:81"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import zlib
 
 import httpx
 import pytest
 
+from gateway.config import SETTINGS
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
@@ -337,3 +340,58 @@ async def test_predict_unreachable_engine_is_503(serve: Serve) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
         assert int(answer.headers["Retry-After"]) >= 1
         assert isinstance(answer, httpx.Response)
+
+
+async def test_body_that_unfolds_to_gigabytes_is_refused_unfolded(served: Served) -> None:
+    bomb = zlib.compress(b" " * 2**28, 9)
+    headers = {"Content-Encoding": "deflate", "Content-Type": "application/json"}
+    assert len(bomb) < served.app[SETTINGS].max_body_bytes // 100
+
+    # Also where nobody reads the body.
+    for path, status in (("/predict", 413), ("/nosuch", 404)):
+        started = time.perf_counter()
+        answer = await served.client.post(path, content=bomb, headers=headers)
+        assert answer.status_code == status
+        assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(("encoding", "window"), [("gzip", 31), ("deflate", 15)])
+async def test_body_in_an_encoding_is_read(served: Served, encoding: str, window: int) -> None:
+    packer = zlib.compressobj(wbits=window)
+    body = packer.compress(b'{"prompt": "hi"}') + packer.flush()
+    answer = await served.client.post(
+        "/predict", content=body, headers={"Content-Encoding": encoding}
+    )
+
+    assert answer.json() == {"response": "answer:hi"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"), [("br", b"{}"), ("gzip", b"{}"), ("deflate", zlib.compress(b"{}")[:-2])]
+)
+async def test_body_in_an_encoding_that_it_has_not_is_400(
+    served: Served, encoding: str, body: bytes
+) -> None:
+    answer = await served.client.post(
+        "/predict", content=body, headers={"Content-Encoding": encoding}
+    )
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_encoding")
+
+
+async def test_prompt_of_megabytes_is_refused_before_it_is_tokenised(served: Served) -> None:
+    started = time.perf_counter()
+    answer = await served.predict(["hi", "什么 " * 2_000_000])
+
+    assert answer.json()["response"] == ["answer:hi", ""]
+    assert answer.json()["errors"]["1"]["code"] == "prompt_too_long"
+    assert time.perf_counter() - started < 2
+
+
+async def test_prompt_of_megabytes_is_cut_where_that_is_asked_for(serve: Serve) -> None:
+    async with serve(max_input_tokens=40) as served:
+        started = time.perf_counter()
+        answer = await served.predict("a " * 3_000_000)
+
+    assert answer.json()["response"].startswith("answer:a a")
+    assert time.perf_counter() - started < 2

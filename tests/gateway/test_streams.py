@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from gateway.pool import POOL
+from gateway.wire import name_stream_errors
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
@@ -231,3 +232,11 @@ async def test_bad_header_is_named(served: Served, header: str, value: str) -> N
     answer = await served.client.post("/predict", json={"prompt": "a"}, headers={header: value})
 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, header)
+
+
+def test_stream_error_of_the_engine_itself_is_named() -> None:
+    event = b'data: {"error":{"message":"core died","code":500}}\n\ndata: [DONE]\n\n'
+    assert name_stream_errors(event) == (
+        b'data: {"error":{"message":"core died","code":500,"source":"engine"}}\n\ndata: [DONE]\n\n'
+    )
+    assert name_stream_errors(b"data: {}\n\n") == b"data: {}\n\n"

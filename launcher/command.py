@@ -49,10 +49,11 @@ class EngineCommand:
         """What a person would type."""
         return [sys.executable, "-m", self.module, *self.arguments]
 
-    @property
-    def leashed_argv(self) -> list[str]:
-        """The same under `leash.py`: the engine must not outlive the launcher."""
-        return [sys.executable, "-P", str(LEASH), str(os.getpid()), self.module, *self.arguments]
+
+def leash(module: str, *arguments: str, kill_s: float) -> list[str]:
+    """`python -m module …` under `leash.py`: it must not outlive the launcher by more than this."""
+    head = [sys.executable, "-P", str(LEASH), str(os.getpid()), str(kill_s)]
+    return [*head, module, *arguments]
 
 
 def find_vllm() -> InstalledVllm:

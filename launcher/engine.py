@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from launcher import engine_log
-from launcher.command import EngineCommand, engine_environment
+from launcher.command import EngineCommand, engine_environment, leash
 from launcher.config import Settings
 from launcher.engine_log import Progress
 from launcher.output import LineLog
@@ -49,7 +49,9 @@ class Engine:
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         self.progress = None
         self.killed_children = []
-        return self._command.leashed_argv, engine_environment(self._command, os.environ)
+        command = self._command
+        argv = leash(command.module, *command.arguments, kill_s=self.kill_timeout_s)
+        return argv, engine_environment(command, os.environ)
 
     def read_line(self, line: str) -> None:
         if killed := engine_log.find_killed_child(line):

@@ -230,13 +230,26 @@ def test_launcher_killed_engine_dies_with_it(launcher: Launcher) -> None:
         wait_for(lambda: not members_of(pid), "the engine ends by itself")
 
 
+def test_launcher_killed_during_the_start_engine_and_core_are_ended(launcher: Launcher) -> None:
+    launcher.fake = "hang_loading ignore_term"
+    with running(launcher):
+        log = launcher.state / "engine.log"
+        wait_for(lambda: log.is_file() and "deaf" in log.read_text(), "it hears no SIGTERM")
+        assert len(launcher.processes()) == 4  # launcher, engine, core, watcher
+        launcher.send(signal.SIGKILL)
+        launcher.wait()
+        wait_for(lambda: not launcher.processes(), "nothing is left, the watcher included")
+
+
 def test_launcher_killed_next_start_ends_what_is_left(launcher: Launcher) -> None:
     launcher.fake = "ignore_term"  # so that the signal at the launcher's death is in vain
+    launcher.settings["LAUNCHER_KILL_TIMEOUT_S"] = "60"
     with running(launcher):
         pid = launcher.wait_state("ready")["engine"]["pid"]
         launcher.send(signal.SIGKILL)
         launcher.wait()
         assert members_of(pid)
+        launcher.settings["LAUNCHER_KILL_TIMEOUT_S"] = "1"
         launcher.start()
         fresh = launcher.wait_state("ready")["engine"]["pid"]
         assert fresh != pid

@@ -1,8 +1,8 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `no_metrics`, `echo`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word of its
-argv); once it runs, POST /fake tells it what to do.
+`flood`, `no_metrics`, `echo`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word
+of its argv); once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
 
@@ -156,6 +156,10 @@ def main() -> None:
     option = {sys.argv[i]: sys.argv[i + 1] for i in range(len(sys.argv) - 1)}
     print("INFO 01-01 00:00:00 [model.py:1] Resolved architecture: FakeForCausalLM", flush=True)
     if "hang_loading" in words:
+        if "ignore_term" in words:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            subprocess.Popen([sys.executable, "-c", _CORE], process_group=0)
+            print("deaf", flush=True)
         time.sleep(600)
     if "exit_loading" in words:
         print("ValueError: the fake model is not supported", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import httpx
 
 from launcher import engine_log
+from launcher.command import leash
 from launcher.config import Settings
 from launcher.errors import SettingsError
 from launcher.process import ChildProcess
@@ -45,7 +46,8 @@ class Gateway:
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         environment = build_environment(self._settings, self._plan, self._log_format)
-        return [sys.executable, "-m", "gateway"], environment
+        kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
+        return leash("gateway", kill_s=kill_s), environment
 
     async def has_page(self) -> bool:
         """Its own settings say whether there is one."""

@@ -68,6 +68,20 @@ def test_up_gateway_killed_comes_back(launcher: Launcher) -> None:
         assert launcher.status()["engine"]["restarts"] == {}
 
 
+def test_up_launcher_killed_nothing_is_left_and_the_port_is_free(launcher: Launcher) -> None:
+    launcher.fake = "ignore_term"
+    launcher.settings["LAUNCHER_DRAIN_TIMEOUT_S"] = "1"
+    with running(launcher):
+        wait_ready(launcher)
+        gateway = launcher.status()["gateway"]["pid"]
+        os.kill(gateway, signal.SIGSTOP)  # so that it cannot even hear of it
+        launcher.send(signal.SIGKILL)
+        launcher.wait()
+        wait_for(lambda: not launcher.processes(), "engine and gateway are ended")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", launcher.port))
+
+
 def test_up_engine_killed_gateway_stays_and_serves_again(launcher: Launcher) -> None:
     with running(launcher):
         wait_ready(launcher)

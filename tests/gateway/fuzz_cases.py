@@ -221,6 +221,7 @@ _PATHS = (
         "/" * 200,
         "/v1/chat/completions/../models",
     ),
+    *("/ui", "/ui/", "/ui/page.js", "/ui/status", "/ui/x", "/ui/..%2f..%2fconfig.py", "/ui/%00"),
     *("//[", "//[::1]/predict", "//other/predict", "http://a:b/", "http://a:99999/", "//a:99999/"),
 )
 _VERSIONS = (

@@ -32,7 +32,7 @@ _LONGEST_SILENCE_S = 0.15  # one whose request is not whole gets no answer, righ
 _MOST_REPORTED = 10
 _MARK = re.compile(r"#\d{6}#")
 _ENVELOPE = {"message", "type", "code", "param", "source"}
-_ALLOWED = frozenset((200, 400, 401, 403, 404, 405, 408, 413, 417, 429, 431, 503, 504))
+_ALLOWED = frozenset((200, 308, 400, 401, 403, 404, 405, 408, 413, 417, 429, 431, 503, 504))
 
 
 @dataclass
@@ -159,7 +159,7 @@ def _check(case: Case, answer: RawAnswer, record: Record) -> None:
         record.blame(case, "a status that nothing here calls for", answer)
     if "x-request-id" not in answer.headers:
         record.blame(case, "no request id", answer)
-    if answer.status == 200:
+    if answer.status < 400:
         if case.keeps_prompt and mark(case.number) not in text:
             record.blame(case, "its number is not in the answer", answer)
         return

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.command import EngineCommand
 from launcher.engine import Engine
 from launcher.hardware import query_gpus
+from launcher.output import keeping
 from launcher.supervisor import Ending, Standing
 
 _CARDS_KEPT = 20
@@ -50,7 +51,8 @@ class CrashCards:
             ],
             "fingerprint": self.fingerprint,
         }
-        self._write(f"{now:%Y%m%dT%H%M%S}-{int(ending.uptime_s)}")
+        with keeping(self.folder):
+            self._write(f"{now:%Y%m%dT%H%M%S}-{int(ending.uptime_s)}")
 
     def _write(self, stem: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

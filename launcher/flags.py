@@ -6,6 +6,7 @@ yet). Whatever is installed is the judge: another version than the one in the fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -93,8 +94,9 @@ def read_flags(version: str, cache: Path) -> Flags:
     if "choices" not in data:  # not asked yet, or by an earlier launcher, which asked for less
         answer = _ask_parser("list", [])[0]
         data = json.loads(answer)
-        cache.mkdir(parents=True, exist_ok=True)
-        file.write_text(answer, encoding="utf-8")
+        with contextlib.suppress(OSError):  # not kept: the next start asks again
+            cache.mkdir(parents=True, exist_ok=True)
+            file.write_text(answer, encoding="utf-8")
     return Flags(version, data["flags"], data["fields"], data["choices"])
 
 

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -116,6 +116,19 @@ class Output:
             self._stream.flush()
 
 
+@contextlib.contextmanager
+def keeping(path: Path) -> Iterator[None]:
+    """What is written for later only: a disk that is full or gone must not end the engine."""
+    try:
+        yield
+    except OSError as error:
+        warn_not_kept(path, error)
+
+
+def warn_not_kept(path: Path, error: OSError) -> None:
+    structlog.get_logger("launcher").warning("not_kept", path=str(path), why=error.strerror)
+
+
 class LineLog:
     """A program's lines: the last ones in memory, all of them in a file that is rotated."""
 
@@ -124,22 +137,28 @@ class LineLog:
         self._ring: deque[tuple[float, str, str]] = deque(maxlen=_RING_LINES)
         self._file: TextIO | None = None
         self._size = 0
+        self._is_failing = False
 
     def add(self, stream: str, line: str) -> None:
         self._ring.append((time.monotonic(), stream, line))
         try:
             self._keep(line)
-        except OSError:
-            self._file = None  # a full disk must not end the engine
+            self._is_failing = False
+        except OSError as error:
+            self.close()
+            if not self._is_failing:
+                warn_not_kept(self.path, error)
+            self._is_failing = True
 
     def tail(self, count: int, *, since: float = 0.0) -> list[str]:
         lines = [line for at, _stream, line in self._ring if at >= since]
         return lines[-count:]
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file:
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _keep(self, line: str) -> None:
         if self._file is None:

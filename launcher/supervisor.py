@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import structlog
 
 from launcher.errors import CrashLoop, LauncherError, NeverReady, SettingsError
-from launcher.output import LineLog, Output
+from launcher.output import LineLog, Output, keeping
 from launcher.process import ChildProcess, end_leftovers, forget_record, write_record
 
 log = structlog.get_logger("launcher")
@@ -156,7 +156,8 @@ class Supervisor:
         began = time.monotonic()
         await child.start(argv, environment)
         self.standing.pid = child.pid
-        write_record(self._record, child.pid)
+        with keeping(self._record):
+            write_record(self._record, child.pid)
         dump: list[str] = []
         self._drain_until = 0.0
         try:

@@ -25,7 +25,7 @@ from launcher.engine import Engine
 from launcher.errors import SettingsError
 from launcher.fingerprint import read_versions
 from launcher.gateway import Gateway, check_gateway
-from launcher.output import Output
+from launcher.output import Output, keeping
 from launcher.prepare import Prepared
 from launcher.probe import EngineProbe
 from launcher.process import end_leftovers
@@ -160,9 +160,10 @@ class Session:
     async def _announce(self) -> None:
         await self.engine.ready.wait()
         seconds = self.engine.standing.start_seconds or 0.0
-        note_start(self._prepared.settings.cache_path, self._prepared.fingerprint.name, seconds)
-        await (self.gateway or self.engine).ready.wait()
         settings, plan = self._prepared.settings, self._prepared.plan
+        with keeping(settings.cache_path):
+            note_start(settings.cache_path, self._prepared.fingerprint.name, seconds)
+        await (self.gateway or self.engine).ready.wait()
         what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
         if not self._gateway:
             self._output.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")

@@ -176,7 +176,7 @@ def list_sessions(launcher: Launcher) -> set[int]:
     """Groups that records of this launcher still name."""
     groups = set()
     for record in launcher.state.glob("*.json"):
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, OSError):
             groups.add(int(json.loads(record.read_text())["group"]))
     return groups
 

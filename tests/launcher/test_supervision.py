@@ -182,6 +182,28 @@ def test_engine_flooding_its_log_is_kept_and_serves(launcher: Launcher) -> None:
     assert kept == 50_000
 
 
+def test_state_that_cannot_be_written_is_a_warning_and_ends_nothing(launcher: Launcher) -> None:
+    launcher.state.mkdir()
+    (launcher.state / "engine.log").symlink_to("/dev/full")
+    (launcher.state / "engine.json").mkdir()
+    (launcher.state / "crashes").touch()
+    (launcher.folder / "cache").mkdir()
+    (launcher.folder / "cache" / "starts").touch()
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(exit=0)
+        launcher.wait_state("ready", restarts=1)
+        assert launcher.crash_card()["reason"] == "exit"
+        assert launcher.stop() == 0
+    assert launcher.engine_url in launcher.out
+    lines = [line for line in launcher.err.splitlines() if "WARNING not_kept" in line]
+    for name, count in (("engine.log", 1), ("engine.json", 2), ("crashes", 1), ("cache", 1)):
+        assert sum(f"/{name} why=" in line for line in lines) == count
+    assert "engine.log why=No space left on device" in "\n".join(lines)
+    assert "Traceback" not in launcher.err
+    assert launcher.processes() == []
+
+
 def test_term_during_a_batch_lets_it_finish(launcher: Launcher) -> None:
     async def scenario() -> httpx.Response:
         task = ask_in_background(launcher.engine_url, 4)

@@ -79,6 +79,7 @@ def test_up_launcher_killed_nothing_is_left_and_the_port_is_free(launcher: Launc
         launcher.wait()
         wait_for(lambda: not launcher.processes(), "engine and gateway are ended")
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", launcher.port))
 
 

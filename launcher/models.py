@@ -94,11 +94,10 @@ def find_model(settings: Settings, *, config_only: bool = False) -> Model:
 
 def read_shape(path: Path) -> Shape:
     whole = _read_config(path)
-    text = {**whole, **whole.get("text_config", {})}
     try:
-        return _build_shape(whole, text)
-    except KeyError as error:
-        raise SettingsError(f"model: {path / 'config.json'} does not say {error}") from None
+        return _build_shape(whole, {**whole, **_part(whole, "text_config")})
+    except ValueError as error:
+        raise SettingsError(f"model: {path / 'config.json'} {error}") from None
 
 
 def read_chat_template(path: Path) -> str:
@@ -126,22 +125,40 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _build_shape(whole: dict[str, Any], text: dict[str, Any]) -> Shape:
-    heads = text["num_attention_heads"]
-    latent = text.get("kv_lora_rank") or 0
+    heads = _number(text, "num_attention_heads")
+    hidden = _number(text, "hidden_size")
+    latent = text.get("kv_lora_rank")
     return Shape(
-        architecture=(whole.get("architectures") or ["unknown"])[0],
-        layers=text["num_hidden_layers"],
-        hidden=text["hidden_size"],
-        intermediate=text.get("intermediate_size") or 4 * text["hidden_size"],
+        architecture=str([*(whole.get("architectures") or []), "unknown"][0]),
+        layers=_number(text, "num_hidden_layers"),
+        hidden=hidden,
+        intermediate=_number(text, "intermediate_size", 4 * hidden),
         heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_size=text.get("head_dim") or text["hidden_size"] // heads,
-        vocabulary=text["vocab_size"],
-        max_positions=text.get("max_position_embeddings") or 2048,
+        kv_heads=_number(text, "num_key_value_heads", heads),
+        head_size=_number(text, "head_dim", hidden // heads),
+        vocabulary=_number(text, "vocab_size"),
+        max_positions=_number(text, "max_position_embeddings", 2048),
         is_tied=bool(text.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))),
-        quantization=(whole.get("quantization_config") or {}).get("quant_method", ""),
-        latent=latent + text.get("qk_rope_head_dim", 0) if latent else 0,
+        quantization=str(_part(whole, "quantization_config").get("quant_method", "")),
+        latent=_number(text, "kv_lora_rank") + (text.get("qk_rope_head_dim") or 0) if latent else 0,
     )
+
+
+def _number(text: dict[str, Any], name: str, default: int | None = None) -> int:
+    """What may be absent may be null or 0 too."""
+    value = text.get(name) if default is None else text.get(name) or default
+    if value is None:
+        raise ValueError(f"does not say {name!r}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"says {name!r} is {json.dumps(value)}: it must be a whole number above 0")
+    return value
+
+
+def _part(whole: dict[str, Any], name: str) -> dict[str, Any]:
+    part = whole.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"says {name!r} is {json.dumps(part)}: it must be an object")  # noqa: TRY004
+    return part
 
 
 def _name(settings: Settings) -> str:

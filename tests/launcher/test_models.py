@@ -205,7 +205,15 @@ def test_model_that_is_nowhere_is_one_clear_line(name: str, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "has no config.json"), ("{", "cannot be read"), ("{}", "does not say")],
+    [
+        (None, "has no config.json"),
+        ("{", "cannot be read"),
+        ("{}", "does not say 'num_attention_heads'"),
+        ('{"num_attention_heads": 0}', "'num_attention_heads' is 0: it must be"),
+        ('{"num_attention_heads": "8"}', "'num_attention_heads' is \"8\": it must be"),
+        ('{"num_attention_heads": 8, "hidden_size": null}', "does not say 'hidden_size'"),
+        ('{"text_config": [1]}', r"'text_config' is \[1\]: it must be an object"),
+    ],
 )
 def test_folder_without_a_usable_config_is_one_clear_line(
     tmp_path: Path, content: str | None, message: str

@@ -121,7 +121,6 @@ async def tune(settings: TuneSettings, say: Say) -> int:
         say(f"  {candidate.name:<17} {changes or '-'}  ({candidate.why})")
     if settings.dry_run:
         return 0
-    settings.state_path.mkdir(parents=True, exist_ok=True)
     with hold_state(settings.state_path):
         engine = Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
         engine.ensure_free()

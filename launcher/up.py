@@ -40,8 +40,7 @@ async def run(prepared: Prepared, *, with_gateway: bool) -> int:
     settings = prepared.settings
     output = Output(settings.log_format, settings.engine_log)
     output.configure_structlog()
-    settings.state_path.mkdir(parents=True, exist_ok=True)
-    settings.cache_path.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
     with hold_state(settings.state_path):
         for name in ("engine", "gateway"):
             await _end_leftovers(settings.state_path / f"{name}.json")
@@ -238,10 +237,25 @@ def list_listeners(settings: Settings, *, with_gateway: bool) -> list[Listener]:
     return listeners
 
 
+def make_folder(path: Path, setting: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot make {path} ({error.strerror}); set {setting}") from None
+
+
 @contextlib.contextmanager
 def hold_state(folder: Path) -> Iterator[None]:
     """Two launchers with one state folder would end each other's engines."""
-    with (folder / "lock").open("w") as file:
+    make_folder(folder, "LAUNCHER_STATE_DIR")
+    path = folder / "lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write {path} ({error.strerror}); set LAUNCHER_STATE_DIR"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -335,6 +335,30 @@ def test_bad_setting_ends_with_2_in_one_line(
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("LAUNCHER_STATE_DIR", "/proc/nosuch/x", "cannot make /proc/nosuch/x"),
+        ("LAUNCHER_STATE_DIR", "file", "File exists"),
+        ("LAUNCHER_STATE_DIR", "locked", "lock (Is a directory)"),
+        ("LAUNCHER_CACHE_DIR", "/proc/nosuch", "cannot make /proc/nosuch"),
+        ("LAUNCHER_CACHE_DIR", "file/x", "Not a directory"),
+    ],
+)
+def test_folder_that_cannot_be_used_ends_with_2_in_one_line(
+    launcher: Launcher, name: str, place: str, message: str
+) -> None:
+    (launcher.folder / "file").touch()
+    (launcher.folder / "locked" / "lock").mkdir(parents=True)
+    launcher.settings[name] = str(launcher.folder / place)
+    with running(launcher):
+        assert launcher.wait() == 2
+    (line,) = launcher.err.splitlines()
+    assert line.startswith("launcher: cannot ")
+    assert message in line
+    assert line.endswith(f"set {name}")
+
+
 def test_json_logs_wrap_the_engine_lines_in_the_same_keys(launcher: Launcher) -> None:
     launcher.settings |= {"LAUNCHER_LOG_FORMAT": "json", "LAUNCHER_ENGINE_LOG": "all"}
     with running(launcher):

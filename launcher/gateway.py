@@ -20,6 +20,7 @@ from launcher.profiles import Plan
 _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
 _QUICK_TIMEOUT_S = 5.0
+_CHECK_TIMEOUT_S = 30.0
 
 
 class Gateway:
@@ -89,13 +90,21 @@ class Gateway:
 
 def check_gateway(settings: Settings, plan: Plan) -> None:
     """Its settings are its own to judge; asked first, it costs half a second and no engine."""
-    result = subprocess.run(
-        [sys.executable, "-m", "gateway", "check"],
-        env=build_environment(settings, plan, "json"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "gateway", "check"],
+            env=build_environment(settings, plan, "json"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SettingsError(
+            f"the gateway cannot start: `python -m gateway check` took over {_CHECK_TIMEOUT_S:.0f} "
+            "s; do its settings name files on a disk or share that does not answer?"
+        ) from None
     if result.returncode:
         words = (result.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("gateway: ")
         raise SettingsError(f"the gateway cannot start: {words}")

@@ -47,7 +47,7 @@ async def run(prepared: Prepared, *, with_gateway: bool) -> int:
         for listener in list_listeners(settings, with_gateway=with_gateway):
             listener.ensure_free()
         if with_gateway:
-            check_gateway(settings, prepared.plan)
+            await asyncio.to_thread(check_gateway, settings, prepared.plan)
         async with _clients(prepared) as (probe, client):
             session = Session(prepared, output, probe, client, with_gateway=with_gateway)
             status = (settings.status_host, settings.status_port_used)

@@ -10,7 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.launcher.programs import ROOT, Launcher, free_port, running, wait_for
+from launcher.command import find_vllm
+from launcher.config import Settings
+from launcher.errors import SettingsError
+from launcher.flags import read_flags
+from launcher.gateway import check_gateway
+from launcher.models import find_model
+from launcher.prepare import decide
+from tests.launcher.programs import MODEL, ROOT, Launcher, free_port, running, wait_for
 
 
 @pytest.fixture
@@ -119,6 +126,19 @@ def test_up_what_the_gateway_refuses_is_one_line_and_starts_nothing(
     assert message in line
     assert not (launcher.state / "engine.log").exists()
     assert launcher.processes() == []
+
+
+def test_gateway_check_that_hangs_is_one_line_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gateway.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.chdir(tmp_path)  # where `-m` looks first
+    settings = Settings(model=str(MODEL))
+    vllm = find_vllm()
+    plan = decide(settings, vllm, read_flags(vllm.version, tmp_path), find_model(settings))
+    monkeypatch.setattr("launcher.gateway._CHECK_TIMEOUT_S", 1.0)
+    with pytest.raises(SettingsError, match=r"`python -m gateway check` took over 1 s"):
+        check_gateway(settings, plan)
 
 
 @pytest.mark.parametrize(

@@ -84,13 +84,17 @@ class Engine:
         limit_s = self._settings.hang_timeout_s
         if not limit_s:
             await asyncio.Event().wait()
-        if self._first_activity is None:  # `disable-log-stats`: busy and hung look the same
-            log.warning("watchdog_off", why="the engine publishes no counters")
-            await asyncio.Event().wait()
-            return ""
         interval_s = self._settings.canary_interval_s
-        watch = _Watch(limit_s, interval_s, self._probe, child, self._first_activity)
-        return await watch.run()
+        first = self._first_activity or await self._find_activity(interval_s)
+        return await _Watch(limit_s, interval_s, self._probe, child, first).run()
+
+    async def _find_activity(self, interval_s: float) -> Activity:
+        """Without counters (`disable-log-stats`) busy and hung look the same; one look may fail."""
+        log.warning("watchdog_off", why="the engine publishes no counters")
+        while not (activity := await self._probe.read_activity()):
+            await asyncio.sleep(interval_s)
+        log.info("watchdog_on")
+        return activity
 
     async def dump(self, child: ChildProcess) -> list[str]:
         """State and stacks of every process; the stacks cost its life (faulthandler on SIGABRT)."""

@@ -384,6 +384,18 @@ def test_engine_without_counters_is_never_called_hung(launcher: Launcher) -> Non
         assert launcher.status()["engine"]["restarts"] == {}
 
 
+def test_engine_whose_counters_come_late_is_watched_from_then_on(launcher: Launcher) -> None:
+    launcher.fake = "late_metrics=2"
+    launcher.settings |= {"LAUNCHER_HANG_TIMEOUT_S": "1", "LAUNCHER_CANARY_INTERVAL_S": "0.3"}
+    with running(launcher):
+        launcher.wait_state("ready")
+        wait_for(lambda: "watchdog_on" in launcher.err, "the counters are found")
+        assert launcher.err.count("WARNING watchdog_off") == 1
+        launcher.order(stall=True)
+        launcher.wait_state("ready", restarts=1)
+        assert launcher.crash_card()["reason"] == "hang"
+
+
 def test_group_whose_first_thread_is_dead_is_still_alive() -> None:
     # 60 is exit of one thread (x86-64); killed servers pass this state with open ports.
     code = (

@@ -1,8 +1,8 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `no_metrics`, `echo`, `exit_after=1.5`, and `fast_with=WORD`, `wrong_with=WORD` for a word
-of its argv); once it runs, POST /fake tells it what to do.
+`flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`, and `fast_with=WORD`,
+`wrong_with=WORD` for a word of its argv); once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
 
@@ -37,6 +37,7 @@ class Server:
         self.at_server = 0
         self.running = 0
         self.tokens = 0
+        self.looks = 0  # at the counters
         self.stopping = asyncio.Event()
         self.core: subprocess.Popen[bytes] | None = None
 
@@ -88,7 +89,8 @@ class Server:
         return web.json_response({"object": "list", "data": [card]})
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        if "no_metrics" in self.words:
+        self.looks += 1
+        if "no_metrics" in self.words or self.looks <= int(self.words.get("late_metrics", 0)):
             return web.Response(text="# nothing\n")
         lines = [
             f'vllm:num_requests_running{{engine="0"}} {self.running}.0',

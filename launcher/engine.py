@@ -91,7 +91,7 @@ class Engine:
     async def _find_activity(self, interval_s: float) -> Activity:
         """Without counters (`disable-log-stats`) busy and hung look the same; one look may fail."""
         log.warning("watchdog_off", why="the engine publishes no counters")
-        while not (activity := await self._probe.read_activity()):
+        while not (activity := await self._probe.read_activity()):  # noqa: ASYNC110
             await asyncio.sleep(interval_s)
         log.info("watchdog_on")
         return activity

@@ -47,15 +47,6 @@ export class AskPanel {
     for (const turn of this.#turns) turn.show();
   }
 
-  show() {
-    const models = [...new Set(this.live.status?.engines.map((engine) => engine.model).filter(Boolean))];
-    find("model-field").hidden = models.length < 2;
-    const select = find("model");
-    if (models.join() !== [...select.options].map((option) => option.value).join()) {
-      select.replaceChildren(...models.map((model) => new Option(model, model)));
-    }
-  }
-
   #submit() {
     const question = this.field.value.trim();
     if (!question || this.#current) return this.field.focus();
@@ -89,7 +80,6 @@ export class AskPanel {
     const system = find("ask-system").value.trim();
     const user = (content) => ({ role: "user", content });
     return {
-      model: find("model").value || undefined,
       messages: [
         ...(system ? [{ role: "system", content: system }] : []),
         ...earlier.flatMap((turn) => [user(turn.question), { role: "assistant", content: turn.text }]),
@@ -172,7 +162,7 @@ class Turn {
 
   async #stream(body) {
     this.began = performance.now();
-    const model = body.model ?? this.live.status?.engines.find((engine) => engine.model)?.model;
+    const model = this.live.status?.engines.find((engine) => engine.model)?.model;
     const signal = this.#control.signal;
     const response = await call("v1/chat/completions", { body: { ...body, model }, signal });
     for await (const event of readEvents(response)) this.#take(event);

@@ -19,7 +19,6 @@ const batch = new BatchPanel(live);
 function show() {
   engine.show();
   figures.show();
-  ask.show();
   batch.show();
   find("key-button").hidden = live.state !== "key" && !currentKey();
 }

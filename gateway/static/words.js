@@ -10,7 +10,6 @@ const WORDS = {
   tabs: ["What to do", "操作"],
   side: ["State and figures", "状态与指标"],
   options: ["Options", "选项"],
-  "options.model": ["Model", "模型"],
   "options.maxTokens": ["Longest answer, tokens", "回答最长（词元）"],
   "options.temperature": ["Temperature", "温度"],
   "options.system": ["System prompt", "系统提示词"],

@@ -294,7 +294,8 @@ def test_engine_killed_under_the_open_page_is_seen_to_recover(
     expect(page.locator("#notice-title")).to_have_text("The engine ended and is being restarted.")
     ask(page, QUESTION)
     expect(page.locator(".turn .hint").first).to_contain_text("sent when it is")
-    expect(page.locator("#notice-bar")).to_have_attribute("aria-valuenow", re.compile(r"^[2-9]\d$"))
+    share = re.compile(r"^[2-9]\d$")
+    expect(page.locator("#notice-bar")).to_have_attribute("aria-valuenow", share, timeout=60_000)
     shoot(page, "restarting")
     page.wait_for_selector("#pill[data-state=ready]", timeout=LONGEST_START_MS)
 

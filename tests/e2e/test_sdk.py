@@ -18,7 +18,6 @@ import httpx
 import openai
 import pydantic
 import pytest
-from tokenizers import Tokenizer
 
 from gateway.keys import make_key
 from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
@@ -48,17 +47,6 @@ class Digit(pydantic.BaseModel):
 async def sdk(request: pytest.FixtureRequest, stack: Stack) -> AsyncIterator[Sdk]:
     async with open_sdk(request.param, stack.gateway) as opened:
         yield opened
-
-
-@pytest.fixture(scope="session")
-def no_blanks() -> dict[str, float]:
-    """A bias against blanks: JSON allows any number of them, and so small a model loves them."""
-    tokenizer = Tokenizer.from_file(str(ROOT / "demo" / "model" / "tokenizer.json"))
-    texts = {
-        one: tokenizer.decode([one], skip_special_tokens=False)
-        for one in range(tokenizer.get_vocab_size())
-    }
-    return {str(one): -100.0 for one, text in texts.items() if not text.strip()}
 
 
 async def test_models_are_listed_and_retrieved(sdk: Sdk) -> None:

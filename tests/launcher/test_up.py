@@ -128,6 +128,7 @@ def test_up_what_the_gateway_refuses_is_one_line_and_starts_nothing(
     assert launcher.processes() == []
 
 
+@pytest.mark.engine  # it plans for the vLLM that is installed
 def test_gateway_check_that_hangs_is_one_line_and_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

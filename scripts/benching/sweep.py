@@ -1,8 +1,8 @@
 """The knee: the highest rate of arrivals that a door serves in time, with no queue that grows.
 
 Open loop: calls arrive by a Poisson process whether or not earlier ones were answered, and each
-one's time counts from its arrival. First the rates climb until no door serves them; then each
-round halves a bracket around each door's knee, all doors at their own rate in turn.
+one's time counts from its arrival. First the rates climb until no door serves them; then every
+round looks for each door's knee anew, in steps of a tenth, all doors in turn.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ _CLIMB = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.2)
 _DESCENT = 0.6
 _BURST = 64
 _MOST_DESCENTS = 5
-# A round's bracket around the knee known so far, and how far it is halved down.
-_BRACKET = 1.12
-_NARROW = 1.06
+_STEP = 1.1
+_MOST_STEPS = 20
 _MOST_GROWTH = 0.05
 _LONGEST_WINDOW_S = 15.0
 _OWN_LIMIT = 0.9
@@ -96,7 +95,7 @@ async def find_knees(site: Site, plan: Plan) -> Sweep:
         started = time.monotonic()
         if number and started - began + longest_s > plan.seconds:
             break
-        for arm, rate in (await climber.narrow(known, f"round {number + 1}")).items():
+        for arm, rate in (await climber.search(known, f"round {number + 1}")).items():
             sweep.knees[arm].append(rate)
         known = {arm: statistics.median(rates) for arm, rates in sweep.knees.items()}
         longest_s = max(longest_s, time.monotonic() - started)
@@ -142,17 +141,25 @@ class _Climber:
             )
         return known
 
-    async def narrow(self, known: dict[str, float], title: str) -> dict[str, float]:
-        """A knee for each door, from a bracket whose ends are not the same every time."""
-        shift = _NARROW ** self._site.chance.uniform(-1, 1)
-        low = {arm: rate * shift / _BRACKET for arm, rate in known.items()}
-        high = {arm: rate * shift * _BRACKET for arm, rate in known.items()}
-        while any(high[arm] / low[arm] > _NARROW for arm in known):
-            rates = {arm: math.sqrt(low[arm] * high[arm]) for arm in known}
+    async def search(self, known: dict[str, float], title: str) -> dict[str, float]:
+        """Up from a rate that is served to one that is not, or down until one is.
+
+        Whoever begins lower is stopped lower by chance: so the two direct arms begin at the same
+        rate, and every round at another one.
+        """
+        shift = _STEP ** self._site.chance.uniform(-0.5, 0.5)
+        same = statistics.geometric_mean([known[arm] for arm in known if arm != "gateway"])
+        rates = {arm: (rate if arm == "gateway" else same) * shift for arm, rate in known.items()}
+        served: dict[str, float] = {}
+        failed: dict[str, float] = {}
+        for _ in range(_MOST_STEPS):
             for point in await self._try(rates, title):
-                edge = low if point.is_served else high
-                edge[point.arm] = point.rate
-        return low
+                (served if point.is_served else failed)[point.arm] = point.rate
+                rates[point.arm] *= _STEP if point.is_served else 1 / _STEP
+            rates = {arm: r for arm, r in rates.items() if arm not in served or arm not in failed}
+            if not rates:
+                break
+        return {arm: served.get(arm, rates.get(arm, 0.0)) for arm in known}
 
     async def _try(self, rates: dict[str, float], title: str) -> list[Point]:
         """In random order; the same gaps between arrivals for each, but for their length."""

@@ -299,7 +299,7 @@ async def test_knee_of_a_door_with_half_the_places_is_half_as_high() -> None:
     direct, gateway = (DoorSettings(delay_s=0.02, places=places) for places in (4, 2))
     async with serve_direct(direct) as engine, serve_door(gateway) as url:
         options = ("--only", "sweep", "--p95-bound-s", "0.2")
-        bench = build_bench(url, engine, *options, sweep_window_s=0.4, sweep_rounds=1)
+        bench = build_bench(url, engine, *options, sweep_window_s=0.3, sweep_rounds=1)
         result = await bench.measure()
 
     assert result.sweep is not None

@@ -46,8 +46,8 @@ fix: setup-dev ## mend what the style checker can mend
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 grade: setup-dev ## the judge at home: scores, speed, what is wrong, a report; `MODEL=… PORT=…` as for serve
-	@$(PY) scripts/grade.py $(if $(MODEL),--model_path $(MODEL)) $(if $(PORT),--port $(PORT)) $(ARGS) \
-	  $(if $(PROFILE),-- --profile $(PROFILE))
+	@$(PY) scripts/grade.py --record deploy/grades/grade.json $(if $(MODEL),--model_path $(MODEL)) \
+	  $(if $(PORT),--port $(PORT)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
 
 selftest: setup-dev ## fourteen checks of the gateway that runs here
 	@$(PY) scripts/selftest.py $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -20,7 +20,7 @@ _GRAPH_BYTES = GIB
 _WORTH_FP8_PARAMETERS = 3_000_000_000
 _HOST_KV_SHARE = 0.25
 _WORKER_CORES = 4  # gateway, server, scheduler, worker
-_WORKER_SHARED_BYTES = GIB // 4  # two message queues of 160 MiB, hardly ever full
+WORKER_SHARED_BYTES = GIB // 4  # two message queues of 160 MiB, hardly ever full
 _HOST_BLOCK_TOKENS = 128  # a sequence takes whole blocks: vLLM 0.32 platforms/cpu.py
 _FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")
 # The pool sizes a batch down through; the course's own batch has its exact graph.
@@ -192,7 +192,7 @@ def fit_executor(sizing: Sizing, _most: int | None) -> tuple[str | None, str]:
     device = sizing.device
     if device.cores and device.cores < _WORKER_CORES:
         return None, ""
-    if device.shared_bytes and device.shared_bytes < _WORKER_SHARED_BYTES:
+    if device.shared_bytes and device.shared_bytes < WORKER_SHARED_BYTES:
         return None, ""
     return "mp", f"{device.cores} cores" if device.cores else "4 cores or more"
 

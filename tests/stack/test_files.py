@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from launcher.budget import WORKER_SHARED_BYTES
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -43,6 +47,18 @@ def compose(way: tuple[str, ...], *words: str, **variables: str) -> str:
     return passes("docker", "compose", *files, *words, **(own | variables))
 
 
+def services(way: tuple[str, ...] = (), **variables: str) -> dict[str, Any]:
+    described = json.loads(compose(way, "config", "--format", "json", **variables))
+    found: dict[str, Any] = described["services"]
+    return found
+
+
+def mount(service: dict[str, Any], target: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = [one for one in service["volumes"] if one["target"] == target]
+    assert len(found) == 1, service["volumes"]
+    return found[0]
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("Dockerfile.*")), ids=lambda path: path.name)
 def test_dockerfile_is_clean(path: Path) -> None:
     passes(BIN / "hadolint", "--failure-threshold", "warning", path)
@@ -67,6 +83,78 @@ def test_engine_gets_its_gpu_and_two_engines_get_two() -> None:
     assert two.count("driver: nvidia") == 2
     assert "http://engine:8001,http://engine-2:8001" in two
     assert compose(("compose.cpu.yaml",), "config").count("driver: nvidia") == 0
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "compose.yaml")
+def test_engine_has_room_for_worker_processes(way: tuple[str, ...]) -> None:
+    """Below that the launcher must do without, and the host's work delays the GPU's."""
+    engines = {name: one for name, one in services(way).items() if name.startswith("engine")}
+    assert len(engines) == 1 + ("compose.scale.yaml" in way)
+    for name, engine in engines.items():
+        assert int(engine.get("shm_size", 64 * 2**20)) >= WORKER_SHARED_BYTES, name
+        assert engine.get("ipc") != "host", name
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "compose.yaml")
+def test_gateway_reads_the_grade_that_make_grade_writes(way: tuple[str, ...]) -> None:
+    gateway = services(way, GRADES="")["gateway"]
+    grades = mount(gateway, "/grades")
+    record = Path(gateway["environment"]["GATEWAY_GRADE_RECORD"])
+    written = Path(grades["source"]) / record.relative_to("/grades")
+
+    assert f"--record {written.relative_to(ROOT)} " in passes("make", "--dry-run", "grade")
+    # Every checkout has the folder, so no daemon makes it, and a grade is nobody's change.
+    assert passes("git", "ls-files", written.parent)
+    assert passes("git", "check-ignore", written)
+    assert grades["read_only"]
+    assert not grades["bind"].get("create_host_path")
+
+
+def test_gateway_reads_grades_from_a_folder_of_ones_own(tmp_path: Path) -> None:
+    grades = mount(services(GRADES=str(tmp_path))["gateway"], "/grades")
+    assert grades["source"] == str(tmp_path)
+
+
+PASSWORDS = [
+    ({}, True),
+    ({"GRAFANA_BIND": "127.0.0.1"}, True),
+    ({"GRAFANA_BIND": "[::1]"}, True),
+    ({"GRAFANA_BIND": "0.0.0.0"}, False),
+    ({"GRAFANA_BIND": "192.0.2.1", "GRAFANA_PASSWORD": "admin"}, False),
+    ({"GRAFANA_BIND": "[::]"}, False),
+    ({"GRAFANA_BIND": "0.0.0.0", "GRAFANA_PASSWORD": "of-my-own"}, True),
+]
+
+
+@pytest.mark.parametrize(("variables", "starts"), PASSWORDS, ids=str)
+def test_grafana_published_elsewhere_wants_a_password(
+    variables: dict[str, str], starts: bool
+) -> None:
+    grafana = services(**({"GRAFANA_BIND": "", "GRAFANA_PASSWORD": ""} | variables))["grafana"]
+    shell, script, program = grafana["entrypoint"]
+    start = mount(grafana, script)["source"]
+
+    result = subprocess.run(
+        [shell, start, "echo", program, "runs"],
+        env=grafana["environment"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    if starts:
+        assert (result.returncode, result.stdout) == (0, "/run.sh runs\n"), result.stderr
+    else:
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "set GRAFANA_PASSWORD" in result.stderr
+
+
+def test_grafana_published_elsewhere_has_no_account_from_before() -> None:
+    names = {
+        mount(services(**variables)["grafana"], "/var/lib/grafana")["source"]
+        for variables in ({"GRAFANA_BIND": ""}, {"GRAFANA_BIND": "0.0.0.0"})
+    }
+    assert len(names) == 2
 
 
 def test_every_image_of_a_registry_is_pinned() -> None:

@@ -51,7 +51,7 @@ class EngineCommand:
 
 
 def leash(module: str, *arguments: str, kill_s: float) -> list[str]:
-    """`python -m module …` under `leash.py`: it must not outlive the launcher by more than this."""
+    """`python -m module …` under `leash.py`: it must not outlive this process by more than that."""
     head = [sys.executable, "-P", str(LEASH), str(os.getpid()), str(kill_s)]
     return [*head, module, *arguments]
 

@@ -1,7 +1,8 @@
-"""Runs in a child of the launcher, around its main: `leash.py LAUNCHER_PID KILL_S MODULE ARGS…`.
+"""Runs in a child of its starter, around its main: `leash.py STARTER_PID KILL_S MODULE ARGS…`.
 
-A program, never imported. Two things only the child's own process can do:
-- die with the launcher. SIGTERM first: vLLM then ends its core and workers, which would survive it
+A program, never imported. The launcher starts engine and gateway so; the grader and the benchmark
+start the launcher so. Two things only the child's own process can do:
+- die with its starter. SIGTERM first: vLLM then ends its core and workers, which would survive it
   otherwise, and the gateway lets its requests finish. While it loads vLLM does not listen to that,
   so a watcher in the same session sends SIGKILL to all of it, KILL_S seconds later.
 - say how its children ended. vLLM exits 0 when its core is killed, and Linux tells the signal to
@@ -28,8 +29,8 @@ _FORCED_PATIENCE_S = 30.0
 
 
 def main() -> None:
-    launcher, kill_s, module = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-    die_with(launcher, kill_s)
+    starter, kill_s, module = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+    die_with(starter, kill_s)
     report_children()
     # A hung engine is ended by SIGABRT, for the stacks; nobody wants its memory on the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -40,15 +41,15 @@ def main() -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def die_with(launcher: int, kill_s: float) -> None:
+def die_with(starter: int, kill_s: float) -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     death = -1
     with contextlib.suppress(OSError):  # a sandbox without pidfd leaves the signal alone
-        death = os.pidfd_open(launcher)
-    if os.getppid() != launcher:  # it died before we asked
-        sys.exit("the launcher is gone")
+        death = os.pidfd_open(starter)
+    if os.getppid() != starter:  # it died before we asked
+        sys.exit("leash: the starter is gone")
     if death >= 0:
         # Never another's session: started by hand, this one would be the terminal's.
         if os.getsid(0) == os.getpid():
@@ -70,7 +71,7 @@ def start_watcher(death: int, kill_s: float) -> None:
 
 
 def watch(death: int, kill_s: float) -> None:
-    """The launcher ends it with the rest of the session; without one it ends the session."""
+    """The starter ends it with the rest of the session; without one it ends the session."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"leash")

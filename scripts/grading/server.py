@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from launcher.command import leash
 from scripts.grading.judge import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +34,12 @@ class Order:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self) -> list[str]:
+        """What a person would type."""
+        return [sys.executable, "-m", "launcher", *self.words()]
+
+    def words(self) -> list[str]:
         """The engine's port and the status page's come after the gateway's, unless said."""
-        command = [sys.executable, "-m", "launcher", "up"]
+        command = ["up"]
         ports = {"host": self.host, "port": self.port}
         ports |= {"engine-port": self.port + 1, "status-port": self.port + 2}
         for name, value in ports.items():
@@ -64,11 +69,15 @@ class Started:
 
 @contextlib.contextmanager
 def start_server(order: Order, log_path: Path) -> Iterator[Started]:
-    """While inside; then it is asked to stop and waited for, whatever happened inside."""
+    """While inside; then it is asked to stop and waited for, whatever happened inside.
+
+    On a leash: it stops in its own time, too, if this process is killed. Linux ties a leash to the
+    thread that starts, so that must be the main one.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            order.command(),
+            leash("launcher", *order.words(), kill_s=_STOP_TIMEOUT_S),
             cwd=ROOT,
             stdout=log,
             stderr=log,
@@ -104,6 +113,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the leash's watcher, whose work is done
 
 
 def is_anyone_there(url: str) -> bool:

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from scripts import grade
+from scripts.grading.server import Order, start_server
 from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
 
 GRADE = [sys.executable, "scripts/grade.py"]
@@ -191,6 +192,50 @@ def test_grade_interrupted_stops_its_server(questions: Path, tmp_path: Path) -> 
     assert process.returncode == 130
     assert said.endswith("grade: interrupted\n")
     assert "launcher_stopped" in log.read_text()
+
+
+def test_grade_killed_takes_its_server_with_it(questions: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves it no last word; the engine's core ignores SIGTERM."""
+    port = free_ports(3)
+    command = [*GRADE, "--port", str(port), "--questions", str(questions)]
+    command += ["--details_out", str(tmp_path / "details.json"), "--ready_timeout", "60"]
+    # Its server never gets ready, so that the grader is still waiting when it is killed.
+    settings = environment(tmp_path, FAKE_VLLM="hang_loading", LAUNCHER_KILL_TIMEOUT_S="1")
+    process = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.DEVNULL)
+    log = tmp_path / "grade-server.log"
+    try:
+        wait_for(lambda: len(find_processes(tmp_path)) > 4, "grader, launcher, engine, watchers")
+        wait_for(lambda: "launcher_started" in log.read_text(), "the launcher's handlers")
+    finally:
+        process.kill()
+        process.wait(10)
+
+    try:
+        wait_for(lambda: not find_processes(tmp_path), "nothing is left", within_s=40)
+    finally:
+        for pid in find_processes(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+    assert "launcher_stopped" in log.read_text()
+
+
+def find_processes(folder: Path) -> dict[int, str]:
+    """Names of those with a file of this folder in their environment."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"={folder}/".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "comm").read_text().strip()
+    return found
+
+
+def test_grade_leaves_no_watcher_behind(tmp_path: Path) -> None:
+    """The watcher waits for this process, which lives on."""
+    order = Order("127.0.0.1", free_ports(3), environment=environment(tmp_path))
+    with start_server(order, tmp_path / "log") as started:
+        wait_for(lambda: "launcher_started" in started.log_path.read_text(), "the launcher")
+        assert "leash" in find_processes(tmp_path).values()
+
+    wait_for(lambda: not find_processes(tmp_path), "nothing is left")
 
 
 def test_server_that_does_not_start_is_named(questions: Path, tmp_path: Path) -> None:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from gateway.admission import GATE, LANES
 from gateway.config import SETTINGS
 from gateway.engine import Engine, EngineState
 from gateway.errors import NotFound
-from gateway.keys import KEYRING, Caller
+from gateway.keys import KEYRING, Caller, is_loopback
 from gateway.launchers import LAUNCHERS
 from gateway.pool import POOL
 
@@ -35,7 +35,12 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 _FRESH_S = 1.0
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+# What proxies add, each its own; none of it comes from a browser or from curl.
+_PROXY_HEADERS = re.compile(
+    r"(x-)?forwarded(-.*)?|via|x-real-ip|x-original-.*|x-proxy.*|x-client-ip|x-cluster-client-ip|"
+    r"true-client-ip|cf-.*|fastly-.*|x-envoy-.*|x-amzn-.*|x-azure-.*|cdn-loop|proxy-connection",
+    re.IGNORECASE,
+)
 # Nothing but what lies here: no inline script or style, no other host, no frame around it.
 _POLICY = "; ".join(
     (
@@ -234,15 +239,10 @@ def _show(launcher: dict[str, Any], request: web.Request, caller: Caller) -> dic
 
 
 def _is_local(request: web.Request) -> bool:
-    """From this machine, under its own name: no proxy between, no name made to point here."""
-    if any(name in request.headers for name in _FORWARDED):
+    """From this machine, to a gateway that serves nobody else, under its own name, and without a
+    sign of a proxy between: its headers, or HTTP/1.0, which nginx speaks to what is behind it.
+    """
+    if request.version < HttpVersion11 or any(map(_PROXY_HEADERS.fullmatch, request.headers)):
         return False
-    host = request.url.host or ""
-    return _is_loopback(request.remote or "") and (host == "localhost" or _is_loopback(host))
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+    places = (request.app[SETTINGS].host, request.remote or "", request.url.host or "")
+    return all(map(is_loopback, places))

@@ -406,12 +406,39 @@ async def test_crash_log_without_keys_is_for_this_machine_alone(serve: Serve) ->
         assert here["cause"] == "ValueError: no room in /home/somebody"
         for headers in (
             {"X-Forwarded-For": "192.0.2.7"},
+            {"x-forwarded-host": "127.0.0.1"},
+            {"X-Forwarded-Proto": "https"},
             {"Forwarded": "for=192.0.2.7"},
+            {"Via": "1.1 proxy"},
+            {"X-Real-IP": "127.0.0.1"},
+            {"CF-Connecting-IP": "192.0.2.7"},
             {"Host": "pointed-here.example"},
             {"Host": "127.0.0.1.example"},
         ):
             elsewhere = await read_crash(**headers)
             assert elsewhere.keys() == here.keys() - {"last_lines", "cause"}, headers
+
+
+async def test_crash_log_is_not_for_who_comes_as_a_proxy_does(serve: Serve) -> None:
+    """nginx unless told otherwise: HTTP/1.0, the gateway's own address as Host, no header more."""
+    async with serve_with_launcher(serve, Launcher()) as served:
+        host = served.url.removeprefix("http://")
+        for version, is_here in ((b"1.1", True), (b"1.0", False)):
+            head = f"Host: {host}\r\nConnection: close\r\n\r\n".encode()
+            status = b"GET /ui/status HTTP/" + version + b"\r\n" + head
+            answer = await ask(served.url, status, "GET")
+            crash = json.loads(answer.body)["launchers"][0]["crash"]
+
+            assert ("last_lines" in crash, "cause" in crash) == (is_here, is_here)
+
+
+async def test_crash_log_without_keys_stays_where_the_gateway_serves_others(serve: Serve) -> None:
+    async with serve_with_launcher(
+        serve, Launcher(), host="0.0.0.0", allow_anonymous=True
+    ) as served:
+        crash = (await read_status(served))["launchers"][0]["crash"]
+
+        assert not {"last_lines", "cause"} & crash.keys()
 
 
 async def test_crash_log_with_keys_is_for_admins(serve: Serve, tmp_path: Path) -> None:

@@ -91,7 +91,9 @@ def docker(pythons: Pythons, step: Step) -> Iterator[Docker]:
     # A `timeout` around the tests must end what they started, too.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     scratch = make_scratch()
-    docker = Docker(scratch, {"MODEL": "demo", **pythons.variables})
+    grades = scratch / "grades"
+    grades.mkdir(mode=0o755)
+    docker = Docker(scratch, {"MODEL": "demo", "GRADES": str(grades), **pythons.variables})
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, before)
         stack.callback(remove_scratch, scratch)

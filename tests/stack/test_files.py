@@ -47,7 +47,7 @@ def compose(way: tuple[str, ...], *words: str, **variables: str) -> str:
     return passes("docker", "compose", *files, *words, **(own | variables))
 
 
-def services(way: tuple[str, ...] = (), **variables: str) -> dict[str, Any]:
+def services(way: tuple[str, ...] = (), /, **variables: str) -> dict[str, Any]:
     described = json.loads(compose(way, "config", "--format", "json", **variables))
     found: dict[str, Any] = described["services"]
     return found

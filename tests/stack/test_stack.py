@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from scripts.record import Figure, take_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
 from tests.stack.conftest import GATEWAY, Step, answers, wait_until
 from tests.stack.docker import (
@@ -243,6 +244,17 @@ def test_every_panel_of_the_dashboards_shows_something(stack: Docker) -> None:
     findings = check_live(f"{address_of(stack, 'prometheus')}:9090", within_s=60)
 
     assert [str(finding) for finding in findings] == []
+
+
+def test_grade_made_on_the_host_shows_without_a_restart(stack: Docker) -> None:
+    """There was none when the gateway started."""
+    assert value_of(stack, "count(gateway_grade)") == 0
+    figures = [Figure("tokens/s", 1234.0, "/s")]
+    record = take_record("Grade of demo", figures, command="make grade", machine="this one")
+    write_record(record, stack.scratch / "grades" / "grade.json")
+
+    expression = 'gateway_grade{job="gateway",figure="tokens/s"}'
+    wait_until("it shows", lambda: value_of(stack, expression) == 1234, within_s=30)
 
 
 # --- what goes wrong ---

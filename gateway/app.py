@@ -48,6 +48,8 @@ def build_app(
             app[ENGINE_LIST] = EngineList(settings, build_engine, reload)
             yield
 
+    # First, so that it ends last: a drain can be watched.
+    app.cleanup_ctx.append(health.run_metrics_port)
     app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, pulse.run_pulse, run_key_reload))
     if settings.grade_record:
         GradeFile(settings.grade_record, app[METRICS])

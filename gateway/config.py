@@ -229,6 +229,14 @@ class Settings(BaseSettings):
         None,
         description="Record that `scripts/grade.py --record` writes; /metrics tells its figures.",
     )
+    metrics_host: str = Field("127.0.0.1", description="Address for metrics_port.")
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Another port, for Prometheus alone: /metrics with the usage of each key by "
+        "its name, which the public /metrics tells only as a sum; 0: none.",
+    )
     metrics_keys: int = Field(
         200, ge=0, description="Keys with usage figures of their own; the others are one."
     )
@@ -286,6 +294,8 @@ class Settings(BaseSettings):
     def _check_files(self) -> Settings:
         if self.workers > 1 and self.port == 0:
             raise ValueError("workers share a port: with several of them, port cannot be 0")
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ValueError("metrics_port must be another than port, which everybody can reach")
         if self.system_prompt and self.system_prompt_file:
             raise ValueError("give system_prompt or system_prompt_file, not both")
         if self.prompt_style == "chat" and self.tokenizer is None:

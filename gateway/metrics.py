@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from gateway.errors import REFUSALS
 from gateway.trace import Trace
@@ -36,6 +37,8 @@ GAP_SECONDS = (
 )
 LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 358, 512, 1024, 2048, 4096, 10_000)
+
+_ALL_KEYS = "(all)"  # no key can be called so
 
 Rows = Iterable[tuple[Sequence[str], float]]
 
@@ -63,6 +66,28 @@ class LiveFigure(Collector):
         for values, number in self.read():
             family.add_metric(values, number)
         yield family
+
+
+class WithoutKeys(Collector):
+    """What is counted by key as one sum: who the callers are is not everybody's business."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            if any("key" in sample.labels for sample in family.samples):
+                family.samples = list(self._sum_keys(family.samples))
+            yield family
+
+    @staticmethod
+    def _sum_keys(samples: Sequence[Sample]) -> Iterator[Sample]:
+        sums: dict[tuple[tuple[str, str], ...], float] = {}
+        for sample in samples:
+            labels = tuple((sample.labels | {"key": _ALL_KEYS}).items())
+            sums[labels] = sums.get(labels, 0.0) + sample.value
+        for labels, value in sums.items():
+            yield Sample(samples[0].name, dict(labels), value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +174,15 @@ class Metrics:
             "tokens", "Tokens by the engine's count; direction is in or out.", "direction"
         )
         self.usage_requests = self._live_counter(
-            "usage_requests", "Requests by key; keys beyond GATEWAY_METRICS_KEYS as one.", "key"
+            "usage_requests",
+            "Requests by key, on GATEWAY_METRICS_PORT; elsewhere their sum.",
+            "key",
         )
         self.usage_tokens = self._live_counter(
-            "usage_tokens", "Tokens by key, as the engine counted them.", "key", "direction"
+            "usage_tokens",
+            "Tokens by key, as the engine counted them; names as above.",
+            "key",
+            "direction",
         )
 
     def _declare_predict(self) -> None:
@@ -312,7 +342,7 @@ class Metrics:
         if code in REFUSALS:
             self.refused.labels(code).inc()
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
+    def render(self, accept: str = "", *, by_key: bool) -> tuple[bytes, str]:
         """Text in the form that is asked for, and its type; with several workers, their sum."""
         registry = self.registry
         if self._folder is not None:
@@ -322,7 +352,7 @@ class Metrics:
                 registry.register(figure)
         encode: Any
         encode, content_type = choose_encoder(accept)
-        return bytes(encode(registry)), content_type
+        return bytes(encode(registry if by_key else WithoutKeys(registry))), content_type
 
 
 METRICS = web.AppKey("metrics", Metrics)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
+from gateway.config import SettingsError
 from gateway.keys import make_key
 from gateway.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
 from gateway.pool import POOL
 from gateway.trace import Trace
 from scripts.record import Figure, take_record, write_record
 from tests.fake_engine import Behaviour
-from tests.gateway.conftest import Serve, Served, serve_gateway, until
+from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
 from tests.gateway.test_workers import serve_workers
 
 STREAM = {"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}
@@ -37,6 +41,17 @@ def parse(text: str) -> dict[str, tuple[str, str, set[tuple[str, ...]]]]:
 
 async def read(served: Served) -> str:
     return (await served.client.get("/metrics")).text
+
+
+def find_free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        return port
+
+
+def inner_door(port: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20)
 
 
 async def number(served: Served, series: str) -> float:
@@ -266,16 +281,78 @@ async def test_last_grade_is_told_as_soon_as_there_is_one(serve: Serve, tmp_path
 async def test_usage_of_many_keys_is_bounded(serve: Serve, tmp_path: Path) -> None:
     keys = dict(make_key(f"user-{number}") for number in range(5))
     (tmp_path / "keys.toml").write_text("".join(keys.values()))
-    async with serve(keys_file=tmp_path / "keys.toml", metrics_keys=2) as served:
+    port = find_free_port()
+    options = {"keys_file": tmp_path / "keys.toml", "metrics_keys": 2, "metrics_port": port}
+    async with serve(**options) as served, inner_door(port) as inner:
         for key in keys:
             headers = {"Authorization": f"Bearer {key}"}
             await served.client.post("/predict", json={"prompt": "a"}, headers=headers)
+        text = (await inner.get("/metrics")).text
 
-        assert await number(served, 'gateway_usage_requests_total{key="user-1"}') == 1
-        assert await number(served, 'gateway_usage_requests_total{key="(others)"}') == 3
-        others = 'gateway_usage_tokens_total{direction="out",key="(others)"}'
-        assert await number(served, others) == 6
-        assert 'key="user-2"' not in await read(served)
+        assert 'gateway_usage_requests_total{key="user-1"} 1.0\n' in text
+        assert 'gateway_usage_requests_total{key="(others)"} 3.0\n' in text
+        assert 'gateway_usage_tokens_total{direction="out",key="(others)"} 6.0\n' in text
+        assert 'key="user-2"' not in text
+
+
+@pytest.mark.parametrize("accept", ["*/*", OPENMETRICS["Accept"]])
+async def test_names_of_keys_are_told_on_the_inner_port_alone(
+    serve: Serve, tmp_path: Path, accept: str
+) -> None:
+    keys = dict(make_key(name) for name in ("alice", "bob"))
+    (tmp_path / "keys.toml").write_text("admin = true\n".join(keys.values()))
+    port = find_free_port()
+    options = {"keys_file": tmp_path / "keys.toml", "metrics_port": port}
+    async with serve(**options) as served, inner_door(port) as inner:
+        for key in keys:
+            headers = {"Authorization": f"Bearer {key}"}
+            await served.client.post("/predict", json={"prompt": "a"}, headers=headers)
+        public = (await served.client.get("/metrics", headers={"Accept": accept})).text
+        told = (await inner.get("/metrics", headers={"Accept": accept})).text
+
+        assert "alice" not in public
+        assert "bob" not in public
+        assert 'gateway_usage_requests_total{key="(all)"} 2.0\n' in public
+        assert public.count("gateway_usage_tokens_total{") == 2
+        assert 'gateway_usage_tokens_total{direction="out",key="(all)"} 4.0\n' in public
+        for name in ("alice", "bob"):
+            assert f'gateway_usage_requests_total{{key="{name}"}} 1.0\n' in told
+        # Whatever else is told is told on both.
+        assert [line for line in public.splitlines() if line.startswith("# ")] == [
+            line for line in told.splitlines() if line.startswith("# ")
+        ]
+
+
+async def test_inner_port_serves_the_figures_and_nothing_else(serve: Serve) -> None:
+    port = find_free_port()
+    async with serve(metrics_port=port) as served, inner_door(port) as inner:
+        codes = {
+            path: (await inner.get(path)).status_code
+            for path in ("/metrics", "/", "/v1/models", "/ui", "/ui/status", "/usage")
+        }
+        predicted = await inner.post("/predict", json={"prompt": "a"})
+
+        assert {path for path, code in codes.items() if code != 404} == {"/metrics"}
+        assert predicted.status_code == 404
+        assert served.engine.calls == []
+    async with inner_door(port) as inner:
+        with pytest.raises(httpx.ConnectError):
+            await inner.get("/metrics")
+
+
+async def test_inner_port_that_is_taken_stops_the_start(serve: Serve) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"127.0.0.1:{port} .* GATEWAY_METRICS_PORT"):
+            async with serve(metrics_port=port):
+                pass
+
+
+def test_inner_port_cannot_be_the_public_one() -> None:
+    with pytest.raises(ValidationError, match="another than port"):
+        make_settings(port=8000, metrics_port=8000)
 
 
 async def test_loop_that_is_held_up_shows_as_lag(served: Served) -> None:
@@ -307,11 +384,18 @@ async def test_settings_and_limits_are_told() -> None:
 
 
 async def test_any_worker_tells_of_the_engines(tmp_path: Path) -> None:
-    async with serve_workers(tmp_path) as workers:
+    port = find_free_port()
+    async with serve_workers(tmp_path, "", "--metrics-port", str(port)) as workers:
         await workers.ask("a")
         texts = [(await workers.get("/metrics")).text for _ in range(8)]
+        told = []
+        for _ in range(8):  # each over a connection of its own, so not all by one worker
+            async with inner_door(port) as inner:
+                told.append((await inner.get("/metrics")).text)
 
+    assert all('gateway_usage_requests_total{key="tester"} ' in text for text in told)
     for text in texts:
+        assert 'key="tester"' not in text
         families = parse(text)
         assert families["gateway_engine_ready"][0] == "gauge"
         assert 'state="ready"} 1.0' in text

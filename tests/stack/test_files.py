@@ -110,6 +110,17 @@ def test_gateway_reads_the_grade_that_make_grade_writes(way: tuple[str, ...]) ->
     assert not grades["bind"].get("create_host_path")
 
 
+def test_names_of_keys_are_told_to_prometheus_and_not_through_the_published_port() -> None:
+    gateway = services()["gateway"]
+    port = gateway["environment"]["GATEWAY_METRICS_PORT"]
+    path = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+
+    assert f"- targets: [gateway:{port}]\n" in path.read_text(encoding="utf-8")
+    assert gateway["environment"]["GATEWAY_METRICS_HOST"] == "0.0.0.0"
+    assert [str(one["target"]) for one in gateway["ports"]] == ["8000"]
+    assert port != "8000"
+
+
 def test_gateway_reads_grades_from_a_folder_of_ones_own(tmp_path: Path) -> None:
     grades = mount(services(GRADES=str(tmp_path))["gateway"], "/grades")
     assert grades["source"] == str(tmp_path)

@@ -304,6 +304,9 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
         401,
         200,
     ]
+    assert "alice" not in httpx.get(f"{GATEWAY}/metrics", trust_env=False).text
+    by_alice = 'gateway_usage_requests_total{job="gateway",key="alice"}'
+    wait_until("Prometheus is told her name", lambda: value_of(stack, by_alice) >= 1, within_s=30)
     stack.compose(*up)
     wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
 

@@ -12,6 +12,7 @@ from scripts.grading.findings import Finding
 from scripts.grading.leaderboard import PUBLISHED
 from scripts.grading.metrics import mark_common, quantile
 from scripts.grading.result import Answer, Grade, RunResult
+from scripts.output import write_file
 from scripts.plots import Bar, Series, Span, draw_bars, draw_histogram, draw_spans
 
 _WORST = 12
@@ -22,8 +23,7 @@ _STYLE = Path(__file__).parents[1] / "report.css"
 
 
 def write_report(grade: Grade, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(grade), encoding="utf-8")
+    write_file(path, render(grade))
 
 
 def render(grade: Grade) -> str:
@@ -280,7 +280,7 @@ def _all(grade: Grade) -> str:
     )
     return (
         f"<section><h2>All answers</h2>{more}"
-        '<input id="filter" type="search" placeholder="a word, a number, empty, exact, below 0.3" '
+        '<input id="filter" type="search" placeholder="a word, #17, empty, exact, below 0.3" '
         f'aria-label="filter"><p><small id="count">{min(total, _MOST_LISTED)} answers</small></p>'
         f'<div id="answers">{rows}</div></section>'
     )

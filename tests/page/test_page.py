@@ -105,6 +105,20 @@ def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None
         expect(page.locator(".turn > .answer").first).to_have_text("answer:twice")
 
 
+def test_answer_that_ends_without_its_end_is_not_taken_for_whole(visitor: Visitor) -> None:
+    half = 'data: {"choices": [{"delta": {"content": "half an ans"}}]}\n\n'
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.fulfill(body=half, content_type="text/event-stream"),
+        )
+        ask(page, "whole?")
+
+        expect(page.locator(".turn .error")).to_contain_text("before the answer was complete")
+        assert page.locator(".turn > .answer").inner_text() == "half an ans"
+
+
 def test_answer_keeps_its_white_space_and_no_markup_runs(visitor: Visitor) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)

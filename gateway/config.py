@@ -201,7 +201,7 @@ class Settings(BaseSettings):
     )
     body_timeout_s: float = Field(60.0, gt=0, description="Time for a request's body to arrive.")
     client_write_timeout_s: float = Field(
-        120.0, gt=0, description="A caller who takes no byte for so long is given up."
+        120.0, gt=0, description="A caller who takes nothing for so long is given up."
     )
 
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect to an engine.")

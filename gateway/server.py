@@ -15,7 +15,7 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import ContentEncodingError
 
-from gateway.config import Settings
+from gateway.config import SETTINGS, Settings
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.middleware import refuse, translate
 
@@ -37,6 +37,9 @@ class Connection(web.RequestHandler):
         # Left to itself, the kernel would take megabytes for a caller who reads slowly.
         line = transport.get_extra_info("socket")
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        # And it would keep a connection for ever whose caller takes nothing, or has lost his line.
+        limit_s = self._app[SETTINGS].client_write_timeout_s
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
 
     def handle_error(
         self,

@@ -8,6 +8,7 @@ stream with one timer that is wound up again when it rings, not when a chunk pas
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from types import TracebackType
 from typing import Self
@@ -96,8 +97,8 @@ class Call:
 
 
 class Silence:
-    """Looks after a stream that stands still: comments while the engine is silent, an error when it
-    stays so or takes too long, and the end of a caller who takes nothing.
+    """Looks after an engine's stream that stands still: comments for the caller, and an error when
+    it stays so or takes too long. A caller who takes nothing is the connection's affair.
     """
 
     def __init__(
@@ -108,15 +109,18 @@ class Silence:
     ) -> None:
         self.is_writing = False
         self.is_inside_event = False  # no place for a comment
-        self._request, self._content, self._response = request, content, response
-        self._trace, self._settings = request[TRACE], request.app[SETTINGS]
+        self._content, self._response = content, response
+        self._trace, settings = request[TRACE], request.app[SETTINGS]
+        self._settings = settings
+        self._shortest_s = min(
+            settings.keepalive_comment_s, settings.stream_idle_timeout_s, settings.engine_timeout_s
+        )
         self._started = self._commented_at = time.perf_counter()
         self._comment: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
     def __enter__(self) -> Self:
-        settings = self._settings
-        self._wind(min(settings.keepalive_comment_s, settings.client_write_timeout_s))
+        self._wind(self._shortest_s)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,16 +135,9 @@ class Silence:
         now = time.perf_counter()
         moved_at = max(self._started, self._trace.last_chunk_at)
         if self.is_writing or (self._comment is not None and not self._comment.done()):
-            self._look_at_caller(now - max(moved_at, self._commented_at))
+            self._wind(self._shortest_s)  # it is not the engine that is awaited
         else:
             self._look_at_engine(now, moved_at)
-
-    def _look_at_caller(self, stuck_s: float) -> None:
-        left_s = self._settings.client_write_timeout_s - stuck_s
-        if left_s <= 0:
-            self._abort()
-        else:
-            self._wind(min(left_s, self._settings.keepalive_comment_s))
 
     def _look_at_engine(self, now: float, moved_at: float) -> None:
         settings = self._settings
@@ -156,16 +153,8 @@ class Silence:
             self._commented_at = now
             if not self.is_inside_event:
                 self._comment = self._loop.create_task(self._send_comment())
-        self._wind(min(comment_left_s, idle_left_s, left_s, settings.client_write_timeout_s))
+        self._wind(min(comment_left_s, idle_left_s, left_s))
 
     async def _send_comment(self) -> None:
-        try:
+        with contextlib.suppress(ConnectionError):  # he has gone: the handler hears of it itself
             await self._response.write(KEEP_ALIVE)
-        except ConnectionError:
-            self._abort()
-
-    def _abort(self) -> None:
-        """He takes nothing, or has gone: the handler is cancelled as for all who hang up."""
-        transport = self._request.transport
-        if transport is not None:
-            transport.abort()

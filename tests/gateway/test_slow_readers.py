@@ -117,3 +117,59 @@ async def test_readers_who_take_nothing_lose_their_sockets(tmp_path: Path) -> No
         await asyncio.gather(*readers, return_exceptions=True)
     assert log.count('"status":499') == len(readers)
     assert "Traceback" not in log
+
+
+async def test_reader_who_takes_nothing_of_a_whole_answer_loses_his_socket(tmp_path: Path) -> None:
+    async with (
+        serve_app(build_fake_engine(Behaviour(max_model_len=10_000))) as engine_url,
+        serve_process(tmp_path, engine_url, "--client-write-timeout-s", "0.5") as gateway,
+        httpx.AsyncClient(base_url=gateway.url) as client,
+    ):
+        with await _ask_for_much(gateway.url, 1000) as idle:
+            await until(lambda: _is_served(idle))
+
+            # Far below what an idle connection is kept for.
+            await until(lambda: not _is_served(idle), timeout_s=20)
+        answer = await client.post("/predict", json={"prompt": "still here?"})
+    assert answer.json() == {"response": "answer:still here?"}
+    assert "Traceback" not in gateway.read_log()
+
+
+async def test_reader_who_is_slow_but_steady_gets_all(tmp_path: Path) -> None:
+    """Many times the limit in all, never without taking something."""
+    async with (
+        serve_app(build_fake_engine(Behaviour(max_model_len=10_000))) as engine_url,
+        serve_process(tmp_path, engine_url, "--client-write-timeout-s", "2") as gateway,
+    ):
+        loop, got = asyncio.get_running_loop(), bytearray()
+        with await _ask_for_much(gateway.url, 100) as slow:
+            started = time.monotonic()
+            while not got.endswith(b"}"):
+                got += await asyncio.wait_for(loop.sock_recv(slow, 4096), 5)
+                await asyncio.sleep(0.08)
+            took_s = time.monotonic() - started
+    answers = orjson.loads(got.partition(b"\r\n\r\n")[2])["response"]
+    assert answers == [f"answer:{question}" for question in _list_long(100)]
+    assert took_s > 6
+
+
+async def _ask_for_much(url: str, count: int) -> socket.socket:
+    """A caller with little room for the long answers that he has asked for."""
+    loop, caller = asyncio.get_running_loop(), socket.socket()
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    caller.setblocking(False)
+    await loop.sock_connect(caller, address(url))
+    body = orjson.dumps({"prompts": _list_long(count)})
+    await loop.sock_sendall(caller, build_request("POST", "/predict", body))
+    return caller
+
+
+def _is_served(caller: socket.socket) -> bool:
+    """Is the other end of his connection still there? Established is 01."""
+    ends = [f"0100007F:{name[1]:04X}" for name in (caller.getpeername(), caller.getsockname())]
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()
+    return any(line.split()[1:4] == [*ends, "01"] for line in lines)
+
+
+def _list_long(count: int) -> list[str]:
+    return [f"#{number}#" + "x" * 4000 for number in range(count)]

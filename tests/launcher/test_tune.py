@@ -101,9 +101,13 @@ def test_tune_over_the_fake_keeps_the_fast_refuses_the_wrong(tmp_path: Path) -> 
     assert out.index("round 1  half-batch") < out.index("round 2  as shipped")
     assert "refused half-batch" in out
     tuned = tomllib.loads((tmp_path / "cache" / "tuned.toml").read_text())
-    assert tuned["options"] == {"max-num-batched-tokens": 4096}
+    assert tuned["options"]["max-num-batched-tokens"] == 4096
+    assert 192 not in tuned["options"].values()
     rows = json.loads(Path(tuned["measurements"]).read_text())
-    assert [len(row["speeds"]) for row in rows] == [6] * len(rows)
+    # On a noisy machine another one gains its 2 % by chance: both are then tried together, beside
+    # the shipped one once more.
+    is_combined = rows[-1]["candidate"]["name"] == "together"
+    assert [len(row["speeds"]) for row in rows] == [6 + 6 * is_combined] + [6] * (len(rows) - 1)
     launcher.fake = ""
     with running(launcher):
         status = launcher.wait_state("ready")

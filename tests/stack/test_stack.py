@@ -257,6 +257,15 @@ def test_grade_made_on_the_host_shows_without_a_restart(stack: Docker) -> None:
     wait_until("it shows", lambda: value_of(stack, expression) == 1234, within_s=30)
 
 
+def test_folder_of_grades_that_is_not_there_is_named_and_not_made(stack: Docker) -> None:
+    """Made by the daemon it would be root's, and `make grade` could not write there."""
+    folder = stack.scratch / "no-grades"
+    check = ("run", "--rm", "--no-deps", "gateway", "check")
+    with pytest.raises(DockerError, match=r"path does not exist: \S+/no-grades"):
+        stack.compose(*check, variables={"GRADES": str(folder)})
+    assert not folder.exists()
+
+
 # --- what goes wrong ---
 
 

@@ -8,7 +8,8 @@ answers at the address already is used as it is. What stands behind `--` goes to
     python scripts/grade.py --model_path Qwen/Qwen3-0.6B --questions q.txt -- --profile course
     python scripts/grade.py --compare before.json after.json    is the difference real?
 
-Exit codes: 0 no faults, 1 faults (or, comparing, really worse), 2 bad options, 3 never ready.
+Exit codes: 0 no faults, 1 faults (or, comparing, really worse), 2 bad options or a file that cannot
+be written, 3 never ready, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,6 +33,8 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, without a traceback
 
 from scripts.grading.compare import (  # noqa: E402
     BadGrade,
@@ -62,6 +68,7 @@ from scripts.grading.server import (  # noqa: E402
 )
 from scripts.grading.summary import build_figures, describe_grade  # noqa: E402
 from scripts.grading.tokens import TokenCounts, count_tokens  # noqa: E402
+from scripts.output import Unwritable, accept_every_text, ensure_writable, show  # noqa: E402
 from scripts.record import (  # noqa: E402
     describe_command,
     describe_commit,
@@ -73,6 +80,9 @@ from scripts.record import (  # noqa: E402
 DEMO_QUESTIONS = ROOT / "demo" / "questions.jsonl"
 DEMO_MODEL = "demo"
 _DEMO_SHARE = 0.95
+_MOST_QUESTIONS = 1_000_000
+# Options that name a file; a shell leaves the ~ of `--questions=~/file` alone.
+_PATHS = ("questions", "details_out", "report_out", "record", "baseline")
 # The seed entry's options for its own server, as settings of ours.
 _SEED_SETTINGS = {
     "batch_size": "GATEWAY_WARMUP_PROMPTS",
@@ -93,13 +103,18 @@ class BadOptions(Exception):
 
 
 def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    accept_every_text()
     arguments = parse_arguments(sys.argv[1:])
     try:
-        if arguments.compare:
-            return run_comparison(*arguments.compare)
-        asked = choose_questions(arguments)
-        return run_grade(arguments, asked)
-    except (BadOptions, BadQuestions, BadGrade) as error:
+        with ended_by_sigterm():
+            if arguments.compare:
+                return run_comparison(*arguments.compare)
+            check_outputs(arguments)
+            asked = choose_questions(arguments)
+            return run_grade(arguments, asked)
+    except (BadOptions, BadQuestions, BadGrade, Unwritable) as error:
         print(f"grade: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -110,12 +125,43 @@ def main() -> int:
 def run_comparison(first: str, second: str) -> int:
     before, after = read_measured(Path(first)), read_measured(Path(second))
     comparison = compare(before, after)
-    print("\n".join(describe(comparison, before, after)))
+    show(describe(comparison, before, after))
     return int(comparison.is_worse)
 
 
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Before the work: each can be written, and none is what another needs."""
+    outputs = {
+        "--details_out": Path(arguments.details_out),
+        "--report_out": place_report(arguments),
+    }
+    if arguments.record:
+        outputs["--record"] = Path(arguments.record)
+    if not arguments.no_start_server:
+        outputs["the server's log"] = place_log(arguments)
+    taken = {Path(arguments.questions).resolve(): "--questions"}
+    for name, path in outputs.items():
+        other = taken.setdefault(path.resolve(), name)
+        if other != name:
+            raise BadOptions(f"{name} and {other} are the same file, {path}; give it another name")
+        ensure_writable(path)
+
+
+def place_report(arguments: argparse.Namespace) -> Path:
+    if arguments.report_out:
+        return Path(arguments.report_out)
+    return Path(arguments.details_out).with_suffix(".html")
+
+
+def place_log(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.details_out).with_name("grade-server.log")
+
+
 def choose_questions(arguments: argparse.Namespace) -> QuestionSet:
-    asked = read_questions(Path(arguments.questions).expanduser())
+    asked = read_questions(Path(arguments.questions))
+    total = (arguments.count or len(asked.pairs)) * arguments.repeat
+    if total > _MOST_QUESTIONS:
+        raise BadOptions(f"{total:,} questions are too many; --count or --repeat can be smaller")
     if arguments.count:
         asked = asked.take(arguments.count)
     return asked.repeat(arguments.repeat)
@@ -124,11 +170,12 @@ def choose_questions(arguments: argparse.Namespace) -> QuestionSet:
 def run_grade(arguments: argparse.Namespace, asked: QuestionSet) -> int:
     baseline = read_measured(Path(arguments.baseline)) if arguments.baseline else None
     progress = Progress(arguments.timeout, arguments.runs)
-    details = Path(arguments.details_out)
-    report = Path(arguments.report_out) if arguments.report_out else details.with_suffix(".html")
+    details, report = Path(arguments.details_out), place_report(arguments)
     try:
         with serve(arguments, progress) as started:
-            grade = asyncio.run(examine(arguments, asked, progress, started))
+            evidence = asyncio.run(examine(arguments, asked, progress, started))
+        progress.working("scoring")
+        grade = build_grade(arguments, asked, evidence)
     except NeverReady as error:
         progress.say(f"grade: {error.problem.code}: {error}")
         # An earlier grade must not be taken for this one.
@@ -141,13 +188,26 @@ def run_grade(arguments: argparse.Namespace, asked: QuestionSet) -> int:
         comparison = compare(baseline, measure("this grade", grade.pack()))
         worse = tuple(find_worse(comparison, arguments.baseline))
         grade = replace(grade, findings=(*worse, *grade.findings))
-    grade.write(details)
-    write_report(grade, report)
-    print("\n".join(describe_grade(grade, coloured=sys.stdout.isatty())))
-    print(f"details saved: {details}  report: {report}")
-    if arguments.record:
-        keep_record(grade, Path(arguments.record))
+    complaints = list(write_all(grade, arguments, details, report))
+    show(describe_grade(grade, coloured=sys.stdout.isatty()))
+    if complaints:  # the figures were dear; they are shown all the same
+        raise Unwritable("; ".join(complaints))
+    show([f"details saved: {details}  report: {report}"])
     return 0 if grade.is_good else 1
+
+
+def write_all(
+    grade: Grade, arguments: argparse.Namespace, details: Path, report: Path
+) -> Iterator[str]:
+    """Complaints about those that cannot be written; one does not keep the others from it."""
+    writes = [partial(grade.write, details), partial(write_report, grade, report)]
+    if arguments.record:
+        writes.append(partial(keep_record, grade, Path(arguments.record)))
+    for write in writes:
+        try:
+            write()
+        except Unwritable as error:
+            yield str(error)
 
 
 @contextlib.contextmanager
@@ -166,9 +226,9 @@ def serve(arguments: argparse.Namespace, progress: Progress) -> Iterator[Started
     where = urlsplit(arguments.server_url)
     if where.scheme != "http" or where.path.strip("/"):
         raise BadOptions(f"cannot start a server at {arguments.server_url}; add --no_start_server")
-    log_path = Path(arguments.details_out).with_name("grade-server.log")
+    log_path = place_log(arguments)
     progress.say(f"starting {' '.join(order.command()[1:])}; its log is {log_path}")
-    with start_server(order, log_path) as started, ended_by_sigterm():
+    with start_server(order, log_path) as started:
         yield started
 
 
@@ -188,12 +248,21 @@ def build_order(arguments: argparse.Namespace) -> Order:
     return Order(where.hostname or "127.0.0.1", port, arguments.model_path, options, environment)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """All that a server is asked for; what it is worth is found without it."""
+
+    runs: Sequence[Run]
+    counted: TokenCounts
+    facts: Facts
+
+
 async def examine(
     arguments: argparse.Namespace,
     asked: QuestionSet,
     progress: Progress,
     started: Started | None,
-) -> Grade:
+) -> Evidence:
     headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
     # A new connection for every call, as the seed entry's evaluator makes them: one that was
     # kept and closed by the server meanwhile must not look like a fault.
@@ -217,8 +286,7 @@ async def examine(
         folder = find_folder(arguments.model_path)
         counted = await count_tokens(texts, folder, arguments.server_url, client)
         facts = await collect_facts(arguments, asked, plan, counted, client)
-    progress.working("scoring")
-    return build_grade(arguments, asked, runs, counted, replace(facts, mode=mode, ready_s=ready_s))
+    return Evidence(runs, counted, replace(facts, mode=mode, ready_s=ready_s))
 
 
 def has_ended(run: Run) -> bool:
@@ -247,15 +315,16 @@ async def collect_facts(
     counted: TokenCounts,
     client: httpx.AsyncClient,
 ) -> Facts:
-    ceiling, unscored = find_ceiling([pair.reference for pair in asked.pairs])
     where = urlsplit(arguments.server_url)
-    status_url = arguments.status_url or f"http://{where.hostname}:{(where.port or 80) + 2}"
+    host = f"[{where.hostname}]" if ":" in (where.hostname or "") else where.hostname
+    status_url = arguments.status_url or f"http://{host}:{(where.port or 80) + 2}"
+    secrets = (arguments.api_key, where.password or "")
     return Facts(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         commit=describe_commit(),
         machine=arguments.machine or describe_machine(),
-        command=hide(describe_command(), arguments.api_key),
-        server_url=arguments.server_url,
+        command=hide(describe_command(), *secrets),
+        server_url=hide(arguments.server_url, *secrets),
         mode=plan.mode,
         sending=plan.describe(len(asked.pairs)),
         limit_s=plan.limit_s,
@@ -267,26 +336,25 @@ async def collect_facts(
         questions=len(asked.pairs),
         unique_questions=len({pair.question for pair in asked.pairs}),
         skipped=asked.skipped,
-        ceiling=ceiling,
-        unscored=unscored,
+        ceiling=0.0,
+        unscored=0,
         tokens_by="" if counted.counts is None else counted.source,
         tokens_missing=counted.source if counted.counts is None else "",
     )
 
 
-def hide(command: str, secret: str) -> str:
+def hide(text: str, *secrets: str) -> str:
     """A key stands on the command line, but must not stand in a report."""
-    return command.replace(secret, "…") if secret else command
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "…")
+    return text
 
 
-def build_grade(
-    arguments: argparse.Namespace,
-    asked: QuestionSet,
-    runs: Sequence[Run],
-    counted: TokenCounts,
-    facts: Facts,
-) -> Grade:
-    answers = build_answers(asked, runs, counted.counts)
+def build_grade(arguments: argparse.Namespace, asked: QuestionSet, evidence: Evidence) -> Grade:
+    """Outside the event loop, which would not hear of a Ctrl-C meanwhile."""
+    ceiling, unscored = find_ceiling([pair.reference for pair in asked.pairs])
+    runs, facts = evidence.runs, replace(evidence.facts, ceiling=ceiling, unscored=unscored)
+    answers = build_answers(asked, runs, evidence.counted.counts)
     results = [build_run(run, number, answers) for number, run in enumerate(runs)]
     findings = find_all(facts, answers, results, build_bounds(arguments, facts))
     return Grade(facts, tuple(results), tuple(answers), tuple(findings))
@@ -331,10 +399,28 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     arguments.launcher_options = launcher
     url = arguments.server_url.strip() or f"http://{arguments.host}:{arguments.port}"
     arguments.server_url = url.rstrip("/")
-    where = urlsplit(arguments.server_url)
-    if where.scheme not in ("http", "https") or not where.hostname:
-        parser.error(f"--server_url {url} is no http address")
+    for name, one in (("server_url", url), ("status_url", arguments.status_url)):
+        if one and not is_address(one):
+            parser.error(f"--{name} {one} is no http address, like http://127.0.0.1:8000")
+    if not (arguments.api_key.isascii() and arguments.api_key.isprintable()):
+        parser.error("--api_key holds characters that no HTTP header can carry")
+    for name in _PATHS:
+        expanded = Path(vars(arguments)[name] or "").parts[:1]
+        if expanded and expanded[0].startswith("~"):
+            with contextlib.suppress(RuntimeError):  # a user who is none stays as it is
+                setattr(arguments, name, str(Path(vars(arguments)[name]).expanduser()))
     return arguments
+
+
+def is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+        where = urlsplit(url)
+        port = where.port
+    except (ValueError, httpx.InvalidURL):
+        return False
+    is_plain = not (where.query or where.fragment or " " in url.strip())
+    return parsed.scheme in ("http", "https") and bool(where.hostname) and port != 0 and is_plain
 
 
 def _normalise(word: str) -> str:
@@ -424,7 +510,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the server").add_argument
     add("--server_url", default="", metavar="URL", help="default: http://HOST:PORT")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    add("--port", type=int, default=8000, help="default: 8000")
+    add("--port", type=_port, default=8000, help="default: 8000")
     add("--no_start_server", action="store_true", help="grade a running server")
     add(
         "--api_key",
@@ -457,7 +543,7 @@ def _add_judging_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what comes of it").add_argument
     add(
         "--floor",
-        type=float,
+        type=_share,
         metavar="SCORE",
         help="the least ROUGE-L in the course reading that is no fault",
     )
@@ -488,7 +574,7 @@ def _not_negative(text: str) -> int:
 
 
 def _at_least(text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
+    if not (text.isdecimal() and len(text) < 19) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
     return int(text)
 
@@ -498,9 +584,26 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value > 0:
+    if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{text} is no time in seconds")
     return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no score from 0 to 1")
+    return value
+
+
+def _port(text: str) -> int:
+    number = _at_least(text, 1)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port from 1 to 65535")
+    return number
 
 
 if __name__ == "__main__":

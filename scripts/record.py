@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scripts.output import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 _GIB = 2**30
 _WORDS = ("name", "command", "commit", "machine", "date", "about")
@@ -75,9 +77,8 @@ def take_record(
 
 
 def write_record(record: Record, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(record), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_file(path, text + "\n")
 
 
 def read_record(path: Path) -> Record:

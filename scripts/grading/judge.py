@@ -12,10 +12,12 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import httpx
+
+from scripts.grading.texts import is_whole, mend, parse_json
 
 Mode = Literal["batch", "ok"]
 _POLL_S = 0.5
@@ -126,15 +128,19 @@ class Judge:
             while (waited_s := time.monotonic() - started) < timeout_s:
                 try:
                     # A server may hold the request until it is warm.
-                    timeout = httpx.Timeout(timeout_s - waited_s, connect=_PROBE_TIMEOUT_S)
-                    answer = await self._client.get(f"{self.url}/", timeout=timeout)
+                    async with asyncio.timeout(timeout_s - waited_s):
+                        timeout = httpx.Timeout(None, connect=_PROBE_TIMEOUT_S)
+                        answer = await self._client.get(f"{self.url}/", timeout=timeout)
                 except httpx.HTTPError as error:
                     said, is_other_word = describe_error(error), False
+                except TimeoutError:
+                    said, is_other_word = "GET / was not answered to its end", False
                 else:
                     status = _read_status(answer)
                     if status in ("batch", "ok") and answer.status_code == httpx.codes.OK:
                         return "ok" if status == "ok" else "batch"
                     said = f"GET / answers {answer.status_code} {answer.text[:100]!r}"
+                    said += _describe_redirect(answer)
                     is_other_word = answer.is_success and status not in _NOT_YET
                 if (end := find_end()) is not None:
                     raise NeverReady(end)
@@ -185,6 +191,11 @@ class Judge:
                 answer = await self._post(questions[piece.start : piece.stop], plan.mode)
                 status = answer.status_code
                 reply = read_reply(status, answer.content, len(piece), plan.mode)
+                if answer.is_redirect:
+                    text = f"POST /predict answered {status}{_describe_redirect(answer)}"
+                    reply = _fail("http_error", text)
+        except httpx.DecodingError as error:
+            reply = _fail("not_json", f"the answer cannot be unpacked: {error}")
         except TimeoutError:
             reply = _fail("too_slow", f"no answer within the limit of {plan.limit_s:g} s")
         except httpx.HTTPError as error:
@@ -215,8 +226,9 @@ class Judge:
         broke = f"the connection broke {seconds:.1f} s into the call for {where}"
         for _ in range(_PROBES_TO_BE_GONE):
             try:
-                await self._client.get(f"{self.url}/", timeout=_PROBE_TIMEOUT_S)
-            except httpx.ReadTimeout:
+                async with asyncio.timeout(2 * _PROBE_TIMEOUT_S):
+                    await self._client.get(f"{self.url}/", timeout=_PROBE_TIMEOUT_S)
+            except (httpx.ReadTimeout, TimeoutError):
                 break  # it holds the request, so it lives
             except httpx.HTTPError as other:
                 gone = describe_error(other)
@@ -276,18 +288,40 @@ def read_reply(status: int, body: bytes, asked: int, mode: Mode) -> Reply:
     if status != httpx.codes.OK:
         return _fail("http_error", f"POST /predict answered {status}: {shown}")
     try:
-        data = json.loads(body)
+        data = parse_json(body)
     except ValueError as error:
         return _fail("not_json", f"the answer is no JSON ({error}): {shown!r}")
     if not isinstance(data, dict) or "response" not in data:
         return _fail("no_response", f"the answer has no `response`: {shown}")
     response = data["response"]
     if mode == "ok":
-        return _read_single(response)
-    if not isinstance(response, list):
+        reply = _read_single(response)
+    elif not isinstance(response, list):
         kind = _name_type(response)
         return _fail("no_list", f"`response` is {kind}, not a list of {asked}: {shown}")
-    return _read_list(response, data.get("errors"), asked)
+    else:
+        reply = _read_list(response, data.get("errors"), asked)
+    return _mend_texts(_note_error(reply, data.get("error")))
+
+
+def _note_error(reply: Reply, error: Any) -> Reply:
+    if not error:
+        return reply
+    text = f"the answer has an `error` beside its `response`: {str(error)[:200]}"
+    return replace(reply, problems=(*reply.problems, Problem("error_beside", text)))
+
+
+def _mend_texts(reply: Reply) -> Reply:
+    broken = [place for place, text in enumerate(reply.answers) if not is_whole(text)]
+    refusals = {place: mend(why) for place, why in reply.refusals.items()}
+    problems = [Problem(one.code, mend(one.text)) for one in reply.problems]
+    if broken:
+        text = (
+            f"{len(broken)} answers hold half a character (a lone surrogate), which no file can "
+            f"hold; the first is number {broken[0] + 1}"
+        )
+        problems.append(Problem("broken_text", text))
+    return Reply([mend(text) for text in reply.answers], tuple(problems), refusals)
 
 
 def _read_single(response: Any) -> Reply:
@@ -312,16 +346,22 @@ def _read_list(response: list[Any], errors: Any, asked: int) -> Reply:
         problems.append(Problem("not_text", text))
     # What is no text counts as the seed entry's evaluator counts it.
     answers = ["" if one is None else str(one) for one in response]
-    return Reply(answers, tuple(problems), _read_refusals(errors))
+    refusals = _read_refusals(errors, asked)
+    if errors and not (isinstance(errors, dict) and len(refusals) == len(errors)):
+        text = f"`errors` names something else than places in the list: {str(errors)[:200]}"
+        problems.append(Problem("odd_errors", text))
+    return Reply(answers, tuple(problems), refusals)
 
 
-def _read_refusals(errors: Any) -> dict[int, str]:
+def _read_refusals(errors: Any, asked: int) -> dict[int, str]:
+    """By place in the list; others would be blamed on another call's questions."""
     if not isinstance(errors, dict):
         return {}
+    places = {str(place): place for place in range(asked)}
     return {
-        int(place): str(why.get("message") or why) if isinstance(why, dict) else str(why)
-        for place, why in errors.items()
-        if str(place).isdigit()
+        places[key]: str(why.get("message") or why) if isinstance(why, dict) else str(why)
+        for key, why in errors.items()
+        if key in places
     }
 
 
@@ -334,9 +374,14 @@ def _name_type(value: object) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
+def _describe_redirect(answer: httpx.Response) -> str:
+    where = answer.headers.get("location", "")
+    return f" (a redirect to {where!r}, which is not followed)" if answer.is_redirect else ""
+
+
 def _read_status(answer: httpx.Response) -> str:
     try:
-        data = answer.json()
+        data = parse_json(answer.content)
     except ValueError:
         return ""
     return str(data.get("status", "")).strip().lower() if isinstance(data, dict) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.grading.texts import is_whole, parse_json
+
 # The start of a block: `（1. 问题：`, with or without the bracket, the dot and the number's spaces.
 _BLOCK = re.compile(r"(?:^|\n)\s*[(（]?\d+\s*[.．、]?\s*问题[：:]")
 _QUESTION = re.compile(r"问题[：:]")
 _ANSWER = re.compile(r"答案[：:]")
 _QUESTION_KEYS = ("question", "prompt", "query", "问题")
+_SURE_CHARACTERS = 12
 _ANSWER_KEYS = ("answer", "reference", "response", "output", "答案")
 
 
@@ -58,7 +62,7 @@ def read_questions(path: Path) -> QuestionSet:
     text = _decode(path)
     try:
         skipped: list[str] = []
-        if path.suffix == ".jsonl":
+        if path.suffix == ".jsonl" or _is_jsonl(text):
             pairs = _parse_lines(text)
         elif path.suffix == ".json" or text.lstrip().startswith(("[", "{")):
             pairs = _parse_json(text)
@@ -81,12 +85,42 @@ def _decode(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise BadQuestions(f"{path}: {error.strerror}") from None
-    for encoding in ("utf-8-sig", "gb18030"):
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    elif place := _find_damage(data):
+        raise BadQuestions(f"{path}: UTF-8 text with a byte on line {place} that is none")
+    else:
+        encodings = ["utf-8-sig", "gb18030"]
+    for encoding in encodings:
         try:
-            return data.decode(encoding).replace("\r\n", "\n")
+            return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError:
             continue
-    raise BadQuestions(f"{path}: neither UTF-8 nor GB18030 text")
+    raise BadQuestions(f"{path}: neither UTF-8 nor GB18030 text; save it as UTF-8")
+
+
+def _find_damage(data: bytes) -> int:
+    """The line where UTF-8 stops being it; 0 for whole UTF-8 and for another encoding.
+
+    GB18030 would read damaged UTF-8 as nonsense, and be asked. Text in GB18030 looks like UTF-8
+    for a character or two, never for many.
+    """
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        sound = data[: error.start].decode("utf-8")
+        is_utf8 = sum(not one.isascii() for one in sound) >= _SURE_CHARACTERS
+        return sound.count("\n") + 1 if is_utf8 else 0
+    return 0
+
+
+def _is_jsonl(text: str) -> bool:
+    """JSONL by another name: its first line is an object, and there are more."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return isinstance(parse_json(first), dict) and rest.lstrip().startswith("{")
+    except ValueError:
+        return False
 
 
 def _parse_text(text: str) -> tuple[list[Pair], list[str]]:
@@ -118,7 +152,7 @@ def _parse_lines(text: str) -> list[Pair]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise BadQuestions(f"line {number} is no JSON: {error}") from None
             pairs.append(_parse_row(row, f"line {number}"))
@@ -127,9 +161,13 @@ def _parse_lines(text: str) -> list[Pair]:
 
 def _parse_json(text: str) -> list[Pair]:
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         raise BadQuestions(f"no JSON: {error}") from None
+    if isinstance(data, dict) and all(
+        _first(data, keys) for keys in (_QUESTION_KEYS, _ANSWER_KEYS)
+    ):
+        data = [data]
     if isinstance(data, dict):
         lists = [value for value in data.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -152,6 +190,8 @@ def _parse_row(row: Any, where: str) -> Pair:
         raise BadQuestions(f"{where} has no text under {' or '.join(_QUESTION_KEYS)}")
     if not (isinstance(answer, str) and answer.strip()):
         raise BadQuestions(f"{where} has no text under {' or '.join(_ANSWER_KEYS)}")
+    if not is_whole(question + answer):
+        raise BadQuestions(f"{where} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
     return Pair(question.strip(), answer.strip())
 
 

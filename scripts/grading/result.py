@@ -11,6 +11,7 @@ from typing import Any, Literal
 from scripts.grading.judge import Call, Run
 from scripts.grading.metrics import Score, mean, score
 from scripts.grading.questions import QuestionSet
+from scripts.output import write_file
 
 State = Literal["answered", "empty", "refused", "missing"]
 FORMAT = 1
@@ -178,17 +179,14 @@ class Grade:
         }
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.pack(), ensure_ascii=False, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_file(path, json.dumps(self.pack(), ensure_ascii=False, indent=1) + "\n")
 
 
 def write_ungraded(finding: Any, path: Path) -> None:
     """The details of a server that never could be asked."""
     packed = {"format": FORMAT, "is_good": False, "facts": {}, "findings": [asdict(finding)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**packed, "runs": [], "answers": []}, ensure_ascii=False, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_file(path, text + "\n")
 
 
 def _pack_answer(one: Answer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -16,6 +17,7 @@ import httpx
 
 from launcher.command import leash
 from scripts.grading.judge import Problem
+from scripts.grading.texts import mend, parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
 _STOP_TIMEOUT_S = 120.0
@@ -120,32 +122,40 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def is_anyone_there(url: str) -> bool:
     """Whether something answers HTTP at this address, ready or not."""
     try:
-        httpx.get(f"{url}/healthz", timeout=_QUICK_TIMEOUT_S, trust_env=False)
+        with httpx.stream("GET", f"{url}/healthz", timeout=_QUICK_TIMEOUT_S, trust_env=False):
+            return True
     except httpx.ReadTimeout:
         return True
     except httpx.HTTPError:
         return False
-    return True
 
 
 async def read_model(url: str, client: httpx.AsyncClient) -> str:
     """The served model's name, if the server has /v1/models."""
-    with contextlib.suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
-        answer = await client.get(f"{url}/v1/models", timeout=_QUICK_TIMEOUT_S)
-        return str(answer.json()["data"][0]["id"])
+    with contextlib.suppress(LookupError, TypeError):
+        answer = await _read(f"{url}/v1/models", client)
+        return mend(str(answer["data"][0]["id"]))
     return ""
 
 
 async def read_engine(status_url: str, client: httpx.AsyncClient) -> dict[str, Any]:
     """What the launcher says of its engine; empty where there is none to ask."""
-    with contextlib.suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
-        answer = await client.get(f"{status_url}/status", timeout=_QUICK_TIMEOUT_S)
-        status = answer.json()
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        status = await _read(f"{status_url}/status", client)
+        seconds = status["engine"]["start_seconds"]
         return {
-            "profile": str(status["profile"]),
-            "device": str(status["device"]),
-            "vllm": str(status["versions"]["vllm"]),
-            "fingerprint": str(status["fingerprint"]["name"]),
-            "start_seconds": status["engine"]["start_seconds"],
+            "profile": mend(str(status["profile"])),
+            "device": mend(str(status["device"])),
+            "vllm": mend(str(status["versions"]["vllm"])),
+            "fingerprint": mend(str(status["fingerprint"]["name"])),
+            "start_seconds": None if seconds is None else float(seconds),
         }
     return {}
+
+
+async def _read(url: str, client: httpx.AsyncClient) -> Any:
+    """None of what is not there, no JSON, or too slow."""
+    with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
+        async with asyncio.timeout(_QUICK_TIMEOUT_S):
+            return parse_json((await client.get(url, timeout=_QUICK_TIMEOUT_S)).content)
+    return None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from scripts.grading.metrics import quantile
 from scripts.grading.result import Grade, RunResult
+from scripts.output import tame
 from scripts.record import Figure
 
 _RED, _BOLD, _RESET = "\x1b[31m", "\x1b[1m", "\x1b[0m"
@@ -16,14 +17,14 @@ def describe_grade(grade: Grade, *, coloured: bool) -> Iterator[str]:
     rows = list(_rows(grade))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        yield f"{name:{width}}  {text}"
+        yield f"{name:{width}}  {tame(text)}"
     yield ""
     for finding in grade.findings:
         is_fault = finding.severity == "error"
         word = "FAULT" if is_fault else "note "
         if coloured and is_fault:
             word = f"{_RED}{word}{_RESET}"
-        yield f"{word} {finding.code}: {finding.text}"
+        yield f"{word} {finding.code}: {tame(finding.text)}"
     faults = sum(finding.severity == "error" for finding in grade.findings)
     verdict = f"{faults} {'fault' if faults == 1 else 'faults'}" if faults else "no faults"
     yield f"{_BOLD}{verdict}{_RESET}" if coloured else verdict

@@ -36,7 +36,8 @@ async def grade_at(url: str, questions: Path, *options: str) -> Grade:
     arguments = program.parse_arguments([*fixed, *options])
     asked = program.choose_questions(arguments)
     progress = Progress(arguments.timeout, arguments.runs, io.StringIO())
-    return await program.examine(arguments, asked, progress, None)
+    evidence = await program.examine(arguments, asked, progress, None)
+    return program.build_grade(arguments, asked, evidence)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Judged:
     cuts: Callable[[int], bool] = lambda _call: False
     dies_after: int | None = None
     model: str = ""
+    location: str = ""
     calls: list[Any] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
@@ -53,13 +54,17 @@ class Judged:
 JUDGED = web.AppKey("judged", Judged)
 
 
-def build_judged(judged: Judged) -> web.Application:
+def build_judged(judged: Judged, others: Mapping[str, Any] | None = None) -> web.Application:
+    """`others` answer in the place of its own handlers."""
     app = web.Application(client_max_size=2**28)
     app[JUDGED] = judged
-    app.router.add_get("/", _root)
-    app.router.add_post("/predict", _predict)
-    app.router.add_get("/v1/models", _models)
-    app.router.add_post("/tokenize", _tokenize)
+    for path, own in (
+        ("/", _root),
+        ("/predict", _predict),
+        ("/v1/models", _models),
+        ("/tokenize", _tokenize),
+    ):
+        app.router.add_route("*", path, (others or {}).get(path, own))
     return app
 
 
@@ -85,7 +90,8 @@ async def _predict(request: web.Request) -> web.Response:
         request.transport.abort()
     body = judged.body(number)
     if body is not None:
-        return web.Response(body=body, status=judged.status(number))
+        headers = {"Location": judged.location} if judged.location else {}
+        return web.Response(body=body, status=judged.status(number), headers=headers)
     return web.json_response(_answer(judged, prompt, number), status=judged.status(number))
 
 

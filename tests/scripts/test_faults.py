@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import socket
 import sys
@@ -12,11 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from aiohttp import web
 
 from scripts.grade import find_worse
 from scripts.grading.compare import compare, measure
 from scripts.grading.judge import NeverReady
 from scripts.grading.metrics import cut
+from scripts.grading.report import write_report
+from scripts.grading.summary import describe_grade
 from tests.fake_engine import serve_app
 from tests.scripts.conftest import Examine, errors_of, grade_at, notes_of, text_of
 from tests.scripts.judged import MODEL_FOLDER, Judged, build_judged, read_pairs
@@ -296,6 +300,103 @@ async def test_grade_answers_that_are_no_texts_are_named(examine: Examine) -> No
 
     assert errors_of(grade) == ["empty_answers", "not_text"]
     assert "2 answers are no texts; the first, null, is number 1" in text_of(grade, "not_text")
+
+
+@pytest.mark.parametrize(
+    ("beside", "code"),
+    [
+        ({"error": {"message": "CUDA out of memory"}}, "error_beside"),
+        ({"errors": ["boom"]}, "odd_errors"),
+        ({"errors": {"²": "no number"}}, "odd_errors"),
+        ({"errors": {"99": "no place"}}, "odd_errors"),
+    ],
+)
+async def test_grade_complaint_beside_good_answers_is_named(
+    examine: Examine, beside: dict[str, Any], code: str
+) -> None:
+    answers = [pair.reference for pair in read_pairs(12)]
+    body = json.dumps({"response": answers, **beside}).encode()
+
+    grade = await examine(Judged(body=lambda _: body))
+
+    assert errors_of(grade) == [code]
+    assert grade.runs[0].exact == 1.0
+
+
+async def test_grade_half_characters_are_named_and_can_be_written(
+    examine: Examine, tmp_path: Path
+) -> None:
+    grade = await examine(Judged(reply=lambda answers, _: [answers[0] + "\ud83d", *answers[1:]]))
+
+    assert errors_of(grade) == ["broken_text"]
+    assert "the first is number 1" in text_of(grade, "broken_text")
+    grade.write(tmp_path / "details.json")
+    write_report(grade, tmp_path / "details.html")
+
+
+async def test_grade_json_nested_too_deeply_is_named(examine: Examine) -> None:
+    body = b'{"response": ' + b"[" * 200_000
+
+    assert errors_of(await examine(Judged(body=lambda _: body))) == ["no_answer", "not_json"]
+
+
+async def test_grade_redirect_is_named_with_its_goal(examine: Examine) -> None:
+    judged = Judged(status=lambda _: 307, body=lambda _: b"", location="/elsewhere")
+    grade = await examine(judged)
+
+    assert errors_of(grade) == ["http_error", "no_answer"]
+    assert "307 (a redirect to '/elsewhere'" in text_of(grade, "http_error")
+
+
+async def drip(request: web.Request) -> web.StreamResponse:
+    """Always a little more, never the end."""
+    answer = web.StreamResponse()
+    await answer.prepare(request)
+    while True:
+        await answer.write(b" ")
+        await asyncio.sleep(0.1)
+
+
+async def nest(_request: web.Request) -> web.Response:
+    return web.Response(body=b"[" * 200_000)
+
+
+async def test_grade_root_that_never_ends_is_never_ready(questions: Path) -> None:
+    app = web.Application()
+    app.router.add_get("/", drip)
+    async with serve_app(app) as url, asyncio.timeout(10):
+        with pytest.raises(NeverReady, match="not answered to its end"):
+            await grade_at(url, questions, "--ready_timeout", "0.5")
+
+
+@pytest.mark.parametrize("route", ["/v1/models", "/tokenize"])
+@pytest.mark.parametrize("handler", [drip, nest])
+async def test_grade_survives_odd_answers_beside_the_contract(
+    questions: Path, monkeypatch: pytest.MonkeyPatch, route: str, handler: Any
+) -> None:
+    monkeypatch.setattr("scripts.grading.tokens._LIMIT_S", 0.5)
+    app = build_judged(Judged(), {route: handler})
+    async with serve_app(app) as url, asyncio.timeout(20):
+        grade = await grade_at(url, questions)
+
+    assert errors_of(grade) == []
+    assert "no_tokenizer" in notes_of(grade)
+
+
+async def test_grade_broken_tokenizer_is_named(examine: Examine, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+
+    grade = await examine(Judged(), "--model_path", str(tmp_path))
+
+    assert "tokenizer.json cannot be read" in text_of(grade, "no_tokenizer")
+
+
+async def test_grade_terminal_obeys_no_stranger(examine: Examine) -> None:
+    judged = Judged(status=lambda _: 500, body=lambda _: b"boom\x1b[2J\nverdict: no faults")
+    grade = await examine(judged)
+
+    lines = list(describe_grade(grade, coloured=False))
+    assert any(line.endswith("500: boom [2J verdict: no faults") for line in lines)
 
 
 async def test_grade_refused_prompts_are_named_with_their_reason(examine: Examine) -> None:

@@ -21,6 +21,7 @@ import pytest
 from scripts import grade
 from scripts.grading.server import Order, start_server
 from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
+from tests.scripts.judged import read_pairs
 
 GRADE = [sys.executable, "scripts/grade.py"]
 
@@ -272,6 +273,19 @@ def test_running_server_is_graded_as_it_is(url: str, questions: Path, tmp_path: 
         (("--compare", "/no.json", "/no.json"), "grade: /no.json: "),
         (("--baseline", "/no.json"), "grade: /no.json: "),
         (("--server_url", "https://127.0.0.1:9/x"), "cannot start a server at https://"),
+        (("--server_url", "http://127.0.0.1:99999"), "is no http address"),
+        (("--server_url", "http://[::1"), "is no http address"),
+        (("--server_url", "http://a b"), "is no http address"),
+        (("--port", "99999"), "99999 is no port"),
+        (("--timeout", "inf"), "inf is no time in seconds"),
+        (("--floor", "nan"), "nan is no score from 0 to 1"),
+        (("--api_key", "a\nb"), "--api_key holds characters"),
+        (("--count", "99999999999"), "99,999,999,999 questions are too many"),
+        (("--details_out", "/proc/x/y.json"), "cannot write /proc/x/y.json: "),
+        (("--details_out", str(ROOT)), "it is a folder"),
+        (("--details_out", "x.json", "--report_out", "./x.json"), "are the same file"),
+        (("--questions", "x.txt", "--record", "x.txt"), "are the same file"),
+        (("--questions", "~nobody_here/x"), "No such file"),
     ],
 )
 def test_bad_options_say_what_is_wrong(
@@ -282,6 +296,92 @@ def test_bad_options_say_what_is_wrong(
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--details_out", "--report_out", "--record"])
+def test_full_disk_is_said_after_the_figures(
+    url: str, questions: Path, tmp_path: Path, option: str
+) -> None:
+    full = tmp_path / "full.json"
+    full.symlink_to("/dev/full")
+
+    done = run(tmp_path, "--server_url", url, "--questions", str(questions), option, str(full))
+
+    assert done.returncode == 2
+    assert "avg ROUGE-L" in done.stdout
+    assert done.stderr.splitlines()[-1] == f"grade: cannot write {full}: No space left on device"
+    assert full.is_symlink()
+
+
+def test_output_that_cannot_be_written_is_one_line(
+    url: str, questions: Path, tmp_path: Path
+) -> None:
+    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(questions)]
+    command += ["--details_out", str(tmp_path / "details.json")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (
+        2,
+        "grade: cannot write the figures: No space left on device\n",
+    )
+    assert (tmp_path / "details.json").exists()
+
+
+def test_reader_who_leaves_is_no_fault(url: str, questions: Path, tmp_path: Path) -> None:
+    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(questions)]
+    command += ["--details_out", str(tmp_path / "details.json")]
+    outside, inside = os.pipe()
+    os.close(outside)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=inside, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(inside)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_terminal_without_chinese_gets_escapes(url: str, tmp_path: Path) -> None:
+    """What is shown of a skipped block is Chinese."""
+    path = tmp_path / "questions.txt"
+    pairs = "".join(f"（1. 问题：{one.question}\n答案：{one.reference}\n" for one in read_pairs(3))
+    path.write_text(f"{pairs}（2. 问题：没有\n", encoding="utf-8")
+
+    done = run(tmp_path, "--server_url", url, "--questions", str(path), PYTHONIOENCODING="ascii")
+
+    assert done.returncode == 0, done.stderr
+    assert "\\u6ca1\\u6709" in done.stdout
+
+
+def test_interrupted_while_scoring_ends_at_once(url: str, tmp_path: Path) -> None:
+    """Many long references take long to score, without a wait in between."""
+    rows = [{"question": f"question {n}", "answer": f"{n} " + "word " * 400} for n in range(900)]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(path)]
+    command += ["--details_out", str(tmp_path / "details.json")]
+    outside, inside = pty.openpty()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=inside
+    )
+    os.close(inside)
+    shown = b""
+    while b"scoring" not in shown:
+        shown += os.read(outside, 65536)
+
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    shown = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(outside, 65536):
+            shown += chunk
+    os.close(outside)
+    assert shown.endswith(b"grade: interrupted\r\n")
+    assert b"Traceback" not in shown
 
 
 def test_terminal_sees_a_bar_and_others_lines(url: str, questions: Path, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_course_text_is_read_as_the_seed_entry_reads_it(tmp_path: Path) -> None:
     assert "没有答案" in read.skipped[0]
 
 
-@pytest.mark.parametrize("ends", ["\n", "\r\n"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16"])
 def test_course_text_is_read_in_every_encoding(tmp_path: Path, encoding: str, ends: str) -> None:
     text = "（1. 问题：什么是 warp？\n答案：32 个线程。\n".replace("\n", ends)
 
@@ -75,6 +75,7 @@ def test_course_text_without_numbers_is_read(tmp_path: Path) -> None:
         ("named.json", {"questions": [{"prompt": "甲", "reference": "乙"}]}),
         ("pairs.json", [["甲", "乙"]]),
         ("mapping.json", {"甲": "乙"}),
+        ("alone.json", {"question": "甲", "answer": "乙"}),
         ("no_suffix", [{"问题": "甲", "答案": "乙"}]),
     ],
 )
@@ -93,9 +94,24 @@ def test_jsonl_is_read_with_separators_inside_texts(tmp_path: Path) -> None:
     assert read.pairs == (Pair("甲\u2028甲", "乙"), Pair("丙", "丁"))
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.txt", "q"])
+def test_jsonl_is_read_under_another_name(tmp_path: Path, name: str) -> None:
+    text = '{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
+
+    assert len(read_questions(write(tmp_path, name, text)).pairs) == 2
+    with pytest.raises(BadQuestions, match="line 3 is no JSON"):
+        read_questions(write(tmp_path, name, text + '{"question": "e", "ans'))
+
+
+_DAMAGED = "（1. 问题：什么是 warp 调度器？\n答案：它选择".encode() + b"\xff" + "线程。".encode()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
+        ("q.txt", _DAMAGED, "UTF-8 text with a byte on line 2 that is none"),
+        ("q.json", "[" * 200_000, "no JSON: nested too deeply"),
+        ("q.json", r'[["a", "b"], ["c \ud800", "d"]]', "entry 2 holds half a character"),
         ("q.jsonl", '{"question": "a", "answer": "b"}\n{broken', "line 2 is no JSON"),
         ("q.jsonl", '{"question": "a"}', "line 1 has no text under answer"),
         ("q.json", '[{"answer": "a"}]', "entry 1 has no text under question"),

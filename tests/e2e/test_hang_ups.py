@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import httpx
 import openai
 import orjson
 import pytest
 
-from tests.e2e.clients import open_sdk
+from tests.e2e.clients import KINDS, Kind, open_sdk
 from tests.e2e.conftest import Stack
 from tests.gateway.raw import build_request, connect
 
@@ -23,6 +25,7 @@ LONGEST_FREEING_S = 1.0
 USER = [{"role": "user", "content": "什么是 warp？"}]
 # Would run for some seconds: long enough to tell a hang-up from an end.
 LONG: dict[str, Any] = {"model": "demo", "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+P = ParamSpec("P")
 _FIGURE = re.compile(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -47,6 +50,20 @@ async def _until(engine: httpx.AsyncClient, count: int, timeout_s: float) -> flo
     return time.monotonic() - started
 
 
+def in_three_tries(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+    """A second is short on a machine that does other things too: one try of three must keep it."""
+
+    @functools.wraps(test)
+    async def patient(*args: P.args, **kwargs: P.kwargs) -> None:
+        for _ in range(2):
+            with contextlib.suppress(TimeoutError):
+                return await test(*args, **kwargs)
+            await asyncio.sleep(3)  # what is still running comes to its end
+        return await test(*args, **kwargs)
+
+    return patient
+
+
 async def _hang_up(engine: httpx.AsyncClient, call: Awaitable[Any]) -> None:
     """Asks, hangs up as soon as the engine works on it, and waits until it no longer does."""
     before = await _count(engine)
@@ -60,6 +77,27 @@ async def _hang_up(engine: httpx.AsyncClient, call: Awaitable[Any]) -> None:
         await asking
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@in_three_tries
+async def test_stream_left_in_the_middle_frees_the_engine(
+    stack: Stack, engine: httpx.AsyncClient, kind: Kind
+) -> None:
+    async with open_sdk(kind, stack.gateway) as sdk:
+        stream = await sdk.ask(
+            lambda client: client.chat.completions.create(messages=USER, stream=True, **LONG)
+        )
+        if sdk.is_sync:
+            await asyncio.to_thread(lambda: [next(stream) for _ in range(5)])
+        else:
+            [await anext(stream) for _ in range(5)]
+        await _until(engine, 1, timeout_s=5)
+
+        await sdk.ask(lambda _: stream.close())
+
+        await _until(engine, 0, LONGEST_FREEING_S)
+
+
+@in_three_tries
 async def test_stream_left_before_its_first_token_frees_the_engine(
     stack: Stack, engine: httpx.AsyncClient
 ) -> None:
@@ -96,6 +134,7 @@ async def _read_figures(gateway: httpx.AsyncClient) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("route", ["chat", "completions", "responses"])
+@in_three_tries
 async def test_whole_answer_left_frees_the_engine(
     stack: Stack, engine: httpx.AsyncClient, route: str
 ) -> None:
@@ -113,6 +152,7 @@ async def test_whole_answer_left_frees_the_engine(
         await _hang_up(engine, calls[route]())
 
 
+@in_three_tries
 async def test_sync_callers_timeout_frees_the_engine(
     stack: Stack, engine: httpx.AsyncClient
 ) -> None:
@@ -129,6 +169,7 @@ async def test_sync_callers_timeout_frees_the_engine(
 
 
 @pytest.mark.parametrize("lane", ["interactive", "batch"])
+@in_three_tries
 async def test_predict_left_frees_the_engine(
     stack: Stack, engine: httpx.AsyncClient, lane: str
 ) -> None:
@@ -137,15 +178,12 @@ async def test_predict_left_frees_the_engine(
         await _hang_up(engine, client.post("/predict", json=body, headers={"X-Priority": lane}))
 
 
-def test_sync_predict_left_frees_the_engine(stack: Stack) -> None:
+@in_three_tries
+async def test_sync_predict_left_frees_the_engine(stack: Stack, engine: httpx.AsyncClient) -> None:
     prompts = [f"{number} Q" for number in range(300)]
     body = {"prompt": prompts, "temperature": 1.5, "max_tokens": 900}
 
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{stack.gateway}/predict", json=body, timeout=1.5)
+        await asyncio.to_thread(httpx.post, f"{stack.gateway}/predict", json=body, timeout=1.5)
 
-    async def freed() -> None:
-        async with httpx.AsyncClient(base_url=stack.engine) as engine:
-            await _until(engine, 0, LONGEST_FREEING_S)
-
-    asyncio.run(freed())
+    await _until(engine, 0, LONGEST_FREEING_S)

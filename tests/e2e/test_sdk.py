@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pydantic
 import pytest
+from tokenizers import Tokenizer
 
 from gateway.keys import make_key
 from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
@@ -33,14 +34,22 @@ SCHEMA = {
     "required": ["n"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "count", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "count", "parameters": SCHEMA, "strict": True}}
 NAMED = {"type": "function", "function": {"name": "count"}}
 
 
 class Digit(pydantic.BaseModel):
     """What the demo model can be made to say by a schema."""
 
-    n: int
+    n: Literal[7]
+
+
+@pytest.fixture(scope="session")
+def no_blanks() -> dict[str, float]:
+    """A bias against blanks: JSON allows any number of them, and so small a model loves them."""
+    tokenizer = Tokenizer.from_file(str(ROOT / "demo" / "model" / "tokenizer.json"))
+    ids = range(tokenizer.get_vocab_size())
+    return {str(one): -100.0 for one in ids if not tokenizer.decode([one]).strip()}
 
 
 @pytest.fixture(params=KINDS)
@@ -115,6 +124,21 @@ async def test_chat_with_several_choices_and_logprobs(sdk: Sdk) -> None:
     assert all(len(choice.logprobs.content) == 4 for choice in answer.choices)
 
 
+async def test_chat_parses_what_a_schema_asks_for(sdk: Sdk, no_blanks: dict[str, float]) -> None:
+    answer = await sdk.ask(
+        lambda client: client.chat.completions.parse(
+            model="demo",
+            messages=USER,
+            max_tokens=60,
+            temperature=0,
+            response_format=Digit,
+            logit_bias=no_blanks,
+        )
+    )
+
+    assert answer.choices[0].message.parsed == Digit(n=7)
+
+
 @pytest.mark.parametrize(
     ("outputs", "pattern"),
     [({"choice": ["#12345#"]}, "#12345#"), ({"regex": "[a-c]{5}"}, "[a-c]{5}")],
@@ -135,6 +159,31 @@ async def test_chat_answers_within_its_bounds(
 
     text = "".join(one.choices[0].delta.content or "" for one in events)
     assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize("choice", [NAMED, "required"], ids=["named", "required"])
+async def test_chat_calls_a_tool(
+    sdk: Sdk, no_blanks: dict[str, float], choice: dict[str, Any] | str
+) -> None:
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "messages": USER,
+        "max_tokens": 60,
+        "temperature": 0,
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "logit_bias": no_blanks,
+    }
+
+    whole = await sdk.ask(lambda client: client.chat.completions.create(**asked))
+    events = await sdk.collect(lambda client: client.chat.completions.create(stream=True, **asked))
+
+    (called,) = whole.choices[0].message.tool_calls
+    assert (called.function.name, json.loads(called.function.arguments)) == ("count", {"n": 7})
+    deltas = [call for one in events for call in one.choices[0].delta.tool_calls or ()]
+    assert [call.function.name for call in deltas if call.function.name] == ["count"]
+    arguments = "".join(call.function.arguments or "" for call in deltas)
+    assert json.loads(arguments) == {"n": 7}
 
 
 async def test_chat_may_leave_a_tool_alone(sdk: Sdk) -> None:

@@ -21,7 +21,6 @@ from tests.deploy.expressions import Expression, list_expressions
 
 _GPU = "needs an NVIDIA GPU beside the launcher"
 _SPECULATION = "needs an engine that speculates (speculative-config)"
-_GRADE = "needs a grade: scripts/grade.py --record FILE and GATEWAY_GRADE_RECORD=FILE"
 WITHOUT_DATA = {
     ("overview", "Alerts"): "lists the alerts that fire, and none should",
     ("engine", "Busy"): _GPU,
@@ -30,11 +29,6 @@ WITHOUT_DATA = {
     ("engine", "Drafted tokens that were accepted"): _SPECULATION,
     ("engine", "Accepted, by place in the draft"): _SPECULATION,
     ("engine", "Tokens a draft"): _SPECULATION,
-    ("course", "Graded: ROUGE-L, course reading"): _GRADE,
-    ("course", "Graded: tokens a second"): _GRADE,
-    ("course", "Graded: characters a second"): _GRADE,
-    ("course", "Graded: when"): _GRADE,
-    ("course", "Graded: everything"): _GRADE,
 }
 _PAUSE_S = 1.0
 

@@ -126,6 +126,8 @@ def run_comparison(first: str, second: str) -> int:
     before, after = read_measured(Path(first)), read_measured(Path(second))
     comparison = compare(before, after)
     show(describe(comparison, before, after))
+    if Path(first).samefile(second):
+        show(["both are one and the same file"])
     return int(comparison.is_worse)
 
 
@@ -187,7 +189,13 @@ def run_grade(arguments: argparse.Namespace, asked: QuestionSet) -> int:
     if baseline:
         comparison = compare(baseline, measure("this grade", grade.pack()))
         worse = tuple(find_worse(comparison, arguments.baseline))
-        grade = replace(grade, findings=(*worse, *grade.findings))
+        notes = [Finding("baseline_remark", "note", note) for note in comparison.notes]
+        notes += [
+            Finding("baseline_remark", "note", f"{one.name}: cannot be told: {one.unclear}")
+            for one in comparison.differences
+            if one.unclear
+        ]
+        grade = replace(grade, findings=(*worse, *grade.findings, *notes))
     complaints = list(write_all(grade, arguments, details, report))
     show(describe_grade(grade, coloured=sys.stdout.isatty()))
     if complaints:  # the figures were dear; they are shown all the same

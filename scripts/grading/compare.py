@@ -7,16 +7,16 @@ logarithms, which needs two runs each to say anything and says little below four
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scripts.grading.metrics import mean, quantile
+from scripts.grading.texts import parse_json
 
 _RESAMPLES = 10_000
 _FEWEST_QUESTIONS = 8
@@ -45,6 +45,7 @@ class Measured:
     speeds_by_characters: tuple[float, ...] = ()
     is_whole: bool = True
     errors: tuple[str, ...] = ()
+    references: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,29 @@ class Comparison:
 def read_measured(path: Path) -> Measured:
     """Of a grade's JSON, or of a list as the seed entry's evaluator writes it (quality alone)."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadGrade(f"{path}: {error}") from None
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadGrade(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadGrade(f"{path}: no JSON: {error}") from None
     try:
         if isinstance(data, list):
-            return Measured(str(path), _collect(data, "rougeL_f1"), None, (), "", "", "")
+            course, references = _collect(data, "rougeL_f1"), _read_references(data)
+            return Measured(str(path), course, None, (), "", "", "", references=references)
+        if not data["runs"]:
+            found = data["findings"][0]
+            raise BadGrade(f"{path}: nothing was graded: {found['code']}: {found['text']}")
         return measure(str(path), data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadGrade(f"{path}: not a grade's details ({error!r} is missing)") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        what = f"a grade's details, as --details_out writes them ({type(error).__name__}: {error})"
+        raise BadGrade(f"{path}: this is not {what}") from None
 
 
 def measure(name: str, data: dict[str, Any]) -> Measured:
     """Of a grade's details, wherever they are."""
     facts, runs = data["facts"], data["runs"]
     tokens = [run["speed"]["tokens_per_s"] for run in runs]
-    characters = tuple(run["speed"]["characters_per_s"] for run in runs)
+    characters = tuple(_number(run["speed"]["characters_per_s"]) for run in runs)
     is_counted = all(isinstance(speed, int | float) for speed in tokens)
     return Measured(
         name,
@@ -119,15 +127,26 @@ def measure(name: str, data: dict[str, Any]) -> Measured:
         characters,
         all(run["answered"] == run["asked"] for run in runs),
         tuple(one["code"] for one in data["findings"] if one["severity"] == "error"),
+        _read_references(data["answers"]),
     )
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no figure")
+    return float(value)
+
+
+def _read_references(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {row["question"]: row["reference"] for row in rows if "reference" in row}
 
 
 def _collect(rows: list[dict[str, Any]], key: str, runs: int = 1) -> dict[str, float]:
     """The mean by question: over the runs, and over its copies."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        others = [float(other[key]) for other in row.get("other_runs", ())]
-        value = (float(row[key]) * (runs - len(others)) + sum(others)) / runs
+        others = [_number(other[key]) for other in row.get("other_runs", ())]
+        value = (_number(row[key]) * (runs - len(others)) + sum(others)) / runs
         found.setdefault(row["question"], []).append(value)
     return {question: mean(values) for question, values in found.items()}
 
@@ -137,10 +156,13 @@ def compare(before: Measured, after: Measured) -> Comparison:
     if not shared:
         raise BadGrade(f"{before.path} and {after.path} share no question")
     changes = [after.course[one] - before.course[one] for one in shared]
-    differences = [_compare_quality("ROUGE-L, course", before.course, after.course, shared)]
+    unclear = _find_unlike(before, after, shared)
+    differences = [
+        _compare_quality("ROUGE-L, course", before.course, after.course, shared, unclear)
+    ]
     if before.whitespace and after.whitespace:
         old, new = before.whitespace, after.whitespace
-        differences.append(_compare_quality("ROUGE-L, all tokens", old, new, shared))
+        differences.append(_compare_quality("ROUGE-L, all tokens", old, new, shared, unclear))
         changes = [new[one] - old[one] for one in shared]
     notes = []
     alone = len(before.course) + len(after.course) - 2 * len(shared)
@@ -162,12 +184,24 @@ def compare(before: Measured, after: Measured) -> Comparison:
     )
 
 
+def _find_unlike(before: Measured, after: Measured, shared: Sequence[str]) -> str:
+    """Why scores of the same questions cannot be held against each other."""
+    known = [one for one in shared if one in before.references and one in after.references]
+    other = sum(before.references[one] != after.references[one] for one in known)
+    if other:
+        return f"{other} questions have other references"
+    return f"{len(shared)} questions are too few" if len(shared) < _FEWEST_QUESTIONS else ""
+
+
 def _compare_quality(
-    name: str, before: dict[str, float], after: dict[str, float], shared: Sequence[str]
+    name: str,
+    before: dict[str, float],
+    after: dict[str, float],
+    shared: Sequence[str],
+    unclear: str,
 ) -> Difference:
     changes = [after[one] - before[one] for one in shared]
     low, high = bootstrap(changes)
-    few = f"{len(shared)} questions are too few" if len(shared) < _FEWEST_QUESTIONS else ""
     return Difference(
         name,
         mean([before[one] for one in shared]),
@@ -175,7 +209,7 @@ def _compare_quality(
         mean(changes),
         low,
         high,
-        unclear=few,
+        unclear=unclear,
     )
 
 

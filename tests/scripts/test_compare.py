@@ -19,6 +19,8 @@ from scripts.grading.compare import (
     describe,
     read_measured,
 )
+from scripts.grading.findings import Finding
+from scripts.grading.result import write_ungraded
 
 
 def measured(scores: list[float], speeds: tuple[float, ...] = (), **others: Any) -> Measured:
@@ -134,6 +136,18 @@ def test_questions_of_one_side_alone_are_left_out() -> None:
     assert "5 questions are in one of the two alone" in comparison.notes[0]
 
 
+def test_other_references_make_scores_incomparable() -> None:
+    texts = {f"q{number}": "a" for number in range(20)}
+    before = measured([0.5] * 20, references=texts)
+    after = measured([0.1] * 20, references=texts | {"q3": "b"})
+
+    found = quality(compare(before, after))
+
+    assert not found.is_real
+    assert found.verdict == "cannot be told: 1 questions have other references"
+    assert quality(compare(before, measured([0.1] * 20, references=texts))).is_real
+
+
 def test_no_shared_question_is_refused() -> None:
     other = measured([0.5], course={"other": 0.5})
 
@@ -156,12 +170,36 @@ def test_details_of_the_seed_evaluator_are_read(tmp_path: Path) -> None:
     assert quality(comparison).change == 0
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"facts": {}, "runs": []}', '[{"question": "q"}]'])
+_SCORED = '[{{"question": "q", "rougeL_f1": {}}}]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"facts": {}, "runs": []}',
+        '[{"question": "q"}]',
+        "[1]",
+        "null",
+        "[" * 200_000,
+        _SCORED.format("NaN"),
+        _SCORED.format('"abc"'),
+    ],
+)
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
 
     with pytest.raises(BadGrade, match=r"other\.json"):
+        read_measured(path)
+
+
+def test_details_of_a_server_that_never_was_ready_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "never.json"
+    write_ungraded(Finding("never_ready", "error", "not ready within 4 s"), path)
+
+    with pytest.raises(BadGrade, match="nothing was graded: never_ready: not ready within 4 s"):
         read_measured(path)
 
 

@@ -298,6 +298,18 @@ def test_bad_options_say_what_is_wrong(
     assert "Traceback" not in done.stderr
 
 
+def test_baseline_of_other_questions_is_remarked(url: str, questions: Path, tmp_path: Path) -> None:
+    first = run(tmp_path, "--server_url", url, "--questions", str(questions), "--count", "5")
+    earlier = (tmp_path / "details.json").rename(tmp_path / "earlier.json")
+    options = ("--server_url", url, "--questions", str(questions), "--baseline", str(earlier))
+
+    done = run(tmp_path, *options)
+
+    assert (first.returncode, done.returncode) == (0, 0), done.stderr
+    assert "baseline_remark: 7 questions are in one of the two alone" in done.stdout
+    assert "baseline_remark: ROUGE-L, course: cannot be told: 5 questions" in done.stdout
+
+
 @pytest.mark.parametrize("option", ["--details_out", "--report_out", "--record"])
 def test_full_disk_is_said_after_the_figures(
     url: str, questions: Path, tmp_path: Path, option: str

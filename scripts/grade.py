@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, without a traceback
 
+from scripts.address import is_address, is_key  # noqa: E402
 from scripts.grading.compare import (  # noqa: E402
     BadGrade,
     Comparison,
@@ -410,7 +411,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     for name, one in (("server_url", url), ("status_url", arguments.status_url)):
         if one and not is_address(one):
             parser.error(f"--{name} {one} is no http address, like http://127.0.0.1:8000")
-    if not (arguments.api_key.isascii() and arguments.api_key.isprintable()):
+    if not is_key(arguments.api_key):
         parser.error("--api_key holds characters that no HTTP header can carry")
     for name in _PATHS:
         expanded = Path(vars(arguments)[name] or "").parts[:1]
@@ -418,17 +419,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
             with contextlib.suppress(RuntimeError):  # a user who is none stays as it is
                 setattr(arguments, name, str(Path(vars(arguments)[name]).expanduser()))
     return arguments
-
-
-def is_address(url: str) -> bool:
-    try:
-        parsed = httpx.URL(url)
-        where = urlsplit(url)
-        port = where.port
-    except (ValueError, httpx.InvalidURL):
-        return False
-    is_plain = not (where.query or where.fragment or " " in url.strip())
-    return parsed.scheme in ("http", "https") and bool(where.hostname) and port != 0 and is_plain
 
 
 def _normalise(word: str) -> str:

@@ -29,6 +29,9 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.address import is_address  # noqa: E402
+from scripts.grading.questions import BadQuestions, read_questions  # noqa: E402
+from scripts.output import Unwritable, accept_every_text, ensure_writable  # noqa: E402
 from scripts.record import Figure, take_record, write_record  # noqa: E402
 
 SAMPLE_S = 2.0
@@ -46,6 +49,14 @@ class Wrong(Exception):
 
 class Lost(Exception):
     """No answer, or an error where there should be none."""
+
+
+class NoGateway(Exception):
+    """Nobody answers, or somebody who is no gateway."""
+
+
+# What comes of reading an answer that has another shape than it should.
+_MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
 @dataclass
@@ -111,6 +122,10 @@ class Caller:
                 await kinds[name][1]()
             except Wrong as error:
                 self._tally.note(name, "wrong", str(error))
+            except _MISSHAPEN as error:
+                # A client's errors that are ValueErrors too are no answers at all.
+                outcome = "failed" if isinstance(error, aiohttp.ClientError) else "wrong"
+                self._tally.note(name, outcome, f"{type(error).__name__}: {error}")
             except (Lost, aiohttp.ClientError, TimeoutError) as error:
                 excused = began_in_fault or is_fault_time()
                 text = f"{type(error).__name__}: {error}"
@@ -287,9 +302,7 @@ def read_sample(pid: int, started: float) -> Sample | None:
 
 
 def read_pairs(path: str) -> list[tuple[str, str]]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return [(row["question"], row["answer"]) for row in rows if row.get("answer")]
+    return [(pair.question, pair.reference) for pair in read_questions(Path(path)).pairs]
 
 
 def parse_series(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -368,8 +381,15 @@ class Soak:
         self.problems: list[str] = []
 
     async def run(self) -> None:
-        model, known = await self._learn()
-        before = await self._read_series()
+        pairs = read_pairs(self._arguments.questions)
+        try:
+            model, known = await self._learn(pairs)
+            before = await self._read_series()
+        except aiohttp.ClientConnectorError as error:
+            raise NoGateway(f"{error}; is the gateway running? `make serve`") from None
+        except (aiohttp.ClientError, TimeoutError, *_MISSHAPEN) as error:
+            text = f"{self._url} does not answer as a gateway ({type(error).__name__}: {error})"
+            raise NoGateway(text) from None
         started = time.monotonic()
         until = started + self._arguments.duration
         callers = [
@@ -395,11 +415,10 @@ class Soak:
         await self._settle(before)
         self._judge()
 
-    async def _learn(self) -> tuple[str, list[tuple[str, str]]]:
+    async def _learn(self, pairs: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
         """The model's name, and the questions it answers word for word when nothing else runs."""
         async with self._session.get(self._url + "/v1/models") as answer:
             model: str = (await answer.json())["data"][0]["id"]
-        pairs = read_pairs(self._arguments.questions)
         body = {"prompt": [question for question, _ in pairs]}
         async with self._session.post(self._url + PREDICT, json=body) as answer:
             replies = (await answer.json())["response"]
@@ -479,6 +498,12 @@ class Soak:
 
     async def _settle(self, before: Series) -> None:
         """Nothing runs any more; then the counters must add up."""
+        try:
+            await self._add_up(before)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.problems.append(f"the gateway's counters cannot be read at the end: {error!r}")
+
+    async def _add_up(self, before: Series) -> None:
         deadline = time.monotonic() + 60
         running = 1
         while running and time.monotonic() < deadline:
@@ -585,9 +610,11 @@ async def run(arguments: argparse.Namespace) -> int:
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         soak = Soak(arguments, session)
         try:
+            if arguments.json:
+                ensure_writable(Path(arguments.json))
             await soak.run()
-        except aiohttp.ClientConnectorError as error:
-            print(f"load: {error}; is the gateway running? `make serve`", file=sys.stderr)
+        except (NoGateway, BadQuestions, Unwritable) as error:
+            print(f"load: {error}", file=sys.stderr)
             return 2
     soak.report()
     if arguments.json:
@@ -620,8 +647,26 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--name", default="soak", help="of the record")
     parser.add_argument("--json", help="write the record there")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    for name, url in (("url", arguments.url), ("status", arguments.status or arguments.url)):
+        if not is_address(url):
+            parser.error(f"--{name} {url} is no http address, like http://127.0.0.1:8000")
+    if arguments.callers < 1 or not 0 < arguments.duration < 1e7:
+        parser.error("--callers and --duration need more than nothing")
+    return arguments
+
+
+def main() -> int:
+    accept_every_text()
+    try:
+        return asyncio.run(run(parse_arguments()))
+    except Unwritable as error:
+        print(f"load: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("load: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(run(parse_arguments())))
+    sys.exit(main())

@@ -2,8 +2,8 @@
 
 Eight are the course text's engine test (tokenisation, model loading, simple inference,
 detokenisation, batch inference, sampling strategies, streaming, performance metrics), six are the
-grader's contract in odd cases. Exit codes: 0 all passed, 1 some failed, 2 bad options, 3 nobody
-answers.
+grader's contract in odd cases. Exit codes: 0 all passed, 1 some failed, 2 bad options or a file
+that cannot be written, 3 nobody answers, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +24,20 @@ import openai
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, without a traceback
 
+from scripts.address import is_address, is_key  # noqa: E402
 from scripts.checking.contract import CONTRACT_CHECKS  # noqa: E402
 from scripts.checking.door import CheckFailed, Door, Seen, open_door  # noqa: E402
 from scripts.checking.engine import ENGINE_CHECKS  # noqa: E402
+from scripts.output import (  # noqa: E402
+    Unwritable,
+    accept_every_text,
+    ensure_writable,
+    tame,
+    write_file,
+)
 from scripts.record import (  # noqa: E402
     Figure,
     describe_command,
@@ -64,7 +75,24 @@ class Outcome:
 
 
 def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    accept_every_text()
     arguments = parse_arguments(sys.argv[1:])
+    try:
+        for name in (arguments.json, arguments.record):
+            if name and name != "-":
+                ensure_writable(Path(name))
+        return run(arguments)
+    except Unwritable as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("selftest: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(arguments: argparse.Namespace) -> int:
     lines = sys.stderr if arguments.json == "-" else sys.stdout
     try:
         with open_door(arguments.server_url, arguments.status_url, arguments.api_key) as door:
@@ -74,7 +102,7 @@ def main() -> int:
                 outcomes.append(perform(name, check, door))
                 print(describe(outcomes[-1], coloured=lines.isatty()), file=lines, flush=True)
             model = door.model
-    except (openai.APIError, httpx.HTTPError, IndexError) as error:
+    except (openai.APIError, httpx.HTTPError, CheckFailed) as error:
         print(f"selftest: {arguments.server_url}/v1/models: {explain(error)}", file=sys.stderr)
         return 3
     failed = sum(not outcome.passed for outcome in outcomes)
@@ -96,10 +124,10 @@ def perform(name: str, check: Check, door: Door) -> Outcome:
         passed, text, figures = True, seen.text, seen.figures
     except CheckFailed as error:
         passed, text = False, str(error)
-    except (openai.OpenAIError, httpx.HTTPError, OSError, LookupError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - a strange answer can break a check anywhere
         passed, text = False, explain(error)
     seconds = time.perf_counter() - started
-    return Outcome(name, passed, " ".join(text.split()), seconds, figures)
+    return Outcome(name, passed, tame(" ".join(text.split())), seconds, figures)
 
 
 def explain(error: Exception) -> str:
@@ -125,7 +153,7 @@ def keep(arguments: argparse.Namespace, outcomes: Sequence[Outcome], model: str)
         if arguments.json == "-":
             print(text)
         else:
-            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+            write_file(Path(arguments.json), text + "\n")
     if arguments.record:
         passed = sum(outcome.passed for outcome in outcomes)
         count = Figure("checks passed", passed, f"of {len(outcomes)}")
@@ -172,12 +200,19 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     arguments.server_url = (arguments.server_url or f"http://127.0.0.1:{arguments.port}").rstrip(
         "/"
     )
+    for name, url in (
+        ("server", arguments.server_url),
+        ("status", arguments.status_url or arguments.server_url),
+    ):
+        if not is_address(url):
+            parser.error(f"--{name}-url {url} is no http address, like http://127.0.0.1:8000")
+    if not is_key(arguments.api_key):
+        parser.error("--api-key holds characters that no HTTP header can carry")
     where = urlsplit(arguments.server_url)
-    if where.scheme not in ("http", "https") or not where.hostname:
-        parser.error(f"--server-url {arguments.server_url} is no http address")
     if not any(fits(name, arguments.only) for name, _ in CHECKS):
         parser.error(f"--only: no check is called like {' or '.join(arguments.only)}")
-    status = f"http://{where.hostname}:{(where.port or 80) + 2}"
+    host = f"[{where.hostname}]" if ":" in (where.hostname or "") else where.hostname
+    status = f"http://{host}:{(where.port or 80) + 2}"
     arguments.status_url = (arguments.status_url or status).rstrip("/")
     return arguments  # fmt: skip
 

@@ -12,6 +12,8 @@ import httpx
 import openai
 from openai.types.chat import ChatCompletion
 
+from scripts.grading.texts import parse_json
+
 QUESTION = "多个线程读取共享内存中同一个地址会不会产生 bank 冲突？请说明原因。"
 _TIMEOUT_S = 300.0
 _RUNNING = re.compile(r"^gateway_running_sequences(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
@@ -61,7 +63,7 @@ class Door:
         """The launcher's own page, where there is one."""
         with contextlib.suppress(httpx.HTTPError, ValueError):
             answer = httpx.get(f"{self.status_url}/status", timeout=5, trust_env=False)
-            data = answer.json()
+            data = parse_json(answer.content)
             return data if answer.is_success and isinstance(data, dict) else None
         return None
 
@@ -78,7 +80,7 @@ NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 
 @contextlib.contextmanager
 def open_door(url: str, status_url: str, api_key: str) -> Iterator[Door]:
-    """Raises httpx's or the SDK's error when nobody answers."""
+    """Raises httpx's error or `CheckFailed` when nobody answers, or nobody who serves a model."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with (
         httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as http,
@@ -88,9 +90,21 @@ def open_door(url: str, status_url: str, api_key: str) -> Iterator[Door]:
             base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0, http_client=inner
         ) as sdk,
     ):
-        card = sdk.models.list().data[0]
-        length = (card.model_extra or {}).get("max_model_len")
-        yield Door(url, status_url, sdk, http, card.id, int(length) if length else 0)
+        model, length = _read_card(http)
+        yield Door(url, status_url, sdk, http, model, length)
+
+
+def _read_card(http: httpx.Client) -> tuple[str, int]:
+    """The first model's name and length: the way in, so whatever answers must not break it."""
+    answer = http.get("/v1/models")
+    expect(answer.is_success, f"{answer.status_code}: {answer.text[:200]}")
+    cards = read_json(answer).get("data")
+    card = cards[0] if isinstance(cards, list) and cards else None
+    name = card.get("id") if isinstance(card, dict) else None
+    if not isinstance(card, dict) or not isinstance(name, str):
+        raise CheckFailed(f"it names no model: {answer.text[:120]!r}")
+    length = card.get("max_model_len")
+    return name, length if isinstance(length, int) else 0
 
 
 def expect(condition: object, complaint: str) -> None:
@@ -101,7 +115,7 @@ def expect(condition: object, complaint: str) -> None:
 def read_json(answer: httpx.Response) -> dict[str, Any]:
     """A JSON object, or a complaint that shows what came instead."""
     try:
-        data = answer.json()
+        data = parse_json(answer.content)
     except ValueError:
         raise CheckFailed(f"{answer.status_code}, no JSON: {answer.text[:120]!r}") from None
     expect(isinstance(data, dict), f"{answer.status_code}, no object: {answer.text[:120]}")

@@ -124,3 +124,59 @@ async def test_soak_without_a_gateway_says_so(
 ) -> None:
     assert await soak("http://127.0.0.1:9", questions) == 2
     assert "is the gateway running" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"null", b'{"data": []}', b"[" * 200_000])
+async def test_soak_of_something_else_than_a_gateway_says_so(
+    questions: Path, capsys: pytest.CaptureFixture[str], body: bytes
+) -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=body, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with serve_app(app) as url:
+        assert await soak(url, questions) == 2
+    assert "does not answer as a gateway" in capsys.readouterr().err
+
+
+async def test_soak_counts_answers_of_another_shape_as_wrong(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def misshape(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        answer = await forward(request, body)
+        is_single = request.path == "/predict" and isinstance(json.loads(body)["prompt"], str)
+        return web.json_response({"response": None}) if is_single else answer
+
+    async def answer(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        try:
+            return await misshape(request, body, forward)
+        except ValueError:  # of a body that is no JSON on purpose
+            return await forward(request, body)
+
+    assert await soak_through(questions, answer) == 1
+    said = capsys.readouterr().out
+    assert "predict one: wrong: TypeError" in said
+    assert "requests wrong" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--url", "nonsense"), "--url nonsense is no http address"),
+        (("--callers", "0"), "more than nothing"),
+        (("--duration", "nan"), "more than nothing"),
+    ],
+)
+def test_soak_refuses_options_that_mean_nothing(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load.parse_arguments([*options])
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+async def test_soak_without_questions_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await soak("http://127.0.0.1:9", Path("/nowhere")) == 2
+    assert capsys.readouterr().err == "load: /nowhere: No such file or directory\n"

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def drown(prompt: Any) -> tuple[int, Any]:
         ("1,025 prompts", move, "errors are at [0, 511, 1023]"),
         ("1,025 prompts", lambda p: _say([""] * len(p)), "1021 of 1025 answers are empty"),
         ("over-long", lambda p: (500, {"error": {"message": p[:3]}}), "alone it is answered 500"),
-        ("over-long", lambda _: _say(""), "an empty answer and no error"),
+        ("over-long", lambda _: _say(""), "neither an answer nor an error"),
         ("over-long", lambda _: (400, {"detail": "no"}), "without a reason"),
         ("over-long", drown, "400: "),
         ("disconnect", answer, "no gateway_running_sequences"),
@@ -273,8 +273,53 @@ async def test_program_without_a_server_says_so() -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"null", b'{"data": []}', b"[" * 200_000])
+async def test_program_before_something_else_than_a_gateway_says_so(body: bytes) -> None:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", _always(body))
+    async with serve_app(app) as url:
+        code, _, err = await run("--server-url", url)
+
+    assert code == 3
+    assert err.startswith(f"selftest: {url}/v1/models: CheckFailed: ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>", b'{"choices": [{}], "response": 7}', b"[" * 200_000])
+async def test_program_survives_every_answer(body: bytes) -> None:
+    app = web.Application(client_max_size=2**28)
+    app.router.add_get("/v1/models", _always(b'{"data": [{"id": "m", "max_model_len": "x"}]}'))
+    app.router.add_route("*", "/{path:.*}", _always(body))
+    async with serve_app(app) as url:
+        code, out, err = await run("--server-url", url, "--status-url", _NOBODY)
+
+    assert (code, err) == (1, "")
+    assert len(out.splitlines()) == len(selftest.CHECKS) + 1
+    assert out.splitlines()[-1] == "1 of 14 passed"
+
+
+def _always(body: bytes) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(body=body, content_type="application/json")
+
+    return answer
+
+
+async def test_program_says_at_once_what_it_cannot_write(tmp_path: Path) -> None:
+    code, _, err = await run("--server-url", _NOBODY, "--json", str(tmp_path))
+
+    assert code == 2
+    assert err == f"selftest: cannot write {tmp_path}: it is a folder; name a file in it\n"
+
+
 def test_program_refuses_options_that_name_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--only", "nothing"], ["--server-url", "ftp://x"]):
+    for words in (
+        ["--only", "nothing"],
+        ["--server-url", "ftp://x"],
+        ["--port", "99999"],
+        ["--api-key", "密"],
+    ):
         with pytest.raises(SystemExit) as caught:
             selftest.parse_arguments(words)
         assert caught.value.code == 2

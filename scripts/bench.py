@@ -15,7 +15,7 @@ Parts: one (prompt), batch, calls, streams, sweep (open loop), outside (`vllm be
 (beside a plain relay and a stand-in engine). docs/benchmarks.md says how to read the figures.
 
 Exit codes: 0 measured; 1 a bound surely broken, really worse than --against, or answers mixed up;
-2 bad options; 3 no figures.
+2 bad options, or a file that cannot be written; 3 no figures.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ from scripts.grading.judge import NeverReady  # noqa: E402
 from scripts.grading.progress import Progress  # noqa: E402
 from scripts.grading.questions import BadQuestions, QuestionSet, read_questions  # noqa: E402
 from scripts.grading.server import Started  # noqa: E402
+from scripts.output import Unwritable, ensure_writable  # noqa: E402
 from scripts.record import (  # noqa: E402
     describe_command,
     describe_commit,
@@ -95,7 +96,7 @@ def main() -> int:
     progress = Progress(0.0, 1)
     try:
         return run(arguments, progress)
-    except (BadOptions, BadQuestions, SettingsError, against.BadRun) as error:
+    except (BadOptions, BadQuestions, SettingsError, against.BadRun, Unwritable) as error:
         progress.say(f"bench: {error}")
         return 2
     except MixedUp as error:
@@ -116,6 +117,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> int:
     before = against.read_stored(Path(arguments.against)) if arguments.against else None
     asked = read_questions(Path(arguments.questions).expanduser())
     out = Path(arguments.out)
+    for path in (out, out.with_suffix(".html"), Path(arguments.record or out)):
+        ensure_writable(path)
     result = asyncio.run(Bench(arguments, asked, progress).measure())
     if before:
         changes = tuple(against.compare(before, result.stored()))

@@ -14,6 +14,7 @@ from scripts.benching.relay import CHUNKS, LATENCY, RATE, Relayed
 from scripts.benching.result import Result, describe_quiet
 from scripts.benching.rounds import CPU_MEASURE, Measured
 from scripts.benching.sweep import Sweep
+from scripts.output import write_file
 from scripts.plots import (
     Bar,
     Cloud,
@@ -34,8 +35,7 @@ _BINS = 24
 
 
 def write_report(result: Result, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(result), encoding="utf-8")
+    write_file(path, render(result))
 
 
 def render(result: Result) -> str:

@@ -14,6 +14,7 @@ from scripts.benching.figures import QUIET, Bound, Row, build_added, build_ratio
 from scripts.benching.relay import Relayed
 from scripts.benching.rounds import CPU_MEASURE, Measured
 from scripts.benching.sweep import Sweep
+from scripts.output import write_file
 from scripts.record import Figure
 
 LARGEST_BATCH_RATIO = Bound("at most", 1.02)
@@ -114,10 +115,9 @@ class Result:
         }
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         packed = _make_finite(self.pack())
         text = json.dumps(packed, ensure_ascii=False, indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_file(path, text + "\n")
 
     def figures(self) -> list[Figure]:
         """For the record of a run."""

@@ -566,6 +566,14 @@ async def test_report_is_one_file_with_legible_plots(measure: Measure) -> None:
 # --- the program
 
 
+@pytest.mark.parametrize("option", ["--out", "--record"])
+def test_program_says_at_once_what_it_cannot_write(tmp_path: Path, option: str) -> None:
+    done = start(tmp_path, option, str(tmp_path))
+
+    assert done.returncode == 2
+    assert done.stderr == f"bench: cannot write {tmp_path}: it is a folder; name a file in it\n"
+
+
 def start(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "scripts/bench.py", "--out", str(folder / "run.json"), *options],

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +37,9 @@ _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SYSTEM_PROMPTS = Path(__file__).parent / "system_prompts"
 _DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
+_LONGEST_S = 1_000_000  # twelve days; the kernel's limit for one of them is 24
+_PASSWORD = re.compile(r"(?<=://)[^/\s'\"]*@")
+
 TextList = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -44,6 +49,14 @@ def _is_address(url: str) -> bool:
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def _whereabouts(url: str) -> str:
+    """The same for the same server, whoever asks it."""
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}:{port}{parts.path}"
 
 
 class SettingsError(Exception):
@@ -65,6 +78,7 @@ class Settings(BaseSettings):
         cli_exit_on_error=False,  # argparse would print its whole usage before the one line
         env_ignore_empty=True,  # compose passes an unset variable as an empty one
         cli_prog_name="python -m gateway",
+        allow_inf_nan=False,
     )
 
     config: Path | None = Field(
@@ -147,6 +161,9 @@ class Settings(BaseSettings):
     max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
     max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
     max_logprobs: int = Field(20, ge=0, description="Largest `logprobs` of a /v1 call.")
+    max_new_tokens: int = Field(
+        131_072, ge=1, description="Largest `max_tokens` of a /v1 call, by whichever name."
+    )
     max_schema_bytes: int = Field(
         65_536, ge=1, description="Largest JSON schema or tool list of a /v1 call."
     )
@@ -154,7 +171,10 @@ class Settings(BaseSettings):
         1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
     )
     max_running: int = Field(
-        4096, ge=1, description="Sequences that may be inside the engines at once."
+        4096,
+        ge=1,
+        description="Sequences that may be inside the engines at once; no request counts for more "
+        "than half of it.",
     )
     max_waiting: int = Field(16_384, ge=0, description="Sequences that may wait for that.")
     queue_timeout_s: float = Field(120.0, gt=0, description="How long a request may wait for that.")
@@ -260,6 +280,14 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _check_times(cls, value: Any, info: ValidationInfo) -> Any:
+        """Timers of the kernel and of the event loop count milliseconds in few bits."""
+        if (info.field_name or "").endswith("_s") and value > _LONGEST_S:
+            raise ValueError(f"the longest time is {_LONGEST_S} seconds")
+        return value
+
     @field_validator("otlp_endpoint")
     @classmethod
     def _check_endpoint(cls, value: str) -> str:
@@ -288,7 +316,10 @@ class Settings(BaseSettings):
         for url in value:
             if not _is_address(url):
                 raise ValueError(f"{url!r} is not an http:// or https:// address")
-        return tuple(url.rstrip("/") for url in value)
+        urls = tuple(url.rstrip("/") for url in value)
+        if twice := [url for url, n in Counter(map(_whereabouts, urls)).items() if n > 1]:
+            raise ValueError(f"{twice[0]} is there twice")
+        return urls
 
     @model_validator(mode="after")
     def _check_files(self) -> Settings:
@@ -429,6 +460,11 @@ def _show_default(value: Any) -> str:
 
 def _refuse_unknown_variables() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
+    if PREFIX + "SERVICE_HOST" in os.environ:
+        raise SettingsError(
+            f"{PREFIX}SERVICE_HOST is Kubernetes' word for its Service `gateway`, and others of "
+            "its words look like settings: say `enableServiceLinks: false` in the pod's spec"
+        )
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             raise SettingsError(f"unknown setting {name}{_nearest(name, known)}")
@@ -446,7 +482,8 @@ def _describe(error: ValidationError) -> str:
     if not field:
         return message
     name = field.split(".", maxsplit=1)[0].upper()
-    return f"{PREFIX}{name}: {message} (got {problem['input']!r})"
+    given = "" if name == "API_KEYS" else f" (got {problem['input']!r})"
+    return _PASSWORD.sub("", f"{PREFIX}{name}: {message}{given}")
 
 
 def _describe_usage(error: UsageError) -> str:

@@ -76,11 +76,18 @@ class Engine:
         self._failures = 0
         self.tripped_until = 0.0
         self._watch = Watch()
+        self._connector = connector
         self._upstream = Upstream(url, connector, settings.connect_timeout_s)
         self._settings = settings
         self._metrics = metrics
         for known in (metrics.engine_failures, metrics.breaker_trips):
-            known.labels(url)  # counted from nought, not from the first failure
+            known.labels(self.url)  # counted from nought, not from the first failure
+
+    def change_password(self, url: str) -> None:
+        """The same engine, by a URL with another user and password; calls from now on send them."""
+        self._upstream = Upstream(url, self._connector, self._settings.connect_timeout_s)
+        if self.state is not EngineState.READY:
+            self.suspect.set()  # it may have been refused for the old one: looked at again at once
 
     @property
     def is_usable(self) -> bool:
@@ -207,7 +214,8 @@ class Engine:
             self.note_failure()
             raise self.translate(error) from error
         if answer.status < 500:
-            self._failures = 0
+            if text is not None:
+                self.note_success()  # of a stream this is only the beginning
         elif answer.status != 503:
             self.note_failure()
         return answer, text

@@ -133,6 +133,10 @@ class Keyring:
         """What a request used by the engine's own count; known only when it is over."""
         self._metrics.tokens_in.inc(prompt_tokens)
         self._metrics.tokens_out.inc(completion_tokens)
+        self.charge_tokens(caller, prompt_tokens, completion_tokens)
+
+    def charge_tokens(self, caller: Caller, prompt_tokens: int, completion_tokens: int) -> None:
+        """To the caller's account alone: the engine has not told these figures."""
         row = self._ledger.row(_row_name(caller))
         with self._ledger.lock:
             row[_PROMPT_TOKENS] += prompt_tokens
@@ -262,6 +266,7 @@ def read_keys(path: Path) -> dict[str, Caller]:
     if data or not isinstance(entries, list):
         raise SettingsError(f"{path}: a keys file holds [[keys]] entries and nothing else")
     callers: dict[str, Caller] = {}
+    names: set[str] = set()
     for number, entry in enumerate(entries, start=1):
         try:
             caller = Caller.model_validate(entry)
@@ -271,9 +276,10 @@ def read_keys(path: Path) -> dict[str, Caller]:
             raise SettingsError(f"{path}: key {number}: {field}: {problem['msg']}") from None
         if not caller.hash:
             raise SettingsError(f"{path}: key {number} ({caller.name}) has no hash")
-        if caller.hash in callers or any(one.name == caller.name for one in callers.values()):
+        if caller.hash in callers or caller.name in names:
             raise SettingsError(f"{path}: key {number} ({caller.name}) is there twice")
         callers[caller.hash] = caller
+        names.add(caller.name)
     return callers
 
 

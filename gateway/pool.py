@@ -54,11 +54,14 @@ class _Work:
     sampling: Sampling
     answers: list[Answer | GatewayError | None]
     trace: Trace | None = None
+    tell: Callable[[int, Answer], None] = lambda _place, _answer: None
     cost: Completion = field(default_factory=lambda: Completion([]))
 
     def put(self, places: Sequence[int], completion: Completion) -> None:
         for place, answer in zip(places, completion.answers, strict=True):
             self.answers[place] = answer
+            if isinstance(answer, Answer):
+                self.tell(place, answer)
         self.cost.prompt_tokens += completion.prompt_tokens
         self.cost.completion_tokens += completion.completion_tokens
 
@@ -188,13 +191,21 @@ class Pool:
         for key in own:
             self._in_flight[key] = loop.create_future()
         known: dict[_PromptKey, Answer | GatewayError] = {}
+        unsettled, order = dict.fromkeys(own), list(own)
+
+        def settle(place: int, answer: Answer) -> None:
+            """As soon as it is there: who waits for one answer waits for no whole batch."""
+            if order[place] in unsettled:
+                del unsettled[order[place]]
+                self._settle(order[place], answer)
+
         try:
             whole = Completion([])
             if own:
-                whole = await self._generate(list(own.values()), sampling, trace=trace)
+                whole = await self._generate(list(own.values()), sampling, trace=trace, tell=settle)
             known.update(zip(own, whole.answers, strict=True))
         finally:
-            for key in own:
+            for key in unsettled:
                 self._settle(key, known.get(key))
         again = {key for key, future in others.items() if not await _is_answered(future)}
         known.update({key: others[key].result() for key in others if key not in again})
@@ -223,8 +234,9 @@ class Pool:
         sampling: Sampling,
         engine: Engine | None = None,
         trace: Trace | None = None,
+        tell: Callable[[int, Answer], None] = lambda _place, _answer: None,
     ) -> Completion:
-        work = _Work(prompts, sampling, [None] * len(prompts), trace)
+        work = _Work(prompts, sampling, [None] * len(prompts), trace, tell)
         ready = [engine] if engine else [one for one in self.engines if one.is_usable]
         pieces = cut(prompts, sampling, len(ready), self._settings.max_prompts_per_call)
         planned: Counter[str] = Counter()
@@ -374,7 +386,9 @@ async def _is_answered(future: asyncio.Future[Answer | GatewayError]) -> bool:
 
 def _rank(affinity: str, url: str) -> bytes:
     """Rendezvous hashing: when an engine goes, only its own sessions move."""
-    return hashlib.blake2b(f"{affinity}\0{url}".encode(), digest_size=8).digest()
+    # A header may hold bytes that are no text; they name a session as well as others do.
+    name = f"{affinity}\0{url}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(name, digest_size=8).digest()
 
 
 def _raise_engine_failure(answers: Sequence[Answer | GatewayError]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 from aiohttp import web
 
-from gateway.admission import GATE, LaneName, build_visit, within
+from gateway.admission import GATE, LaneName, Visit, build_visit, within
 from gateway.body import read_body
 from gateway.config import SETTINGS
-from gateway.errors import GatewayError, InvalidRequest
+from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest
 from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
@@ -26,6 +27,8 @@ from gateway.wire import (
     parse_predict,
 )
 
+_CHARACTERS_A_TOKEN = 4
+
 
 async def handle_predict(request: web.Request) -> web.Response:
     settings, trace = request.app[SETTINGS], request[TRACE]
@@ -36,7 +39,10 @@ async def handle_predict(request: web.Request) -> web.Response:
     }
     metrics = request.app[METRICS]
     metrics.predict_prompts.observe(len(asked.questions))
-    answers = await _answer(request, asked) if asked.questions else []
+    count = len(asked.questions)
+    lane: LaneName = "batch" if count > 1 else "interactive"
+    visit = build_visit(request.headers, request[CALLER], count, lane)  # its deadline runs from now
+    answers = await _answer(request, asked, visit) if asked.questions else []
     metrics.count_answers(trace, sum(len(one) for one in answers if isinstance(one, str)))
     body = build_predict_response(asked, answers, single_as_list=settings.single_as_list)
     response = web.Response(body=body, content_type="application/json")
@@ -45,10 +51,13 @@ async def handle_predict(request: web.Request) -> web.Response:
     return response
 
 
-async def _answer(request: web.Request, asked: PredictRequest) -> list[str | GatewayError]:
+async def _answer(
+    request: web.Request, asked: PredictRequest, visit: Visit
+) -> list[str | GatewayError]:
     app = request.app
-    builder = app[PROMPTS]
-    card = (await app[POOL].acquire()).card  # says 503 before any work is done
+    builder, deadline = app[PROMPTS], visit.loop_deadline()
+    # Says 503 before any work is done.
+    card = (await within(deadline, app[POOL].acquire())).card
     max_model_len = card.max_model_len if card else None
     if card is not None:
         request[CALLER].check_model(card.name)
@@ -61,9 +70,10 @@ async def _answer(request: web.Request, asked: PredictRequest) -> list[str | Gat
                 f"max_tokens must be at most {max_model_len}, all that the model takes",
                 param="max_tokens",
             )
-    prompts = await builder.build(asked.questions, asked.system, max_model_len)
+    prompts = await within(deadline, builder.build(asked.questions, asked.system, max_model_len))
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
-    generated = await _generate(request, good, sampling) if good else ()
+    visit = replace(visit, sequences=len(good))
+    generated = await _generate(request, good, sampling, visit) if good else ()
     answers = _put_in_order(prompts, generated)
     for answer in answers:
         if isinstance(answer, GatewayError):
@@ -72,11 +82,9 @@ async def _answer(request: web.Request, asked: PredictRequest) -> list[str | Gat
 
 
 async def _generate(
-    request: web.Request, prompts: Sequence[Prompt], sampling: Sampling
+    request: web.Request, prompts: Sequence[Prompt], sampling: Sampling, visit: Visit
 ) -> Sequence[Answer | GatewayError]:
     app, trace = request.app, request[TRACE]
-    lane: LaneName = "batch" if len(prompts) > 1 else "interactive"
-    visit = build_visit(request.headers, request[CALLER], len(prompts), lane)
     trace.note_queued()
     async with app[GATE].enter(visit):
         trace.note_entered()
@@ -84,12 +92,20 @@ async def _generate(
         try:
             work = app[POOL].generate(prompts, sampling, trace=trace)
             done = await within(visit.loop_deadline(), work)
+        except (asyncio.CancelledError, DeadlinePassed):
+            # The engine will not tell what it has done; hanging up is not free all the same.
+            app[KEYRING].charge_tokens(request[CALLER], sum(map(_estimate_tokens, prompts)), 0)
+            raise
         finally:
             trace.engine_s = time.perf_counter() - entered
     trace.prompt_tokens, trace.completion_tokens = done.prompt_tokens, done.completion_tokens
     trace.shared = done.shared
     app[KEYRING].count_tokens(request[CALLER], done.prompt_tokens, done.completion_tokens)
     return done.answers
+
+
+def _estimate_tokens(prompt: Prompt) -> int:
+    return len(prompt) // _CHARACTERS_A_TOKEN if isinstance(prompt, str) else len(prompt)
 
 
 def _put_in_order(

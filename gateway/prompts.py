@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,13 +23,15 @@ from aiohttp import web
 from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
-from gateway.errors import InvalidRequest, PromptRefused
+from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
 from gateway.wire import MAX_STOPS, Prompt, Sampling, is_text
 
 # No question contains it; a template that trims, quotes or escapes its question alters it.
 _MARKER = " \n\"'\\<&\ue000question\ue001 "
 # Below this, handing the batch to a thread costs more than encoding it on the event loop.
 _CHARACTERS_WORTH_A_THREAD = 4_000
+_LARGEST_SLICE_CHARACTERS = 500_000
+_BUILDERS = 2  # slices at once, of all callers
 _LARGEST_CACHED_SYSTEM = 20_000
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "</s>")
 _THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
@@ -59,6 +61,7 @@ class PromptBuilder:
         self._longest_token = max(map(len, self._tokenizer.get_vocab())) if self._tokenizer else 0
         self._render = _compile(self._template(folder), settings, _special_texts(folder))
         self._system = settings.read_system_prompt()
+        self._builders = asyncio.Semaphore(_BUILDERS)
         self._cached_around = lru_cache(maxsize=64)(self._render_around)
         # A template writes its own begin-of-sequence; the plain styles leave that to the tokenizer.
         self._adds_special = settings.prompt_style in {"qa", "raw"}
@@ -96,16 +99,33 @@ class PromptBuilder:
         self, questions: Sequence[str], system: str | None, max_model_len: int | None
     ) -> list[Prompt | PromptRefused]:
         """A prompt for each question, or why there is none; never one for all."""
-        if sum(map(len, questions)) < _CHARACTERS_WORTH_A_THREAD:
+        most = self._settings.max_body_bytes
+        if system and len(system) * len(questions) > most:
+            raise PayloadTooLarge(
+                f"the system prompt before each of {len(questions)} questions is more than {most} "
+                "characters of text; shorten it or send fewer questions a call"
+            )
+        each = len(self._system if system is None else system)
+        if sum(map(len, questions)) + each * len(questions) < _CHARACTERS_WORTH_A_THREAD:
             return self._build(questions, system, max_model_len)
-        return await asyncio.to_thread(self._build, questions, system, max_model_len)
+        prompts: list[Prompt | PromptRefused] = []
+        for part in _slice(questions, each):
+            async with self._builders:
+                prompts += await asyncio.to_thread(self._build, part, system, max_model_len)
+        return prompts
 
     def _build(
         self, questions: Sequence[str], system: str | None, max_model_len: int | None
     ) -> list[Prompt | PromptRefused]:
-        if most := self._settings.max_input_tokens * self._longest_token:
+        limit = self._settings.max_input_tokens
+        if most := limit * self._longest_token:
             questions = [one[:most] for one in questions]
-        long = {n for n, one in enumerate(questions) if self._is_hopeless(one, max_model_len)}
+        around = len(self._system if system is None else system)
+        long = {
+            place
+            for place, one in enumerate(questions)
+            if self._is_hopeless(around + (0 if limit else len(one)), max_model_len)
+        }
         texts = [
             self._text(one if is_text(one) and place not in long else "", system)
             for place, one in enumerate(questions)
@@ -116,7 +136,6 @@ class PromptBuilder:
             encodings = self._tokenizer.encode_batch_fast(
                 texts, add_special_tokens=self._adds_special
             )
-            limit = self._settings.max_input_tokens
             prompts = [
                 self._cut(question, system, encoding, limit)
                 if limit and len(encoding) > limit
@@ -124,19 +143,19 @@ class PromptBuilder:
                 for question, encoding in zip(questions, encodings, strict=True)
             ]
         return [
-            _too_long(f"{len(question)} characters", max_model_len)
+            _too_long(f"{around + len(question)} characters", max_model_len)
             if place in long
             else _refusal(question, prompt, max_model_len) or prompt
             for place, (question, prompt) in enumerate(zip(questions, prompts, strict=True))
         ]
 
-    def _is_hopeless(self, question: str, max_model_len: int | None) -> bool:
+    def _is_hopeless(self, characters: int, max_model_len: int | None) -> bool:
         """Too long even if all its tokens were the longest: megabytes of text would be cut into
         tokens, at a hundred times their size in memory, only to be refused.
         """
         if max_model_len is None or not self._longest_token:
             return False
-        return len(question) > self._longest_token * max_model_len
+        return characters > self._longest_token * max_model_len
 
     def _text(self, question: str, system: str | None) -> str:
         system = self._system if system is None else system
@@ -187,6 +206,20 @@ class PromptBuilder:
 
 
 PROMPTS = web.AppKey("prompts", PromptBuilder)
+
+
+def _slice(questions: Sequence[str], each: int) -> Iterator[Sequence[str]]:
+    """Parts of about a size: the tokenizer takes a hundred times a text's size for a moment, and a
+    caller who hangs up ends the work after one of them.
+    """
+    start, size = 0, 0
+    for place, question in enumerate(questions):
+        size += len(question) + each
+        if size >= _LARGEST_SLICE_CHARACTERS:
+            yield questions[start : place + 1]
+            start, size = place + 1, 0
+    if start < len(questions):
+        yield questions[start:]
 
 
 def _refusal(question: str, prompt: Prompt, max_model_len: int | None) -> PromptRefused | None:

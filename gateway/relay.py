@@ -6,6 +6,7 @@ write is the back-pressure: no queue, no task. A caller who hangs up cancels the
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 
@@ -16,7 +17,13 @@ from gateway.admission import GATE, LaneName, build_visit, within
 from gateway.body import read_body
 from gateway.config import SETTINGS
 from gateway.engine import Engine
-from gateway.errors import EngineError, EngineTimeout, EngineUnreachable, GatewayError
+from gateway.errors import (
+    DeadlinePassed,
+    EngineError,
+    EngineTimeout,
+    EngineUnreachable,
+    GatewayError,
+)
 from gateway.keys import CALLER, KEYRING
 from gateway.metrics import METRICS
 from gateway.pool import POOL
@@ -54,6 +61,8 @@ _SENT = ("Accept", "X-Session-Id", "anthropic-version", "traceparent", "tracesta
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
 _RETRY_AFTER_S = "1"
+_REFUSED = "engine_refused"
+_BYTES_A_TOKEN = 4
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
@@ -90,7 +99,8 @@ async def _pass_on(request: web.Request, call: RelayCall) -> web.StreamResponse:
     trace.carried = {name: request.headers[name] for name in _SENT if name in request.headers}
     avoid: Engine | None = None
     for attempt in range(settings.max_attempts):
-        engine = await pool.acquire(affinity, avoid)
+        acquiring = pool.acquire(affinity, avoid)
+        engine = await (acquiring if trace.deadline is None else within(trace.deadline, acquiring))
         headers, span = trace.open_call(engine.url, call.sequences)
         headers["Content-Type"] = "application/json"
         code: str | None = "cancelled"
@@ -136,9 +146,13 @@ async def _exchange(
         # One model is picked from the list here: vLLM has no route for it.
         path = "/v1/models" if request.method == "GET" else request.rel_url.raw_path_qs
         asking = engine.ask(request.method, path, headers, call.body or None)
-        upstream, body = await (
-            asking if trace.deadline is None else within(trace.deadline, asking)
-        )
+        try:
+            upstream, body = await (
+                asking if trace.deadline is None else within(trace.deadline, asking)
+            )
+        except (asyncio.CancelledError, DeadlinePassed):
+            _charge(request, call)
+            raise
         trace.engine_s = time.perf_counter() - asked
         if body is None:
             with upstream:
@@ -190,21 +204,31 @@ async def _stream(
     trace.put_headers(response.headers)
     await response.prepare(request)
     trace.is_streaming = True
+    is_whole = is_engines_fault = False
     with Silence(request, upstream.content, response) as silence:
         try:
             copying = _copy(trace, call, upstream, response, silence)
-            usage = await (copying if trace.deadline is None else within(trace.deadline, copying))
-            _count(request, usage)
-            if trace.error_code is not None:  # told in the stream, after a status of 200
+            await (copying if trace.deadline is None else within(trace.deadline, copying))
+            is_whole = True
+            if trace.error_code is None:  # else told in the stream, after a status of 200
+                engine.note_success()
+            elif trace.error_code == EngineError.code:
                 engine.note_failure()
         except GatewayError as error:
+            is_engines_fault = isinstance(error, EngineError)
             await _end_with_error(request, response, error)
         except aiohttp.ClientError as error:
             if silence.is_writing:
                 # aiohttp's own for a caller who has gone is a ClientError too.
                 raise ConnectionResetError("the caller has gone") from None
+            is_engines_fault = True
             engine.note_failure()
             await _end_with_error(request, response, engine.translate(error))
+        finally:
+            if is_whole or is_engines_fault:
+                _count(request, trace.usage)
+            else:
+                _charge(request, call)
     await response.write_eof()
     return response
 
@@ -213,7 +237,8 @@ async def _end_with_error(
     request: web.Request, response: web.StreamResponse, error: GatewayError
 ) -> None:
     request[TRACE].note_error(error.error_code, error.source)
-    await response.write(build_stream_error(error, request.path))
+    event = build_stream_error(error, request.path, request[TRACE].chunks)
+    await response.write(event)
 
 
 async def _copy(
@@ -222,10 +247,9 @@ async def _copy(
     upstream: Answer,
     response: web.StreamResponse,
     silence: Silence,
-) -> tuple[int, int] | None:
-    """The path of every chunk, so each line here is felt. Answers with the usage it saw."""
+) -> None:
+    """The path of every chunk, so each line here is felt."""
     read, write = upstream.content.readany, response.write
-    usage: tuple[int, int] | None = None
     rest = b""  # of an event whose end has not come yet
     while chunk := await read():
         trace.note_chunk()
@@ -233,12 +257,13 @@ async def _copy(
             chunk, rest = _split(rest + chunk)
             silence.is_inside_event = bool(rest)
         if b'"usage":{' in chunk:
-            usage = _add(usage, parse_usage(chunk))
+            trace.usage = _add(trace.usage, parse_usage(chunk))
             if call.hides_usage:
                 chunk = drop_usage_events(chunk)
         if b'data: {"error"' in chunk:
-            trace.note_error(EngineError.code, EngineError.source)
-            chunk = name_stream_errors(chunk)
+            chunk, is_fault = name_stream_errors(chunk)
+            code = EngineError.code if is_fault else _REFUSED
+            trace.note_error(code, EngineError.source)
         if chunk:
             silence.is_writing = True
             await write(chunk)
@@ -247,7 +272,6 @@ async def _copy(
         silence.is_writing = True
         await write(rest)
         silence.is_writing = False
-    return usage
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
@@ -261,6 +285,18 @@ def _add(known: tuple[int, int] | None, told: tuple[int, int] | None) -> tuple[i
     if known is None or told is None:
         return told or known
     return max(known[0], told[0]), max(known[1], told[1])
+
+
+def _charge(request: web.Request, call: RelayCall) -> None:
+    """For what was left in the middle the engine tells no figures, or only the first: at least a
+    token for each chunk, and for the prompt one for four bytes. Else hanging up would be free.
+    """
+    if request.path not in GENERATING:
+        return
+    trace = request[TRACE]
+    taken, given = trace.usage or (0, 0)
+    taken, given = taken or len(call.body) // _BYTES_A_TOKEN, max(given, trace.chunks)
+    request.app[KEYRING].charge_tokens(request[CALLER], taken, given)
 
 
 def _count(request: web.Request, usage: tuple[int, int] | None) -> None:

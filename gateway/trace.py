@@ -59,6 +59,7 @@ class Trace:
     n_prompts: int | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    usage: tuple[int, int] | None = None  # of a stream, as far as it has been told
     error_code: str | None = None
     error_source: str | None = None
     shared: int = 0

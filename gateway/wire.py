@@ -33,6 +33,8 @@ _FIGURES = {
     b"time_to_first_token_seconds_sum": "first_token_sum_s",
     b"time_to_first_token_seconds_count": "first_token_count",
 }
+_EVENT_STARTS = (b"event:", b"data:")
+_RESPONSE_END = re.compile(rb'"type":\s*"response\.(?:completed|incomplete|failed)"')
 _NO_CHOICES = b'"choices":[]'
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_STOPS = 4  # vLLM's own limit
@@ -297,6 +299,7 @@ def _parse_relay_call(path: str, body: bytes, settings: Settings) -> RelayCall:
         changed = True  # who goes first is the gate's business
     sequences = _bound_sequences(data, settings)
     _bound_sizes(data, settings)
+    _bound_lengths(data, settings)
     is_stream = _is_set(data, "stream", "stream")
     hides_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
@@ -322,8 +325,8 @@ def _is_set(data: Mapping[str, Any], name: str, param: str) -> bool:
 
 
 def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
-    prompt = data.get("prompt", data.get("input"))
-    prompts = len(prompt) if isinstance(prompt, list) and _holds_prompts(prompt) else 1
+    # Which of the two a route reads is the engine's affair; the other is no way around the bound.
+    prompts = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input")))
     if prompts > settings.max_prompts_per_call:
         raise InvalidRequest(
             f"{prompts} prompts in one call; at most {settings.max_prompts_per_call} are taken",
@@ -332,6 +335,10 @@ def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
         )
     copies = max(_count(data, "n", settings.max_n), _count(data, "best_of", settings.max_n))
     return max(1, prompts) * copies
+
+
+def _count_prompts(prompt: Any) -> int:
+    return len(prompt) if isinstance(prompt, list) and _holds_prompts(prompt) else 1
 
 
 def _holds_prompts(prompt: list[Any]) -> bool:
@@ -356,8 +363,9 @@ def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
         value = data.get(name)
         if isinstance(value, str | float):
             raise _wrong_type(name, "a whole number")
-        if isinstance(value, int) and value > settings.max_logprobs:
-            raise InvalidRequest(f"{name} must be at most {settings.max_logprobs}", param=name)
+        # The engine takes -1 for the whole vocabulary.
+        if isinstance(value, int) and not 0 <= value <= settings.max_logprobs:
+            raise InvalidRequest(f"{name} must be 0 to {settings.max_logprobs}", param=name)
     stop = data.get("stop")
     if isinstance(stop, str | list):
         _stops(stop, ()) if stop else None
@@ -366,6 +374,16 @@ def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
             raise InvalidRequest(
                 f"{name} is larger than {settings.max_schema_bytes} bytes", param=name
             )
+
+
+def _bound_lengths(data: Mapping[str, Any], settings: Settings) -> None:
+    """What is no number is the engine's to refuse."""
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
+        value = data.get(name)
+        if isinstance(value, str | float):
+            raise _wrong_type(name, "a whole number")
+        if isinstance(value, int) and value > settings.max_new_tokens:
+            raise InvalidRequest(f"{name} must be at most {settings.max_new_tokens}", param=name)
 
 
 def _ask_for_usage(data: dict[str, Any]) -> bool:
@@ -393,8 +411,12 @@ def _affinity(data: Mapping[str, Any], settings: Settings) -> str:
 def parse_usage(body: bytes) -> tuple[int, int] | None:
     """Tokens in and out from the last usage object in a body or in the events of a stream.
 
-    A caller's text cannot pass for one: inside a JSON string its quotes are escaped.
+    A caller's text cannot pass for one: inside a JSON string its quotes are escaped. What a caller
+    sent and a response repeats, such as tools, stands before it.
     """
+    is_event = body.startswith(_EVENT_STARTS) and b'"object":"response"' in body
+    if is_event and not _RESPONSE_END.search(body):
+        return None
     objects = _USAGE.findall(body)
     if not objects:
         return None
@@ -413,13 +435,15 @@ def drop_usage_events(events: bytes) -> bytes:
     return b"\n\n".join(kept)
 
 
-def build_stream_error(error: GatewayError, path: str) -> bytes:
-    """The event that ends a stream whose engine failed, in the dialect of the route."""
+def build_stream_error(error: GatewayError, path: str, number: int) -> bytes:
+    """The event that ends a stream whose engine failed, in the dialect of the route; where events
+    are numbered, this one comes after all others.
+    """
     if path == "/v1/messages":
         data = orjson.dumps({"type": "error", "error": describe_error(error)})
         return b"event: error\ndata: " + data + b"\n\n"
     if path == "/v1/responses":
-        data = orjson.dumps({"type": "error", **describe_error(error)})
+        data = orjson.dumps({**describe_error(error), "type": "error", "sequence_number": number})
         return b"event: error\ndata: " + data + b"\n\n"
     return b"data: " + build_error(error) + b"\n\ndata: [DONE]\n\n"
 
@@ -546,16 +570,23 @@ def parse_engine_error(body: bytes) -> tuple[str, str | None]:
         return body[:300].decode("utf-8", "replace"), None
 
 
-def name_stream_errors(events: bytes) -> bytes:
-    """The engine's own error events, with who failed."""
+def name_stream_errors(events: bytes) -> tuple[bytes, bool]:
+    """The engine's own error events, with who failed; and whether it was the engine's fault.
+
+    vLLM checks some of what a caller sent only after its 200: that is his mistake all the same.
+    """
+    is_fault = False
     lines = events.split(b"\n")
     for place, line in enumerate(lines):
         if line.startswith(b'data: {"error"'):
             with contextlib.suppress(orjson.JSONDecodeError, AttributeError):
                 data = orjson.loads(line[6:])
-                data["error"].setdefault("source", EngineError.source)
+                error = data["error"]
+                error.setdefault("source", EngineError.source)
+                status = error.get("code")
+                is_fault |= not (isinstance(status, int) and 400 <= status < 500)
                 lines[place] = b"data: " + orjson.dumps(data)
-    return b"\n".join(lines)
+    return b"\n".join(lines), is_fault
 
 
 def name_engine_error(status: int, body: bytes) -> bytes:

@@ -34,6 +34,7 @@ class Behaviour:
     max_model_len: int = 512
     is_healthy: bool = True
     delay_s: float = 0.0
+    delays: Callable[[str], float] = lambda question: 0.0
     refuses: Callable[[str], bool] = lambda question: False
     refused_field: str | None = None
     aborts: Callable[[str], bool] = lambda question: False
@@ -44,6 +45,7 @@ class Behaviour:
     drops_last_choice: bool = False
     stream_cut_after: int | None = None
     stream_gap_s: float = 0.0
+    stream_error: dict[str, Any] | None = None  # told in the stream, after the 200
     flooded_bytes: int = 0
     floods: Callable[[str], bool] = lambda question: False
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -119,7 +121,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
         return _refusal("prompt is a text, token ids or a list of those", "prompt")
     questions = [_question(prompt, request.app[TOKENIZER]) for prompt in prompts]
     async with _working(behaviour, len(questions)):
-        await asyncio.sleep(behaviour.delay_s)
+        await asyncio.sleep(behaviour.delay_s + max(map(behaviour.delays, questions)))
     if behaviour.cuts_connection:
         assert request.transport is not None
         request.transport.abort()
@@ -186,6 +188,12 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
     async with _working(behaviour, 1):
         if behaviour.floods(question):
             await _flood(request, response)
+        if behaviour.stream_error:
+            await asyncio.sleep(0.01)  # or it would leave with the head
+            await response.write(
+                b"data: " + orjson.dumps({"error": behaviour.stream_error}) + b"\n\n"
+            )
+            text = ""
         for number, character in enumerate(text):
             if number == behaviour.stream_cut_after:
                 assert request.transport is not None

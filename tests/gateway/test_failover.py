@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
+from aiohttp import encode_basic_auth, web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +21,7 @@ from gateway.pool import POOL, cut
 from gateway.wire import default_sampling
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
+from tests.gateway.raw import ask, build_request
 
 QUESTIONS = [f"question {number}" for number in range(358)]
 ANSWERS = [f"answer:{question}" for question in QUESTIONS]
@@ -105,6 +111,29 @@ async def test_refusals_do_not_open_the_breaker(serve: Serve) -> None:
         assert (await s.predict("good")).status_code == 200
 
 
+async def test_streams_cut_by_the_engine_open_the_breaker(serve: Serve) -> None:
+    """Each begins with a 200, which is no success yet."""
+    async with serve(Behaviour(), breaker_failures=3, breaker_pause_s=60) as served:
+        served.engine.stream_cut_after = 1
+        for _ in range(3):
+            await until(lambda: served.app[POOL].engines[0].is_usable)
+            assert "engine_failed" in (await served.chat("a", stream=True)).text
+
+        await until(lambda: served.app[POOL].engines[0].breaker_left_s > 0)
+
+
+async def test_refusals_in_a_stream_are_no_failures_of_the_engine(serve: Serve) -> None:
+    """vLLM looks at some of a request only after its 200."""
+    refusal = {"message": "logit_bias: 99999 is no token", "code": 400}
+    async with serve(Behaviour(stream_error=refusal), breaker_failures=1) as served:
+        for _ in range(3):
+            assert "no token" in (await served.chat("a", stream=True)).text
+
+        assert served.app[POOL].engines[0].is_usable
+        metrics = (await served.client.get("/metrics")).text
+    assert re.search(r"gateway_engine_failures_total\{[^}]*\} 0\.0", metrics)
+
+
 async def test_restarting_engine_is_waited_for(serve: Serve) -> None:
     async with serve(restart_hold_s=5) as served:
         served.engine.is_healthy = False
@@ -166,6 +195,16 @@ async def test_session_routing_keeps_a_session_on_one_engine(serve: Serve) -> No
         assert sorted(len(engine.calls) for engine in served.all_engines) == [0, 0, 12]
 
 
+async def test_session_routing_takes_a_name_that_is_no_text(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour(), routing="session") as served:
+        body = b'{"model": "fake", "prompt": "a"}'
+        call = build_request("POST", "/v1/completions", body, [("X-Session-Id", b"\xff\xfe")])
+        answers = [await ask(served.url, call) for _ in range(4)]
+
+        assert [answer.status for answer in answers] == [200] * 4
+        assert sorted(len(engine.calls) for engine in served.all_engines) == [0, 4]
+
+
 async def test_prefix_routing_keeps_like_beginnings_together(serve: Serve) -> None:
     async with serve(Behaviour(), Behaviour(), routing="prefix", prefix_characters=60) as served:
         for number in range(6):
@@ -194,6 +233,21 @@ async def test_identical_prompts_in_flight_share_one_answer(served: Served) -> N
     assert second.json() == {"response": ["answer:b", "answer:c"]}
     assert (await first).json() == {"response": ["answer:a", "answer:b"]}
     assert _prompts(served.engine) == 3
+
+
+async def test_shared_answer_does_not_wait_for_the_batch_around_it(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda question: 3.0 if question == "slow" else 0.3)
+    async with serve(engine, max_prompts_per_call=1) as served:
+        batch = asyncio.create_task(served.predict(["slow", "quick"]))
+        await until(lambda: engine.running == 2)
+        started = time.monotonic()
+
+        answer = await served.predict("quick")
+
+        assert answer.json() == {"response": "answer:quick"}
+        assert time.monotonic() - started < 2
+        assert "dedup" in answer.headers["Server-Timing"]
+        assert (await batch).json() == {"response": ["answer:slow", "answer:quick"]}
 
 
 async def test_shared_prompt_survives_the_caller_who_hung_up(served: Served) -> None:
@@ -240,6 +294,49 @@ async def test_engines_follow_the_settings_file(tmp_path: Path) -> None:
             path.write_text("engines = [")
             await asyncio.sleep(0.2)
             assert app[POOL].is_ready
+
+
+async def test_engine_takes_a_new_password_from_the_settings_file(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    password = "new"
+
+    @web.middleware
+    async def want_password(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if request.headers.get("Authorization") != encode_basic_auth("me", password):
+            return web.json_response({"error": {"message": "who is it?"}}, status=401)
+        return await handler(request)
+
+    engine = build_fake_engine(Behaviour())
+    engine.middlewares.append(want_password)
+    async with serve_app(engine) as url:
+
+        def write(password: str) -> None:
+            secret = url.replace("//", f"//me:{password}@")
+            path.write_text(f'prompt_style = "raw"\nengines = ["{secret}"]\n')
+
+        def reload() -> Settings:
+            arguments = ["--config", str(path), "--probe-interval-s", "0.05"]
+            arguments += ["--warmup-prompts", "2", "--reload-interval-s", "0.05"]
+            return load_settings(arguments)
+
+        write("old")
+        app = build_app(reload(), reload)
+        async with serve_app(app) as gateway, httpx.AsyncClient(base_url=gateway) as client:
+            await until(lambda: "GET /health" in app[POOL].describe())
+            write("new")
+            await until(lambda: app[POOL].is_ready)
+            before = app[POOL].engines
+
+            password = "newer"
+            write("newer")
+
+            async def is_answered() -> bool:
+                return (await client.post("/predict", json={"prompt": "a"})).status_code == 200
+
+            await until(is_answered)
+            assert app[POOL].engines == before
 
 
 @given(

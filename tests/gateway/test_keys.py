@@ -107,11 +107,65 @@ async def test_key_tokens_a_minute_count_streams_too(serve: Serve, tmp_path: Pat
         }
 
 
+async def test_key_is_charged_for_what_it_leaves_in_the_middle(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Else its limit would hold for those alone who listen to the end."""
+    path, keys = _keys_file(tmp_path, eve="tokens_per_minute = 1000", root="admin = true")
+    async with serve(keys_file=path) as served:
+        served.engine.stream_gap_s = served.engine.delay_s = 0.02
+        body = {"model": "fake", "messages": [{"role": "user", "content": "x" * 400}]}
+        headers, client = _bearer(keys["eve"]), served.client
+
+        async def read_used() -> tuple[int, int]:
+            usage = (await client.get("/usage", headers=_bearer(keys["root"]))).json()
+            row = usage["keys"].get("eve", {"prompt_tokens": 0, "completion_tokens": 0})
+            return row["prompt_tokens"], row["completion_tokens"]
+
+        async with client.stream(
+            "POST", "/v1/chat/completions", json=body | {"stream": True}, headers=headers
+        ) as answer:
+            chunks = answer.aiter_bytes()
+            for _ in range(5):
+                await anext(chunks)
+        await until(lambda: served.engine.running == 0)
+        taken, given = await read_used()
+        assert taken >= 100
+        assert given >= 5
+
+        served.engine.delay_s = 30
+        for url, asked in (("/v1/chat/completions", body), ("/predict", {"prompt": "y " * 50})):
+            call = asyncio.create_task(client.post(url, json=asked, headers=headers))
+            await until(lambda: served.engine.running == 1)
+            call.cancel()
+            await until(lambda: served.engine.running == 0)
+            more, given_then = await read_used()
+            assert more >= taken + 40
+            assert given_then == given
+            taken = more
+
+
 async def test_usage_needs_an_admin_key(serve: Serve, tmp_path: Path) -> None:
     path, keys = _keys_file(tmp_path, fred="")
     async with serve(keys_file=path) as served:
         answer = await served.client.get("/usage", headers=_bearer(keys["fred"]))
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_admin")
+
+
+async def test_thousands_of_keys_are_served_and_told_of(serve: Serve, tmp_path: Path) -> None:
+    hashed = "hash = 'sha256:{:064x}'\nmax_concurrency = 2"
+    entries = (f"[[keys]]\nname = 'k{n}'\n{hashed.format(n)}\n" for n in range(3000))
+    key, entry = make_key("last")
+    path = tmp_path / "keys.toml"
+    path.write_text("".join(entries) + entry + "admin = true\nmax_concurrency = 2\n")
+    async with serve(keys_file=path) as served:
+        served.client.headers.update(_bearer(key))
+        answers = [await served.predict("a")]
+        answers += [await served.client.get(path) for path in ("/metrics", "/usage", "/ui/status")]
+
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert answers[2].json()["keys"]["last"]["requests"] == 2
+        assert len(answers[2].json()["keys"]) == 3001
 
 
 async def test_key_concurrency_is_limited_in_sequences(serve: Serve, tmp_path: Path) -> None:

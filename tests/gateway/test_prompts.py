@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gateway.config import SettingsError
-from gateway.errors import InvalidRequest, PromptRefused
+from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
 from gateway.prompts import PromptBuilder
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import make_settings
@@ -152,6 +153,34 @@ async def test_without_tokenizer_prompts_are_text() -> None:
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     ]
     assert (builder.stop, builder.stop_token_ids) == (("<|im_end|>",), ())
+
+
+async def test_system_prompt_counts_once_a_question() -> None:
+    """A small body must not become gigabytes of tokens."""
+    builder = PromptBuilder(make_settings())
+    with pytest.raises(PayloadTooLarge, match="before each of 200 questions"):
+        await builder.build(["q"] * 200, "s" * 200_000, 512)
+
+    (refusal,) = await builder.build(["q"], "s" * 4_000_000, 512)
+    assert isinstance(refusal, PromptRefused)
+    assert refusal.error_code == "prompt_too_long"
+
+
+async def test_large_batch_is_cut_into_tokens_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder, most = PromptBuilder(make_settings()), 0
+    build = builder._build
+
+    def watch(questions: Sequence[str], system: str | None, longest: int | None) -> Any:
+        nonlocal most
+        most = max(most, sum(map(len, questions)) + len(system or "") * len(questions))
+        return build(questions, system, longest)
+
+    monkeypatch.setattr(builder, "_build", watch)
+    prompts = await builder.build([f"问题{number}" for number in range(1000)], "s" * 5000, None)
+
+    assert len(prompts) == 1000
+    assert most < 600_000
+    assert prompts[999] == (await builder.build(["问题999"], "s" * 5000, None))[0]
 
 
 async def test_big_batch_off_the_event_loop_equals_the_small_ones() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import httpx
 import openai
 import orjson
 import pytest
 
+from gateway.errors import EngineError
 from gateway.pool import POOL
-from gateway.wire import name_stream_errors
+from gateway.wire import build_stream_error, name_stream_errors, parse_usage
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
@@ -123,7 +125,12 @@ async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None
         ({"n": 500.0}, "n"),
         ({"logprobs": "99"}, "logprobs"),
         ({"logprobs": 100}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"max_completion_tokens": 1e9}, "max_completion_tokens"),
         ({"prompt": ["a"] * 1025}, "prompt"),
+        ({"input": ["a"] * 1025}, "prompt"),
         ({"stop": ["x"] * 5}, "stop"),
         ({"stop": "x" * 1000}, "stop"),
         ({"response_format": {"schema": "x" * 70_000}}, "response_format"),
@@ -193,6 +200,20 @@ async def test_deadline_that_has_passed_is_504_and_frees_the_engine(served: Serv
     await until(lambda: served.engine.running == 0)
 
 
+async def test_deadline_holds_while_no_engine_is_ready(serve: Serve) -> None:
+    async with serve(restart_hold_s=20) as served:
+        served.engine.is_healthy = False
+        await until(lambda: not served.app[POOL].is_ready)
+        headers, started = {"X-Deadline-Ms": "200"}, time.monotonic()
+        chat = {"model": "fake", "messages": [{"role": "user", "content": "a"}]}
+
+        for url, body in (("/predict", {"prompt": "a"}), ("/v1/chat/completions", chat)):
+            answer = await served.client.post(url, json=body, headers=headers)
+            code = answer.json()["error"]["code"]
+            assert (answer.status_code, code) == (504, "deadline_passed")
+        assert time.monotonic() - started < 3
+
+
 async def test_deadline_in_mid_stream_ends_it_as_a_stream(served: Served) -> None:
     served.engine.stream_gap_s = 0.2
 
@@ -236,7 +257,26 @@ async def test_bad_header_is_named(served: Served, header: str, value: str) -> N
 
 def test_stream_error_of_the_engine_itself_is_named() -> None:
     event = b'data: {"error":{"message":"core died","code":500}}\n\ndata: [DONE]\n\n'
-    assert name_stream_errors(event) == (
-        b'data: {"error":{"message":"core died","code":500,"source":"engine"}}\n\ndata: [DONE]\n\n'
-    )
-    assert name_stream_errors(b"data: {}\n\n") == b"data: {}\n\n"
+    named = event.replace(b"500}", b'500,"source":"engine"}')
+    assert name_stream_errors(event) == (named, True)
+    assert name_stream_errors(event.replace(b"500", b"400"))[1] is False
+    assert name_stream_errors(b"data: {}\n\n") == (b"data: {}\n\n", False)
+
+
+def test_stream_error_of_a_response_is_of_the_type_that_its_sdk_knows() -> None:
+    event = build_stream_error(EngineError("it broke"), "/v1/responses", 7)
+
+    data = orjson.loads(event.partition(b"data: ")[2])
+    assert (data["type"], data["sequence_number"]) == ("error", 7)
+    assert (data["code"], data["message"]) == ("engine_failed", "it broke")
+
+
+def test_usage_of_a_response_is_its_own_and_not_what_it_repeats() -> None:
+    tool = b'"tools":[{"usage":{"input_tokens":1000,"output_tokens":1000}}]'
+    begin = b'event: response.created\ndata: {"type":"response.created","response":{"object":'
+    begin += b'"response",' + tool + b',"usage":null}}\n\n'
+    end = begin.replace(b"created", b"completed")
+    end = end.replace(b'"usage":null', b'"usage":{"input_tokens":3,"output_tokens":4}')
+
+    assert parse_usage(begin) is None
+    assert parse_usage(end) == (3, 4)

@@ -8,8 +8,9 @@ from aiohttp import web
 
 from gateway import health, middleware, predict, pulse, relay, ui, usage, warmup
 from gateway.admission import GATE, Gate
-from gateway.config import SETTINGS, Settings, SettingsError, load_settings, read_worker
+from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings, read_worker
 from gateway.engine import Engine, build_connector, build_session
+from gateway.errors import GatewayError
 from gateway.grade import GradeFile
 from gateway.keys import KEYRING, Keyring, run_key_reload
 from gateway.launchers import LAUNCHERS, Launcher
@@ -18,6 +19,7 @@ from gateway.metrics import METRICS, Metrics
 from gateway.pool import ENGINE_LIST, POOL, EngineList, Pool
 from gateway.prompts import PROMPTS, PromptBuilder
 from gateway.trace import SPANS, SpanSource
+from gateway.wire import SAMPLING_FIELDS, parse_sampling
 
 
 def build_app(
@@ -32,7 +34,7 @@ def build_app(
     worker = read_worker()
     app[METRICS] = Metrics(worker.folder)
     app[LEDGER] = Ledger(worker.folder / LEDGER_NAME if worker.folder else None)
-    app[PROMPTS] = PromptBuilder(settings)
+    app[PROMPTS] = build_prompts(settings)
     app[KEYRING] = Keyring(settings, app[METRICS], app[LEDGER])
     app[GATE] = Gate(settings, app[METRICS], app[LEDGER], worker)
 
@@ -68,6 +70,18 @@ def build_app(
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
     return app
+
+
+def build_prompts(settings: Settings) -> PromptBuilder:
+    """What every request without a wish of its own would be refused for stops the start."""
+    builder = PromptBuilder(settings)
+    try:
+        own = {name: getattr(settings, name) for name in SAMPLING_FIELDS}
+        own["stop"] = list(settings.stop)
+        builder.complete(parse_sampling(own, settings))
+    except GatewayError as error:
+        raise SettingsError(f"{PREFIX}{(error.param or '').upper()}: {error}") from None
+    return builder
 
 
 def build_spans(endpoint: str) -> SpanSource:

@@ -48,13 +48,18 @@ class Launcher:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 status = await self._get("/status")
-                known = self._crash and self._crash["time"]
+                known = (self._crash or {}).get("time")
                 told = (status.get("last_crash") or {}).get("time")
                 if told != known:
-                    self._crash = cut_crash(await self._get("/crash")) if told else None
+                    self._crash = await self._read_crash() if told else None
         except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, AttributeError):
             return None
         return cut_status(status) | {"crash": self._crash}
+
+    async def _read_crash(self) -> dict[str, Any] | None:
+        """`None` when the card is not there (yet): asked for again at the next look."""
+        card = await self._get("/crash")
+        return cut_crash(card) if "time" in card else None
 
     async def _get(self, path: str) -> dict[str, Any]:
         async with self._session.get(self._url + path) as response:

@@ -7,6 +7,7 @@ files of a shared folder, and whichever is asked answers for all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ GAP_SECONDS = (
 LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 358, 512, 1024, 2048, 4096, 10_000)
 
+_VERSION = re.compile(r"version=([^;,]*)")
+_NUMBERS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}\s*")
 _ALL_KEYS = "(all)"  # no key can be called so
 
 Rows = Iterable[tuple[Sequence[str], float]]
@@ -351,8 +354,14 @@ class Metrics:
             for figure in self._live:
                 registry.register(figure)
         encode: Any
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = _choose_form(accept)
         return bytes(encode(registry if by_key else WithoutKeys(registry))), content_type
+
+
+def _choose_form(accept: str) -> tuple[Any, str]:
+    """Plain text for who asks for a version that is none: the library would stumble over it."""
+    versions = _VERSION.findall(accept)
+    return choose_encoder(accept if all(map(_NUMBERS.fullmatch, versions)) else "")
 
 
 METRICS = web.AppKey("metrics", Metrics)

@@ -244,5 +244,8 @@ def _is_local(request: web.Request) -> bool:
     """
     if request.version < HttpVersion11 or any(map(_PROXY_HEADERS.fullmatch, request.headers)):
         return False
-    places = (request.app[SETTINGS].host, request.remote or "", request.url.host or "")
-    return all(map(is_loopback, places))
+    try:
+        name = request.url.host or ""
+    except ValueError:  # a `Host` that is none
+        return False
+    return all(map(is_loopback, (request.app[SETTINGS].host, request.remote or "", name)))

@@ -192,7 +192,14 @@ async def _change_engines(
 ) -> None:
     """Engines that are gone finish what they have: nothing new goes there."""
     known = {engine.url: engine for engine in app[POOL].engines}
-    engines = [known.get(hide_password(url)) or app[ENGINE_LIST].build(url) for url in urls]
+    engines = []
+    for url in urls:
+        engine = known.get(hide_password(url))
+        if engine is None:
+            engine = app[ENGINE_LIST].build(url)
+        else:
+            engine.change_password(url)
+        engines.append(engine)
     await app[POOL].set_engines(engines)
     for url in known.keys() - set(map(hide_password, urls)):
         watches.pop(url).cancel()

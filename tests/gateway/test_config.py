@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.config import SettingsError, list_settings, load_settings
+from gateway.app import build_app
+from gateway.config import Settings, SettingsError, list_settings, load_settings
+from tests.gateway.conftest import Serve, make_settings
 
 
 def test_settings_come_from_flags_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +36,13 @@ def test_settings_come_from_flags_then_environment(monkeypatch: pytest.MonkeyPat
         ("GATEWAY_SYSTEM_PROMPT_FILE", "nope", "shipped: one-line"),
         ("GATEWAY_WARMUP_FILE", "/nope", "there is no file '/nope'"),
         ("GATEWAY_TEMPERATURE", "3", "GATEWAY_TEMPERATURE: "),
+        ("GATEWAY_CLIENT_WRITE_TIMEOUT_S", "2592000", "the longest time is 1000000 seconds"),
+        ("GATEWAY_CLIENT_WRITE_TIMEOUT_S", "inf", "GATEWAY_CLIENT_WRITE_TIMEOUT_S: "),
+        ("GATEWAY_PROBE_INTERVAL_S", "1e300", "the longest time is 1000000 seconds"),
+        ("GATEWAY_BATCH_WEIGHT", "inf", "GATEWAY_BATCH_WEIGHT: "),
+        ("GATEWAY_ENGINES", "http://a:1,http://me:pw@A:1/", "http://a:1 is there twice"),
+        ("GATEWAY_ENGINES", "https://a,https://a:443", "https://a:443 is there twice"),
+        ("GATEWAY_SERVICE_HOST", "10.0.0.1", "`enableServiceLinks: false` in the pod's spec"),
     ],
 )
 def test_settings_bad_value_is_one_clear_line(
@@ -47,6 +57,44 @@ def test_settings_bad_value_is_one_clear_line(
 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_ENGINES", "GATEWAY_LAUNCHERS"])
+def test_settings_refused_address_is_told_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("GATEWAY_PROMPT_STYLE", "raw")
+    monkeypatch.setenv(name, "http://me:hunter2@a:1,http://me:hunter2@a:x")
+
+    with pytest.raises(SettingsError, match="'http://a:x' is not an http") as caught:
+        load_settings()
+
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop": tuple("abcde")}, "GATEWAY_STOP: stop takes at most"),
+        ({"stop": tuple("abcd"), "prompt_style": "qa"}, "GATEWAY_STOP: stop takes at most"),
+        ({"stop": ("a" * 10_000,)}, "GATEWAY_STOP: stop takes at most"),
+        ({"max_tokens": 2**40}, "GATEWAY_MAX_TOKENS: "),
+        ({"seed": 2**80}, "GATEWAY_SEED: "),
+    ],
+)
+def test_settings_that_every_request_would_fail_with_stop_the_start(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        build_app(make_settings(**fields))
+
+    assert "\n" not in str(caught.value)
+
+
+async def test_settings_longest_times_are_served(serve: Serve) -> None:
+    times = {name: 1e6 for name in Settings.model_fields if name.endswith("_timeout_s")}
+    async with serve(**times) as served:
+        assert (await served.predict("a")).status_code == 200
 
 
 def test_settings_file_stands_below_the_environment(

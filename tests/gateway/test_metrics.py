@@ -19,8 +19,9 @@ from gateway.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
 from gateway.pool import POOL
 from gateway.trace import Trace
 from scripts.record import Figure, take_record, write_record
-from tests.fake_engine import Behaviour
+from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
+from tests.gateway.raw import ask, build_request
 from tests.gateway.test_workers import serve_workers
 
 STREAM = {"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}
@@ -98,6 +99,35 @@ async def test_metrics_are_openmetrics_for_who_asks_and_text_for_others(served: 
     assert "# TYPE gateway_requests counter" in asked.text
     assert asked.text.endswith("# EOF\n")
     assert "_created" not in plain.text + asked.text
+
+
+@pytest.mark.parametrize(
+    "version", ["abc", "x.y", "2.x", "", '"1.0.0"', "1..0", "9" * 5000, "3.\xff", "3.\u0661"]
+)
+@pytest.mark.parametrize("form", ["application/openmetrics-text", "text/plain"])
+async def test_metrics_in_a_version_that_is_none_are_plain_text(
+    served: Served, form: str, version: str
+) -> None:
+    accept = f"{form};version={version}".encode("utf-8" if "\u0661" in version else "latin-1")
+    request = build_request("GET", "/metrics", headers=[("Accept", accept)])
+    answer = await ask(served.url, request, "GET")
+
+    assert answer.status == 200
+    assert b"gateway_build_info{" in answer.body
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+
+
+async def test_metrics_tell_no_password_of_an_engine() -> None:
+    async with serve_app(build_fake_engine(Behaviour())) as url:
+        secret = url.replace("//", "//me:hunter2@")
+        async with serve_gateway(engines=(secret,)) as served:
+            await cause_everything(served)
+            text = await read(served)
+
+    assert f'gateway_engine_failures_total{{engine="{url}"}}' in text
+    assert f'gateway_breaker_trips_total{{engine="{url}"}}' in text
+    assert "hunter2" not in text
+    assert "me:" not in text
 
 
 async def test_stream_is_observed_once_however_many_chunks(serve: Serve) -> None:

@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 import structlog
 from aiohttp import web
 
+from gateway import launchers
 from gateway.launchers import hide_secrets
 from gateway.pool import POOL
 from tests.fake_engine import Behaviour, serve_app
@@ -430,6 +432,35 @@ async def test_crash_log_is_not_for_who_comes_as_a_proxy_does(serve: Serve) -> N
             crash = json.loads(answer.body)["launchers"][0]["crash"]
 
             assert ("last_lines" in crash, "cause" in crash) == (is_here, is_here)
+
+
+@pytest.mark.parametrize("host", [b"x:abc", b"x:99999", b"127.0.0.1:99999", b"\xff", b""])
+async def test_status_for_a_host_that_is_none_keeps_the_crash_log(
+    serve: Serve, host: bytes
+) -> None:
+    async with serve_with_launcher(serve, Launcher()) as served:
+        head = b"GET /ui/status HTTP/1.1\r\nConnection: close\r\nHost: " + host + b"\r\n\r\n"
+        answer = await ask(served.url, head, "GET")
+
+        if answer.status != 400:
+            assert answer.status == 200
+            assert "last_lines" not in json.loads(answer.body)["launchers"][0]["crash"]
+
+
+async def test_launcher_whose_crash_card_is_missing_is_asked_again() -> None:
+    launcher = Launcher()
+    card, launcher.crash = launcher.crash, {"error": "no crash is known"}
+    async with serve_app(launcher.build()) as url, aiohttp.ClientSession() as session:
+        reader = launchers.Launcher(url, session)
+        for _ in range(2):
+            status = await reader.read()
+            assert status is not None
+            assert (status["state"], status["crash"]) == ("starting", None)
+
+        launcher.crash = card
+        status = await reader.read()
+        assert status is not None
+        assert status["crash"]["signal"] == "SIGKILL"
 
 
 async def test_crash_log_without_keys_stays_where_the_gateway_serves_others(serve: Serve) -> None:

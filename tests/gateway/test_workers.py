@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 
 from gateway.keys import make_key
-from gateway.ledger import Ledger, make_ledger_file
+from gateway.ledger import FIRST_SLOTS, Ledger, make_ledger_file
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 
@@ -173,3 +174,22 @@ def test_ledger_is_common_memory(tmp_path: Path) -> None:
     assert (other.row("a")[1], one.row("b")[1], one.row("c")[1]) == (2.5, 7, 0)
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_ledger_grows_and_loses_nothing(tmp_path: Path, is_shared: bool) -> None:
+    path = make_ledger_file(tmp_path) if is_shared else None
+    one = Ledger(path)
+    other = Ledger(path) if is_shared else one
+    count = 4 * FIRST_SLOTS
+
+    for number in range(count):
+        (one, other)[number % 2].row(f"key:{number}")[1] = number
+
+    third = Ledger(path) if is_shared else one
+    for ledger in (one, other, third):
+        assert [ledger.row(f"key:{number}")[1] for number in range(count)] == list(range(count))
+    if path is not None:
+        assert path.stat().st_size <= 16 * 64 * FIRST_SLOTS
+    for ledger in {one, other, third}:
+        ledger.close()

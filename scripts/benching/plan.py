@@ -40,9 +40,17 @@ class Scale:
         return Budget(self.seconds[part] * share, most, min(self.fewest, most))
 
 
-# On two cores with the demo model: eleven minutes, and one.
+# On two cores with the demo model: thirteen minutes, and one.
 FULL = Scale(
-    {"one": 15, "batch": 80, "calls": 110, "streams": 75, "sweep": 190, "outside": 45, "relay": 85},
+    {
+        "one": 15,
+        "batch": 80,
+        "calls": 180,
+        "streams": 120,
+        "sweep": 190,
+        "outside": 45,
+        "relay": 85,
+    },
     FEWEST_ROUNDS,
     358,
 )
@@ -82,17 +90,17 @@ def list_workloads(
         yield single, scale.budget("one", 150)
     if "batch" in parts:
         batch = OneCall(batch_title(scale.prompts), all_questions, longest)
-        yield batch, scale.budget("batch", 30)
+        yield batch, scale.budget("batch", 150)
     if "calls" in parts:
         calls = ManyCalls(f"{scale.prompts} calls at once", all_questions, longest)
-        yield calls, scale.budget("calls", 30)
+        yield calls, scale.budget("calls", 150)
     if "streams" in parts:
         # A few streams vary more from round to round and take less time: they get more rounds.
         total = sum(count**0.25 for count in scale.streams)
         for count in scale.streams:
             title = f"{count} chat stream{'s at once' if count > 1 else ''}"
             streams = Streams(title, asked.take(count), min(_STREAM_TOKENS, longest))
-            yield streams, scale.budget("streams", 40, count**0.25 / total)
+            yield streams, scale.budget("streams", 150, count**0.25 / total)
 
 
 def plan_sweep(scale: Scale, asked: Questions, bound_s: float) -> Plan:

@@ -2,8 +2,13 @@
 
 Two lanes, `interactive` and `batch`, share the places by weight: each admission moves its lane's
 clock forward by its size over the lane's weight, and the lane whose clock is furthest behind goes
-next. The first in that lane is waited for even when it is large, so chats cannot starve a batch; a
-batch moves its clock far ahead, so it cannot starve chats. Within a lane: first come, first served.
+next. A batch moves its clock far ahead, so it cannot starve chats; and no visit counts for more
+than half of the places, so the largest neither waits for the last long stream nor takes them all.
+
+The first in that lane is waited for even when it is large, so chats cannot starve a batch. But as
+long as visits older than its turn alone keep it out, waiting helps nobody: whoever fits passes it.
+Once only those who passed are in its way its places are kept free, in every worker, until it is in.
+Otherwise: within a lane, first come, first served.
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ T = TypeVar("T")
 LaneName = Literal["interactive", "batch"]
 LANES: tuple[LaneName, ...] = ("interactive", "batch")
 _POLL_S = 0.005
+# Fields of a worker's row, after what runs and waits in each lane.
+_KEPT = 5  # places kept free for the one who is next
+_LIFE = 6  # which process in this place it is, counted
 # Completions older than a few of these no longer say how fast the engines are.
 _RATE_HALF_LIFE_S = 10.0
 _LONGEST_RETRY_AFTER_S = 120.0
@@ -86,7 +94,7 @@ async def within(deadline: float | None, work: Awaitable[T]) -> T:
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    turn: asyncio.Future[None]
+    turn: asyncio.Future[int]
     places: int
 
 
@@ -100,6 +108,20 @@ class _Lane:
     waiting_field: int
     clock: float = 0.0
     queue: deque[_Waiter] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Delay:
+    """Who is next and does not fit; and the places that visits older than its turn still hold."""
+
+    lane: _Lane
+    waiter: _Waiter
+    older: int
+    last_older: int
+
+
+def _clock(lane: _Lane) -> float:
+    return lane.clock
 
 
 class Gate:
@@ -127,10 +149,12 @@ class Gate:
         self._lanes = {"interactive": self._interactive, "batch": self._batch}
         self._rows = [self._ledger.row(f"gate:{index}") for index in range(worker.count)]
         self._own = self._rows[worker.index]
-        for number in range(1, 5):
+        for number in range(1, _KEPT + 1):
             self._own[number] = 0  # what an earlier process in this place left behind
-        self._accounts: set[str] = set()
+        self._own[_LIFE] += 1  # and what it held of a key's limit
         self._clock = 0.0
+        self._entries = 0
+        self._delayed: _Delay | None = None
         self._rate = _Rate()
         self._is_polling = False
         metrics.running_sequences.read = lambda: [((name,), self.count(name)[0]) for name in LANES]
@@ -138,23 +162,24 @@ class Gate:
 
     def enter(self, visit: Visit) -> Stay:
         """Holds the visit's places for as long as the block of `async with` runs."""
-        return Stay(self, visit, min(visit.sequences, self._capacity))
+        return Stay(self, visit, min(visit.sequences, max(1, self._capacity // 2)))
 
-    async def take(self, visit: Visit, places: int) -> None:
+    async def take(self, visit: Visit, places: int) -> int:
+        """The number of this entry; `give_back` wants it."""
         if visit.account_limit:
             self._open_account(visit, places)
         lane = self._lanes[visit.lane]
-        if not self._has_queue() and self._try_enter(lane, places):
-            return
+        if self._may_pass(lane) and self._try_enter(lane, places):
+            return self._number_entry()
         try:
-            await self._wait(visit, lane, places)
+            return await self._wait(visit, lane, places)
         except BaseException:
             if visit.account_limit:
                 self._close_account(visit, places)
             raise
 
-    def give_back(self, visit: Visit, places: int) -> None:
-        self._give_back(self._lanes[visit.lane], places)
+    def give_back(self, visit: Visit, places: int, entry: int) -> None:
+        self._give_back(self._lanes[visit.lane], places, entry)
         if visit.account_limit:
             self._close_account(visit, places)
 
@@ -177,7 +202,7 @@ class Gate:
     def _waiting(self) -> int:
         return int(sum(row[3] + row[4] for row in self._rows))
 
-    async def _wait(self, visit: Visit, lane: _Lane, places: int) -> None:
+    async def _wait(self, visit: Visit, lane: _Lane, places: int) -> int:
         expected_s = self.expected_wait_s(places)
         retry_after_s = min(max(1.0, expected_s), _LONGEST_RETRY_AFTER_S)
         waiting = self._waiting()
@@ -195,21 +220,22 @@ class Gate:
                     f"{max(0.0, patience_s):.1f} s",
                     retry_after_s=retry_after_s,
                 )
-        await self._queue(lane, places, patience_s, retry_after_s)
+        return await self._queue(lane, places, patience_s, retry_after_s)
 
     async def _queue(
         self, lane: _Lane, places: int, patience_s: float, retry_after_s: float
-    ) -> None:
+    ) -> int:
         if not lane.queue:
             # A lane that was idle starts now; time it did not use is not saved up.
             lane.clock = max(lane.clock, self._clock)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), places)
         lane.queue.append(waiter)
         self._own[lane.waiting_field] += places
+        self._admit()
         self._poll()
         try:
             async with asyncio.timeout(patience_s):
-                await waiter.turn
+                return await waiter.turn
         except BaseException as error:
             self._leave(lane, waiter)
             if isinstance(error, TimeoutError):
@@ -223,45 +249,111 @@ class Gate:
     def _has_queue(self) -> bool:
         return bool(self._interactive.queue or self._batch.queue)
 
-    def _try_enter(self, lane: _Lane, places: int) -> bool:
+    def _may_pass(self, lane: _Lane) -> bool:
+        """Nobody waits, or only the one who would wait even if all others stood aside."""
+        if not self._has_queue():
+            return True
+        if self._delayed is None or len(self._interactive.queue) + len(self._batch.queue) > 1:
+            return False
+        lane.clock = max(lane.clock, self._clock)
+        return True
+
+    def _try_enter(self, lane: _Lane, places: int, *, is_delayed: bool = False) -> bool:
         with self._ledger.lock:
             running = self._running()
-            if running + places > self._capacity:
+            kept = sum(row[_KEPT] for row in self._rows)
+            if is_delayed:
+                kept -= self._own[_KEPT]
+            if running + kept + places > self._capacity:
                 return False
             self._own[lane.running_field] += places
+            if is_delayed:
+                self._own[_KEPT] = 0
         self._rate.tick(is_busy=running > 0)
         return True
 
+    def _number_entry(self) -> int:
+        self._entries += 1
+        return self._entries
+
     def _leave(self, lane: _Lane, waiter: _Waiter) -> None:
         if waiter.turn.done() and not waiter.turn.cancelled():
-            self._give_back(lane, waiter.places)  # admitted in the very moment it gave up
+            # Admitted in the very moment it gave up.
+            self._give_back(lane, waiter.places, waiter.turn.result())
             return
         waiter.turn.cancel()
         lane.queue.remove(waiter)
         self._own[lane.waiting_field] -= waiter.places
+        if self._delayed and self._delayed.waiter is waiter:
+            self._delayed = None
+            self._own[_KEPT] = 0
         self._admit()
 
-    def _give_back(self, lane: _Lane, places: int) -> None:
+    def _give_back(self, lane: _Lane, places: int, entry: int) -> None:
         self._rate.tick(is_busy=True)
         self._rate.count(places)
+        if self._delayed and entry <= self._delayed.last_older:
+            self._delayed.older -= places
         with self._ledger.lock:
             self._own[lane.running_field] -= places
         if self._has_queue():
             self._admit()
 
     def _admit(self) -> None:
-        while queued := [lane for lane in self._lanes.values() if lane.queue]:
-            lane = min(queued, key=lambda one: one.clock)
+        while lane := self._next_lane():
             waiter = lane.queue[0]
             if waiter.turn.cancelled():
                 return  # it is about to leave, and calls again when it has
-            if not self._try_enter(lane, waiter.places):
+            if not self._try_enter(lane, waiter.places, is_delayed=self._delayed is not None):
+                if waiter.places > 1:  # where one place is too many there is nothing to pass for
+                    self._delay(lane, waiter)
+                    self._let_pass()
                 return
-            lane.queue.popleft()
-            self._own[lane.waiting_field] -= waiter.places
+            self._delayed = None
             self._clock = lane.clock
-            lane.clock += waiter.places / lane.weight
-            waiter.turn.set_result(None)
+            self._start(lane, waiter)
+
+    def _next_lane(self) -> _Lane | None:
+        if self._delayed:
+            return self._delayed.lane
+        queued = [lane for lane in self._lanes.values() if lane.queue]
+        return min(queued, key=lambda one: one.clock, default=None)
+
+    def _start(self, lane: _Lane, waiter: _Waiter) -> None:
+        lane.queue.remove(waiter)
+        self._own[lane.waiting_field] -= waiter.places
+        lane.clock += waiter.places / lane.weight
+        waiter.turn.set_result(self._number_entry())
+
+    def _delay(self, lane: _Lane, waiter: _Waiter) -> None:
+        """Its turn has come and it does not fit. Who came in from now on will not keep it out."""
+        if self._delayed is None:
+            older = int(self._own[1] + self._own[2])
+            self._delayed = _Delay(lane, waiter, older, self._entries)
+        if self._own[_KEPT]:
+            return
+        with self._ledger.lock:
+            # What other workers run is older to us: they cannot be told apart.
+            older = self._delayed.older + self._running() - int(self._own[1] + self._own[2])
+            # One at a time: several would keep places from one another for ever.
+            is_first = not any(row[_KEPT] for row in self._rows)
+            if is_first and older + waiter.places <= self._capacity:
+                self._own[_KEPT] = waiter.places
+
+    def _let_pass(self) -> None:
+        """Those next after the one who is delayed, as long as they fit."""
+        while any(self._let_one_pass(lane) for lane in sorted(self._lanes.values(), key=_clock)):
+            pass
+
+    def _let_one_pass(self, lane: _Lane) -> bool:
+        index = int(self._delayed is not None and self._delayed.lane is lane)
+        if len(lane.queue) <= index:
+            return False
+        waiter = lane.queue[index]
+        if waiter.turn.cancelled() or not self._try_enter(lane, waiter.places):
+            return False
+        self._start(lane, waiter)
+        return True
 
     def _poll(self) -> None:
         """Places that another worker gave back wake nobody here."""
@@ -280,11 +372,12 @@ class Gate:
         """Counts against the key's own limit, where it has one."""
         rows = [self._ledger.row(f"held:{visit.account}:{n}") for n in range(self._worker.count)]
         own = rows[self._worker.index]
-        if visit.account not in self._accounts:
-            self._accounts.add(visit.account)
-            own[1] = 0  # what an earlier process in this place left behind
         with self._ledger.lock:
-            held = int(sum(row[1] for row in rows))
+            if own[2] != self._own[_LIFE]:
+                own[1], own[2] = 0, self._own[_LIFE]
+            # What a process held that has died and been replaced counts no longer.
+            lives = zip(rows, self._rows, strict=True)
+            held = int(sum(row[1] for row, gate in lives if row[2] == gate[_LIFE]))
             # One request larger than the limit may still run, alone.
             if held and held + places > visit.account_limit:
                 wait_s = max(1.0, self._rate.time_for(places))
@@ -304,16 +397,16 @@ class Gate:
 class Stay:
     """A visit's time inside: a plain object, for a generator would cost each request more."""
 
-    __slots__ = ("_gate", "_places", "_visit")
+    __slots__ = ("_entry", "_gate", "_places", "_visit")
 
     def __init__(self, gate: Gate, visit: Visit, places: int) -> None:
         self._gate, self._visit, self._places = gate, visit, places
 
     async def __aenter__(self) -> None:
-        await self._gate.take(self._visit, self._places)
+        self._entry = await self._gate.take(self._visit, self._places)
 
     async def __aexit__(self, *_: object) -> None:
-        self._gate.give_back(self._visit, self._places)
+        self._gate.give_back(self._visit, self._places, self._entry)
 
 
 class _Rate:

@@ -289,19 +289,20 @@ async def test_predict_output_options_clean_the_answer(serve: Serve) -> None:
 
 
 async def test_predict_over_the_gate_waits_and_then_is_refused(serve: Serve) -> None:
-    async with serve(max_running=4, max_waiting=4, queue_timeout_s=0.3) as served:
+    async with serve(max_running=4, max_waiting=2, queue_timeout_s=0.3) as served:
         served.engine.delay_s = 1.0
-        first = asyncio.create_task(served.predict(list("abcd")))
-        await until(lambda: served.engine.running == 4)
+        # Each counts for half of the places.
+        first = [asyncio.create_task(served.predict(list(text))) for text in ("abcd", "ijkl")]
+        await until(lambda: served.engine.running == 8)
         second = asyncio.create_task(served.predict(list("efgh")))
-        await until(lambda: _metric(served, 'gateway_waiting_sequences{lane="batch"} 4.0'))
+        await until(lambda: _metric(served, 'gateway_waiting_sequences{lane="batch"} 2.0'))
 
         third = await served.predict("c")
 
         assert (third.status_code, third.json()["error"]["code"]) == (429, "overloaded")
         assert third.headers["Retry-After"] == "1"
         assert (await second).json()["error"]["code"] == "queue_timeout"
-        assert (await first).status_code == 200
+        assert [(await one).status_code for one in first] == [200, 200]
         served.engine.delay_s = 0
         assert (await served.predict(list("abcdefghi"))).status_code == 200
 

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Starts Grafana ("$@") unless others than this machine could log in with a password that all know.
+# Grafana keeps its first password: published, it has data of its own, where `admin` never was one.
 case "$GRAFANA_BIND" in
     127.* | localhost | ::1 | "[::1]") ;;
     *)
@@ -10,6 +11,8 @@ case "$GRAFANA_BIND" in
                 exit 2
                 ;;
         esac
+        export GF_PATHS_DATA="${GF_PATHS_DATA:-/var/lib/grafana}/published"
+        mkdir -p "$GF_PATHS_DATA" || exit 2
         ;;
 esac
 exec "$@"

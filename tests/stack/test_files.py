@@ -110,6 +110,28 @@ def test_gateway_reads_the_grade_that_make_grade_writes(way: tuple[str, ...]) ->
     assert not grades["bind"].get("create_host_path")
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "compose.yaml")
+def test_gateway_sees_a_keys_file_that_is_written_anew(way: tuple[str, ...]) -> None:
+    """Editors put another file in its place; a mount of the file would stay with the first."""
+    gateway = services(way, KEYS="", KEYS_FILE="keys.toml")["gateway"]
+    keys = mount(gateway, "/keys")
+    folder = Path(keys["source"])
+
+    assert gateway["environment"]["GATEWAY_KEYS_FILE"] == "/keys/keys.toml"
+    assert folder.is_dir()
+    assert passes("git", "ls-files", folder)
+    assert passes("git", "check-ignore", folder / "keys.toml")
+    assert keys["read_only"]
+    assert not keys["bind"].get("create_host_path")
+    assert "secrets" not in gateway
+
+
+def test_gateway_reads_keys_from_a_folder_of_ones_own_and_none_unasked(tmp_path: Path) -> None:
+    gateway = services(KEYS=str(tmp_path), KEYS_FILE="")["gateway"]
+    assert mount(gateway, "/keys")["source"] == str(tmp_path)
+    assert not gateway["environment"]["GATEWAY_KEYS_FILE"]
+
+
 def test_names_of_keys_are_told_to_prometheus_and_not_through_the_published_port() -> None:
     gateway = services()["gateway"]
     port = gateway["environment"]["GATEWAY_METRICS_PORT"]
@@ -139,7 +161,7 @@ PASSWORDS = [
 
 @pytest.mark.parametrize(("variables", "starts"), PASSWORDS, ids=str)
 def test_grafana_published_elsewhere_wants_a_password(
-    variables: dict[str, str], starts: bool
+    variables: dict[str, str], starts: bool, tmp_path: Path
 ) -> None:
     grafana = services(**({"GRAFANA_BIND": "", "GRAFANA_PASSWORD": ""} | variables))["grafana"]
     shell, script, program = grafana["entrypoint"]
@@ -147,7 +169,7 @@ def test_grafana_published_elsewhere_wants_a_password(
 
     result = subprocess.run(
         [shell, start, "echo", program, "runs"],
-        env=grafana["environment"],
+        env=grafana["environment"] | {"GF_PATHS_DATA": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -160,12 +182,29 @@ def test_grafana_published_elsewhere_wants_a_password(
         assert "set GRAFANA_PASSWORD" in result.stderr
 
 
-def test_grafana_published_elsewhere_has_no_account_from_before() -> None:
-    names = {
-        mount(services(**variables)["grafana"], "/var/lib/grafana")["source"]
-        for variables in ({"GRAFANA_BIND": ""}, {"GRAFANA_BIND": "0.0.0.0"})
-    }
-    assert len(names) == 2
+@pytest.mark.parametrize(
+    ("bind", "is_published"),
+    [("", False), ("127.0.0.1", False), ("[::1]", False), ("0.0.0.0", True), ("[::]", True)],
+)
+def test_grafana_published_elsewhere_has_no_account_from_before(
+    bind: str, is_published: bool, tmp_path: Path
+) -> None:
+    """Where `admin` was good enough must not be where others log in, however that was said."""
+    grafana = services(GRAFANA_BIND=bind, GRAFANA_PASSWORD="of-my-own")["grafana"]
+    shell, script, _ = grafana["entrypoint"]
+    assert mount(grafana, "/var/lib/grafana")["source"] == "grafana"
+
+    result = subprocess.run(
+        [shell, mount(grafana, script)["source"], "printenv", "GF_PATHS_DATA"],
+        env=grafana["environment"] | {"GF_PATHS_DATA": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    data = tmp_path / "published" if is_published else tmp_path
+    assert result.stdout == f"{data}\n"
+    assert data.is_dir()
 
 
 def test_every_image_of_a_registry_is_pinned() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.keys import make_key
 from scripts.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
 from tests.stack.conftest import GATEWAY, Step, answers, wait_until
@@ -300,11 +301,14 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
 
     made = stack.compose_said("run", "-T", "--rm", "--no-deps", "gateway", "new-key", "alice")
     key = made.err.rpartition("key, shown once: ")[2].split()[0]
-    file = stack.scratch / "keys.toml"
+    folder = stack.scratch / "keys"
+    folder.mkdir()
+    file = folder / "keys.toml"
     file.write_text(made.out, encoding="utf-8")
     stack.scratch.chmod(0o755)  # the container's user reads it
     with step("gateway with BIND and a keys file serves who has a key"):
-        stack.compose(*up, variables={"BIND": "0.0.0.0", "KEYS_FILE": str(file)})
+        keys = {"KEYS": str(folder), "KEYS_FILE": file.name}
+        stack.compose(*up, variables={"BIND": "0.0.0.0", **keys})
         wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
     assert stack.inspect(name_of("gateway"))["HostConfig"]["PortBindings"] == {
         "8000/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8000"}]
@@ -318,6 +322,11 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
     assert "alice" not in httpx.get(f"{GATEWAY}/metrics", trust_env=False).text
     by_alice = 'gateway_usage_requests_total{job="gateway",key="alice"}'
     wait_until("Prometheus is told her name", lambda: value_of(stack, by_alice) >= 1, within_s=30)
+    with step("a key is taken back by a file that another takes the place of, as editors do"):
+        other = folder / "keys.new"
+        other.write_text(make_key("bob")[1], encoding="utf-8")
+        other.replace(file)
+        wait_until("refused", lambda: predict(questions, key=key).status_code == 401, within_s=10)
     stack.compose(*up)
     wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
 

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import Settings
+from gateway.errors import REFUSALS
+from gateway.keys import Caller
+
 ROOT = Path(__file__).parent.parent
 PIN = re.compile(r"^([\w.-]+)==([^\s\\;]+)(?:\s*;\s*([^\\]+?))?\s*\\?$", re.MULTILINE)
 
@@ -96,3 +100,16 @@ def test_wheel_holds_both_programs_and_their_data(tmp_path: Path) -> None:
         "launcher/profiles/cpu.toml",
     ):
         assert name in listed
+
+
+def test_gateways_page_names_every_error_and_every_right_of_a_key() -> None:
+    page = (ROOT / "docs" / "gateway.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "gateway").glob("*.py"))
+    codes = set(re.findall(r'\bcode(?:: ClassVar\[str\])? ?= ?"(\w+)"', sources)) | set(REFUSALS)
+
+    assert len(codes) > 30
+    assert {code for code in codes if f"`{code}`" not in page} == set()
+    _, _, keys = page.partition("## Keys")
+    assert {name for name in Caller.model_fields if f"    {name} = " not in keys} == set()
+    settings = set(re.findall(r"GATEWAY_([A-Z_]+)", page))
+    assert {name for name in settings if name.lower() not in Settings.model_fields} == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from scripts.grading.progress import Progress
 from scripts.grading.result import Grade
 from tests.fake_engine import serve_app
 from tests.scripts.judged import Judged, build_judged, read_pairs
+
+# A shell's background job ignores Ctrl-C, and so would every program that a test starts and stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Examine = Callable[..., Coroutine[Any, Any, Grade]]
 

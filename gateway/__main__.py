@@ -87,7 +87,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
     tame_garbage_collection()
     log.info("gateway_listening", host=settings.host, port=runner.addresses[0][1])
     if read_worker().count > 1:
-        orphaned = asyncio.create_task(_stop_with_parent(stop))
+        orphaned = asyncio.create_task(_stop_with_parent(stop, read_worker().parent))
         await stop.wait()
         orphaned.cancel()
     await stop.wait()
@@ -108,9 +108,10 @@ def tame_garbage_collection() -> None:
     gc.set_threshold(5_000, 20, 20)
 
 
-async def _stop_with_parent(stop: asyncio.Event) -> None:
-    """A parent that was killed tells nobody; its workers must not hold the port for ever."""
-    parent = os.getppid()
+async def _stop_with_parent(stop: asyncio.Event, parent: int) -> None:
+    """A parent that was killed tells nobody, and perhaps was before we could look; its workers must
+    not hold the port for ever.
+    """
     while os.getppid() == parent:  # noqa: ASYNC110 — nobody sends an event for this
         await asyncio.sleep(1)
     log.error("parent_died")

@@ -367,11 +367,12 @@ class Worker:
     index: int = 0
     count: int = 1
     folder: Path | None = None
+    parent: int = 0  # its process id
 
     def environment(self) -> dict[str, str]:
         """What the parent gives a worker; not a setting, so not in their name space."""
         return {
-            _WORKER_VARIABLE: f"{self.index}/{self.count}",
+            _WORKER_VARIABLE: f"{self.index}/{self.count}/{self.parent}",
             # prometheus_client chooses its shared counters by this, at import.
             _METRICS_VARIABLE: str(self.folder),
         }
@@ -381,8 +382,8 @@ def read_worker() -> Worker:
     place = os.environ.get(_WORKER_VARIABLE)
     if place is None:
         return Worker()
-    index, _, count = place.partition("/")
-    return Worker(int(index), int(count), Path(os.environ[_METRICS_VARIABLE]))
+    index, count, parent = map(int, place.split("/"))
+    return Worker(index, count, Path(os.environ[_METRICS_VARIABLE]), parent)
 
 
 def load_settings(arguments: Sequence[str] = ()) -> Settings:

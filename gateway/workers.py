@@ -7,6 +7,7 @@ ledger for limits and one folder for metrics.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -35,8 +36,11 @@ async def run_workers(settings: Settings, arguments: list[str]) -> int:
         folder = Path(name)
         make_ledger_file(folder)
         keepers = [
-            asyncio.create_task(_keep(Worker(index, settings.workers, folder), arguments, stop))
-            for index in range(settings.workers)
+            asyncio.create_task(_keep(worker, arguments, stop))
+            for worker in (
+                Worker(index, settings.workers, folder, os.getpid())
+                for index in range(settings.workers)
+            )
         ]
         codes = await asyncio.gather(*keepers)
     return max(codes)
@@ -53,7 +57,9 @@ async def _keep(worker: Worker, arguments: list[str], stop: asyncio.Event) -> in
             "gateway",
             *arguments,
             env=os.environ | worker.environment(),
-            start_new_session=True,  # a Ctrl-C reaches the parent alone, which drains in order
+            # A Ctrl-C reaches the parent alone, which drains in order. It is not a session: whoever
+            # started the parent in one ends all of us by it.
+            process_group=0,
         )
         code = await _watch(process, stop)
         mark_process_dead(process.pid, str(worker.folder))  # type: ignore[no-untyped-call]
@@ -65,7 +71,9 @@ async def _keep(worker: Worker, arguments: list[str], stop: asyncio.Event) -> in
         lived_s = time.monotonic() - started
         failures = failures + 1 if lived_s < _SHORTEST_LIFE_S else 0
         log.error("worker_died", worker=worker.index, code=code, lived_s=round(lived_s, 1))
-        await asyncio.sleep(min(0.1 * 2**failures, _LONGEST_PAUSE_S))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), min(0.1 * 2**failures, _LONGEST_PAUSE_S))
+            return 0
 
 
 async def _watch(process: asyncio.subprocess.Process, stop: asyncio.Event) -> int:

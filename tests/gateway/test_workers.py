@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.config import Worker
 from gateway.keys import make_key
 from gateway.ledger import FIRST_SLOTS, Ledger, make_ledger_file
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
@@ -155,6 +156,23 @@ async def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None
         workers.process.kill()
 
         await until(lambda: not [pid for pid in pids if _is_alive(pid)], timeout_s=15)
+
+
+async def test_worker_whose_parent_died_before_it_listened_leaves(tmp_path: Path) -> None:
+    make_ledger_file(tmp_path)
+    parent = await asyncio.create_subprocess_exec("true")
+    await parent.wait()
+    orphan = Worker(0, 2, tmp_path, parent.pid)
+    command = ["--port", "0", "--tokenizer", str(MODEL_FOLDER)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", *command, env=os.environ | orphan.environment()
+    )
+    try:
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def _is_alive(pid: int) -> bool:

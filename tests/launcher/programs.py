@@ -70,6 +70,7 @@ class Launcher:
             "LAUNCHER_DRAIN_TIMEOUT_S": "5",
             "LAUNCHER_LOG_FORMAT": "console",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "STARTED_BY_TEST_IN": f"{self.folder}/",  # of no meaning: `processes` looks for it
         }
         if self.fake is not None:
             own |= {"FAKE_VLLM": self.fake, "PYTHONPATH": f"{self.path}{FAKE_VLLM}:{ROOT}"}

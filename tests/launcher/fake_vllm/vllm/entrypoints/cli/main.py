@@ -111,7 +111,8 @@ class Server:
         self.tokenize_s = order.get("tokenize_s", self.tokenize_s)
         self.lost = order.get("lost", self.lost)
         self.is_stalled = order.get("stall", self.is_stalled)
-        return web.json_response({"core": self.core.pid if self.core else None})
+        core = self.core.pid if self.core else None
+        return web.json_response({"core": core, "running": self.running})
 
     def watch_core(self) -> None:
         """As vLLM does it: the core's death ends the server, with code 0."""

@@ -43,6 +43,7 @@ _COMBINED = "together"
 # Less than this is noise between two starts of the same engine.
 _WORTH_IT = 1.02
 _BATCH_TIMEOUT_S = 600.0
+_EXIT_PATIENCE_S = 2.0
 # Below it the model does not know the answers, so losing some of its score proves nothing.
 _TELLING_SCORE = 0.3
 
@@ -181,7 +182,8 @@ def combine(results: list[Result], max_loss: float) -> Candidate | None:
     shipped = results[0].speed
     best: dict[str, Result] = {}
     for result in results[1:]:
-        is_gain = result.speed > shipped * _WORTH_IT and result.loss <= max_loss
+        is_honest = result.loss <= max_loss and not result.failure
+        is_gain = result.speed > shipped * _WORTH_IT and is_honest
         axis = result.candidate.axis
         if is_gain and (axis not in best or best[axis].speed < result.speed):
             best[axis] = result
@@ -218,17 +220,25 @@ def _keep(bench: Bench, results: list[Result], say: Say) -> None:
     host_key = take_host_key(bench.vllm, bench.model, bench.device)
     measurements = settings.cache_path / f"tune-{host_key}.json"
     rows = [{**asdict(result), "tokens_per_s": round(result.speed, 1)} for result in results]
-    measurements.parent.mkdir(parents=True, exist_ok=True)
-    measurements.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    write_tuned(
-        settings.tuned_path,
-        host_key=host_key,
-        profile=bench.profile,
-        options=best.candidate.options,
-        environment=best.candidate.environment,
-        summary=summary,
-        measurements=str(measurements),
-    )
+    try:
+        measurements.parent.mkdir(parents=True, exist_ok=True)
+        measurements.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_tuned(
+            settings.tuned_path,
+            host_key=host_key,
+            profile=bench.profile,
+            options=best.candidate.options,
+            environment=best.candidate.environment,
+            summary=summary,
+            measurements=str(measurements),
+        )
+    except OSError as error:
+        say(summary)  # half an hour's work, and nowhere to put it
+        changes = " ".join(f"{k}={v}" for k, v in best.candidate.changes.items())
+        raise SettingsError(
+            f"cannot write {error.filename or settings.tuned_path} ({error.strerror}); make room "
+            f"or set LAUNCHER_CACHE_DIR. The fastest: {changes or 'the profile as shipped'}"
+        ) from None
     say(f"{settings.tuned_path}: {summary}")
 
 
@@ -312,6 +322,12 @@ class Bench:
                 if running.done():
                     running.result()
                 yield client, supervisor.standing.start_seconds or 0.0
+            except httpx.HTTPError as error:
+                # The line breaks a moment before the exit is known, and that says more.
+                await asyncio.wait({running}, timeout=_EXIT_PATIENCE_S)
+                if running.done():
+                    running.result()
+                raise LauncherError(f"the engine lost the batch: {error!r}") from None
             finally:
                 ready.cancel()
                 supervisor.ask_to_stop()

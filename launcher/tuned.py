@@ -68,7 +68,13 @@ def write_tuned(
         *(f"{name} = {_toml(value)}" for name, value in environment.items()),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")  # half a file would stop the next start
+    try:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _toml(value: Any) -> str:

@@ -67,6 +67,8 @@ def test_combine_takes_the_best_of_every_axis() -> None:
     assert combined is not None
     assert combined.options == {"b": 1, "c": 1}
     assert combine(rows[:3], 0.02) is None
+    rows[3].failure = "it crashed in its second round"
+    assert combine(rows, 0.02) is None
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -115,6 +117,41 @@ def test_tune_over_the_fake_keeps_the_fast_refuses_the_wrong(tmp_path: Path) -> 
         assert argv[argv.index("--max-num-batched-tokens") + 1] == "4096"
         assert "small-steps" in launcher.err
     assert launcher.processes() == []
+
+
+def test_tune_engine_that_dies_under_its_batch_is_left_out(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, fake="fast_with=192 dies_with=4096")
+    arguments = ("--tune-rounds", "2", "--tune-prompts", "2", "--tune-repeats", "1")
+    code, out, err = call(launcher, "tune", *arguments)
+    assert code == 0, err
+    (told,) = [line for line in out.splitlines() if " small-steps" in line and "min left" in line]
+    assert "the engine crashed" in told
+    assert "4096" not in (tmp_path / "cache" / "tuned.toml").read_text()
+    assert launcher.processes() == []
+
+
+def test_tune_engine_that_dies_under_the_reference_is_one_line_and_4(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, fake="dies_with=--port")
+    code, _, err = call(launcher, "tune", "--tune-prompts", "2")
+    assert code == 4
+    (line,) = [line for line in err.splitlines() if line.startswith("launcher: ")]
+    assert "the engine crashed" in line
+    assert "Traceback" not in err
+    assert launcher.processes() == []
+
+
+def test_tune_result_that_cannot_be_written_is_one_line_and_2(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, fake="fast_with=4096")
+    (tmp_path / "cache" / "tuned.toml").mkdir(parents=True)
+    arguments = ("--tune-rounds", "1", "--tune-prompts", "2", "--tune-repeats", "1")
+    code, out, err = call(launcher, "tune", *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("launcher: ")]
+    assert "set LAUNCHER_CACHE_DIR" in line
+    assert "max-num-batched-tokens=4096" in line  # found is found
+    assert "times the profile as shipped" in out
+    assert [path.suffix for path in (tmp_path / "cache").glob("tuned.toml*")] == [".toml"]
 
 
 def test_tuned_on_another_host_is_ignored_with_a_line(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
 `flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`, and `fast_with=WORD`,
-`wrong_with=WORD` for a word of its argv); once it runs, POST /fake tells it what to do.
+`wrong_with=WORD`, `dies_with=WORD` for a word of its argv); once it runs, POST /fake tells it what
+to do.
 """
 # ruff: noqa: T201, ASYNC110
 
@@ -59,6 +60,8 @@ class Server:
             choices = [{"index": i, "finish_reason": "abort"} for i in range(len(prompts))]
             return web.json_response({"choices": choices})
         self.running += len(prompts)
+        if len(prompts) > 1 and self.words.get("dies_with") in sys.argv:
+            os._exit(1)
         try:
             while self.is_stalled:
                 await asyncio.sleep(0.05)

@@ -1,58 +1,33 @@
-"""`python -m launcher up|serve|explain|doctor|tune`: read the settings, do the one thing."""
+"""`python -m launcher COMMAND`: ready for a signal first, then everything else (`commands.py`)."""
 
 from __future__ import annotations
 
-import asyncio
+import signal
 import sys
+from types import FrameType
 
-from launcher.config import (
-    COMMANDS,
-    ExplainSettings,
-    Settings,
-    TuneSettings,
-    load_settings,
-    suggest,
-)
-from launcher.doctor import run_doctor
-from launcher.errors import LauncherError, SettingsError
-from launcher.explain import explain
-from launcher.prepare import prepare
-from launcher.tune import tune
-from launcher.up import run
-
-_HELP = """usage: python -m launcher COMMAND [--help]
-
-  up       start the engine, then the gateway; stop both on a signal
-  serve    start the engine alone
-  explain  what the engine would be told, why, and what fits into its memory
-  doctor   check this host, the model and every flag before anything is started
-  tune     measure what is fastest on this host, for the profile `course` to use
-"""
+_ASKED = ("up", "serve")  # to stop these is no failure
 
 
 def main() -> int:
-    command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("--help", "-h", "help"):
-        print(_HELP, end="")
-        return 0
-    try:
-        if command not in COMMANDS:
-            raise SettingsError(f"unknown command {command}{suggest(command, COMMANDS)}")
-        return _dispatch(command, load_settings(COMMANDS[command], arguments))
-    except LauncherError as error:
-        print(f"launcher: {error}", file=sys.stderr)
-        return error.exit_code
+    words = sys.argv[1:]
+    expect_signals(is_asked=bool(words) and words[0] in _ASKED)
+    # Half a second of imports: until they are done, a Ctrl-C would be a traceback.
+    from launcher.commands import run_command  # noqa: PLC0415
+
+    return run_command(words)
 
 
-def _dispatch(command: str, settings: Settings) -> int:
-    if isinstance(settings, ExplainSettings):
-        print(explain(settings, as_json=settings.json_output))
-        return 0
-    if command == "doctor":
-        return run_doctor(settings, print)
-    if isinstance(settings, TuneSettings):
-        return asyncio.run(tune(settings, print))
-    return asyncio.run(run(prepare(settings), with_gateway=command == "up"))
+def expect_signals(*, is_asked: bool) -> None:
+    """Until the command has handlers of its own, if it has: what runs is undone, without a word."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(0 if is_asked else 128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell without job control has its background ignore Ctrl-C: that stays.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 if __name__ == "__main__":

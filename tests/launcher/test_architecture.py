@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[2] / "launcher"
 # From the top of the house to its ground; `leash` and `parser` are programs of their own.
 FLOORS = (
     ("__main__",),
+    ("commands",),
     ("doctor", "tune"),
     ("up", "explain"),
     ("crash", "status", "prepare"),
@@ -48,7 +49,7 @@ def test_launcher_module_imports_only_lower_floors(module: str) -> None:
 
 def test_importing_the_launcher_does_nothing_and_no_vllm() -> None:
     code = (
-        "import sys, launcher.__main__; "
+        "import sys, launcher.__main__, launcher.commands; "
         "print(sorted({'vllm', 'torch', 'gateway', 'huggingface_hub'} & set(sys.modules)))"
     )
     result = subprocess.run(

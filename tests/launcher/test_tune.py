@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import tomllib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from launcher.hardware import parse_device
 from launcher.profiles import Choice, build_plan
 from launcher.rouge import mean_rouge_l, rouge_l
 from launcher.tune import Candidate, Result, choose, combine, list_candidates
-from tests.launcher.programs import Launcher, running
+from tests.launcher.programs import Launcher, running, wait_for
 from tests.launcher.test_explain import call
 from tests.launcher.test_profiles import GPUS, make_plan
 
@@ -137,6 +138,19 @@ def test_tune_engine_that_dies_under_the_reference_is_one_line_and_4(tmp_path: P
     (line,) = [line for line in err.splitlines() if line.startswith("launcher: ")]
     assert "the engine crashed" in line
     assert "Traceback" not in err
+    assert launcher.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_tune_interrupted_leaves_nothing_and_no_traceback(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    launcher = Launcher(tmp_path, command="tune")
+    with running(launcher):
+        wait_for((launcher.state / "engine.json").exists, "an engine is started")
+        launcher.send(number)
+        assert launcher.wait() == 128 + number
+    assert launcher.err == ""
     assert launcher.processes() == []
 
 

@@ -65,6 +65,21 @@ def test_up_interrupted_stops_the_gateway_before_the_engine(launcher: Launcher) 
     assert launcher.err.index("launcher | gateway_stopped") < launcher.err.index("engine_draining")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_signal_while_it_imports_ends_it_with_0_and_no_word(
+    launcher: Launcher, tmp_path: Path, number: signal.Signals
+) -> None:
+    slow, mark = tmp_path / "slow", tmp_path / "imports"
+    slow.mkdir()
+    (slow / "pydantic.py").write_text(f"import time\nopen({str(mark)!r}, 'w')\ntime.sleep(60)\n")
+    launcher.path = f"{slow}:"
+    with running(launcher):
+        wait_for(mark.exists, "the imports have begun")
+        launcher.send(number)
+        assert launcher.wait(within_s=10) == 0
+    assert launcher.err == ""
+
+
 def test_up_gateway_killed_comes_back(launcher: Launcher) -> None:
     with running(launcher):
         wait_ready(launcher)

@@ -118,6 +118,7 @@ class _Delay:
     waiter: _Waiter
     older: int
     last_older: int
+    since: float
 
 
 def _clock(lane: _Lane) -> float:
@@ -329,12 +330,15 @@ class Gate:
         """Its turn has come and it does not fit. Who came in from now on will not keep it out."""
         if self._delayed is None:
             older = int(self._own[1] + self._own[2])
-            self._delayed = _Delay(lane, waiter, older, self._entries)
+            self._delayed = _Delay(lane, waiter, older, self._entries, time.monotonic())
         if self._own[_KEPT]:
             return
+        # Which of the visits in other workers are older cannot be told: for a while, all of them.
+        is_fresh = time.monotonic() < self._delayed.since + self._queue_timeout_s / 4
         with self._ledger.lock:
-            # What other workers run is older to us: they cannot be told apart.
-            older = self._delayed.older + self._running() - int(self._own[1] + self._own[2])
+            older = self._delayed.older
+            if is_fresh:
+                older += self._running() - int(self._own[1] + self._own[2])
             # One at a time: several would keep places from one another for ever.
             is_first = not any(row[_KEPT] for row in self._rows)
             if is_first and older + waiter.places <= self._capacity:

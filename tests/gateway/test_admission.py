@@ -31,7 +31,7 @@ def start_gate(tmp_path: Path) -> Iterator[StartGate]:
 
     def start(index: int, count: int) -> Gate:
         ledgers.append(Ledger(path))
-        settings = make_settings(max_running=8, queue_timeout_s=5.0)
+        settings = make_settings(max_running=8, queue_timeout_s=2.0)
         return Gate(settings, Metrics(), ledgers[-1], Worker(index, count, tmp_path))
 
     yield start
@@ -134,7 +134,7 @@ async def test_gate_batch_kept_out_by_long_streams_lets_chats_pass() -> None:
     assert gate.count("batch") == gate.count("interactive") == (0, 0)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 async def test_gate_batch_gets_in_under_a_steady_flow_of_chats(
     start_gate: StartGate, workers: int
 ) -> None:

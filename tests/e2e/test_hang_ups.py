@@ -56,7 +56,7 @@ def in_three_tries(test: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[
     @functools.wraps(test)
     async def patient(*args: P.args, **kwargs: P.kwargs) -> None:
         for _ in range(2):
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, pytest.fail.Exception):
                 return await test(*args, **kwargs)
             await asyncio.sleep(3)  # what is still running comes to its end
         return await test(*args, **kwargs)
@@ -162,8 +162,12 @@ async def test_sync_callers_timeout_frees_the_engine(
             sdk.ask(lambda client: client.chat.completions.create(messages=USER, **LONG))
         )
         await _until(engine, 1, timeout_s=1.0)
-        with pytest.raises(openai.APITimeoutError):
-            await asking
+        try:
+            answer = await asking
+        except openai.APITimeoutError:
+            pass
+        else:
+            pytest.fail(f"answered in time: {answer}")
 
         await _until(engine, 0, LONGEST_FREEING_S)
 

@@ -14,7 +14,7 @@ for version in 3.11 3.12 3.13; do
     continue
   fi
   # Side by side: they wait more than they compute.
-  ".venv-$version/bin/python" -m pytest -m "not engine" -q > "$logs/$version" 2>&1 &
+  ".venv-$version/bin/python" -m pytest -m "not engine and not slow" -q > "$logs/$version" 2>&1 &
   running[$version]=$!
 done
 failed=0

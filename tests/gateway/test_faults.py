@@ -422,6 +422,7 @@ async def test_engine_that_refuses_connections_is_503(tmp_path: Path, door: Door
     assert engine.calls == []
 
 
+@pytest.mark.slow
 async def test_faults_of_all_kinds_leave_nothing_behind(tmp_path: Path) -> None:
     """Two engines that fail at random: each caller gets one answer, then all is as before."""
     engines = ScriptedEngine(), ScriptedEngine()

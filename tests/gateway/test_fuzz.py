@@ -54,6 +54,7 @@ class Record:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 async def test_fuzz_spoilt_requests_get_an_envelope_and_nothing_leaks(tmp_path: Path) -> None:
     engine = Behaviour(delay_s=0.001)
     record = Record()

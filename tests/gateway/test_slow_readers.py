@@ -29,6 +29,7 @@ PROBES = 300
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 async def test_slow_readers_take_little_memory_and_slow_nobody(tmp_path: Path) -> None:
     engine = Behaviour(floods=lambda question: question == "flood")
     async with (
@@ -135,6 +136,7 @@ async def test_reader_who_takes_nothing_of_a_whole_answer_loses_his_socket(tmp_p
     assert "Traceback" not in gateway.read_log()
 
 
+@pytest.mark.slow
 async def test_reader_who_is_slow_but_steady_gets_all(tmp_path: Path) -> None:
     """Many times the limit in all, never without taking something."""
     async with (

@@ -96,6 +96,7 @@ def test_installed_parser_accepts_every_candidate() -> None:
     assert {key: verdict for key, verdict in verdicts.items() if verdict} == {}
 
 
+@pytest.mark.slow
 def test_tune_over_the_fake_keeps_the_fast_refuses_the_wrong(tmp_path: Path) -> None:
     # 4096 is `small-steps`; 192 is `half-batch`, as fast but with other answers.
     launcher = Launcher(tmp_path, fake="fast_with=4096 wrong_with=192")

@@ -294,6 +294,7 @@ async def test_door_that_fails_ends_the_run_and_is_named(
 # --- the knee
 
 
+@pytest.mark.slow
 async def test_knee_of_a_door_with_half_the_places_is_half_as_high() -> None:
     """Each call takes 20 ms of one place: 200 a second through four, 100 through two."""
     direct, gateway = (DoorSettings(delay_s=0.02, places=places) for places in (4, 2))
@@ -332,6 +333,7 @@ async def serve_direct(door: DoorSettings) -> AsyncIterator[str]:
         yield url
 
 
+@pytest.mark.slow
 async def test_refusals_of_a_full_door_end_its_knee_and_not_the_run(measure: Measure) -> None:
     door = DoorSettings(delay_s=0.05, refuses_above=4)
 
@@ -342,6 +344,7 @@ async def test_refusals_of_a_full_door_end_its_knee_and_not_the_run(measure: Mea
     assert result.sweep.knees["gateway"][0] < result.sweep.knees["direct"][0]
 
 
+@pytest.mark.slow
 async def test_door_that_never_answers_in_time_has_no_knee(measure: Measure) -> None:
     with pytest.raises(BenchFailed, match=r"gateway served no rate down to .* --p95-bound-s"):
         await measure(DoorSettings(delay_s=0.3), "sweep", "--p95-bound-s", "0.1")

@@ -23,7 +23,7 @@ setup-dev:
 serve: setup ## engine and gateway, here and now; Ctrl-C stops both
 	@exec $(PY) -m launcher up $(UP) $(ARGS)
 
-test: check ## every test, the real engine included, on every Python at hand
+test: check ## every test, the real engine included; what needs none also on the other Pythons at hand
 	@$(PY) -m pytest $(ARGS)
 	@scripts/test_pythons.sh $(VENV)
 

@@ -35,13 +35,9 @@ async def run_workers(settings: Settings, arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vllm-gateway-") as name:
         folder = Path(name)
         make_ledger_file(folder)
-        keepers = [
-            asyncio.create_task(_keep(worker, arguments, stop))
-            for worker in (
-                Worker(index, settings.workers, folder, os.getpid())
-                for index in range(settings.workers)
-            )
-        ]
+        count, parent = settings.workers, os.getpid()
+        workers = [Worker(index, count, folder, parent) for index in range(count)]
+        keepers = [asyncio.create_task(_keep(worker, arguments, stop)) for worker in workers]
         codes = await asyncio.gather(*keepers)
     return max(codes)
 

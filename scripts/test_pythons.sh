@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests that need no engine on the other Pythons this project supports, where they are installed.
+# Runs the tests that need no engine and are not marked `slow` on the other Pythons this project supports, where
+# they are installed.
 # usage: test_pythons.sh VENV      (`make test`; VENV is the one that has run everything already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +14,7 @@ for version in 3.11 3.12 3.13; do
     echo "test: Python $version is not here, its tests are left out" >&2
     continue
   fi
-  # Side by side: they wait more than they compute.
+  # Side by side: each takes hardly more than a core.
   ".venv-$version/bin/python" -m pytest -m "not engine and not slow" -q > "$logs/$version" 2>&1 &
   running[$version]=$!
 done

@@ -300,14 +300,13 @@ async def test_knee_of_a_door_with_half_the_places_is_half_as_high() -> None:
     direct, gateway = (DoorSettings(delay_s=0.02, places=places) for places in (4, 2))
     async with serve_direct(direct) as engine, serve_door(gateway) as url:
         options = ("--only", "sweep", "--p95-bound-s", "0.2")
-        bench = build_bench(url, engine, *options, sweep_window_s=0.3, sweep_rounds=1)
+        bench = build_bench(url, engine, *options, sweep_window_s=1.0, sweep_rounds=1)
         result = await bench.measure()
 
     assert result.sweep is not None
     knees = {arm: rates[-1] for arm, rates in result.sweep.knees.items()}
-    # About what the places can do in so short a window; a busy machine does less.
-    assert 0 < knees["direct"] < 260
-    assert 0 < knees["gateway"] < 150
+    assert 120 < knees["direct"] < 230
+    assert 60 < knees["gateway"] < 125
     assert find_row(result, "open loop: knee").span.value < 0.85
     failed = [point for point in result.sweep.points if not point.is_served]
     assert failed

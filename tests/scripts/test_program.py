@@ -369,46 +369,51 @@ def test_terminal_without_chinese_gets_escapes(url: str, tmp_path: Path) -> None
     assert "\\u6ca1\\u6709" in done.stdout
 
 
+def choose(url: str, questions: Path, folder: Path) -> list[str]:
+    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(questions)]
+    return [*command, "--details_out", str(folder / "details.json")]
+
+
+def start_on_terminal(command: list[str], folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """The program, and what its terminal shows."""
+    outside, inside = pty.openpty()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(folder), stdout=subprocess.DEVNULL, stderr=inside
+    )
+    os.close(inside)
+    return process, outside
+
+
+def read_rest(terminal: int) -> bytes:
+    shown = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    return shown
+
+
 def test_interrupted_while_scoring_ends_at_once(url: str, tmp_path: Path) -> None:
     """Many long references take long to score, without a wait in between."""
     rows = [{"question": f"question {n}", "answer": f"{n} " + "word " * 400} for n in range(900)]
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(path)]
-    command += ["--details_out", str(tmp_path / "details.json")]
-    outside, inside = pty.openpty()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=inside
-    )
-    os.close(inside)
+    process, terminal = start_on_terminal(choose(url, path, tmp_path), tmp_path)
     shown = b""
     while b"scoring" not in shown:
-        shown += os.read(outside, 65536)
+        shown += os.read(terminal, 65536)
 
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
-    shown = b""
-    with contextlib.suppress(OSError):
-        while chunk := os.read(outside, 65536):
-            shown += chunk
-    os.close(outside)
+    shown = read_rest(terminal)
     assert shown.endswith(b"grade: interrupted\r\n")
     assert b"Traceback" not in shown
 
 
 def test_terminal_sees_a_bar_and_others_lines(url: str, questions: Path, tmp_path: Path) -> None:
-    command = [*GRADE, "--no_start_server", "--server_url", url, "--questions", str(questions)]
-    command += ["--details_out", str(tmp_path / "details.json")]
-    outside, inside = pty.openpty()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=inside
-    )
-    os.close(inside)
-    shown = b""
-    with contextlib.suppress(OSError):
-        while chunk := os.read(outside, 65536):
-            shown += chunk
-    os.close(outside)
+    command = choose(url, questions, tmp_path)
+    process, terminal = start_on_terminal(command, tmp_path)
+    shown = read_rest(terminal)
 
     assert process.wait(60) == 0
     assert "█" * 28 in shown.decode()

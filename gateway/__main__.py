@@ -17,7 +17,6 @@ from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings, read_worker
 from gateway.keys import make_key
 from gateway.logs import configure_logging
-from gateway.pool import POOL
 from gateway.server import Runner
 from gateway.warmup import read_questions
 from gateway.workers import run_workers
@@ -63,7 +62,7 @@ def print_new_key(names: list[str]) -> int:
 
 
 async def serve(app: web.Application, settings: Settings) -> int:
-    """Listens; at SIGTERM or SIGINT readiness goes first, then running requests finish."""
+    """Listens until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -92,7 +91,6 @@ async def serve(app: web.Application, settings: Settings) -> int:
         orphaned.cancel()
     await stop.wait()
     log.info("gateway_draining")
-    app[POOL].draining = True
     await runner.cleanup()
     log.info("gateway_stopped")
     return 0

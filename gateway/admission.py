@@ -14,9 +14,10 @@ Otherwise: within a lane, first come, first served.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
@@ -183,6 +184,18 @@ class Gate:
         self._give_back(self._lanes[visit.lane], places, entry)
         if visit.account_limit:
             self._close_account(visit, places)
+
+    @contextlib.contextmanager
+    def enter_beside(self, visit: Visit) -> Iterator[None]:
+        """For what takes no place in an engine's batch: it counts against its key's limit alone."""
+        if not visit.account_limit:
+            yield
+            return
+        self._open_account(visit, visit.sequences)
+        try:
+            yield
+        finally:
+            self._close_account(visit, visit.sequences)
 
     def expected_wait_s(self, places: int) -> float:
         """How long until so many more places have become free, by what the engines did lately."""

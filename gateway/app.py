@@ -31,6 +31,7 @@ def build_app(
         middlewares=[middleware.surround],
     )
     app[SETTINGS] = settings
+    app[middleware.CROWD] = middleware.Crowd()
     worker = read_worker()
     app[METRICS] = Metrics(worker.folder)
     app[LEDGER] = Ledger(worker.folder / LEDGER_NAME if worker.folder else None)

@@ -101,13 +101,20 @@ class Engine:
     @property
     def breaker_left_s(self) -> float:
         """How long an engine that is ready stays out of use; no event marks the end of that."""
-        if self.state is not EngineState.READY:
+        if self.state is not EngineState.READY or self.suspect.is_set():
             return math.inf
         return max(0.0, self.tripped_until - time.monotonic())
 
     @property
     def is_busy(self) -> bool:
         return self._busy_until > time.monotonic()
+
+    def expected_start_s(self, usual_s: float) -> float:
+        """How long until it should be back, by what its past starts took; `usual_s` without any."""
+        if self.state is EngineState.READY:
+            return max(0.0, self.tripped_until - time.monotonic())
+        took_s = usual_s if self.typical_start_s is None else self.typical_start_s
+        return max(0.0, took_s - (time.monotonic() - self.down_since))
 
     def enter_state(self, state: EngineState, reason: str) -> None:
         now = time.monotonic()

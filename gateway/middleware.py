@@ -35,12 +35,27 @@ _GONE = 499  # what log and counters say of a caller who hung up
 _QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics")) | _PAGE_ROUTES
 
 
+class Crowd:
+    """How many requests are being answered, but for those who only look: a drain waits for them."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+CROWD = web.AppKey("crowd", Crowd)
+
+
 @web.middleware
 async def surround(request: web.Request, handler: Handler) -> web.StreamResponse:
     """One for everything: each more would cost every request a frame and a task of bookkeeping."""
     trace = Trace(_request_id(request), _route(request), span=request.get(SPAN))
     request[TRACE] = trace
     status = _GONE
+    crowd = request.app[CROWD]
+    counts = trace.route not in _QUIET_ROUTES
+    crowd.count += counts
     try:
         response = await _answer(request, handler, trace)
         status = response.status
@@ -48,6 +63,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
             trace.put_headers(response.headers)
         return response
     finally:
+        crowd.count -= counts
         _record(request.app, trace, status)
 
 

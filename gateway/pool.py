@@ -21,6 +21,7 @@ from aiohttp import web
 from gateway.config import Settings, SettingsError
 from gateway.engine import Engine, EngineState
 from gateway.errors import (
+    DeadlineUnreachable,
     EngineError,
     EngineTimeout,
     EngineUnreachable,
@@ -118,25 +119,42 @@ class Pool:
         return True
 
     async def acquire(
-        self, affinity: str = "", avoid: Engine | None = None, planned: Counter[str] | None = None
+        self,
+        affinity: str = "",
+        avoid: Engine | None = None,
+        planned: Counter[str] | None = None,
+        deadline: float | None = None,
     ) -> Engine:
-        """An engine to send to: held for a while when none is ready, as during a restart."""
+        """An engine to send to: held for a while when none is ready, as during a restart.
+
+        The deadline, on the loop's clock, is of use here for a refusal alone: who would wait in
+        vain is told so at once.
+        """
         if len(self.engines) == 1 and self._has_engine:
             return self.engines[0]
-        if not self._has_engine and not await self.wait_ready(self._settings.restart_hold_s):
-            raise Unavailable(
-                f"no engine is ready: {self.describe()}", retry_after_s=self.expected_start_s()
-            )
+        if not self._has_engine:
+            if deadline is not None:
+                self._check_deadline(deadline)
+            if not await self.wait_ready(self._settings.restart_hold_s):
+                raise Unavailable(
+                    f"no engine is ready: {self.describe()}", retry_after_s=self._retry_after_s()
+                )
         return self._choose(affinity, avoid, planned or Counter())
 
-    def expected_start_s(self) -> float:
-        """How long until an engine should be back, by what its past starts took."""
-        left_s = [
-            (engine.typical_start_s or self._settings.expected_start_s)
-            - (time.monotonic() - engine.down_since)
-            for engine in self.engines
-        ]
-        return max(_SHORTEST_RETRY_AFTER_S, min(left_s, default=_SHORTEST_RETRY_AFTER_S))
+    def _check_deadline(self, deadline: float) -> None:
+        left_s = deadline - asyncio.get_running_loop().time()
+        if self._expected_start_s(usual_s=0.0) > left_s:  # by what was learnt here, or not at all
+            raise DeadlineUnreachable(
+                f"no engine is ready before the deadline in {max(0.0, left_s):.1f} s: "
+                f"{self.describe()}",
+                retry_after_s=self._retry_after_s(),
+            )
+
+    def _expected_start_s(self, usual_s: float) -> float:
+        return min((one.expected_start_s(usual_s) for one in self.engines), default=usual_s)
+
+    def _retry_after_s(self) -> float:
+        return max(_SHORTEST_RETRY_AFTER_S, self._expected_start_s(self._settings.expected_start_s))
 
     def _choose(self, affinity: str, avoid: Engine | None, planned: Counter[str]) -> Engine:
         ready = [engine for engine in self.engines if engine.is_usable]

@@ -57,7 +57,7 @@ async def _answer(
     app = request.app
     builder, deadline = app[PROMPTS], visit.loop_deadline()
     # Says 503 before any work is done.
-    card = (await within(deadline, app[POOL].acquire())).card
+    card = (await within(deadline, app[POOL].acquire(deadline=deadline))).card
     max_model_len = card.max_model_len if card else None
     if card is not None:
         request[CALLER].check_model(card.name)

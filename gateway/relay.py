@@ -75,15 +75,16 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     caller = request[CALLER]
     if caller.models:
         caller.check_model(call.model)
-    if path not in GENERATING:
-        return await _pass_on(request, call)
-    trace = request[TRACE]
+    trace, gate = request[TRACE], request.app[GATE]
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
     visit = build_visit(request.headers, caller, call.sequences, lane)
+    trace.deadline = visit.loop_deadline()
+    if path not in GENERATING:
+        with gate.enter_beside(visit):
+            return await _pass_on(request, call)
     trace.note_queued()
-    async with request.app[GATE].enter(visit):
+    async with gate.enter(visit):
         trace.note_entered()
-        trace.deadline = visit.loop_deadline()
         return await _pass_on(request, call)
 
 
@@ -99,7 +100,7 @@ async def _pass_on(request: web.Request, call: RelayCall) -> web.StreamResponse:
     trace.carried = {name: request.headers[name] for name in _SENT if name in request.headers}
     avoid: Engine | None = None
     for attempt in range(settings.max_attempts):
-        acquiring = pool.acquire(affinity, avoid)
+        acquiring = pool.acquire(affinity, avoid, deadline=trace.deadline)
         engine = await (acquiring if trace.deadline is None else within(trace.deadline, acquiring))
         headers, span = trace.open_call(engine.url, call.sequences)
         headers["Content-Type"] = "application/json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from typing import Any, cast
 
 import structlog
@@ -17,9 +18,12 @@ from aiohttp.http_exceptions import ContentEncodingError
 
 from gateway.config import SETTINGS, Settings
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.middleware import refuse, translate
+from gateway.middleware import CROWD, refuse, translate
+from gateway.pool import POOL
 
 _UNSENT_BYTES = 2**17
+_LOOK_S = 0.02  # how often a drain looks whether all have left
+_LAST_WORDS_S = 1.0  # for what a drain has waited for in vain
 log = structlog.get_logger("gateway")
 
 
@@ -115,8 +119,19 @@ class Runner(web.AppRunner):
             auto_decompress=False,
             access_log=None,
             keepalive_timeout=settings.client_keepalive_s,
-            shutdown_timeout=settings.drain_timeout_s,
+            shutdown_timeout=_LAST_WORDS_S,
         )
+        self._drain_timeout_s = settings.drain_timeout_s
+
+    async def cleanup(self) -> None:
+        """Readiness goes first, then what runs finishes, then the door is closed: who comes in the
+        meantime is told when to come back.
+        """
+        self.app[POOL].draining = True
+        deadline = time.monotonic() + self._drain_timeout_s
+        while self.app[CROWD].count and time.monotonic() < deadline:  # noqa: ASYNC110 — seldom
+            await asyncio.sleep(_LOOK_S)
+        await super().cleanup()
 
     async def _make_server(self) -> web.Server:
         return Server(self.app, await super()._make_server(), **self._kwargs)

@@ -226,6 +226,11 @@ class TuneSettings(Settings):
     tune_rounds: int = Field(2, ge=1, description="Times that every candidate is started.")
     tune_repeats: int = Field(3, ge=1, description="Measured batches of one start.")
     tune_minutes: float = Field(30.0, gt=0, description="Time for everything.")
+    tune_only: str = Field(
+        "",
+        description="Candidates to measure, by the names that `--dry-run` lists, separated by "
+        "spaces; empty: all that apply here.",
+    )
     tune_max_loss: float = Field(
         0.02, ge=0, le=1, description="ROUGE-L that a candidate may lose against quality's answers."
     )

@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 import tomllib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from launcher.command import InstalledVllm, build_command, find_vllm
-from launcher.config import TuneSettings
+from launcher.config import TuneSettings, suggest
 from launcher.engine import Engine
 from launcher.errors import LauncherError, NeverReady, SettingsError
 from launcher.fingerprint import take_host_key
@@ -112,10 +112,23 @@ def list_candidates(device: Device, plan: Plan) -> list[Candidate]:
     return found
 
 
+def pick(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:
+    """The profile as shipped and those asked for; all of them when none is."""
+    known = [candidate.name for candidate in candidates[1:]]
+    for name in names:
+        if name not in known:
+            raise SettingsError(
+                f"tune_only: {name} is no candidate here{suggest(name, known)} "
+                f"(there are: {', '.join(known)})"
+            )
+    return [one for one in candidates if not names or one.name in (_SHIPPED, *names)]
+
+
 async def tune(settings: TuneSettings, say: Say) -> int:
     Output(settings.log_format, "none").configure_structlog(quiet=True)
     bench = Bench.prepare(settings)
     candidates = list_candidates(bench.device, bench.plan(Candidate(_SHIPPED, "", "")))
+    candidates = pick(candidates, settings.tune_only.split())
     say(f"profile {bench.profile} on {bench.device.title}, {bench.model.name}, {bench.vllm.title}")
     for candidate in candidates:
         changes = " ".join(f"{k}={v}" for k, v in candidate.changes.items())
@@ -210,7 +223,10 @@ def choose(results: list[Result], max_loss: float) -> Result:
 def _keep(bench: Bench, results: list[Result], say: Say) -> None:
     settings, shipped = bench.settings, results[0]
     if not shipped.speeds:
-        raise NeverReady(f"the profile as shipped could not be measured: {shipped.failure}")
+        reason = shipped.failure or (
+            f"{settings.tune_minutes:g} minutes are too short for it (LAUNCHER_TUNE_MINUTES)"
+        )
+        raise NeverReady(f"the profile as shipped could not be measured: {reason}")
     for result in results:
         if result.speeds and result.loss > settings.tune_max_loss:
             say(f"refused {result.candidate.name}: ROUGE-L loss {result.loss:.3f}")

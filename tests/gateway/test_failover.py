@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from aiohttp import encode_basic_auth, web
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.app import build_app
 from gateway.config import Settings, load_settings
-from gateway.pool import POOL, cut
+from gateway.pool import POOL, Pool, cut
 from gateway.wire import default_sampling
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
@@ -163,6 +164,33 @@ async def test_restarted_engine_serves_those_who_waited_at_once(serve: Serve) ->
                 answer = await asyncio.wait_for(call, 10)
 
     assert answer.json() == {"response": "answer:patient"}
+
+
+async def test_waiting_for_a_suspect_engine_is_no_polling(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its look hangs, so nothing says for a while whether it is well."""
+    looks = 0
+
+    def look(pool: Pool) -> bool:
+        nonlocal looks
+        looks += 1
+        return any(engine.is_usable for engine in pool.engines)
+
+    async with serve() as served:
+        pool = served.app[POOL]
+        monkeypatch.setattr(Pool, "_has_engine", property(look))
+        pool.engines[0].is_healthy = _hang  # type: ignore[method-assign]
+        pool.engines[0].suspect.set()
+
+        assert not await pool.wait_ready(0.5)
+
+        assert looks <= 3
+
+
+async def _hang() -> bool:
+    await asyncio.sleep(30)
+    return False
 
 
 async def test_engine_gone_for_long_tells_when_to_come_back(serve: Serve) -> None:

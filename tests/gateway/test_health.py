@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
+from pathlib import Path
 
+import httpx
 import pytest
 
 from gateway.config import SettingsError
-from tests.fake_engine import Behaviour
+from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
+from tests.gateway.process import serve_process
 
 
 @pytest.mark.parametrize("status", ["batch", "ok"])
@@ -104,3 +109,47 @@ async def test_warmup_file_without_questions_stops_the_start(tmp_path: object) -
     path.write_text('{"question": "a"}\n{"no": 1}\n')
     with pytest.raises(SettingsError, match="line 2"):
         read_questions(make_settings(warmup_file=path))
+
+
+async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Path) -> None:
+    engine = Behaviour()
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=20) as client,
+    ):
+        engine.delay_s = 2
+        running = asyncio.create_task(client.post("/predict", json={"prompt": "last"}))
+        await until(lambda: engine.running == 1)
+
+        gateway.process.send_signal(signal.SIGTERM)
+
+        await until(lambda: "gateway_draining" in gateway.read_log())
+        async with httpx.AsyncClient(base_url=gateway.url) as newcomer:
+            answers = [await newcomer.get(path) for path in ("/readyz", "/", "/healthz")]
+            assert [answer.status_code for answer in answers] == [503, 503, 200]
+            late = await newcomer.post("/predict", json={"prompt": "late"})
+            assert (late.status_code, late.headers["Retry-After"]) == (503, "5")
+        assert (await running).json() == {"response": "answer:last"}
+        assert await asyncio.wait_for(gateway.process.wait(), 5) == 0
+
+
+async def test_stop_what_does_not_end_is_cut_off_in_time(tmp_path: Path) -> None:
+    engine = Behaviour()
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url, "--drain-timeout-s", "0.5") as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30) as client,
+    ):
+        engine.delay_s = 25
+        running = asyncio.create_task(client.post("/predict", json={"prompt": "endless"}))
+        await until(lambda: engine.running == 1)
+        stopping = time.monotonic()
+
+        gateway.process.send_signal(signal.SIGTERM)
+
+        assert await asyncio.wait_for(gateway.process.wait(), 15) == 0
+        assert 0.5 <= time.monotonic() - stopping < 6
+        with pytest.raises(httpx.TransportError):
+            await running
+        await until(lambda: engine.running == 0)

@@ -188,6 +188,23 @@ async def test_key_concurrency_is_limited_in_sequences(serve: Serve, tmp_path: P
         assert large.status_code == 200  # type: ignore[attr-defined]
 
 
+async def test_key_concurrency_counts_what_takes_no_place(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, hugo="max_concurrency = 1")
+    async with serve(keys_file=path) as served:
+        served.client.headers.update(_bearer(keys["hugo"]))
+        served.engine.delay_s = 0.5
+        first = asyncio.create_task(served.predict("a"))
+        await until(lambda: served.engine.running == 1)
+
+        refused = await served.client.post("/tokenize", json={"prompt": "a b"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "key_concurrency")
+
+        assert (await first).status_code == 200
+        for _ in range(2):  # what it counted, it has given back
+            passed = await served.client.post("/tokenize", json={"prompt": "a b"})
+            assert passed.status_code == 200
+
+
 async def test_keys_are_read_again_when_the_file_changes(serve: Serve, tmp_path: Path) -> None:
     path, keys = _keys_file(tmp_path, old="")
     async with serve(keys_file=path) as served:

@@ -214,6 +214,32 @@ async def test_deadline_holds_while_no_engine_is_ready(serve: Serve) -> None:
         assert time.monotonic() - started < 3
 
 
+async def test_deadline_before_the_engine_is_back_is_refused_at_once(serve: Serve) -> None:
+    async with serve(restart_hold_s=20) as served:
+        pool = served.app[POOL]
+        pool.engines[0].typical_start_s = 40.0
+        served.engine.is_healthy = False
+        await until(lambda: not pool.is_ready)
+        started = time.monotonic()
+        chat = {"model": "fake", "messages": [{"role": "user", "content": "a"}]}
+
+        for url, body in (("/predict", {"prompt": "a"}), ("/v1/chat/completions", chat)):
+            answer = await served.client.post(url, json=body, headers={"X-Deadline-Ms": "9000"})
+            code = answer.json()["error"]["code"]
+            assert (answer.status_code, code) == (503, "deadline_unreachable")
+            assert 35 <= int(answer.headers["Retry-After"]) <= 40
+        assert time.monotonic() - started < 3
+
+        # By what was learnt the engine should be back: then waiting is worth it.
+        pool.engines[0].down_since -= 39
+        waiting = asyncio.create_task(
+            served.client.post("/predict", json={"prompt": "a"}, headers={"X-Deadline-Ms": "9000"})
+        )
+        await asyncio.sleep(0.1)
+        served.engine.is_healthy = True
+        assert (await waiting).status_code == 200
+
+
 async def test_deadline_in_mid_stream_ends_it_as_a_stream(served: Served) -> None:
     served.engine.stream_gap_s = 0.2
 

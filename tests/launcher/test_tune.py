@@ -195,7 +195,18 @@ def test_tune_without_time_says_what_it_left_out(tmp_path: Path) -> None:
     code, out, err = call(launcher, "tune", "--tune-minutes", "0.01", "--tune-prompts", "2")
     assert code == 3
     assert "left out: the time is used up" in out
-    assert "could not be measured" in err
+    assert "0.01 minutes are too short for it (LAUNCHER_TUNE_MINUTES)" in err
+
+
+def test_tune_only_tries_those_named_and_knows_their_names(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path)
+    code, out, _ = call(launcher, "tune", "--dry-run", "--tune-only", "half-batch small-steps")
+    assert code == 0
+    named = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert named == ["as", "small-steps", "half-batch"]
+    code, _, err = call(launcher, "tune", "--tune-only", "half-bach")
+    assert code == 2
+    assert "half-bach is no candidate here; did you mean half-batch?" in err
 
 
 def test_tune_dry_run_starts_nothing(tmp_path: Path) -> None:
@@ -207,13 +218,14 @@ def test_tune_dry_run_starts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_tune_on_the_cpu_result_is_used_by_the_next_start(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, fake=None)
-    arguments = ("--tune-rounds", "1", "--tune-repeats", "1", "--tune-minutes", "1.6")
-    code, out, err = call(launcher, "tune", *arguments, timeout_s=280)
+    arguments = ("--tune-rounds", "1", "--tune-repeats", "1", "--tune-only", "small-steps")
+    code, out, err = call(launcher, "tune", *arguments, timeout_s=580)
     assert code == 0, err
-    assert "tokens/s, ROUGE-L loss 0.0" in out
+    told = [line for line in out.splitlines() if "tokens/s, ROUGE-L loss 0.0" in line]
+    assert [line.split("  ")[1] for line in told] == ["as shipped", "small-steps"]
     tuned = tomllib.loads((tmp_path / "cache" / "tuned.toml").read_text())
     explained = call(launcher, "explain")[1]
     assert tuned["summary"] in explained

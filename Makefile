@@ -23,9 +23,9 @@ setup-dev:
 serve: setup ## engine and gateway, here and now; Ctrl-C stops both
 	@exec $(PY) -m launcher up $(UP) $(ARGS)
 
-test: check ## every test, the real engine included; what needs none also on the other Pythons at hand
-	@$(PY) -m pytest $(ARGS)
-	@scripts/test_pythons.sh $(VENV)
+test: check ## every test: those with the real engine, then the others on every Python at hand
+	@$(PY) -m pytest -m "engine or slow" $(ARGS) || [ $$? = 5 -a -n "$(ARGS)" ]
+	@scripts/test_pythons.sh $(VENV) $(ARGS)
 
 test-fast: setup-dev ## the tests that need no engine
 	@$(PY) -m pytest -m "not engine" $(ARGS)

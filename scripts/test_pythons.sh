@@ -1,27 +1,35 @@
 #!/usr/bin/env bash
-# Runs the tests that need no engine and are not marked `slow` on the other Pythons this project supports, where
-# they are installed.
-# usage: test_pythons.sh VENV      (`make test`; VENV is the one that has run everything already)
+# Runs the tests that need no engine and are not marked `slow` on every Python this project supports that is
+# installed here, side by side.
+# usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-done=$("$1/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+own=$1
+shift
+own_version=$("$own/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 declare -A running=()
 for version in 3.11 3.12 3.13; do
-  [ "$version" = "$done" ] && continue
-  if ! python3 scripts/setup.py --python "$version" --venv ".venv-$version" --engine none --dev; then
+  venv=".venv-$version"
+  if [ "$version" = "$own_version" ]; then
+    venv=$own
+  elif ! python3 scripts/setup.py --python "$version" --venv "$venv" --engine none --dev; then
     echo "test: Python $version is not here, its tests are left out" >&2
     continue
   fi
-  # Side by side: each takes hardly more than a core.
-  ".venv-$version/bin/python" -m pytest -m "not engine and not slow" -q > "$logs/$version" 2>&1 &
+  running[$version]=$venv
+done
+for version in "${!running[@]}"; do
+  "${running[$version]}/bin/python" -m pytest -m "not engine and not slow" -q "$@" |& sed -u "s/^/$version | /" &
   running[$version]=$!
 done
-failed=0
+failed=()
 for version in "${!running[@]}"; do
-  echo "test: Python $version"
-  wait "${running[$version]}" || failed=1
-  cat "$logs/$version"
+  code=0
+  wait "${running[$version]}" || code=$?
+  # 5: the caller's own arguments choose none of these tests.
+  [ "$code" = 0 ] || [ "$code" = 5 -a $# -gt 0 ] || failed+=("$version")
 done
-exit "$failed"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "test: failed on Python ${failed[*]}" >&2
+  exit 1
+fi

@@ -55,6 +55,15 @@ class Launcher:
         self.port, self.engine_port, self.status_port = free_port(), free_port(), free_port()
         self.state = self.folder / "state"
         self.process: subprocess.Popen[bytes] | None = None
+        if self.fake is None:
+            self._share_cache()
+
+    def _share_cache(self) -> None:
+        """The real vLLM takes 8 s to look at a model's class, in every empty cache anew."""
+        shared, own = self.folder.parent / "vllm-cache", self.folder / "cache" / "vllm"
+        shared.mkdir(exist_ok=True)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(shared)
 
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("LAUNCHER_", "GATEWAY_"))}

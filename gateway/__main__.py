@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import re
+import resource
 import signal
 import sys
 
@@ -21,6 +22,7 @@ from gateway.server import Runner
 from gateway.warmup import read_questions
 from gateway.workers import run_workers
 
+_ENOUGH_FILES = 2**20  # what Linux allows a process unless told otherwise
 log = structlog.get_logger("gateway")
 
 
@@ -35,11 +37,20 @@ def main() -> int:
         configure_logging(settings)
         if settings.workers > 1 and read_worker().count == 1:
             return asyncio.run(run_workers(settings, arguments))
+        raise_file_limit()
         app = build_app(settings, lambda: load_settings(arguments))
         return uvloop.run(serve(app, settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
+
+
+def raise_file_limit() -> None:
+    """A stream takes two files. Shells and containers allow 1,024 where the kernel allows more."""
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_FILES if most == resource.RLIM_INFINITY else min(most, _ENOUGH_FILES)
+    if few != resource.RLIM_INFINITY and few < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def check(settings: Settings) -> int:

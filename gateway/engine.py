@@ -8,6 +8,7 @@ limit of 100 connections is off: the Gate alone limits.
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from gateway.errors import (
     EngineTimeout,
     EngineUnreachable,
     InvalidRequest,
+    OutOfFiles,
     Unavailable,
 )
 from gateway.metrics import Metrics
@@ -184,6 +186,8 @@ class Engine:
         try:
             async with asyncio.timeout(self._settings.probe_timeout_s):
                 status, _ = await self._exchange("GET", "/health")
+        except OutOfFiles:
+            return self.state is not EngineState.DOWN  # nobody could ask: all stays as it was
         except (EngineError, TimeoutError):
             return False
         return status == 200
@@ -201,7 +205,7 @@ class Engine:
             async with asyncio.timeout(self._settings.probe_timeout_s):
                 status, answer = await self._exchange("GET", "/metrics")
             return parse_engine_load(answer) if status == 200 else None
-        except (EngineError, TimeoutError, ValueError):
+        except (EngineError, OutOfFiles, TimeoutError, ValueError):
             return None
 
     async def ask(
@@ -218,8 +222,10 @@ class Engine:
                     with answer:
                         text = await answer.content.read()
         except (aiohttp.ClientError, OSError) as error:
-            self.note_failure()
-            raise self.translate(error) from error
+            translated = self.translate(error)
+            if isinstance(translated, EngineError):
+                self.note_failure()
+            raise translated from error
         if answer.status < 500:
             if text is not None:
                 self.note_success()  # of a stream this is only the beginning
@@ -244,7 +250,13 @@ class Engine:
             raise self.translate(error) from error
 
     @staticmethod
-    def translate(error: Exception) -> EngineError:
+    def translate(error: Exception) -> EngineError | OutOfFiles:
+        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+            return OutOfFiles(
+                "the gateway may not open more connections; raise its limit of open files "
+                "(ulimit -n) or lower GATEWAY_MAX_RUNNING",
+                retry_after_s=1,
+            )
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
             return EngineUnreachable(
                 "the engine does not accept connections; it may be starting", retry_after_s=5

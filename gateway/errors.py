@@ -142,6 +142,12 @@ class Unavailable(GatewayError):
     code = "not_ready"
 
 
+class OutOfFiles(Unavailable):
+    """The gateway's own shortage: the engine is not to blame."""
+
+    code = "out_of_files"
+
+
 class EngineError(GatewayError):
     status = 502
     code = "engine_failed"

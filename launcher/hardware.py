@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from launcher.errors import SettingsError
 
 GIB = 2**30
 _GPUS = Path(__file__).parent / "gpus.toml"
+_QUERY_S = 20.0  # it takes seconds where a GPU is ill
 _QUERY = "name,memory.total,memory.used,compute_cap,driver_version"
 
 
@@ -97,14 +99,44 @@ def read_gpu() -> Device | None:
 
 
 def query_gpus(fields: str) -> list[list[str]]:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    command = _build_query(fields)
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_QUERY_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    if result.returncode != 0:
+    return _parse_rows(result.stdout, fields) if result.returncode == 0 else []
+
+
+async def ask_gpus(fields: str) -> list[list[str]]:
+    """The same for who has other work to do; cancelled, it leaves no process behind."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *_build_query(fields), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    except OSError:
         return []
-    return [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines()]
+    try:
+        async with asyncio.timeout(_QUERY_S):
+            out, _ = await process.communicate()
+    except TimeoutError:
+        return []
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return _parse_rows(out.decode(errors="replace"), fields) if process.returncode == 0 else []
+
+
+def _build_query(fields: str) -> list[str]:
+    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+
+
+def _parse_rows(text: str, fields: str) -> list[list[str]]:
+    """A row a GPU; a line of another form is a remark of nvidia-smi's, not a GPU."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return [row for row in rows if len(row) == len(fields.split(","))]
 
 
 def generation_of(capability: str) -> str:

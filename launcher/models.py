@@ -12,9 +12,9 @@ from typing import Any
 
 from launcher.config import DEMO_MODEL, Settings
 from launcher.errors import SettingsError
+from launcher.weights import NOT_WEIGHTS, is_complete, is_described
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
 # What `explain` needs of a model: its shape, and how it is told to write.
 _DESCRIPTION = [
     "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template*",
@@ -214,7 +214,7 @@ def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
             "model: LAUNCHER_HUB=modelscope needs its package: pip install modelscope"
         ) from None
     wanted = {"allow_patterns": _DESCRIPTION} if config_only else {"ignore_patterns": NOT_WEIGHTS}
-    is_enough = _is_described if config_only else is_complete
+    is_enough = is_described if config_only else is_complete
     with contextlib.suppress(Exception):  # plain ValueErrors for "not here yet"
         here = Path(modelscope.snapshot_download(name, local_files_only=True))
         if is_enough(here):
@@ -226,21 +226,6 @@ def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
     if not is_enough(here):
         raise SettingsError(f"model: ModelScope's copy of {name} in {here} is incomplete")
     return here
-
-
-def is_complete(folder: Path) -> bool:
-    """A download that was cut off leaves a folder that looks whole from outside."""
-    if not _is_described(folder):
-        return False
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((folder / name).is_file() for name in names)
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-
-
-def _is_described(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
 
 
 def _line(error: Exception) -> str:

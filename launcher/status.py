@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import platform
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from launcher.errors import SettingsError
 from launcher.fingerprint import read_version
-from launcher.hardware import query_gpus
+from launcher.hardware import ask_gpus
 from launcher.supervisor import CRASH_REASONS, RestartRule, Standing
 
 _STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
@@ -29,6 +30,8 @@ _GPU_QUERY = (
     "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
 )
 _GPU_FRESH_S = 5.0
+_GPU_PATIENCE_S = 1.0  # of a scrape, which has five seconds for everything
+_GPU_STALE_S = 30.0
 _MIB = 2**20
 _MHZ = 1e6
 
@@ -160,21 +163,34 @@ def _collect_standing(name: str, standing: Standing) -> Iterator[Metric]:
 
 
 class Gpus:
-    """What nvidia-smi says, asked by a scrape and at most every few seconds; nothing without it."""
+    """What nvidia-smi says, asked by a scrape and at most every few seconds; nothing without it.
+
+    One that takes long, as it does when a GPU is ill, must not cost the scrape all other figures.
+    """
 
     def __init__(self, *, has_gpu: bool) -> None:
         self._has_gpu = has_gpu
         self._rows: list[list[str]] = []
-        self._read_at = 0.0
-        self._reading = asyncio.Lock()
+        self._read_at = -math.inf
+        self._reading: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        if not self._has_gpu:
+        if not self._has_gpu or time.monotonic() - self._read_at < _GPU_FRESH_S:
             return
-        async with self._reading:
-            if time.monotonic() - self._read_at >= _GPU_FRESH_S:
-                self._rows = await asyncio.to_thread(query_gpus, _GPU_QUERY)
-                self._read_at = time.monotonic()
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        await asyncio.wait({self._reading}, timeout=_GPU_PATIENCE_S)
+        if time.monotonic() - self._read_at > _GPU_STALE_S:
+            self._rows = []
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    async def _read(self) -> None:
+        self._rows = await ask_gpus(_GPU_QUERY)
+        self._read_at = time.monotonic()
 
     def collect(self) -> Iterator[Metric]:
         columns = (
@@ -246,7 +262,11 @@ def build_status_app(source: StatusSource) -> web.Application:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 
+    async def close_gpus(_app: web.Application) -> None:
+        await gpus.close()
+
     app = web.Application()
+    app.on_cleanup.append(close_gpus)
     app.router.add_get("/status", status)
     app.router.add_get("/crash", crash)
     app.router.add_get("/readyz", readyz)

@@ -166,14 +166,14 @@ def release(version: str) -> tuple[int, ...]:
 def provide_model(name: str, folder: Path, hub: str) -> None:
     """Fetched aside and moved into place when whole: a folder that is there can be used."""
     sys.path.insert(0, str(ROOT))
-    models = importlib.import_module("launcher.models")
+    weights = importlib.import_module("launcher.weights")
     if not name:
         print("image: no model wanted")
         return
     if not _HUB_NAME.fullmatch(name) or ".." in name.split("/"):
         raise ImageError(f"{name!r} is neither a hub's name (Qwen/Qwen3-0.6B) nor a folder's")
     place = folder / name
-    if models.is_complete(place):
+    if weights.is_complete(place):
         print(f"image: {place} is there")
         return
     part = folder / ".part" / name
@@ -185,7 +185,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
             fetch(name, part, hub)
         else:
             raise ImageError(f"there is no model in {place}; put one there, or name one of a hub")
-        if not models.is_complete(part):
+        if not weights.is_complete(part):
             raise ImageError(f"what the hub has as {name} is no model with weights")
         shutil.rmtree(part / ".cache", ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
 def fetch(name: str, into: Path, hub: str) -> None:
     if not os.environ.get("HF_ENDPOINT"):  # empty from a compose file; the hub's client minds
         os.environ.pop("HF_ENDPOINT", None)
-    models = importlib.import_module("launcher.models")
+    weights = importlib.import_module("launcher.weights")
     print(f"image: fetching {name} from {hub}", flush=True)
     try:
         if hub == "modelscope":
@@ -210,7 +210,7 @@ def fetch(name: str, into: Path, hub: str) -> None:
             importlib.import_module("huggingface_hub").snapshot_download(
                 name,
                 local_dir=into,
-                ignore_patterns=models.NOT_WEIGHTS,
+                ignore_patterns=weights.NOT_WEIGHTS,
                 token=read_token(),
             )
     except Exception as error:  # noqa: BLE001  (the hubs' trees of errors have no root in common)
@@ -222,8 +222,13 @@ def read_token() -> str | None:
     """From a secret of the build or of compose; never from an argument, which an image keeps."""
     try:
         text = HUB_TOKEN.read_text(encoding="ascii").strip()
-    except OSError:
+    except FileNotFoundError:
         text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ImageError(
+            f"cannot read the file HF_TOKEN_FILE ({reason}); user {os.getuid()} must be allowed to"
+        ) from None
     return text or os.environ.get("HF_TOKEN") or None
 
 

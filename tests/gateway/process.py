@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,14 +45,15 @@ class GatewayProcess:
 
 @contextlib.asynccontextmanager
 async def serve_process(
-    folder: Path, engine_url: str, *flags: str
+    folder: Path, engine_url: str, *flags: str, wrapper: Sequence[str] = ()
 ) -> AsyncIterator[GatewayProcess]:
+    """`wrapper`: a program that becomes the gateway, such as a shell with other limits."""
     command = ["--port", "0", "--engines", engine_url, "--tokenizer", str(MODEL_FOLDER)]
     command += ["--warmup-prompts", "2", "--log-format", "json"]
     path = folder / "gateway.log"
     with path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", *command, *flags, stderr=log
+            *wrapper, sys.executable, "-m", "gateway", *command, *flags, stderr=log
         )
     try:
         await until(lambda: process.returncode is not None or _port(path), _LONGEST_START_S)

@@ -24,7 +24,7 @@ FLOORS = (
     ("budget", "families"),
     ("models", "hardware", "flags"),
     ("config",),
-    ("errors",),
+    ("errors", "weights"),
     ("leash", "parser"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

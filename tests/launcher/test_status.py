@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,38 @@ async def test_metrics_tell_of_gpus_what_they_can(
     assert 'launcher_gpu_power_watts{gpu="0",name="NVIDIA H200"} 512.4' in text
     assert 'launcher_gpu_power_watts{gpu="1"' not in text
     assert 'launcher_gpu_clock_hertz{gpu="1",name="NVIDIA H200"} 3.45e+08' in text
+
+
+async def test_metrics_do_not_wait_for_a_gpu_that_is_ill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    began = time.monotonic()
+
+    text = await read_metrics(make_source("ready", "ready", has_gpu=True))
+
+    assert time.monotonic() - began < 4
+    assert "launcher_engine_up 1.0" in text
+    assert "launcher_gpu_" not in text
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+async def test_metrics_take_a_remark_of_nvidia_smi_for_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho No devices were found\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    text = await read_metrics(make_source("ready", "ready", has_gpu=True))
+
+    assert "launcher_engine_up 1.0" in text
+    assert "launcher_gpu_" not in text
 
 
 async def test_metrics_count_restarts_from_nought_and_date_the_last_crash() -> None:

@@ -207,6 +207,51 @@ def test_grafana_published_elsewhere_has_no_account_from_before(
     assert data.is_dir()
 
 
+@pytest.mark.parametrize("way", [(), ("compose.cpu.yaml",), ("compose.scale.yaml",)], ids=str)
+def test_settings_of_ones_own_files_reach_both_programs(
+    way: tuple[str, ...], tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    for path in COMPOSE_FILES:
+        shutil.copy(path, tmp_path)
+    files = [part for name in ("compose.yaml", *way) for part in ("-f", tmp_path / name)]
+    words = ("docker", "compose", *files, "config", "--format", "json")
+    if run("docker", "compose", "version").returncode != 0:
+        pytest.skip("no `docker compose` here; scripts/system.sh containers gets it")
+
+    def read(name: str, variable: str) -> str | None:
+        found: str | None = json.loads(passes(*words))["services"][name]["environment"].get(
+            variable
+        )
+        return found
+
+    engines = ["engine", "engine-2"] if "compose.scale.yaml" in way else ["engine"]
+    is_cpu = "compose.cpu.yaml" in way
+    assert read("gateway", "GATEWAY_WARMUP_PROMPTS") == ("32" if is_cpu else None)
+    assert read("engine", "LAUNCHER_ENGINE_LOG") is None
+
+    (tmp_path / "gateway.env").write_text("GATEWAY_WARMUP_PROMPTS=8\n")
+    (tmp_path / "engine.env").write_text("LAUNCHER_ENGINE_LOG=requests\n")
+
+    assert read("gateway", "GATEWAY_WARMUP_PROMPTS") == "8"
+    assert [read(name, "LAUNCHER_ENGINE_LOG") for name in engines] == ["requests"] * len(engines)
+    # A program's settings are its own: the other would refuse them.
+    assert read("gateway", "LAUNCHER_ENGINE_LOG") is None
+
+
+def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() -> None:
+    text = (ROOT / "Dockerfile.engine").read_text(encoding="utf-8")
+    stages = {part.split("\n")[0].split()[-1]: part for part in text.split("\nFROM ")[1:]}
+    assert stages["model"].startswith("base AS model")
+    assert stages["base"].startswith("${DEVICE} AS base")
+    copied = [line for name in ("base", "model") for line in stages[name].splitlines()]
+    sources = [word for line in copied if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert {source for source in sources if source.startswith(("launcher", "gateway"))} == {
+        "launcher/__init__.py",
+        "launcher/weights.py",
+    }
+
+
 def test_every_image_of_a_registry_is_pinned() -> None:
     images = compose((), "config", "--images").split()
     foreign = [image for image in images if not image.startswith("vllm-gateway")]

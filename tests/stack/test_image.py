@@ -205,6 +205,24 @@ def test_model_of_a_hub_is_fetched_whole_without_what_is_not_served(
     assert "hf_secret" not in said
 
 
+def test_token_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys; from scripts import image;"
+        "image.HUB_TOKEN = pathlib.Path(sys.argv[1]); sys.argv[1:] = ['model', 'a/b', sys.argv[1]];"
+        "sys.exit(image.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],  # not even root reads a folder
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "cannot read the file HF_TOKEN_FILE (Is a directory)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_model_of_a_hub_is_asked_for_with_the_secret_of_the_build(tmp_path: Path, hub: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hf_mounted\n")

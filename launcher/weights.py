@@ -1,0 +1,26 @@
+"""A model's files: which of a hub's are not wanted, and whether all that are wanted are here.
+
+It imports nothing of this project: an image's layer with a model stands on this file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
+
+
+def is_complete(folder: Path) -> bool:
+    """A download that was cut off leaves a folder that looks whole from outside."""
+    if not is_described(folder):
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / name).is_file() for name in names)
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def is_described(folder: Path) -> bool:
+    return (folder / "config.json").is_file()

@@ -25,7 +25,8 @@ _WORDS = frozenset(
     (
         *("and", "or", "unless", "on", "by", "group_left", "offset"),
         *("sum", "max", "min", "count", "topk", "rate", "increase", "changes", "vector"),
-        *("histogram_quantile", "predict_linear", "min_over_time"),
+        *("histogram_quantile", "predict_linear", "deriv", "time"),
+        *("min_over_time", "max_over_time"),
     )
 )
 _PROMETHEUS = {"up", "ALERTS", "process_resident_memory_bytes"}

@@ -28,10 +28,11 @@ def test_rules_do_what_their_cases_say(path: Path) -> None:
 @pytest.mark.parametrize("alert", ALERTS)
 def test_alert_has_a_firing_and_a_silent_case(alert: str) -> None:
     cases = (CASES / "alerts.test.yml").read_text(encoding="utf-8")
-    expected = re.findall(rf"alertname: {alert}\n\s+exp_alerts:(.*)", cases)
+    expected = re.findall(rf"alertname: {alert},?\s+exp_alerts:(.*)", cases)
+    silent = [alerts.startswith(" []") for alerts in expected]
 
-    assert "" in expected, "it is never seen firing"
-    assert " []" in expected, "it is never seen silent"
+    assert not all(silent), "it is never seen firing"
+    assert any(silent), "it is never seen silent"
 
 
 def test_alerts_are_those_that_the_page_explains() -> None:

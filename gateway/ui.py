@@ -198,7 +198,10 @@ async def handle_slash(_request: web.Request) -> web.Response:
 
 
 async def handle_file(request: web.Request) -> web.Response:
-    file = request.app[FILES].get(request.match_info["file"])
+    name = request.match_info["file"]
+    if name == _PAGE:
+        return await handle_slash(request)
+    file = request.app[FILES].get(name)
     if file is None:
         raise NotFound(f"there is no {request.path}")
     return _answer_file(request, file)

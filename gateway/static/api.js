@@ -25,9 +25,9 @@ export function setKey(value) {
 
 /** What went wrong, in the gateway's words, with what is needed to act on it. */
 export class Failure extends Error {
-  constructor(message, { status = 0, code = "", retryAfter = 0, requestId = "" } = {}) {
+  constructor(message, { status = 0, code = "", source = "", retryAfter = 0, requestId = "" } = {}) {
     super(message);
-    Object.assign(this, { status, code, retryAfter, requestId });
+    Object.assign(this, { status, code, source, retryAfter, requestId });
   }
 
   /** Nothing has run, so sending it again is safe. */
@@ -80,6 +80,7 @@ async function readFailure(response) {
   return new Failure(String(told.message ?? ""), {
     status: response.status,
     code: String(told.code ?? ""),
+    source: told.source,
     retryAfter: Number(response.headers.get("Retry-After")) || 0,
     requestId: requestId(response),
   });
@@ -118,8 +119,8 @@ function parseEvent(data, response) {
     throw new Failure("", { code: "garbled", requestId: requestId(response) });
   }
   if (event.error) {
-    const { message = "", code = "" } = event.error;
-    throw new Failure(String(message), { code: String(code), requestId: requestId(response) });
+    const { message = "", code = "", source } = event.error;
+    throw new Failure(String(message), { code: String(code ?? ""), source, requestId: requestId(response) });
   }
   return event;
 }

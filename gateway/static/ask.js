@@ -1,11 +1,14 @@
 // One question, streamed: the composer, the answers, and how fast they came.
 
 import { call, readEvents } from "./api.js";
-import { announce, button, find, make, readNumber, setText, showFailure } from "./parts.js";
+import { announce, button, find, make, openRefused, readNumber, setText, showFailure } from "./parts.js";
 import { explain, persist } from "./trouble.js";
 import { examples, number, rate, say, span } from "./words.js";
 
 const SHORTEST_WRITING_S = 0.1;
+
+// A key of an input method's; Safari tells of Enter after the composition, by 229 alone (WebKit bug 165004).
+const isComposing = (event) => event.isComposing || event.keyCode === 229;
 
 export class AskPanel {
   #turns = [];
@@ -14,19 +17,21 @@ export class AskPanel {
   constructor(live) {
     this.live = live;
     const form = find("ask-form");
+    this.form = form;
     this.field = find("question");
+    openRefused(form);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#submit();
     });
     this.field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) {
         event.preventDefault();
         form.requestSubmit();
       }
     });
     find("panel-ask").addEventListener("keydown", (event) => {
-      if (event.key === "Escape") this.#current?.stop();
+      if (event.key === "Escape" && !isComposing(event)) this.#current?.stop();
     });
     find("stop").addEventListener("click", () => {
       this.#current?.stop();
@@ -55,7 +60,7 @@ export class AskPanel {
   }
 
   async ask(question) {
-    if (this.#current) return;
+    if (this.#current || !this.form.reportValidity()) return;
     find("examples").hidden = true;
     const earlier = find("follow").checked ? this.#turns.filter((turn) => turn.isComplete) : [];
     const turn = new Turn(question, this.live, () => this.ask(question));
@@ -71,9 +76,17 @@ export class AskPanel {
     }
   }
 
+  /** One answer at a time; the keyboard's place is kept where its button goes. */
   #mark(isRunning) {
-    find("stop").hidden = !isRunning;
+    const stop = find("stop");
+    const hadFocus = (element) => element === document.activeElement;
+    const isAgain = this.#turns.some((turn) => hadFocus(turn.again));
+    const isStop = hadFocus(stop);
+    stop.hidden = !isRunning;
     find("send").disabled = isRunning;
+    for (const turn of this.#turns) turn.again.disabled = isRunning;
+    if (isRunning && isAgain) stop.focus();
+    else if (!isRunning && isStop) this.field.focus({ preventScroll: true });
   }
 
   #body(question, earlier) {

@@ -1,6 +1,6 @@
 // From a file or pasted text to a run: the form of the batch panel.
 
-import { find, make, readNumber, setText } from "./parts.js";
+import { find, make, openRefused, readNumber, setText } from "./parts.js";
 import { BadInput, parseQuestions, readFile } from "./questions.js";
 import { save } from "./results.js";
 import { Run } from "./run.js";
@@ -13,14 +13,15 @@ export class BatchPanel {
   #items = [];
   #found = null;
   #problem = null;
-  #fileName = "";
+  #file = null;
   #run = null;
   #typing = 0;
   #isCompact = false;
-  #shown = "";
+  #shown = null;
 
   constructor(live) {
     this.live = live;
+    openRefused(find("batch-form"));
     find("pick").addEventListener("click", () => find("file").click());
     find("file").addEventListener("change", (event) => {
       if (event.target.files[0]) this.takeFile(event.target.files[0]);
@@ -36,7 +37,7 @@ export class BatchPanel {
     find("batch-form").addEventListener("submit", (event) => {
       event.preventDefault();
       clearTimeout(this.#typing);
-      if (!this.#fileName) this.#take(find("paste").value);
+      if (!this.#file) this.#take(find("paste").value);
       if (this.#items.length && !this.#run?.isRunning) this.#start(this.#items.map((item) => ({ ...item })));
     });
     find("batch-stop").addEventListener("click", () => this.#run?.stop());
@@ -48,7 +49,7 @@ export class BatchPanel {
     find("change").addEventListener("click", () => {
       this.#isCompact = false;
       this.show();
-      (this.#fileName ? find("file-clear") : find("paste")).focus();
+      (this.#file ? find("file-clear") : find("paste")).focus();
     });
   }
 
@@ -65,20 +66,27 @@ export class BatchPanel {
   }
 
   async takeFile(file) {
-    this.#fileName = file.name;
-    const most = this.#limits?.body_bytes;
+    clearTimeout(this.#typing);
+    this.#file = file;
+    this.#isCompact = false;
+    this.#take(""); // what was there is not this file's
     try {
-      if (most && file.size > 4 * most) throw new BadInput("batch.tooLarge", { size: bytes(file.size), limit: bytes(most) });
-      this.#isCompact = false;
-      this.#take(await readFile(file));
+      const text = await this.#read(file);
+      if (this.#file === file) this.#take(text);
     } catch (error) {
       const problem = error instanceof BadInput ? error : new BadInput("batch.unreadable", { reason: error.message });
-      this.#fail(problem);
+      if (this.#file === file) this.#fail(problem);
     }
   }
 
+  #read(file) {
+    const most = this.#limits?.body_bytes;
+    if (most && file.size > 4 * most) throw new BadInput("batch.tooLarge", { size: bytes(file.size), limit: bytes(most) });
+    return readFile(file);
+  }
+
   #clearFile() {
-    this.#fileName = "";
+    this.#file = null;
     this.#take(find("paste").value);
     find("paste").focus();
   }
@@ -107,7 +115,7 @@ export class BatchPanel {
     for (const one of find("downloads").children) {
       one.setAttribute("aria-label", say("run.download", { format: one.textContent }));
     }
-    this.#shown = "";
+    this.#showFound();
     this.show();
     this.#run?.translate();
   }
@@ -116,9 +124,9 @@ export class BatchPanel {
     const isRunning = this.#run?.isRunning ?? false;
     const count = this.#items.length;
     find("batch-max-tokens").placeholder = this.#limits ? number(this.#limits.max_tokens) : say("options.default");
-    find("file-chip").hidden = !this.#fileName;
-    setText(find("file-chip").firstElementChild, this.#fileName);
-    find("paste-field").hidden = !!this.#fileName;
+    find("file-chip").hidden = !this.#file;
+    setText(find("file-chip").firstElementChild, this.#file?.name ?? "");
+    find("paste-field").hidden = !!this.#file;
     setText(find("run"), count ? say("batch.run", { count: number(count) }) : say("batch.runNone"));
     find("run").disabled = !count || isRunning;
     find("batch-stop").hidden = !isRunning;
@@ -126,9 +134,9 @@ export class BatchPanel {
     find("source").hidden = find("choices").hidden = this.#isCompact;
     find("change").hidden = !this.#isCompact || isRunning;
     setText(find("batch-hint"), count ? this.#warnOfPieces() : "");
-    const key = [count, this.#fileName, this.#problem?.message, this.#found?.format, this.#items[0]?.question].join("\n");
-    if (key !== this.#shown) {
-      this.#shown = key;
+    const known = this.#found ?? this.#problem; // made anew by every reading
+    if (known !== this.#shown) {
+      this.#shown = known;
       this.#showFound();
     }
   }

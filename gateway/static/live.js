@@ -95,12 +95,28 @@ export class Live extends EventTarget {
     });
   }
 
-  /** Answers and tokens that the engines have counted so far, or nothing where they do not count. */
+  /** The newest reading's counters, an engine's at its place, or nothing where none counts. */
   get counted() {
-    const loads = this.status?.engines.map((engine) => engine.load).filter(Boolean) ?? [];
-    if (!loads.length) return null;
-    return { answers: sum(loads, "finished"), tokens: sum(loads, "completion_tokens") };
+    const loads = this.#before && loadsOf(this.#before);
+    return loads?.some(Boolean) ? loads : null;
   }
+}
+
+const COUNTERS = { answers: "finished", tokens: "completion_tokens", firsts: "first_token_count", firstSum: "first_token_sum_s" };
+
+const loadsOf = (status) => status.engines.map((engine) => engine.load);
+
+/**
+ * By how much the counters grew, engine by engine: one without figures at either time, or that began
+ * anew, has no part in it, and then it `isWhole` no more. Nothing where no engine can be compared.
+ */
+export function compare(before, after) {
+  const isGrown = (old, now) => Object.values(COUNTERS).every((name) => now[name] >= old[name]);
+  const pairs = after.map((now, place) => ({ old: before[place], now })).filter(({ old, now }) => old && now && isGrown(old, now));
+  if (!pairs.length) return null;
+  const grown = ([told, name]) => [told, pairs.reduce((total, { old, now }) => total + now[name] - old[name], 0)];
+  const most = Math.max(before.filter(Boolean).length, after.filter(Boolean).length);
+  return { ...Object.fromEntries(Object.entries(COUNTERS).map(grown)), isWhole: pairs.length === most };
 }
 
 const sum = (list, name) => list.reduce((total, one) => total + one[name], 0);
@@ -119,32 +135,14 @@ function describe(status) {
 }
 
 function measure(status, before) {
-  const now = collect(status);
-  const old = before && collect(before);
-  const seconds = before ? status.at - before.at : 0;
-  const grown = (name) => (old && now[name] !== null && old[name] !== null && now[name] >= old[name] ? now[name] - old[name] : null);
-  const tokens = grown("tokens");
-  const firsts = grown("firstCount");
+  const loads = loadsOf(status).filter(Boolean);
+  const grown = before && compare(loadsOf(before), loadsOf(status));
   return {
     at: status.at,
-    rate: tokens === null ? null : tokens / seconds,
+    rate: grown && grown.tokens / (status.at - before.at),
     running: status.gate.running,
-    waiting: status.gate.waiting + (now.waiting ?? 0),
-    kv: now.kv,
-    first: firsts ? grown("firstSum") / firsts : null,
-  };
-}
-
-function collect(status) {
-  const loads = status.engines.map((engine) => engine.load).filter(Boolean);
-  if (!loads.length) {
-    return { tokens: null, waiting: null, kv: null, firstSum: null, firstCount: null };
-  }
-  return {
-    tokens: sum(loads, "completion_tokens"),
-    waiting: sum(loads, "waiting"),
-    kv: Math.max(...loads.map((load) => load.kv_usage)),
-    firstSum: sum(loads, "first_token_sum_s"),
-    firstCount: sum(loads, "first_token_count"),
+    waiting: status.gate.waiting + sum(loads, "waiting"),
+    kv: loads.length ? Math.max(...loads.map((load) => load.kv_usage)) : null,
+    first: grown?.firsts ? grown.firstSum / grown.firsts : null,
   };
 }

@@ -49,6 +49,7 @@ function prepareChoices() {
 }
 
 const TABS = ["ask", "batch"];
+const KEY_FORM = /^[\x20-\x7e]+$/; // what a header can carry
 
 function openTab(name, { takesFocus = false } = {}) {
   for (const one of TABS) {
@@ -121,11 +122,12 @@ function prepareKey() {
     event.preventDefault();
     const key = field.value.trim();
     if (!key) return fail(say("key.empty"));
+    if (!KEY_FORM.test(key)) return fail(say("key.unknown"));
     try {
       await call("ui/status", { keyToTry: key });
       use(key);
     } catch (error) {
-      fail(error.needsKey ? say("key.unknown") : explain(error));
+      fail(error.needsKey ? say("key.unknown") : explain(error).text);
     }
   });
   // Asked for by itself once; who said no finds the button above.

@@ -60,10 +60,18 @@ export function announce(text) {
   setText(find("announce"), text);
 }
 
-/** A number field's value, or nothing where it is empty or out of its range. */
+/** A number field's value, or nothing where it is empty; its form has checked it. */
 export function readNumber(input) {
-  if (input.value.trim() === "" || !input.checkValidity()) return undefined;
-  return Number(input.value);
+  return input.value.trim() === "" ? undefined : Number(input.value);
+}
+
+/** What a form refuses is told at its field, which must then be in sight. */
+export function openRefused(form) {
+  const open = ({ target }) => {
+    const options = target.closest("details");
+    if (options) options.open = true;
+  };
+  form.addEventListener("invalid", open, { capture: true }); // it does not bubble
 }
 
 export function remember(name, value) {

@@ -4,6 +4,9 @@ const QUESTION = ["question", "prompt", "query", "instruction", "input", "text",
 const ANSWER = ["answer", "reference", "output", "response", "a", "答案"];
 const LISTS = ["questions", "prompt", "prompts", "data", "items", "results"];
 const COURSE_START = /(?:^|\n)[^\S\n]*[(（]?\s*\d+\s*[.、．)）]?\s*问题\s*[:：]/g;
+const TAGGED = /^(?:(?:\[[^[\]{}"'\n]*\]|\{[^[\]{}"'\n]*\})[^\S\n]*)+[^\s,:[\]{}]/;
+const JSON_START = /^[[{]\s*["'[{\]}]/;
+const MOST_BROKEN = 0.02;
 const COURSE_ANSWER = /\s*答案\s*[:：]/;
 
 /** The input is wrong; `key` and `values` say how, in any language. */
@@ -21,7 +24,11 @@ export function parseQuestions(text) {
   if (!trimmed) return { format: "lines", items: [], skipped: 0 };
   if (trimmed.search(COURSE_START) === 0) return parseCourse(trimmed);
   if (/^[[{"]/.test(trimmed)) return parseStructured(trimmed);
-  const items = trimmed.split("\n").map((line) => line.trim()).filter(Boolean).map((question) => ({ question }));
+  return parseLines(trimmed);
+}
+
+function parseLines(text) {
+  const items = text.split("\n").map((line) => line.trim()).filter(Boolean).map((question) => ({ question }));
   return { format: "lines", items, skipped: 0 };
 }
 
@@ -32,15 +39,17 @@ function parseStructured(text) {
     if (lines.length === 1 && !Array.isArray(value) && readItem(value)) return collect("jsonl", [value]);
     return collect("json", findList(value));
   }
-  const isLines = lines.length > 1 && isWhole(lines.find((line) => line.trim()));
-  if (!isLines) throw new BadInput("batch.badJson", { reason: whyBad(text) });
-  const values = [];
-  lines.forEach((line, index) => {
-    if (!line.trim()) return;
-    if (!isWhole(line)) throw new BadInput("batch.badLine", { line: index + 1, reason: whyBad(line) });
-    values.push(JSON.parse(line));
-  });
-  return collect("jsonl", values);
+  const bad = lines.findIndex((line) => line.trim() && !isWhole(line));
+  if (bad === -1) return collect("jsonl", lines.filter((line) => line.trim()).map((line) => JSON.parse(line)));
+  if (isProse(text)) return parseLines(text);
+  if (bad === 0) throw new BadInput("batch.badJson", { reason: whyBad(text) });
+  throw new BadInput("batch.badLine", { line: bad + 1, reason: whyBad(lines[bad]) });
+}
+
+/** A question may begin with a quotation or a tag, as in `[单选] …`; broken JSON begins like JSON. */
+function isProse(text) {
+  if (text.startsWith('"') || TAGGED.test(text)) return true;
+  return !JSON_START.test(text) && !/[\]}]$/.test(text) && !isWhole(text.split("\n", 1)[0]);
 }
 
 function isWhole(text) {
@@ -109,9 +118,17 @@ function dropClosing(text, isBracketed) {
   return count(/[)）]/g) > count(/[(（]/g) ? text.slice(0, -1).trim() : text;
 }
 
-/** A file's text, in the encodings that question files come in. */
+/** A file's text. No encoding here refuses a picture or a spreadsheet; what they become does not
+    look like text. */
 export async function readFile(file) {
-  const data = new Uint8Array(await file.arrayBuffer());
+  const text = decode(new Uint8Array(await file.arrayBuffer()));
+  const broken = text.split("\uFFFD").length - 1;
+  if (text.includes("\0") || broken > Math.max(1, text.length * MOST_BROKEN)) throw new BadInput("batch.notText");
+  return text;
+}
+
+/** In the encodings that question files come in. */
+function decode(data) {
   if (data[0] === 0xff && data[1] === 0xfe) return new TextDecoder("utf-16le").decode(data);
   if (data[0] === 0xfe && data[1] === 0xff) return new TextDecoder("utf-16be").decode(data);
   try {

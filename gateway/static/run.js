@@ -2,6 +2,7 @@
 
 import { call, Failure, readJson } from "./api.js";
 import { announce, facts, find, make, setBar, setText, showFailure } from "./parts.js";
+import { compare } from "./live.js";
 import { BadInput, cutPieces } from "./questions.js";
 import { explain, persist } from "./trouble.js";
 import { number, rate, running, say, span } from "./words.js";
@@ -99,7 +100,7 @@ export class Run {
     const ask = async () => {
       const known = this.live.counted;
       // Between two pieces the last reading may be from before the first one's end.
-      this.#count = known && this.#pieces.length === 1 ? { from: known.answers, now: known.answers } : null;
+      this.#count = known && this.#pieces.length === 1 ? { last: known, answers: 0 } : null;
       const response = await call("predict", { body, signal });
       this.#timing = add(this.#timing, readTiming(response));
       return readJson(response);
@@ -117,23 +118,27 @@ export class Run {
   /** How many answers the engines have finished since this call began, as far as they count. */
   #follow() {
     const counted = this.live.counted;
-    if (!counted) this.#count = null;
-    else if (!this.#count || counted.answers < this.#count.from) this.#count = { from: counted.answers, now: counted.answers };
-    else this.#count.now = counted.answers;
+    if (counted && this.#count) {
+      const { last, answers } = this.#count;
+      // An engine that gives no figures this time is compared with its last ones when it does.
+      const newest = counted.map((load, place) => load ?? last[place]);
+      this.#count = { last: newest, answers: answers + (compare(last, newest)?.answers ?? 0) };
+    } else if (counted) this.#count = { last: counted, answers: 0 };
     this.show();
   }
 
   async #countTokens(before) {
     if (!before || this.#missing.length || this.#starts > 1) return null;
     // A reading may be a second old; the second new one was certainly made after the end.
-    const seen = new Set([this.live.status.at]);
+    const seen = new Set([this.live.status?.at]);
     const deadline = performance.now() + SLOWEST_COUNT_MS;
-    while (seen.size < 3 && performance.now() < deadline) {
+    let grown = null;
+    while ((seen.size < 3 || !grown?.isWhole) && performance.now() < deadline) {
       await new Promise((resolve) => this.live.addEventListener("change", resolve, { once: true }));
-      seen.add(this.live.status.at);
+      seen.add(this.live.status?.at);
+      grown = this.live.counted && compare(before, this.live.counted);
     }
-    const after = this.live.counted;
-    return after && after.tokens > before.tokens ? after.tokens - before.tokens : null;
+    return grown?.isWhole ? grown.tokens || null : null;
   }
 
   #elapsed() {
@@ -205,7 +210,7 @@ export class Run {
     if (!piece || !this.#count) return 0;
     const isShared = this.live.status?.limits.shares_answers && !this.options.temperature;
     const asked = isShared ? new Set(piece.map((row) => row.question)).size : piece.length;
-    const share = (this.#count.now - this.#count.from) / asked;
+    const share = this.#count.answers / asked;
     return Math.min(piece.length - 1, Math.floor(share * piece.length));
   }
 

@@ -8,12 +8,40 @@ const BY_CODE = {
   garbled: "error.garbled",
   invalid_api_key: "error.badKey",
   missing_key: "error.key",
+  forbidden: "error.notAllowed",
+  not_admin: "error.notAllowed",
+  route_not_allowed: "error.notAllowed",
+  model_not_allowed: "error.notAllowed",
+  model_not_found: "error.noModel",
+  no_model: "error.noModel",
+  rate_limited: "error.allowance",
   requests_per_minute: "error.allowance",
   tokens_per_minute: "error.allowance",
   key_concurrency: "error.allowance",
   overloaded: "error.busy",
   queue_timeout: "error.busy",
+  engine_busy: "error.busy",
+  out_of_files: "error.busy",
+  deadline_passed: "error.late",
+  deadline_unreachable: "error.late",
+  body_timeout: "error.late",
+  body_too_large: "error.tooMuch",
+  too_many_prompts: "error.tooMuch",
   prompt_too_long: "error.tooLong",
+  empty_prompt: "error.empty",
+  not_text: "error.notText",
+  prompt_refused: "error.refused",
+  engine_refused: "error.refused",
+  bad_encoding: "error.refused",
+  bad_http: "error.refused",
+  bad_request: "error.refused",
+  invalid_json: "error.refused",
+  invalid_type: "error.refused",
+  invalid_value: "error.refused",
+  method_not_allowed: "error.refused",
+  missing_field: "error.refused",
+  not_found: "error.refused",
+  internal_error: "error.gateway",
   engine_aborted: "error.engine",
   engine_failed: "error.engine",
   engine_garbled: "error.engine",
@@ -23,10 +51,17 @@ const BY_CODE = {
 };
 
 /** What it means; then the gateway's own words and the request's id, for who looks further. */
-export function explain({ code, message, requestId }) {
+export function explain({ code, message, status, source, requestId }) {
   const id = requestId ? say("error.request", { id: requestId }) : "";
-  const text = BY_CODE[code] ? say(BY_CODE[code]) : message || code;
+  const word = BY_CODE[code] ?? (source === "engine" && judge(status || code));
+  const text = word ? say(word) : message || say("error.status", { status: status || code });
   return { text, detail: [message === text ? "" : message, id].filter(Boolean).join(" · ") };
+}
+
+/** An engine's own error, passed on by the gateway, has a status for its code. */
+function judge(status) {
+  if (/^(?:429|503)$/.test(status)) return "error.busy";
+  return /^4/.test(status) ? "error.refused" : "error.engine";
 }
 
 /** Rejects with the signal's reason when the wait is given up. */

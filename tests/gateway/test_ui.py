@@ -18,6 +18,7 @@ import structlog
 from aiohttp import web
 
 from gateway import launchers
+from gateway.errors import REFUSALS
 from gateway.launchers import hide_secrets
 from gateway.pool import POOL
 from tests.fake_engine import Behaviour, serve_app
@@ -231,10 +232,24 @@ async def test_page_asked_for_again_is_not_sent_again(served: Served) -> None:
     assert first.headers["Cache-Control"] == "no-cache"
 
 
-async def test_page_with_a_slash_leads_to_the_page_below_any_prefix(served: Served) -> None:
-    answer = await served.client.get("/ui/")
+@pytest.mark.parametrize("path", ["/ui/", "/ui/index.html"])
+async def test_page_under_another_name_leads_to_it_below_any_prefix(
+    served: Served, path: str
+) -> None:
+    answer = await served.client.get(path)
 
     assert (answer.status_code, answer.headers["Location"]) == (308, "../ui")
+
+
+def test_page_has_words_for_every_error_of_the_gateway() -> None:
+    """In both languages: what has none is told in the gateway's English."""
+    source = "".join(path.read_text(encoding="utf-8") for path in STATIC.parent.glob("*.py"))
+    codes = set(re.findall(r'\bcode(?:: ClassVar\[str\])? ?= ?"(\w+)"', source))
+    script = (STATIC / "trouble.js").read_text(encoding="utf-8")
+    known = set(re.findall(r'^  (\w+): "error\.\w+",$', script, re.MULTILINE))
+
+    assert {"not_ready", "engine_refused", "too_many_prompts"} <= codes
+    assert codes | set(REFUSALS) <= known
 
 
 @pytest.mark.parametrize(

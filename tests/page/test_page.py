@@ -15,6 +15,7 @@ from tests.gateway.test_keys import _keys_file
 from tests.page.conftest import Visitor, running_gateway, shoot, width_of
 
 pytestmark = pytest.mark.browser
+BINARY = b"PK\x03\x04" + bytes(number * 7919 % 251 + 1 for number in range(3000))
 STATIC = Path(__file__).parent.parent.parent / "gateway" / "static"
 
 
@@ -48,6 +49,16 @@ def test_key_is_asked_for_kept_in_the_tab_and_forgotten(visitor: Visitor, tmp_pa
         page.keyboard.press("Enter")
         expect(page.locator("#key-error")).to_have_text("This key is not known to the gateway.")
         shoot(page, "key")
+        page.fill("#key", "密钥")  # no header can hold it
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-error")).to_have_text("This key is not known to the gateway.")
+        for status, told in ((502, "The gateway answered 502."), (0, "The gateway could not be")):
+            act = (lambda to: to.fulfill(status=502)) if status else (lambda to: to.abort())
+            page.route("**/ui/status", act)
+            page.fill("#key", keys["alice"])
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-error")).to_contain_text(told)
+            page.unroute("**/ui/status")
         page.fill("#key", keys["alice"])
         page.keyboard.press("Enter")
         page.wait_for_selector("#pill[data-state=ready]")
@@ -128,6 +139,75 @@ def test_answer_keeps_its_white_space_and_no_markup_runs(visitor: Visitor) -> No
         expect(page.locator(".turn .figures")).to_contain_text("in all")
         assert page.locator(".turn > .answer").inner_text() == f"answer:{question}"
         assert page.locator(".turn img, .turn script").count() == 0
+
+
+def test_number_out_of_range_is_shown_and_one_with_decimals_is_sent(visitor: Visitor) -> None:
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        options = page.locator("#ask-form details")
+        for send in ("#send", ".example"):
+            page.evaluate("document.querySelector('#ask-form details').open = true")
+            page.fill("#question", "hello")
+            page.fill("#ask-temperature", "2.5")
+            page.click("#ask-form summary")
+            expect(options).not_to_have_attribute("open", "")
+            page.click(f"{send} >> nth=0")
+            expect(options).to_have_attribute("open", "")
+            expect(page.locator("#ask-temperature")).to_be_focused()
+            expect(page.locator("#question")).to_have_value("hello")
+        assert page.locator(".turn").count() == 0
+
+        page.fill("#ask-temperature", "0.75")
+        page.click("#ask-form summary")
+        page.click(".example >> nth=0")
+        expect(page.locator(".turn .figures")).to_contain_text("in all")
+        open_batch(page, "one")
+        page.click("#batch-form summary")
+        page.fill("#batch-temperature", "-1")
+        page.click("#batch-form summary")
+        page.click("#run")
+        expect(page.locator("#batch-temperature")).to_be_focused()
+        expect(page.locator("#batch-run")).to_be_hidden()
+        page.fill("#batch-temperature", "0.25")
+        page.click("#run")
+        expect(page.locator("#run-title")).to_have_text("1 question answered")
+
+        assert [call["temperature"] for call in served.engine.calls[-2:]] == [0.75, 0.25]
+
+
+def test_enter_that_ends_chinese_input_sends_nothing(visitor: Visitor) -> None:
+    """Safari tells of it after the composition's end, by its old number alone."""
+    press = """(keyCode) => document.getElementById("question").dispatchEvent(
+      new KeyboardEvent("keydown", { key: "Enter", keyCode, bubbles: true, cancelable: true }))"""
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        page.fill("#question", "ni hao")
+
+        assert page.evaluate(press, 229) is True  # left to the browser
+        expect(page.locator("#question")).to_have_value("ni hao")
+        assert page.evaluate(press, 13) is False
+        expect(page.locator(".turn h3")).to_have_text("ni hao")
+
+
+def test_ask_again_waits_for_the_answer_that_runs(visitor: Visitor) -> None:
+    engine = Behaviour(stream_cut_after=9)
+    with running_gateway(engine) as served:
+        visitor.may_fail = True
+        page = visitor.open(served.url)
+        ask(page, "first")
+        again = page.locator(".turn button:visible", has_text="Ask again")
+        expect(again).to_be_enabled()
+        engine.stream_cut_after, engine.stream_gap_s = None, 0.05
+        page.wait_for_selector("#pill[data-state=ready]")
+        ask(page, "a long one " * 9)
+        expect(again).to_be_disabled()
+
+        page.click("#stop")
+        expect(again.last).to_be_enabled()
+        again.last.press("Enter")
+        expect(page.locator("#stop")).to_be_focused()  # not lost with the button
+        expect(page.locator(".turn > .answer").first).to_have_text("answer:first")
+        expect(page.locator("#question")).to_be_focused()
 
 
 def test_earlier_turns_are_sent_along_when_asked_to(visitor: Visitor) -> None:
@@ -216,6 +296,100 @@ def test_several_engines_are_told_apart(visitor: Visitor) -> None:
         expect(page.locator(".engines li").last).to_have_text("Engine 2: Ready")
 
 
+def test_engine_whose_figures_are_missing_once_moves_no_sum(visitor: Visitor) -> None:
+    first, second = (Behaviour(metrics=_metrics_of(count)) for count in (1000, 2000))
+    with running_gateway(first, second) as served:
+        page = visitor.open(served.url)
+        first.delay_s = second.delay_s = 3.5
+        chart = page.locator("[data-tile=rate] svg")
+        expect(chart).to_have_attribute("aria-label", re.compile("highest 0 "))
+        open_batch(page, "one\ntwo\nthree")
+        page.click("#run")
+        second.metrics, seen = "", second.scrapes
+        while second.scrapes == seen:
+            page.wait_for_timeout(50)
+        second.metrics, first.metrics = _metrics_of(2000), _metrics_of(1001)
+
+        expect(page.locator("#run-detail")).to_contain_text("About 1 of 3")
+        expect(page.locator("#run-title")).to_have_text("3 questions answered")
+        label = chart.get_attribute("aria-label") or ""
+        highest = re.search(r"highest ([\d,.]+)", label)
+        assert highest
+        assert float(highest[1].replace(",", "")) < 500, label
+
+
+def _metrics_of(count: int) -> str:
+    return (
+        f"vllm:request_success_total {count}\nvllm:generation_tokens_total {count * 100}\n"
+        "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
+    )
+
+
+def test_growth_is_counted_engine_by_engine(modules: Page) -> None:
+    script = """async ([before, after]) => {
+      const load = ([finished, completion_tokens]) => (
+        { finished, completion_tokens, first_token_sum_s: 0, first_token_count: finished });
+      const read = (all) => all.map((one) => one && load(one));
+      const told = (await import("/ui/live.js")).compare(read(before), read(after));
+      return told && [told.answers, told.tokens, told.isWhole];
+    }"""
+    for before, after, grown in (
+        ([[1, 10], [2, 20]], [[2, 15], [4, 40]], [3, 25, True]),
+        ([[1, 10], None], [[2, 15], [4, 40]], [1, 5, False]),
+        ([[1, 10], [2, 20]], [[2, 15], None], [1, 5, False]),
+        ([[1, 10], [2, 20]], [[2, 15], [0, 0]], [1, 5, False]),  # the second began anew
+        ([[1, 10], None], [[2, 15], None], [1, 5, True]),
+        ([[1, 10]], [[2, 15], [4, 40]], [1, 5, False]),
+        ([None, [2, 20]], [[1, 10], None], None),
+    ):
+        assert modules.evaluate(script, [before, after]) == grown, (before, after)
+
+
+def test_batch_preview_follows_every_change(visitor: Visitor) -> None:
+    good = '{"question": "a"}'
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        found = page.locator("#found")
+        open_batch(page, "one\ntwo\nthree")
+        expect(found.locator("li")).to_have_text(["one", "two", "three"])
+        page.fill("#paste", "one\nTWO\none")
+        expect(found.locator("li")).to_have_text(["one", "TWO", "one"])
+        expect(found).to_contain_text("1 of them repeated")
+
+        page.fill("#paste", f"{good}\n{{bad\n{good}")
+        expect(found).to_contain_text("Line 2 is not valid JSON")
+        page.fill("#paste", f"{good}\n{good}\n{{bad")
+        expect(found).to_contain_text("Line 3 is not valid JSON")
+
+
+def test_file_read_slowly_does_not_replace_a_later_one(visitor: Visitor) -> None:
+    slow = """() => {
+      const read = File.prototype.arrayBuffer;
+      const gate = new Promise((resolve) => (window.release = resolve));
+      File.prototype.arrayBuffer = async function () {
+        if (this.name === "slow.txt") await gate;
+        return read.call(this);
+      };
+    }"""
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        page.evaluate(slow)
+        open_batch(page, "pasted")
+        drop(page, "slow.txt", "slow question")
+        expect(page.locator("#file-chip")).to_contain_text("slow.txt")
+        expect(page.locator("#run")).to_be_disabled()  # what was pasted is not this file's
+        drop(page, "quick.txt", "quick question")
+        expect(page.locator("#found")).to_contain_text("quick question")
+        page.evaluate("window.release()")
+        page.wait_for_timeout(100)
+
+        expect(page.locator("#file-chip")).to_contain_text("quick.txt")
+        expect(page.locator("#found")).to_contain_text("quick question")
+        drop(page, "slow.txt", "slow question")
+        page.click("#file-clear")
+        expect(page.locator("#found")).to_contain_text("pasted")
+
+
 def test_file_is_chosen_dropped_and_removed(visitor: Visitor, tmp_path: Path) -> None:
     path = tmp_path / "题目.txt"
     path.write_bytes("什么是 warp？\n什么是线程块？\n".encode("gb18030"))
@@ -234,6 +408,12 @@ def test_file_is_chosen_dropped_and_removed(visitor: Visitor, tmp_path: Path) ->
         expect(page.locator("#found")).to_contain_text("3 questions found (JSON)")
         drop(page, "bad.json", '["one", ')
         expect(page.locator("#found .error")).to_contain_text("not valid JSON")
+        expect(page.locator("#run")).to_be_disabled()
+
+        book = tmp_path / "book.xlsx"
+        book.write_bytes(BINARY)
+        page.set_input_files("#file", book)
+        expect(page.locator("#found .error")).to_contain_text("not a text file")
         expect(page.locator("#run")).to_be_disabled()
 
 
@@ -294,6 +474,18 @@ PARSED = "async (text) => (await import('/ui/questions.js')).parseQuestions(text
             [("甲？", "甲。"), ("乙？", "乙。")],
         ),
         ("1. 问题：甲？\n2. 问题：乙？", "course", [("甲？", None), ("乙？", None)]),
+        *(
+            (f"{line}\nb", "lines", [(line, None), ("b", None)])
+            for line in (
+                "[单选] 什么是 warp？",
+                "[1] What is a[i]",
+                "[CUDA][单选] a",
+                "{a} what is this?",
+                "{ 是什么意思？",
+                '"__syncthreads()" 的作用是什么？',
+                '"warp"',
+            )
+        ),
     ],
 )
 def test_questions_are_read_in_every_form(
@@ -315,6 +507,36 @@ def test_questions_bad_line_is_named(modules: Page) -> None:
     script = f"async (text) => ({PARSED})(text).catch((error) => error.values)"
 
     assert modules.evaluate(script, '{"question": "a"}\n{"question": ')["line"] == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["one", ',
+        '[\n  {"question": "a"},\n  {"ques',
+        '[{"question": "a",}]',
+        '{"question": "a",}\n{"question": "b"}',
+        "{question: 'a'}\n{question: 'b'}",
+        "['a', 'b']",
+    ],
+)
+def test_questions_json_that_is_none_is_not_taken_for_lines(modules: Page, text: str) -> None:
+    script = f"async (text) => ({PARSED})(text).catch((error) => error.key)"
+
+    assert modules.evaluate(script, text) == "batch.badJson"
+
+
+def test_file_is_read_in_its_encoding_or_refused(modules: Page) -> None:
+    read = """async (data) => (await import("/ui/questions.js"))
+      .readFile(new Blob([new Uint8Array(data)])).catch((error) => error.key)"""
+    text = "什么是 warp？\nWhat?"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "gb18030"):
+        assert modules.evaluate(read, list(text.encode(encoding))).endswith(text), encoding
+    assert (
+        modules.evaluate(read, list("甲".encode("gb18030") * 50 + b"\xff")) == "甲" * 50 + "\ufffd"
+    )
+    for data in (text.encode("utf-16-le"), b"a\0b", BINARY):
+        assert modules.evaluate(read, list(data)) == "batch.notText", data[:9]
 
 
 def test_pieces_respect_number_and_bytes(modules: Page) -> None:
@@ -346,19 +568,19 @@ def test_words_are_there_in_both_languages_and_all_of_them_used(modules: Page) -
     words: dict[str, list[str]] = modules.evaluate(
         "async () => (await import('/ui/words.js')).allWords()"
     )
-    source = "".join(path.read_text(encoding="utf-8") for path in STATIC.iterdir())
+    files = [path for path in STATIC.iterdir() if path.name != "words.js"]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     asked = set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.]+)"', source))
     asked |= set(re.findall(r'say\(\s*"([\w.]+)"', source))
 
     assert asked <= words.keys()
-    spoken = source.replace("words.js", "")
     for key, pair in words.items():
         assert len(pair) == 2, key
         assert all(pair), key
         values = [set(re.findall(r"\{\w+\}", text)) for text in pair]
         assert values[0] - {"{s}"} == values[1], key  # {s} is the English plural's
         family = key.partition(".")[0]
-        assert f'"{key}"' in spoken or f"`{family}.$" in spoken, f"{key} is said nowhere"
+        assert f'"{key}"' in source or f"`{family}.$" in source, f"{key} is said nowhere"
 
 
 @pytest.mark.parametrize(
@@ -409,9 +631,15 @@ def test_motion_is_left_out_for_who_wants_none(visitor: Visitor) -> None:
         assert calm.evaluate(moving) == 0
 
 
+SMALLEST_FIELD = """() => Math.min(
+  ...[...document.querySelectorAll("select, textarea, input")]
+    .map((one) => parseFloat(getComputedStyle(one).fontSize)))"""
+
+
 def test_page_at_phone_width_and_large_type_does_not_scroll_sideways(visitor: Visitor) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url, viewport={"width": 360, "height": 740})
+        assert page.evaluate(SMALLEST_FIELD) >= 16  # below it, a phone zooms in on a touch
         page.evaluate("document.documentElement.style.fontSize = '22px'")
         ask(page, "averyveryverylongwordwithoutanyspace" * 6)
         expect(page.locator(".turn .figures")).to_contain_text("in all")

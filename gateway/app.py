@@ -70,7 +70,15 @@ def build_app(
     app.router.add_post("/predict", predict.handle_predict)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
+    expect_routes(app)
     return app
+
+
+def expect_routes(app: web.Application) -> None:
+    """So that the first call of each is seen."""
+    routes = {resource.canonical for resource in app.router.resources()} - middleware.QUIET_ROUTES
+    entering = ("/predict", *relay.GENERATING)
+    app[METRICS].expect_routes(sorted(routes), entering=entering, streaming=relay.STREAMING)
 
 
 def build_prompts(settings: Settings) -> PromptBuilder:

@@ -23,7 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from gateway.errors import REFUSALS
+from gateway.errors import REFUSALS, GatewayError
 from gateway.trace import Trace
 
 # A small model answers one question in 10 ms to 2 s, a batch in seconds; a queue lasts minutes.
@@ -42,6 +42,17 @@ PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 358, 512, 1024, 2048, 4096, 10_000)
 _VERSION = re.compile(r"version=([^;,]*)")
 _NUMBERS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}\s*")
 _ALL_KEYS = "(all)"  # no key can be called so
+
+# What a gateway that stops turns away: `not_ready` to callers, counted apart because nobody failed.
+STOPPING = "stopping"
+_GONE, _CALLER_GONE = 499, "caller_gone"
+# What is there from the start: `rate` does not see the count with which a series is born.
+_STATUSES = (200, 400, 429, _GONE, 500, 502, 503, 504)
+_FURTHER_FAILURES = (
+    *(("engine_busy", "gateway"), ("engine_garbled", "engine")),
+    *(("http_500", "engine"), ("http_503", "engine")),
+)
+_PROMPT_REFUSALS = ("empty_prompt", "prompt_too_long", "not_text", "engine_refused")
 
 Rows = Iterable[tuple[Sequence[str], float]]
 
@@ -120,8 +131,15 @@ class Metrics:
         self._declare_process()
         self.tokens_in = self.tokens.labels("in")
         self.tokens_out = self.tokens.labels("out")
-        for code in REFUSALS:
-            self.refused.labels(code)
+        for reason in (*REFUSALS, STOPPING):
+            self.refused.labels(reason)
+        self._failures = _list_failures()
+        for code, source in self._failures:
+            self.prompts_failed.labels(code)
+            if source == "engine":
+                self.retried_calls.labels(code)
+        for code in _PROMPT_REFUSALS:
+            self.prompts_failed.labels(code)
         self._requests_by = lru_cache(maxsize=1024)(self.requests.labels)
         self._of_route = lru_cache(maxsize=64)(self._find_route)
 
@@ -152,7 +170,7 @@ class Metrics:
         )
         self.errors = self._counter(
             "errors",
-            "Requests that ended in an error; source says who failed: gateway, engine or caller.",
+            "Requests that ended in an error; source: gateway, engine or caller, whose is any 4xx.",
             *("route", "code", "source"),
         )
         self.broken_streams = self._counter(
@@ -310,6 +328,24 @@ class Metrics:
             self.longest_chunk_gap_seconds.labels(route),
         )
 
+    def expect_routes(
+        self, routes: Iterable[str], *, entering: Iterable[str], streaming: Iterable[str]
+    ) -> None:
+        """Their series begin at nought. Some routes enter the gate, some of those stream; others
+        have no histograms yet, because each is 25 lines of every scrape.
+        """
+        for route in routes:
+            for status in _STATUSES:
+                self.requests.labels(route, status)
+            for code, source in (*self._failures, (_CALLER_GONE, "caller")):
+                self.errors.labels(route, code, source)
+        for route in entering:
+            self.request_seconds.labels(route)
+            self.queue_seconds.labels(route)
+        for route in streaming:
+            self._of_route(route)
+            self.broken_streams.labels(route)
+
     def count_request(self, trace: Trace, status: int, duration_s: float) -> None:
         """Once a request, of what it learnt on its way."""
         self._requests_by(trace.route, status).inc()
@@ -337,12 +373,14 @@ class Metrics:
             self.last_batch_characters.set(characters)
 
     def _count_error(self, trace: Trace, status: int) -> None:
-        code = trace.error_code or ("caller_gone" if status == 499 else f"http_{status}")
-        source = trace.error_source or ("caller" if status == 499 else "engine")
+        code = trace.error_code or (_CALLER_GONE if status == _GONE else f"http_{status}")
+        source = trace.error_source or "engine"
+        if 400 <= status < _GONE or code == _CALLER_GONE:
+            source = "caller"  # whoever found it: vLLM refuses a bad prompt, the gateway bad JSON
         self.errors.labels(trace.route, code, source).inc()
         if trace.is_streaming and trace.error_code is not None:
             self.broken_streams.labels(trace.route).inc()
-        if code in REFUSALS:
+        if code == STOPPING or code in REFUSALS:
             self.refused.labels(code).inc()
 
     def render(self, accept: str = "", *, by_key: bool) -> tuple[bytes, str]:
@@ -356,6 +394,15 @@ class Metrics:
         encode: Any
         encode, content_type = _choose_form(accept)
         return bytes(encode(registry if by_key else WithoutKeys(registry))), content_type
+
+
+def _list_failures() -> list[tuple[str, str]]:
+    """The codes of what is no caller's doing, with who failed."""
+    kinds: list[type[GatewayError]] = [GatewayError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    own = {(kind.code, kind.source): None for kind in kinds if kind.status >= 500}
+    return [*own, *_FURTHER_FAILURES]
 
 
 def _choose_form(accept: str) -> tuple[Any, str]:

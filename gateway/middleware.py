@@ -20,7 +20,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.keys import CALLER, KEYRING
-from gateway.metrics import METRICS
+from gateway.metrics import METRICS, STOPPING
 from gateway.pool import POOL
 from gateway.trace import SPAN, SPANS, TRACE, Trace
 from gateway.wire import build_error
@@ -32,7 +32,11 @@ _PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
 _OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other")) | _PAGE_ROUTES
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
-_QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics")) | _PAGE_ROUTES
+QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics")) | _PAGE_ROUTES
+
+
+class _Stopping(Unavailable):
+    """No failure: callers are told `not_ready`, the log and the figures STOPPING."""
 
 
 class Crowd:
@@ -54,7 +58,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     request[TRACE] = trace
     status = _GONE
     crowd = request.app[CROWD]
-    counts = trace.route not in _QUIET_ROUTES
+    counts = trace.route not in QUIET_ROUTES
     crowd.count += counts
     try:
         response = await _answer(request, handler, trace)
@@ -71,7 +75,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
 async def trace_spans(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Around `surround`, and only there when spans are wanted."""
     route = _route(request)
-    if route in _QUIET_ROUTES:
+    if route in QUIET_ROUTES:
         return await handler(request)
     span = request.app[SPANS].open_request(request.method, route, request.headers)
     request[SPAN] = span
@@ -97,7 +101,7 @@ def refuse(app: web.Application, error: GatewayError) -> web.Response:
 def _record(app: web.Application, trace: Trace, status: int) -> None:
     duration_s = trace.elapsed_s()
     app[METRICS].count_request(trace, status, duration_s)
-    write = log.debug if trace.route in _QUIET_ROUTES else log.info
+    write = log.debug if trace.route in QUIET_ROUTES else log.info
     write(
         "request_done",
         request_id=trace.request_id,
@@ -129,6 +133,7 @@ async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.S
     except Exception:
         log.exception("request_crashed", request_id=trace.request_id)
         if trace.is_streaming:
+            trace.note_error(GatewayError.code, GatewayError.source)
             raise
         return _answer_error(request, GatewayError("the gateway failed; see its log"))
 
@@ -136,7 +141,7 @@ async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.S
 def _admit(request: web.Request, trace: Trace) -> None:
     """Who calls, may he, and has he any allowance left."""
     if request.app[POOL].draining:
-        raise Unavailable("the gateway is stopping", retry_after_s=_RESTART_S)
+        raise _Stopping("the gateway is stopping", retry_after_s=_RESTART_S)
     keyring = request.app[KEYRING]
     caller = keyring.identify(request.headers)
     caller.check_route(trace.route)
@@ -175,7 +180,8 @@ def _route(request: web.Request) -> str:
 
 
 def _answer_error(request: web.Request, error: GatewayError) -> web.Response:
-    request[TRACE].note_error(error.error_code, error.source)
+    code = STOPPING if isinstance(error, _Stopping) else error.error_code
+    request[TRACE].note_error(code, error.source)
     return _build_refusal(error)
 
 

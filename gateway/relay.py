@@ -41,13 +41,8 @@ from gateway.wire import (
     parse_usage,
 )
 
-GENERATING = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/embeddings",
-)
+STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+GENERATING = (*STREAMING, "/v1/embeddings")
 ROUTES = (
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model:.+}"),
@@ -263,8 +258,8 @@ async def _copy(
                 chunk = drop_usage_events(chunk)
         if b'data: {"error"' in chunk:
             chunk, is_fault = name_stream_errors(chunk)
-            code = EngineError.code if is_fault else _REFUSED
-            trace.note_error(code, EngineError.source)
+            own = (EngineError.code, EngineError.source)
+            trace.note_error(*(own if is_fault else (_REFUSED, "caller")))
         if chunk:
             silence.is_writing = True
             await write(chunk)

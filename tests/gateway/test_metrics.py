@@ -154,22 +154,130 @@ async def test_what_did_not_wait_or_stream_is_not_observed_as_if(served: Served)
     assert 'gateway_chunk_gap_seconds_count{route="/predict"} 0.0' in text
 
 
+def list_values(text: str, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """A metric's samples by some of their labels."""
+    return {
+        tuple(sample.labels[label] for label in labels): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+async def test_series_that_panels_read_begin_at_nought(served: Served) -> None:
+    """One that is born with its first count hides that count from `rate`."""
+    text = await read(served)
+
+    requests = list_values(text, "gateway_requests_total", "route", "status")
+    errors = list_values(text, "gateway_errors_total", "route", "code", "source")
+    for route in ("/predict", "/v1/chat/completions", "/v1/models/{model}", "/tokenize"):
+        assert {status for path, status in requests if path == route} >= {"200", "400", "502"}
+        known = {(code, source) for path, code, source in errors if path == route}
+        assert known >= {
+            ("engine_failed", "engine"),
+            ("engine_unreachable", "engine"),
+            ("not_ready", "gateway"),
+            ("internal_error", "gateway"),
+            ("http_500", "engine"),
+            ("caller_gone", "caller"),
+        }
+    assert {route for route, _ in requests} & {"/", "/metrics", "/ui", "/ui/{file}"} == set()
+    routes = {
+        name: {route for (route,) in list_values(text, f"gateway_{name}_seconds_count", "route")}
+        for name in ("request", "queue", "first_chunk", "chunk_gap", "longest_chunk_gap")
+    }
+    for name in ("request", "queue"):
+        assert routes[name] >= {"/predict", "/v1/completions", "/v1/embeddings"}
+        assert "/tokenize" not in routes[name]
+    for name in ("first_chunk", "chunk_gap", "longest_chunk_gap"):
+        assert "/v1/chat/completions" in routes[name]
+        assert not routes[name] & {"/predict", "/v1/embeddings"}
+    broken = list_values(text, "gateway_broken_streams_total", "route")
+    assert ("/v1/chat/completions",) in broken
+    failed = list_values(text, "gateway_prompts_failed_total", "code")
+    assert failed.keys() >= {("empty_prompt",), ("engine_failed",), ("prompt_too_long",)}
+    for values in (requests, errors, broken, failed):
+        assert set(values.values()) == {0.0}
+
+
+async def test_series_at_the_start_are_not_thousands(served: Served) -> None:
+    """Each scrape is written by the event loop."""
+    text = await read(served)
+
+    assert sum(not line.startswith("#") for line in text.splitlines()) < 1200
+
+
 @pytest.mark.parametrize(
-    ("body", "code", "source"),
+    ("path", "body", "code", "source"),
     [
-        (b"{", "invalid_json", "gateway"),
-        (b'{"model": "fake", "prompt": "bad"}', "http_400", "engine"),
+        ("/v1/completions", b"{", "invalid_json", "caller"),
+        ("/v1/completions", b'{"model": "fake", "prompt": "bad"}', "http_400", "caller"),
+        ("/predict", b'{"prompt": "bad"}', "engine_refused", "caller"),
+        ("/predict", b'{"prompt": "a", "top_p": 7}', "invalid_value", "caller"),
+        ("/v1/completions", b'{"model": "fake", "prompt": "lost"}', "http_500", "engine"),
     ],
 )
 async def test_error_is_counted_with_who_failed(
-    serve: Serve, body: bytes, code: str, source: str
+    serve: Serve, path: str, body: bytes, code: str, source: str
 ) -> None:
+    """Whatever is answered by a 4xx, by whom ever it is found, is the caller's."""
     async with serve(Behaviour(refuses=lambda question: question == "bad")) as served:
-        answer = await served.client.post("/v1/completions", content=body)
+        if b"lost" in body:
+            served.engine.status = 500
+        answer = await served.client.post(path, content=body)
 
-        assert answer.status_code == 400
-        labels = f'code="{code}",route="/v1/completions",source="{source}"'
+        assert answer.status_code == (500 if b"lost" in body else 400)
+        labels = f'code="{code}",route="{path}",source="{source}"'
         assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
+
+
+async def test_unknown_path_is_the_callers_error(served: Served) -> None:
+    await served.client.get("/nowhere")
+
+    labels = 'code="not_found",route="other",source="caller"'
+    assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
+
+
+async def test_what_a_gateway_that_stops_turns_away_is_counted_apart(served: Served) -> None:
+    """`not_ready` to callers, but no failure."""
+    served.app[POOL].draining = True
+
+    answer = await served.predict("a")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    labels = 'code="stopping",route="/predict",source="gateway"'
+    assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
+    assert await number(served, 'gateway_refused_total{reason="stopping"}') == 1
+    assert await number(served, 'gateway_refused_total{reason="not_ready"}') == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "source"),
+    [(400, "engine_refused", "caller"), (500, "engine_failed", "engine")],
+)
+async def test_error_within_a_stream_is_counted_with_who_failed(
+    served: Served, status: int, code: str, source: str
+) -> None:
+    served.engine.stream_error = {"message": "no", "code": status}
+
+    await served.client.post("/v1/completions", json=STREAM)
+
+    labels = f'code="{code}",route="/v1/completions",source="{source}"'
+    assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
+
+
+async def test_gateway_that_fails_within_a_stream_is_not_a_caller_who_left(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_chunk: bytes) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("gateway.relay.parse_usage", fail)
+    with pytest.raises(httpx.RemoteProtocolError):
+        await served.client.post("/v1/completions", json=STREAM)
+
+    labels = 'code="internal_error",route="/v1/completions",source="gateway"'
+    assert await number(served, f"gateway_errors_total{{{labels}}}") == 1
 
 
 async def test_stream_that_breaks_is_an_error_although_its_status_was_200(served: Served) -> None:

@@ -388,6 +388,10 @@ def test_file_read_slowly_does_not_replace_a_later_one(visitor: Visitor) -> None
         drop(page, "slow.txt", "slow question")
         page.click("#file-clear")
         expect(page.locator("#found")).to_contain_text("pasted")
+        page.fill("#paste", "typed")  # read a moment after the last letter
+        drop(page, "quick.txt", "quick question")
+        page.wait_for_timeout(250)
+        expect(page.locator("#found")).to_contain_text("quick question")
 
 
 def test_file_is_chosen_dropped_and_removed(visitor: Visitor, tmp_path: Path) -> None:

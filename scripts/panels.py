@@ -102,9 +102,11 @@ def heat(title: str, metric: str, unit: str, about: str, matcher: str = "") -> P
     return Panel(title, (Query(expr, "{{le}}"),), unit, "heatmap", about)
 
 
-def _number_states() -> str:
+def _number_states(matcher: str = "") -> str:
+    more = f", {matcher}" if matcher else ""
     terms = (
-        f'launcher_engine_state{{state="{state}"}} * {place}' for place, state in enumerate(STATES)
+        f'launcher_engine_state{{state="{state}"{more}}} * {place}'
+        for place, state in enumerate(STATES)
     )
     return f"sum by (instance) ({' or '.join(terms)})"
 
@@ -112,6 +114,11 @@ def _number_states() -> str:
 def _rate(metric: str, by: str, matcher: str = "") -> str:
     labels = f"{{{matcher}}}" if matcher else ""
     return f"sum by ({by}) (rate({metric}{labels}[$__rate_interval]))"
+
+
+def _share(part: str, whole: str) -> str:
+    """Nothing, not "NaN" or a speed without end, as long as the whole is nought."""
+    return f"{part} / ({whole} > 0)"
 
 
 _UP = Row(
@@ -128,7 +135,7 @@ _UP = Row(
         number(
             "Alerts firing",
             'count(ALERTS{alertstate="firing"}) or vector(0)',
-            about="Which: the table below, or Prometheus, /alerts.",
+            about="Which: the table below. What to do: docs/metrics.md.",
             alarm=1,
         ),
         number(
@@ -141,7 +148,8 @@ _UP = Row(
             "Requests that fail",
             "gateway:failures:ratio5m",
             "percentunit",
-            about="5xx and broken streams of five minutes; what callers do wrong does not count.",
+            about="By the gateway's or an engine's doing, broken streams among them, in five "
+            "minutes; what callers do wrong or want too soon does not count.",
             alarm=0.05,
             empty="no request",
         ),
@@ -235,7 +243,7 @@ _FAILS = Row(
             "Errors by code",
             (Query(_rate("gateway_errors_total", "code, source"), "{{code}} ({{source}})"),),
             _PER_S,
-            about="source: who failed, the gateway, the engine or the caller.",
+            about="source: who failed, the gateway, the engine or the caller, whose is any 4xx.",
             is_stacked=True,
             empty="no error so far",
         ),
@@ -292,8 +300,14 @@ _WORK = Row(
         Panel(
             "Requests running and waiting",
             (
-                Query(f"sum by (instance) (vllm:num_requests_running{{{_ENGINE}}})", "running"),
-                Query(f"sum by (instance) (vllm:num_requests_waiting{{{_ENGINE}}})", "waiting"),
+                Query(
+                    f"sum by (instance) (vllm:num_requests_running{{{_ENGINE}}})",
+                    "{{instance}} running",
+                ),
+                Query(
+                    f"sum by (instance) (vllm:num_requests_waiting{{{_ENGINE}}})",
+                    "{{instance}} waiting",
+                ),
             ),
         ),
         Panel(
@@ -403,8 +417,10 @@ _SPECULATION = Row(
             "Drafted tokens that were accepted",
             (
                 Query(
-                    f"{_rate('vllm:spec_decode_num_accepted_tokens_total', 'instance', _ENGINE)} / "
-                    f"{_rate('vllm:spec_decode_num_draft_tokens_total', 'instance', _ENGINE)}",
+                    _share(
+                        _rate("vllm:spec_decode_num_accepted_tokens_total", "instance", _ENGINE),
+                        _rate("vllm:spec_decode_num_draft_tokens_total", "instance", _ENGINE),
+                    ),
                     "{{instance}}",
                 ),
             ),
@@ -429,8 +445,10 @@ _SPECULATION = Row(
             (
                 Query(
                     "1 + "
-                    f"{_rate('vllm:spec_decode_num_accepted_tokens_total', 'instance', _ENGINE)} / "
-                    f"{_rate('vllm:spec_decode_num_drafts_total', 'instance', _ENGINE)}",
+                    + _share(
+                        _rate("vllm:spec_decode_num_accepted_tokens_total", "instance", _ENGINE),
+                        _rate("vllm:spec_decode_num_drafts_total", "instance", _ENGINE),
+                    ),
                     "{{instance}}",
                 ),
             ),
@@ -472,7 +490,7 @@ _ENGINE_LIFE = Row(
     (
         Panel(
             "State",
-            (Query(_number_states(), "{{instance}}"),),
+            (Query(_number_states(_ENGINE), "{{instance}}"),),
             kind="states",
             about="As its launcher sees it.",
         ),
@@ -504,18 +522,21 @@ _LAST = Row(
         number("Seconds", "max(gateway_last_batch_seconds)", "s"),
         number(
             "Tokens a second",
-            "max(gateway_last_batch_tokens) / max(gateway_last_batch_seconds)",
+            _share("max(gateway_last_batch_tokens)", "max(gateway_last_batch_seconds)"),
             _PER_S,
             about="New tokens over the time from its first byte to its answer's last.",
+            empty="no batch so far",
         ),
         number(
             "Characters a second",
-            "max(gateway_last_batch_characters) / max(gateway_last_batch_seconds)",
+            _share("max(gateway_last_batch_characters)", "max(gateway_last_batch_seconds)"),
             _PER_S,
+            empty="no batch so far",
         ),
         number(
             "Characters an answer",
-            "max(gateway_last_batch_characters) / max(gateway_last_batch_prompts)",
+            _share("max(gateway_last_batch_characters)", "max(gateway_last_batch_prompts)"),
+            empty="no batch so far",
         ),
         number(
             "Answers shared",
@@ -552,13 +573,17 @@ _BATCHES = Row(
             "Speed while a call runs",
             (
                 Query(
-                    'sum(rate(gateway_tokens_total{direction="out"}[$__rate_interval])) / '
-                    f"sum(rate(gateway_request_seconds_sum{{{_PREDICT}}}[$__rate_interval]))",
+                    _share(
+                        'sum(rate(gateway_tokens_total{direction="out"}[$__rate_interval]))',
+                        f"sum(rate(gateway_request_seconds_sum{{{_PREDICT}}}[$__rate_interval]))",
+                    ),
                     "tokens",
                 ),
                 Query(
-                    "sum(rate(gateway_predict_characters_total[$__rate_interval])) / "
-                    f"sum(rate(gateway_request_seconds_sum{{{_PREDICT}}}[$__rate_interval]))",
+                    _share(
+                        "sum(rate(gateway_predict_characters_total[$__rate_interval]))",
+                        f"sum(rate(gateway_request_seconds_sum{{{_PREDICT}}}[$__rate_interval]))",
+                    ),
                     "characters",
                 ),
             ),

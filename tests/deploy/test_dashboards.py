@@ -153,3 +153,32 @@ def test_panels_that_may_be_empty_exist_and_say_why() -> None:
 
     assert WITHOUT_DATA.keys() <= panels
     assert all(len(reason) > 10 for reason in WITHOUT_DATA.values())
+
+
+def test_lines_of_a_chart_have_names_of_their_own() -> None:
+    """Several engines: as many lines a query, so its legend says of which one each is."""
+    for board in BOARDS:
+        for panel in (panel for row in board.rows for panel in row.panels):
+            legends = [query.legend for query in panel.queries]
+            assert len(set(legends)) == len(legends), panel.title
+            if panel.kind != "chart":
+                continue
+            for query in panel.queries:
+                for label in re.findall(r"^(?:topk\(\d+, )?sum by \(([^)]*)\)", query.expr):
+                    missing = [
+                        one for one in label.split(", ") if f"{{{{{one}}}}}" not in query.legend
+                    ]
+                    assert missing == [], panel.title
+
+
+def test_choice_of_engines_holds_for_every_panel_of_its_board() -> None:
+    for one in list_expressions():
+        if one.board == "engine":
+            names = [name for name in find_names(one.text) if ":" in name or "_" in name]
+            assert one.text.count('instance=~"$instance"') >= len(names) > 0, one.panel
+
+
+def test_division_by_nought_shows_nothing() -> None:
+    for one in list_expressions():
+        divisors = re.findall(r" / (.*)", one.text)
+        assert all(divisor.endswith(" > 0)") for divisor in divisors), one.text

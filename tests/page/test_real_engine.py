@@ -81,6 +81,8 @@ def pairs() -> list[dict[str, str]]:
 
 
 def ask(page: Page, question: str) -> None:
+    """Greedily: a chat's default is to sample, which now and then ends in other words."""
+    page.locator("#ask-temperature").evaluate("(field) => (field.value = '0')")
     page.fill("#question", question)
     page.press("#question", "Enter")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def test_alerts_are_those_that_the_page_explains() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
     assert re.findall(r"^\| `(\w+)` \| (?:critical|warning) \|", page, re.MULTILINE) == ALERTS
+
+
+def test_alertmanager_of_the_page_is_understood(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    block = re.search(r"^    alerting:\n(?:    .*\n)+", page, re.MULTILINE)
+    assert block is not None
+    shutil.copytree(RULES.parent, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "prometheus.yml").open("a", encoding="utf-8") as config:
+        config.write(re.sub("^    ", "", block[0], flags=re.MULTILINE))
+
+    assert "is valid" in run_promtool("check", "config", tmp_path / "prometheus.yml")

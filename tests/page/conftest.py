@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import queue
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -86,8 +87,19 @@ class Visitor:
     def _note(self, message: ConsoleMessage) -> None:
         if message.type not in {"error", "warning"}:
             return
-        if not (self.may_fail and _BROWSERS_NOTE in message.text):
-            self.problems.append(f"{message.type}: {message.text}")
+        if _BROWSERS_NOTE in message.text and (self.may_fail or _is_gone(message)):
+            return
+        self.problems.append(f"{message.type}: {message.text}")
+
+
+def _is_gone(message: ConsoleMessage) -> bool:
+    """A page looks on until it is closed, which is a moment after its gateway's end."""
+    address = urlsplit(message.location["url"])
+    try:
+        socket.create_connection((address.hostname or "", address.port or 80), timeout=1).close()
+    except OSError:
+        return "net::ERR_" in message.text
+    return False
 
 
 @pytest.fixture

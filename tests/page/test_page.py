@@ -102,6 +102,7 @@ def test_answer_is_stopped_by_button_and_by_escape(visitor: Visitor) -> None:
 
 def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None:
     engine = Behaviour(stream_cut_after=9)
+    visitor.may_fail = True
     with running_gateway(engine) as served:
         page = visitor.open(served.url)
         ask(page, "twice")
@@ -191,8 +192,8 @@ def test_enter_that_ends_chinese_input_sends_nothing(visitor: Visitor) -> None:
 
 def test_ask_again_waits_for_the_answer_that_runs(visitor: Visitor) -> None:
     engine = Behaviour(stream_cut_after=9)
+    visitor.may_fail = True
     with running_gateway(engine) as served:
-        visitor.may_fail = True
         page = visitor.open(served.url)
         ask(page, "first")
         again = page.locator(".turn button:visible", has_text="Ask again")

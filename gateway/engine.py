@@ -144,9 +144,12 @@ class Engine:
         self._failures += 1
         self._metrics.engine_failures.labels(self.url).inc()
         self.suspect.set()
-        if self._failures >= self._settings.breaker_failures:
-            self.tripped_until = time.monotonic() + self._settings.breaker_pause_s
+        if self._failures < self._settings.breaker_failures:
+            return
+        now = time.monotonic()
+        if self.tripped_until <= now:  # calls that were on their way open it no second time
             self._metrics.breaker_trips.labels(self.url).inc()
+        self.tripped_until = now + self._settings.breaker_pause_s
 
     @property
     def max_model_len(self) -> int | None:

@@ -120,7 +120,19 @@ async def test_streams_cut_by_the_engine_open_the_breaker(serve: Serve) -> None:
             await until(lambda: served.app[POOL].engines[0].is_usable)
             assert "engine_failed" in (await served.chat("a", stream=True)).text
 
-        await until(lambda: served.app[POOL].engines[0].breaker_left_s > 0)
+        await until(lambda: served.app[POOL].engines[0].tripped_until > time.monotonic())
+
+
+async def test_calls_that_fail_together_open_the_breaker_once(serve: Serve) -> None:
+    async with serve(breaker_failures=1, breaker_pause_s=60, max_attempts=1) as served:
+        served.engine.cuts_connection, served.engine.delay_s = True, 0.3
+        calls = [asyncio.create_task(served.chat(f"{number}")) for number in range(8)]
+        await until(lambda: served.engine.running == 8)
+        assert {answer.status_code for answer in await asyncio.gather(*calls)} == {502}
+
+        metrics = (await served.client.get("/metrics")).text
+    assert re.search(r"gateway_engine_failures_total\{[^}]*\} 8\.0", metrics)
+    assert re.search(r"gateway_breaker_trips_total\{[^}]*\} 1\.0", metrics)
 
 
 async def test_refusals_in_a_stream_are_no_failures_of_the_engine(serve: Serve) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from scripts.benching.ports import find_free_ports
 from tests.deploy.expressions import RULES
 
 _START_S = 30
@@ -26,7 +26,7 @@ def run_prometheus(folder: Path, targets: dict[str, str]) -> Iterator[str]:
         pytest.skip("no prometheus here; `scripts/system.sh prometheus` gets it")
     config = folder / "prometheus.yml"
     config.write_text(build_config(targets), encoding="utf-8")
-    port = find_free_port()
+    (port,) = find_free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [program, f"--config.file={config}", f"--web.listen-address=127.0.0.1:{port}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn"]
@@ -47,12 +47,6 @@ def build_config(targets: dict[str, str]) -> str:
     for job, target in targets.items():
         lines.append(f"  - {{job_name: {job}, static_configs: [{{targets: ['{target}']}}]}}")
     return "\n".join(lines) + "\n"
-
-
-def find_free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from scripts.benching.ports import find_free_ports
 from tests.collector import Collector, run_collector
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,17 +37,6 @@ class Stack:
         return httpx.post(f"{self.gateway}/predict", json=body, timeout=300)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for held in sockets:
-            held.bind(("127.0.0.1", 0))
-        return [held.getsockname()[1] for held in sockets]
-    finally:
-        for held in sockets:
-            held.close()
-
-
 @pytest.fixture(scope="session")
 def pairs() -> list[dict[str, str]]:
     """The demo's questions and answers."""
@@ -64,7 +53,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
-    port, engine_port, status_port = free_ports(3)
+    port, engine_port, status_port = find_free_ports(3)
     folder = tmp_path_factory.mktemp("stack")
     command = [sys.executable, "-m", "launcher", "up", "--port", str(port)]
     command += ["--engine-port", str(engine_port), "--status-port", str(status_port)]

@@ -21,8 +21,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from gateway.keys import make_key
+from scripts.benching.ports import find_free_ports
 from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
-from tests.e2e.conftest import ROOT, Stack, free_ports
+from tests.e2e.conftest import ROOT, Stack
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
@@ -278,7 +279,7 @@ def locked(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 @contextlib.contextmanager
 def _serve_gateway(*flags: str) -> Iterator[str]:
-    (port,) = free_ports(1)
+    (port,) = find_free_ports(1)
     command = [sys.executable, "-m", "gateway", "--port", str(port), *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:

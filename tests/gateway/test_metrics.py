@@ -18,6 +18,7 @@ from gateway.keys import make_key
 from gateway.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
 from gateway.pool import POOL
 from gateway.trace import Trace
+from scripts.benching.ports import find_free_ports
 from scripts.record import Figure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
@@ -42,13 +43,6 @@ def parse(text: str) -> dict[str, tuple[str, str, set[tuple[str, ...]]]]:
 
 async def read(served: Served) -> str:
     return (await served.client.get("/metrics")).text
-
-
-def find_free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port: int = held.getsockname()[1]
-        return port
 
 
 def inner_door(port: int) -> httpx.AsyncClient:
@@ -419,7 +413,7 @@ async def test_last_grade_is_told_as_soon_as_there_is_one(serve: Serve, tmp_path
 async def test_usage_of_many_keys_is_bounded(serve: Serve, tmp_path: Path) -> None:
     keys = dict(make_key(f"user-{number}") for number in range(5))
     (tmp_path / "keys.toml").write_text("".join(keys.values()))
-    port = find_free_port()
+    (port,) = find_free_ports(1)
     options = {"keys_file": tmp_path / "keys.toml", "metrics_keys": 2, "metrics_port": port}
     async with serve(**options) as served, inner_door(port) as inner:
         for key in keys:
@@ -439,7 +433,7 @@ async def test_names_of_keys_are_told_on_the_inner_port_alone(
 ) -> None:
     keys = dict(make_key(name) for name in ("alice", "bob"))
     (tmp_path / "keys.toml").write_text("admin = true\n".join(keys.values()))
-    port = find_free_port()
+    (port,) = find_free_ports(1)
     options = {"keys_file": tmp_path / "keys.toml", "metrics_port": port}
     async with serve(**options) as served, inner_door(port) as inner:
         for key in keys:
@@ -462,7 +456,7 @@ async def test_names_of_keys_are_told_on_the_inner_port_alone(
 
 
 async def test_inner_port_serves_the_figures_and_nothing_else(serve: Serve) -> None:
-    port = find_free_port()
+    (port,) = find_free_ports(1)
     async with serve(metrics_port=port) as served, inner_door(port) as inner:
         codes = {
             path: (await inner.get(path)).status_code
@@ -522,7 +516,7 @@ async def test_settings_and_limits_are_told() -> None:
 
 
 async def test_any_worker_tells_of_the_engines(tmp_path: Path) -> None:
-    port = find_free_port()
+    (port,) = find_free_ports(1)
     async with serve_workers(tmp_path, "", "--metrics-port", str(port)) as workers:
         await workers.ask("a")
         texts = [(await workers.get("/metrics")).text for _ in range(8)]

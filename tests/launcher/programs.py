@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,16 +18,11 @@ from typing import Any
 import httpx
 
 from launcher.process import list_group
+from scripts.benching.ports import find_free_ports
 
 ROOT = Path(__file__).parents[2]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
 MODEL = ROOT / "demo" / "model"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 20.0) -> Any:
@@ -52,7 +46,7 @@ class Launcher:
     path: str = ""
 
     def __post_init__(self) -> None:
-        self.port, self.engine_port, self.status_port = free_port(), free_port(), free_port()
+        self.port, self.engine_port, self.status_port = find_free_ports(3)
         self.state = self.folder / "state"
         self.process: subprocess.Popen[bytes] | None = None
         if self.fake is None:

@@ -19,7 +19,8 @@ from launcher.flags import read_flags
 from launcher.gateway import check_gateway
 from launcher.models import find_model
 from launcher.prepare import decide
-from tests.launcher.programs import MODEL, ROOT, Launcher, free_port, running, wait_for
+from scripts.benching.ports import find_free_ports
+from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_gateway_check_that_hangs_is_one_line_and_ended(
 def test_up_one_port_for_two_is_one_line_and_starts_nothing(
     launcher: Launcher, one: str, other: str
 ) -> None:
-    port = free_port()
+    (port,) = find_free_ports(1)
     launcher.settings |= {one: str(port), other: str(port)}
     with running(launcher):
         assert launcher.wait() == 2

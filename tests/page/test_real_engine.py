@@ -20,7 +20,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.e2e.conftest import free_ports
+from scripts.benching.ports import find_free_ports
 from tests.page.conftest import LONGEST_START_MS, ROOT, Visitor, pick, shoot, width_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.engine]
@@ -44,7 +44,7 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Not waited for: the page is there first and shows the start."""
-    port, engine_port, status_port = free_ports(3)
+    port, engine_port, status_port = find_free_ports(3)
     folder = tmp_path_factory.mktemp("page")
     command = [sys.executable, "-m", "launcher", "up", "--port", str(port)]
     command += ["--engine-port", str(engine_port), "--status-port", str(status_port)]

@@ -19,24 +19,12 @@ import httpx
 import pytest
 
 from scripts import grade
+from scripts.benching.ports import find_free_row
 from scripts.grading.server import Order, start_server
 from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
 from tests.scripts.judged import read_pairs
 
 GRADE = [sys.executable, "scripts/grade.py"]
-
-
-def free_ports(count: int) -> int:
-    """The first of so many neighbours that are free."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                for number in range(1, count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
-                return port
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
@@ -72,7 +60,7 @@ def read(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def url() -> Iterator[str]:
     """A judged server in a process of its own."""
-    port = free_ports(1)
+    port = find_free_row(1)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.scripts.judged", "--port", str(port)], cwd=ROOT
     )
@@ -153,7 +141,7 @@ def test_baseline_decides_the_exit_code(url: str, questions: Path, tmp_path: Pat
 
 def test_grade_starts_its_own_server_and_stops_it(questions: Path, tmp_path: Path) -> None:
     """The stand-in engine answers with what it was asked, so the grade is bad; it is one."""
-    port = free_ports(3)
+    port = find_free_row(3)
 
     done = run(
         tmp_path, "--port", str(port), "--questions", str(questions), "--max_new_tokens", "64"
@@ -172,7 +160,7 @@ def test_grade_starts_its_own_server_and_stops_it(questions: Path, tmp_path: Pat
 
 
 def test_grade_interrupted_stops_its_server(questions: Path, tmp_path: Path) -> None:
-    port = free_ports(3)
+    port = find_free_row(3)
     process = subprocess.Popen(
         [
             *GRADE,
@@ -197,7 +185,7 @@ def test_grade_interrupted_stops_its_server(questions: Path, tmp_path: Path) -> 
 
 def test_grade_killed_takes_its_server_with_it(questions: Path, tmp_path: Path) -> None:
     """SIGKILL leaves it no last word; the engine's core ignores SIGTERM."""
-    port = free_ports(3)
+    port = find_free_row(3)
     command = [*GRADE, "--port", str(port), "--questions", str(questions)]
     command += ["--details_out", str(tmp_path / "details.json"), "--ready_timeout", "60"]
     # Its server never gets ready, so that the grader is still waiting when it is killed.
@@ -231,7 +219,7 @@ def find_processes(folder: Path) -> dict[int, str]:
 
 def test_grade_leaves_no_watcher_behind(tmp_path: Path) -> None:
     """The watcher waits for this process, which lives on."""
-    order = Order("127.0.0.1", free_ports(3), environment=environment(tmp_path))
+    order = Order("127.0.0.1", find_free_row(3), environment=environment(tmp_path))
     with start_server(order, tmp_path / "log") as started:
         wait_for(lambda: "launcher_started" in started.log_path.read_text(), "the launcher")
         assert "leash" in find_processes(tmp_path).values()
@@ -240,7 +228,7 @@ def test_grade_leaves_no_watcher_behind(tmp_path: Path) -> None:
 
 
 def test_server_that_does_not_start_is_named(questions: Path, tmp_path: Path) -> None:
-    port = free_ports(3)
+    port = find_free_row(3)
     (tmp_path / "details.html").write_text("an earlier one")
 
     done = run(

@@ -24,7 +24,7 @@ serve: setup ## engine and gateway, here and now; Ctrl-C stops both
 	@exec $(PY) -m launcher up $(UP) $(ARGS)
 
 test: check ## every test: those with the real engine, then the others on every Python at hand
-	@$(PY) -m pytest -m "engine or slow" $(ARGS) || [ $$? = 5 -a -n "$(ARGS)" ]
+	@$(PY) -m pytest -m "engine or slow" $(ARGS) || { [ $$? = 5 ] $(if $(ARGS),,&& false); }
 	@scripts/test_pythons.sh $(VENV) $(ARGS)
 
 test-fast: setup-dev ## the tests that need no engine

@@ -115,6 +115,8 @@ class Engine:
         """How long until it should be back, by what its past starts took; `usual_s` without any."""
         if self.state is EngineState.READY:
             return max(0.0, self.tripped_until - time.monotonic())
+        if self.state is EngineState.WARMING:
+            return 0.0  # it answers already; how long that batch takes is not known
         took_s = usual_s if self.typical_start_s is None else self.typical_start_s
         return max(0.0, took_s - (time.monotonic() - self.down_since))
 

@@ -52,6 +52,7 @@ _FURTHER_FAILURES = (
     *(("engine_busy", "gateway"), ("engine_garbled", "engine")),
     *(("http_500", "engine"), ("http_503", "engine")),
 )
+_RETRIED = ("engine_busy", "not_ready", "out_of_files")  # and whatever is the engine's
 _PROMPT_REFUSALS = ("empty_prompt", "prompt_too_long", "not_text", "engine_refused")
 
 Rows = Iterable[tuple[Sequence[str], float]]
@@ -136,7 +137,7 @@ class Metrics:
         self._failures = _list_failures()
         for code, source in self._failures:
             self.prompts_failed.labels(code)
-            if source == "engine":
+            if source == "engine" or code in _RETRIED:
                 self.retried_calls.labels(code)
         for code in _PROMPT_REFUSALS:
             self.prompts_failed.labels(code)

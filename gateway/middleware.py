@@ -65,6 +65,8 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         status = response.status
         if not response.prepared:
             trace.put_headers(response.headers)
+            if request.app[POOL].draining:
+                response.force_close()  # the caller's next call should find a gateway that stays
         return response
     finally:
         crowd.count -= counts

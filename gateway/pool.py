@@ -41,6 +41,8 @@ _SMALLEST_SHARE = 16
 # An affinity gives way when its engine has this much more than its share.
 _AFFINITY_SLACK = 1.25
 _SHORTEST_RETRY_AFTER_S = 1.0
+# An engine that has been away for less may just not have answered one look at it.
+_BLIP_S = 3.0
 _BREAKER_MARGIN_S = 0.01
 
 
@@ -143,6 +145,9 @@ class Pool:
 
     def _check_deadline(self, deadline: float) -> None:
         left_s = deadline - asyncio.get_running_loop().time()
+        now = time.monotonic()
+        if left_s <= 0 or any(now - one.down_since < _BLIP_S for one in self.engines):
+            return  # it is over, which is said elsewhere; or a look was missed, and nothing starts
         if self._expected_start_s(usual_s=0.0) > left_s:  # by what was learnt here, or not at all
             raise DeadlineUnreachable(
                 f"no engine is ready before the deadline in {max(0.0, left_s):.1f} s: "

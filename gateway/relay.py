@@ -95,7 +95,9 @@ async def _pass_on(request: web.Request, call: RelayCall) -> web.StreamResponse:
     trace.carried = {name: request.headers[name] for name in _SENT if name in request.headers}
     avoid: Engine | None = None
     for attempt in range(settings.max_attempts):
-        acquiring = pool.acquire(affinity, avoid, deadline=trace.deadline)
+        # Later, "not before the deadline" would hide what became of the first try.
+        early = trace.deadline if attempt == 0 else None
+        acquiring = pool.acquire(affinity, avoid, deadline=early)
         engine = await (acquiring if trace.deadline is None else within(trace.deadline, acquiring))
         headers, span = trace.open_call(engine.url, call.sequences)
         headers["Content-Type"] = "application/json"

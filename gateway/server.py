@@ -131,6 +131,8 @@ class Runner(web.AppRunner):
         deadline = time.monotonic() + self._drain_timeout_s
         while self.app[CROWD].count and time.monotonic() < deadline:  # noqa: ASYNC110 — seldom
             await asyncio.sleep(_LOOK_S)
+        # Whole answers are sent after they have been counted out, and a slow reader takes his time.
+        self._shutdown_timeout = max(_LAST_WORDS_S, deadline - time.monotonic())
         await super().cleanup()
 
     async def _make_server(self) -> web.Server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from launcher.errors import SettingsError
 GIB = 2**30
 _GPUS = Path(__file__).parent / "gpus.toml"
 _QUERY_S = 20.0  # it takes seconds where a GPU is ill
+_END_S = 1.0
 _QUERY = "name,memory.total,memory.used,compute_cap,driver_version"
 
 
@@ -125,7 +127,8 @@ async def ask_gpus(fields: str) -> list[list[str]]:
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # an ill GPU may keep it from ending
+                await asyncio.wait_for(process.wait(), _END_S)
     return _parse_rows(out.decode(errors="replace"), fields) if process.returncode == 0 else []
 
 

@@ -32,6 +32,7 @@ _GPU_QUERY = (
 _GPU_FRESH_S = 5.0
 _GPU_PATIENCE_S = 1.0  # of a scrape, which has five seconds for everything
 _GPU_STALE_S = 30.0
+_GPU_END_S = 2.0
 _MIB = 2**20
 _MHZ = 1e6
 
@@ -186,7 +187,7 @@ class Gpus:
     async def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+            await asyncio.wait({self._reading}, timeout=_GPU_END_S)
 
     async def _read(self) -> None:
         self._rows = await ask_gpus(_GPU_QUERY)

@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import httpx
+import orjson
 import pytest
 
 from gateway.config import SettingsError
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
 from tests.gateway.process import serve_process
+from tests.gateway.raw import address, build_request
 
 
 @pytest.mark.parametrize("status", ["batch", "ok"])
@@ -128,9 +130,34 @@ async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Pat
         async with httpx.AsyncClient(base_url=gateway.url) as newcomer:
             answers = [await newcomer.get(path) for path in ("/readyz", "/", "/healthz")]
             assert [answer.status_code for answer in answers] == [503, 503, 200]
+            # Kept open, a connection would bring the next call here too.
+            assert {answer.headers["Connection"] for answer in answers} == {"close"}
             late = await newcomer.post("/predict", json={"prompt": "late"})
             assert (late.status_code, late.headers["Retry-After"]) == (503, "5")
         assert (await running).json() == {"response": "answer:last"}
+        assert await asyncio.wait_for(gateway.process.wait(), 5) == 0
+
+
+async def test_stop_waits_for_who_reads_a_whole_answer_slowly(tmp_path: Path) -> None:
+    text = "x" * 2**24  # more than the buffers between the two hold
+    body = orjson.dumps({"choices": [{"index": 0, "text": text}], "usage": None})
+    engine = Behaviour()
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url) as gateway,
+    ):
+        engine.body = body
+        reader, writer = await asyncio.open_connection(*address(gateway.url))
+        call = orjson.dumps({"model": "fake", "prompt": "a"})
+        writer.write(build_request("POST", "/v1/completions", call))
+        head = await reader.readuntil(b"\r\n\r\n")
+
+        gateway.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(3)
+
+        assert b"200 OK" in head
+        assert await reader.readexactly(len(body)) == body
+        writer.close()
         assert await asyncio.wait_for(gateway.process.wait(), 5) == 0
 
 

@@ -214,15 +214,23 @@ async def test_deadline_holds_while_no_engine_is_ready(serve: Serve) -> None:
         assert time.monotonic() - started < 3
 
 
+_SOON = {"X-Deadline-Ms": "200"}
+
+
 async def test_deadline_before_the_engine_is_back_is_refused_at_once(serve: Serve) -> None:
     async with serve(restart_hold_s=20) as served:
         pool = served.app[POOL]
         pool.engines[0].typical_start_s = 40.0
         served.engine.is_healthy = False
         await until(lambda: not pool.is_ready)
-        started = time.monotonic()
         chat = {"model": "fake", "messages": [{"role": "user", "content": "a"}]}
 
+        # Perhaps it has only missed a look: who knows yet that it must start?
+        held = await served.client.post("/predict", json={"prompt": "a"}, headers=_SOON)
+        assert (held.status_code, held.json()["error"]["code"]) == (504, "deadline_passed")
+
+        pool.engines[0].down_since -= 4
+        started = time.monotonic()
         for url, body in (("/predict", {"prompt": "a"}), ("/v1/chat/completions", chat)):
             answer = await served.client.post(url, json=body, headers={"X-Deadline-Ms": "9000"})
             code = answer.json()["error"]["code"]
@@ -231,7 +239,7 @@ async def test_deadline_before_the_engine_is_back_is_refused_at_once(serve: Serv
         assert time.monotonic() - started < 3
 
         # By what was learnt the engine should be back: then waiting is worth it.
-        pool.engines[0].down_since -= 39
+        pool.engines[0].down_since -= 36
         waiting = asyncio.create_task(
             served.client.post("/predict", json={"prompt": "a"}, headers={"X-Deadline-Ms": "9000"})
         )

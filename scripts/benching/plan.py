@@ -55,7 +55,7 @@ FULL = Scale(
     358,
 )
 QUICK = Scale(
-    {"one": 4, "batch": 6, "calls": 8, "streams": 12, "sweep": 30, "outside": 8, "relay": 10},
+    {"one": 4, "batch": 6, "calls": 8, "streams": 12, "sweep": 30, "outside": 24, "relay": 10},
     3,
     64,
     sweep_rounds=1,

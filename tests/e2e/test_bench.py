@@ -35,10 +35,8 @@ def test_bench_measures_the_real_engine_and_lets_vllm_measure_it(
     assert "known by heart" in kept["facts"]["answers"]
     assert kept["facts"]["engine"]["fingerprint"]
     rows = {row["name"]: row["span"] for row in kept["rows"]}
-    # Not about speed: a few rounds in a slow minute tell little. Doors mixed up, or seconds taken
-    # for milliseconds would be far off.
-    assert 0.3 < rows["64 prompts in one call: time"]["value"] < 3, rows
+    assert 0.7 < rows["64 prompts in one call: time"]["value"] < 2, rows
     assert 0 < rows["64 prompts in one call: CPU of the gateway, a request"]["value"] < 5
     outside = [span for name, span in rows.items() if name.startswith("vllm bench serve")]
     assert len(outside) == 3
-    assert all(0.1 < span["value"] < 10 for span in outside), outside
+    assert all(0.5 < span["value"] < 3 for span in outside), outside

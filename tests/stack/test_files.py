@@ -39,16 +39,17 @@ def passes(*words: str | Path, **variables: str) -> str:
     return result.stdout
 
 
-def compose(way: tuple[str, ...], *words: str, **variables: str) -> str:
+def compose(way: tuple[str, ...], *words: str, folder: Path = ROOT, **variables: str) -> str:
     if run("docker", "compose", "version").returncode != 0:
         pytest.skip("no `docker compose` here; scripts/system.sh containers gets it")
-    files = [part for name in ("compose.yaml", *way) for part in ("-f", name)]
+    files = [part for name in ("compose.yaml", *way) for part in ("-f", str(folder / name))]
     own = {"STACK_PYTHON": "/python", "STACK_SITE": "/site"}
     return passes("docker", "compose", *files, *words, **(own | variables))
 
 
-def services(way: tuple[str, ...] = (), /, **variables: str) -> dict[str, Any]:
-    described = json.loads(compose(way, "config", "--format", "json", **variables))
+def services(way: tuple[str, ...] = (), /, folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+    text = compose(way, "config", "--format", "json", folder=folder, **variables)
+    described = json.loads(text)
     found: dict[str, Any] = described["services"]
     return found
 
@@ -214,15 +215,9 @@ def test_settings_of_ones_own_files_reach_both_programs(
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     for path in COMPOSE_FILES:
         shutil.copy(path, tmp_path)
-    files = [part for name in ("compose.yaml", *way) for part in ("-f", tmp_path / name)]
-    words = ("docker", "compose", *files, "config", "--format", "json")
-    if run("docker", "compose", "version").returncode != 0:
-        pytest.skip("no `docker compose` here; scripts/system.sh containers gets it")
 
     def read(name: str, variable: str) -> str | None:
-        found: str | None = json.loads(passes(*words))["services"][name]["environment"].get(
-            variable
-        )
+        found: str | None = services(way, folder=tmp_path)[name]["environment"].get(variable)
         return found
 
     engines = ["engine", "engine-2"] if "compose.scale.yaml" in way else ["engine"]

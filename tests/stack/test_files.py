@@ -47,7 +47,7 @@ def compose(way: tuple[str, ...], *words: str, folder: Path = ROOT, **variables:
     return passes("docker", "compose", *files, *words, **(own | variables))
 
 
-def services(way: tuple[str, ...] = (), /, folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+def services(way: tuple[str, ...] = (), folder: Path = ROOT, /, **variables: str) -> dict[str, Any]:
     text = compose(way, "config", "--format", "json", folder=folder, **variables)
     described = json.loads(text)
     found: dict[str, Any] = described["services"]
@@ -217,7 +217,7 @@ def test_settings_of_ones_own_files_reach_both_programs(
         shutil.copy(path, tmp_path)
 
     def read(name: str, variable: str) -> str | None:
-        found: str | None = services(way, folder=tmp_path)[name]["environment"].get(variable)
+        found: str | None = services(way, tmp_path)[name]["environment"].get(variable)
         return found
 
     engines = ["engine", "engine-2"] if "compose.scale.yaml" in way else ["engine"]

@@ -20,6 +20,7 @@ _GRAPH_BYTES = GIB
 _WORTH_FP8_PARAMETERS = 3_000_000_000
 _HOST_KV_SHARE = 0.25
 _WORKER_CORES = 4  # gateway, server, scheduler, worker
+_UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 WORKER_SHARED_BYTES = GIB // 4  # two message queues of 160 MiB, hardly ever full
 _HOST_BLOCK_TOKENS = 128  # a sequence takes whole blocks: vLLM 0.32 platforms/cpu.py
 _FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -197,6 +198,14 @@ def fit_executor(sizing: Sizing, _most: int | None) -> tuple[str | None, str]:
     return "mp", f"{device.cores} cores" if device.cores else "4 cores or more"
 
 
+def fit_host_executor(sizing: Sizing, _most: int | None) -> tuple[str | None, str]:
+    """By its path, because vLLM reads the word `uni` as `mp` on a CPU: it sets up its threads in a
+    worker process. Here variables say how many they are, and that nothing binds them to cores.
+    """
+    parallel = sizing.number("tensor-parallel-size", 1) * sizing.number("pipeline-parallel-size", 1)
+    return (None if parallel > 1 else _UNIPROC), ""
+
+
 def fit_host_kv(sizing: Sizing, _most: int | None) -> tuple[int, str]:
     """Room for the workload, never more than a quarter of the host, at least one full context."""
     per_token = sizing.model.shape.kv_bytes_per_token(2.0)
@@ -224,5 +233,6 @@ RULES: dict[str, Callable[[Sizing, int | None], tuple[Any, str]]] = {
     "sequences": fit_sequences,
     "graph-sizes": fit_graph_sizes,
     "executor": fit_executor,
+    "host-executor": fit_host_executor,
     "host-threads": fit_host_threads,
 }

@@ -44,6 +44,12 @@ def test_engine_starts_within_a_minute(launcher: Launcher) -> None:
     assert launcher.status()["progress"]["stage"] == "listening"
 
 
+def test_core_computes_itself_and_no_worker_polls_beside_it(launcher: Launcher) -> None:
+    names = {member.name for member in list_group(launcher.status()["engine"]["pid"])}
+    assert any(name.startswith("VLLM::EngineCor") for name in names)
+    assert not any(name.startswith("VLLM::Worker") for name in names)
+
+
 def test_core_killed_during_a_batch_engine_returns_and_card_names_it(launcher: Launcher) -> None:
     group = launcher.status()["engine"]["pid"]
     core = find_core(launcher)

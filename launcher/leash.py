@@ -80,7 +80,11 @@ def watch(death: int, kill_s: float) -> None:
         os.dup2(nothing, fd)
     select.select([death], [], [])
     gone = time.monotonic()
-    while (others := list_others()) and time.monotonic() < gone + kill_s + _FORCED_PATIENCE_S:
+    was_empty = False  # twice: what is forked during a look, by one that ends, is seen by the next
+    while (others := list_others()) or not was_empty:
+        was_empty = not others
+        if time.monotonic() > gone + kill_s + _FORCED_PATIENCE_S:
+            return
         if time.monotonic() > gone + kill_s:
             for pid in others:
                 with contextlib.suppress(ProcessLookupError):

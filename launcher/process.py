@@ -166,12 +166,16 @@ def list_group(group: int) -> list[Member]:
 
 
 async def end_group(group: int) -> None:
-    """SIGKILL until nothing is left, zombies that became our children included."""
+    """SIGKILL until nothing is left, zombies that became our children included. One look does not
+    see a process whose parent forked it and ended in between; the next does.
+    """
     deadline = time.monotonic() + _FORCED_PATIENCE_S
+    was_empty = False
     while time.monotonic() < deadline:
         members = list_group(group)
-        if not members:
+        if was_empty and not members:
             return
+        was_empty = not members
         for member in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, signal.SIGKILL)

@@ -11,13 +11,15 @@ import contextlib
 import itertools
 import json
 import math
+import signal
 import statistics
+import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -48,6 +50,7 @@ _EXIT_PATIENCE_S = 2.0
 _TELLING_SCORE = 0.3
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,33 @@ async def tune(settings: TuneSettings, say: Say) -> int:
     with hold_state(settings.state_path):
         engine = Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
         engine.ensure_free()
-        results = await _measure_all(bench, candidates, say)
+        results = await _until_signal(_measure_all(bench, candidates, say))
     _keep(bench, results, say)
     return 0
+
+
+async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
+    """A signal cancels it, so that the engine is ended before we leave."""
+    task, caught = asyncio.ensure_future(work), list[int]()
+
+    def leave(number: int) -> None:
+        caught.append(number)
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    # A shell without job control has its background ignore Ctrl-C: that stays.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    for number in numbers:
+        loop.add_signal_handler(number, leave, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if caught:
+            sys.exit(128 + caught[0])
+        raise
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 async def _measure_all(bench: Bench, candidates: list[Candidate], say: Say) -> list[Result]:
@@ -338,6 +365,9 @@ class Bench:
                 if running.done():
                     running.result()
                 yield client, supervisor.standing.start_seconds or 0.0
+            except asyncio.CancelledError:
+                supervisor.hurry()  # nobody waits for an answer any more
+                raise
             except httpx.HTTPError as error:
                 # The line breaks a moment before the exit is known, and that says more.
                 await asyncio.wait({running}, timeout=_EXIT_PATIENCE_S)

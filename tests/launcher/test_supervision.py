@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from launcher import process
+from launcher.process import list_group
 from tests.launcher.programs import (
     Launcher,
     ask_in_background,
@@ -27,6 +29,18 @@ from tests.launcher.programs import (
 @pytest.fixture
 def launcher(tmp_path: Path) -> Launcher:
     return Launcher(tmp_path)
+
+
+def test_process_that_one_look_missed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was forked between a look's list of numbers and the reading of them; its parent ended."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    program = subprocess.Popen(sleeper, start_new_session=True)
+    missed = iter([list[process.Member]()])
+    monkeypatch.setattr(process, "list_group", lambda group: next(missed, list_group(group)))
+
+    asyncio.run(process.end_group(program.pid))
+
+    assert program.poll() == -signal.SIGKILL
 
 
 def test_serve_healthy_engine_says_ready_in_one_line(launcher: Launcher) -> None:

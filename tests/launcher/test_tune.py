@@ -143,12 +143,16 @@ def test_tune_engine_that_dies_under_the_reference_is_one_line_and_4(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("fake", ["", "hang_loading ignore_term"])
 def test_tune_interrupted_leaves_nothing_and_no_traceback(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, fake: str
 ) -> None:
-    launcher = Launcher(tmp_path, command="tune")
+    """A real engine does not listen to SIGTERM while it loads."""
+    launcher = Launcher(tmp_path, command="tune", fake=fake)
     with running(launcher):
         wait_for((launcher.state / "engine.json").exists, "an engine is started")
+        if fake:
+            wait_for(lambda: len(launcher.processes()) > 3, "it loads")
         launcher.send(number)
         assert launcher.wait() == 128 + number
     assert launcher.err == ""

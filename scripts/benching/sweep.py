@@ -144,22 +144,29 @@ class _Climber:
     async def search(self, known: dict[str, float], title: str) -> dict[str, float]:
         """Up from a rate that is served to one that is not, or down until one is.
 
-        Whoever begins lower is stopped lower by chance: so the two direct arms begin at the same
-        rate, and every round at another one.
+        Whoever begins lower is stopped lower by chance: so all arms begin at the same rate, and
+        every round at another one.
         """
         shift = _STEP ** self._site.chance.uniform(-0.5, 0.5)
-        same = statistics.geometric_mean([known[arm] for arm in known if arm != "gateway"])
-        rates = {arm: (rate if arm == "gateway" else same) * shift for arm, rate in known.items()}
+        start = statistics.geometric_mean(known.values()) * shift
+        rates = {arm: start for arm in known}  # noqa: C420
         served: dict[str, float] = {}
         failed: dict[str, float] = {}
         for _ in range(_MOST_STEPS):
-            for point in await self._try(rates, title):
-                (served if point.is_served else failed)[point.arm] = point.rate
-                rates[point.arm] *= _STEP if point.is_served else 1 / _STEP
+            for arm, is_served in (await self._judge(rates, title)).items():
+                (served if is_served else failed)[arm] = rates[arm]
+                rates[arm] *= _STEP if is_served else 1 / _STEP
             rates = {arm: r for arm, r in rates.items() if arm not in served or arm not in failed}
             if not rates:
                 break
         return {arm: served.get(arm, rates.get(arm, 0.0)) for arm in known}
+
+    async def _judge(self, rates: dict[str, float], title: str) -> dict[str, bool]:
+        """Fails who fails twice: by chance a queue grows within any short window."""
+        first = {point.arm: point.is_served for point in await self._try(rates, title)}
+        failed = {arm: rates[arm] for arm, is_served in first.items() if not is_served}
+        again = await self._try(failed, f"{title}, again")
+        return first | {point.arm: point.is_served for point in again}
 
     async def _try(self, rates: dict[str, float], title: str) -> list[Point]:
         """In random order; the same gaps between arrivals for each, but for their length."""

@@ -202,8 +202,9 @@ def fit_host_executor(sizing: Sizing, _most: int | None) -> tuple[str | None, st
     """By its path, because vLLM reads the word `uni` as `mp` on a CPU: it sets up its threads in a
     worker process. Here variables say how many they are, and that nothing binds them to cores.
     """
-    parallel = sizing.number("tensor-parallel-size", 1) * sizing.number("pipeline-parallel-size", 1)
-    return (None if parallel > 1 else _UNIPROC), ""
+    kinds = ("tensor", "pipeline", "prefill-context")
+    processes = math.prod(sizing.number(f"{kind}-parallel-size", 1) for kind in kinds)
+    return (None if processes > 1 else _UNIPROC), ""
 
 
 def fit_host_kv(sizing: Sizing, _most: int | None) -> tuple[int, str]:

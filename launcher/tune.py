@@ -151,13 +151,15 @@ async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
     task, caught = asyncio.ensure_future(work), list[int]()
 
     def leave(number: int) -> None:
+        if not caught:  # the engine is killed at once: another signal would only break that off
+            task.cancel()
         caught.append(number)
-        task.cancel()
 
     loop = asyncio.get_running_loop()
     # A shell without job control has its background ignore Ctrl-C: that stays.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    for number in numbers:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = [number for number, known in before.items() if known != signal.SIG_IGN]
+    for number in handled:
         loop.add_signal_handler(number, leave, number)
     try:
         return await task
@@ -166,8 +168,9 @@ async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
             sys.exit(128 + caught[0])
         raise
     finally:
-        for number in numbers:
+        for number in handled:
             loop.remove_signal_handler(number)
+            signal.signal(number, before[number])
 
 
 async def _measure_all(bench: Bench, candidates: list[Candidate], say: Say) -> list[Result]:
@@ -365,9 +368,6 @@ class Bench:
                 if running.done():
                     running.result()
                 yield client, supervisor.standing.start_seconds or 0.0
-            except asyncio.CancelledError:
-                supervisor.hurry()  # nobody waits for an answer any more
-                raise
             except httpx.HTTPError as error:
                 # The line breaks a moment before the exit is known, and that says more.
                 await asyncio.wait({running}, timeout=_EXIT_PATIENCE_S)
@@ -376,8 +376,13 @@ class Bench:
                 raise LauncherError(f"the engine lost the batch: {error!r}") from None
             finally:
                 ready.cancel()
+                task = asyncio.current_task()
+                if task and task.cancelling():
+                    supervisor.hurry()  # nobody waits for an answer any more
                 supervisor.ask_to_stop()
                 await asyncio.wait({running})
+                if not running.cancelled():
+                    running.exception()  # was told above, or nobody is left to be told
 
     async def _ask(self, client: httpx.AsyncClient, plan: Plan) -> Batch:
         """The batch as the gateway sends it: one call an API server, prompts as token ids."""

@@ -144,11 +144,10 @@ class _Climber:
     async def search(self, known: dict[str, float], title: str) -> dict[str, float]:
         """Up from a rate that is served to one that is not, or down until one is.
 
-        Whoever begins lower is stopped lower by chance: so all arms begin at the same rate, and
-        every round at another one.
+        Whoever begins lower is stopped lower by chance, and who comes from above higher: so all
+        arms begin at the same rate, one that the weakest has served, and every round at another.
         """
-        shift = _STEP ** self._site.chance.uniform(-0.5, 0.5)
-        start = statistics.geometric_mean(known.values()) * shift
+        start = min(known.values()) / _STEP ** self._site.chance.uniform(0.5, 1.5)
         rates = {arm: start for arm in known}  # noqa: C420
         served: dict[str, float] = {}
         failed: dict[str, float] = {}
@@ -163,10 +162,13 @@ class _Climber:
 
     async def _judge(self, rates: dict[str, float], title: str) -> dict[str, bool]:
         """Fails who fails twice: by chance a queue grows within any short window."""
-        first = {point.arm: point.is_served for point in await self._try(rates, title)}
-        failed = {arm: rates[arm] for arm, is_served in first.items() if not is_served}
-        again = await self._try(failed, f"{title}, again")
-        return first | {point.arm: point.is_served for point in again}
+        first = {point.arm: point for point in await self._try(rates, title)}
+        failed = {arm: rates[arm] for arm, point in first.items() if not point.is_served}
+        again = {point.arm: point for point in await self._try(failed, f"{title}, again")}
+        for arm, point in again.items():
+            if point.is_served:
+                self._sweep.points.remove(first[arm])
+        return {arm: point.is_served for arm, point in (first | again).items()}
 
     async def _try(self, rates: dict[str, float], title: str) -> list[Point]:
         """In random order; the same gaps between arrivals for each, but for their length."""

@@ -157,7 +157,12 @@ def test_any_gpu_profile_on_a_cpu_leaves_gpu_options_out() -> None:
 
 @pytest.mark.parametrize(
     ("override", "is_one_process"),
-    [("seed=1", True), ("tensor-parallel-size=2", False), ("pipeline-parallel-size=2", False)],
+    [
+        ("seed=1", True),
+        ("tensor-parallel-size=2", False),
+        ("pipeline-parallel-size=2", False),
+        ("prefill-context-parallel-size=2", False),
+    ],
 )
 def test_on_a_cpu_the_core_computes_itself_unless_the_model_is_spread(
     override: str, is_one_process: bool

@@ -379,7 +379,8 @@ class Bench:
                 task = asyncio.current_task()
                 if task and task.cancelling():
                     supervisor.hurry()  # nobody waits for an answer any more
-                supervisor.ask_to_stop()
+                else:
+                    supervisor.ask_to_stop()
                 await asyncio.wait({running})
                 if not running.cancelled():
                     running.exception()  # was told above, or nobody is left to be told

@@ -148,7 +148,7 @@ class _Climber:
         arms begin at the same rate, one that the weakest has served, and every round at another.
         """
         start = min(known.values()) / _STEP ** self._site.chance.uniform(0.5, 1.5)
-        rates = {arm: start for arm in known}  # noqa: C420
+        rates: dict[str, float] = dict.fromkeys(known, start)
         served: dict[str, float] = {}
         failed: dict[str, float] = {}
         for _ in range(_MOST_STEPS):

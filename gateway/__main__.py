@@ -14,12 +14,12 @@ import structlog
 import uvloop
 from aiohttp import web
 
+from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings, read_worker
-from gateway.keys import make_key
-from gateway.logs import configure_logging
+from gateway.engines.warmup import read_questions
+from gateway.observability.logs import configure_logging
 from gateway.server import Runner
-from gateway.warmup import read_questions
 from gateway.workers import run_workers
 
 _ENOUGH_FILES = 2**20  # what Linux allows a process unless told otherwise

@@ -6,20 +6,23 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
-from gateway import health, middleware, predict, pulse, relay, ui, usage, warmup
-from gateway.admission import GATE, Gate
+from gateway import middleware
+from gateway.admission.keys import KEYRING, Keyring, run_key_reload
+from gateway.admission.ledger import LEDGER, LEDGER_NAME, Ledger
+from gateway.admission.queue import GATE, Gate
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings, read_worker
-from gateway.engine import Engine, build_connector, build_session
+from gateway.engines import warmup
+from gateway.engines.engine import Engine, build_connector, build_session
+from gateway.engines.pool import ENGINE_LIST, POOL, EngineList, Pool
 from gateway.errors import GatewayError
-from gateway.grade import GradeFile
-from gateway.keys import KEYRING, Keyring, run_key_reload
-from gateway.launchers import LAUNCHERS, Launcher
-from gateway.ledger import LEDGER, LEDGER_NAME, Ledger
-from gateway.metrics import METRICS, Metrics
-from gateway.pool import ENGINE_LIST, POOL, EngineList, Pool
-from gateway.prompts import PROMPTS, PromptBuilder
-from gateway.trace import SPANS, SpanSource
-from gateway.wire import SAMPLING_FIELDS, parse_sampling
+from gateway.observability import pulse
+from gateway.observability.grade_record import GradeFile
+from gateway.observability.metrics import METRICS, Metrics
+from gateway.observability.trace import SPANS, SpanSource
+from gateway.page.launchers import LAUNCHERS, Launcher
+from gateway.prompts.builder import PROMPTS, PromptBuilder
+from gateway.routes import health, page, predict, relay, usage
+from gateway.schemas.wire import SAMPLING_FIELDS, parse_sampling
 
 
 def build_app(
@@ -66,7 +69,7 @@ def build_app(
     app.router.add_get("/readyz", health.handle_readyz)
     app.router.add_get("/metrics", health.handle_metrics)
     app.router.add_get("/usage", usage.handle_usage)
-    ui.add_page(app)
+    page.add_page(app)
     app.router.add_post("/predict", predict.handle_predict)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
@@ -96,7 +99,7 @@ def build_prompts(settings: Settings) -> PromptBuilder:
 def build_spans(endpoint: str) -> SpanSource:
     """Loaded only when asked for: its packages are an extra, and take their time."""
     try:
-        from gateway.spans import Spans  # noqa: PLC0415
+        from gateway.observability.spans import Spans  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"GATEWAY_OTLP_ENDPOINT needs the extra `otel` ({error}): "

@@ -34,7 +34,7 @@ from pydantic_settings.exceptions import SettingsError as UsageError
 PREFIX = "GATEWAY_"
 _WORKER_VARIABLE = "VLLM_GATEWAY_WORKER"
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_SYSTEM_PROMPTS = Path(__file__).parent / "system_prompts"
+_SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
 _DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
 _LONGEST_S = 1_000_000  # twelve days; the kernel's limit for one of them is 24

@@ -10,7 +10,9 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from gateway.admission.keys import CALLER, KEYRING
 from gateway.config import SETTINGS
+from gateway.engines.pool import POOL
 from gateway.errors import (
     GatewayError,
     InvalidRequest,
@@ -19,11 +21,9 @@ from gateway.errors import (
     PayloadTooLarge,
     Unavailable,
 )
-from gateway.keys import CALLER, KEYRING
-from gateway.metrics import METRICS, STOPPING
-from gateway.pool import POOL
-from gateway.trace import SPAN, SPANS, TRACE, Trace
-from gateway.wire import build_error
+from gateway.observability.metrics import METRICS, STOPPING
+from gateway.observability.trace import SPAN, SPANS, TRACE, Trace
+from gateway.schemas.wire import build_error
 
 log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")

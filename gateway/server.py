@@ -17,9 +17,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import ContentEncodingError
 
 from gateway.config import SETTINGS, Settings
+from gateway.engines.pool import POOL
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.middleware import CROWD, refuse, translate
-from gateway.pool import POOL
 
 _UNSENT_BYTES = 2**17
 _LOOK_S = 0.02  # how often a drain looks whether all have left

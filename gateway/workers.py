@@ -18,8 +18,8 @@ from pathlib import Path
 import structlog
 from prometheus_client.multiprocess import mark_process_dead
 
+from gateway.admission.ledger import make_ledger_file
 from gateway.config import Settings, Worker
-from gateway.ledger import make_ledger_file
 
 log = structlog.get_logger("gateway")
 _SHORTEST_LIFE_S = 5.0

@@ -18,9 +18,9 @@ from launcher.config import (
 from launcher.doctor import run_doctor
 from launcher.errors import LauncherError, SettingsError
 from launcher.explain import explain
-from launcher.prepare import prepare
-from launcher.tune import tune
-from launcher.up import run
+from launcher.plan.prepare import prepare
+from launcher.session import run
+from launcher.tuning.tune import tune
 
 _HELP = """usage: python -m launcher COMMAND [--help]
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
 from launcher.config import Settings
 from launcher.errors import LauncherError, SettingsError
-from launcher.fingerprint import read_version
-from launcher.flags import Flags, find_change, read_flags, try_commands
-from launcher.gateway import check_gateway
-from launcher.hardware import GIB, Device, find_device
-from launcher.models import Model, find_model
-from launcher.prepare import decide
-from launcher.profiles import Plan
-from launcher.up import list_listeners
+from launcher.gateway_process import check_gateway
+from launcher.models.model import Model, find_model
+from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
+from launcher.plan.fingerprint import read_version
+from launcher.plan.flags import Flags, find_change, read_flags, try_commands
+from launcher.plan.hardware import GIB, Device, find_device
+from launcher.plan.plan import Plan
+from launcher.plan.prepare import decide
+from launcher.session import list_listeners
 
 _MIN_FILES = 4096  # a batch of 358 separate calls is 358 sockets, twice
 _MIN_DISK_BYTES = 2 * GIB
@@ -209,7 +209,7 @@ class Doctor:
 
     def _check_clock(self) -> Iterator[Finding]:
         """Wrong clocks break TLS, caches and every log; files from the future give them away."""
-        newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
+        newest = max(file.stat().st_mtime for file in Path(__file__).parent.rglob("*.py"))
         now = time.time()
         if now < newest - 300:
             text = f"the clock is {(newest - now) / 3600:.1f} h behind this program's own files"

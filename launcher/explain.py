@@ -7,7 +7,10 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from launcher.command import (
+from launcher.config import Settings
+from launcher.errors import SettingsError
+from launcher.models.model import find_model
+from launcher.plan.command import (
     EngineCommand,
     InstalledVllm,
     adapt,
@@ -15,15 +18,12 @@ from launcher.command import (
     engine_environment,
     find_vllm,
 )
-from launcher.config import Settings
-from launcher.errors import SettingsError
-from launcher.fingerprint import take_fingerprint
-from launcher.flags import Flags, read_flags, read_shipped_flags
-from launcher.hardware import GIB, parse_device
-from launcher.models import find_model
-from launcher.prepare import decide
-from launcher.profiles import Choice, Plan
-from launcher.warm import describe_cache
+from launcher.plan.compile_cache import describe_cache
+from launcher.plan.fingerprint import take_fingerprint
+from launcher.plan.flags import Flags, read_flags, read_shipped_flags
+from launcher.plan.hardware import GIB, parse_device
+from launcher.plan.plan import Choice, Plan
+from launcher.plan.prepare import decide
 
 
 def explain(settings: Settings, *, as_json: bool) -> str:

@@ -166,7 +166,7 @@ def release(version: str) -> tuple[int, ...]:
 def provide_model(name: str, folder: Path, hub: str) -> None:
     """Fetched aside and moved into place when whole: a folder that is there can be used."""
     sys.path.insert(0, str(ROOT))
-    weights = importlib.import_module("launcher.weights")
+    weights = importlib.import_module("launcher.models.files")
     if not name:
         print("image: no model wanted")
         return
@@ -201,7 +201,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
 def fetch(name: str, into: Path, hub: str) -> None:
     if not os.environ.get("HF_ENDPOINT"):  # empty from a compose file; the hub's client minds
         os.environ.pop("HF_ENDPOINT", None)
-    weights = importlib.import_module("launcher.weights")
+    weights = importlib.import_module("launcher.models.files")
     print(f"image: fetching {name} from {hub}", flush=True)
     try:
         if hub == "modelscope":

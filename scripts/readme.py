@@ -34,7 +34,9 @@ def tabulate_settings(program: str) -> str:
 
 
 def tabulate_figures(program: str) -> str:
-    module = {"gateway": "gateway.metrics", "launcher": "launcher.status"}[program]
+    module = {"gateway": "gateway.observability.metrics", "launcher": "launcher.engine.status"}[
+        program
+    ]
     lines = ["| name | type | labels | |", "|---|---|---|---|"]
     for figure in importlib.import_module(module).list_metrics():
         labels = ", ".join(f"`{label}`" for label in figure.labels)

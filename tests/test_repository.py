@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.admission.keys import Caller
 from gateway.config import Settings
 from gateway.errors import REFUSALS
-from gateway.keys import Caller
 
 ROOT = Path(__file__).parent.parent
 PIN = re.compile(r"^([\w.-]+)==([^\s\\;]+)(?:\s*;\s*([^\\]+?))?\s*\\?$", re.MULTILINE)
@@ -95,16 +95,16 @@ def test_wheel_holds_both_programs_and_their_data(tmp_path: Path) -> None:
     ).stdout
     for name in (
         "gateway/app.py",
-        "gateway/static/index.html",
-        "gateway/system_prompts/one-line.txt",
-        "launcher/profiles/cpu.toml",
+        "gateway/page/static/index.html",
+        "gateway/prompts/system_prompts/one-line.txt",
+        "launcher/plan/profiles/cpu.toml",
     ):
         assert name in listed
 
 
 def test_gateways_page_names_every_error_and_every_right_of_a_key() -> None:
     page = (ROOT / "docs" / "gateway.md").read_text()
-    sources = "".join(path.read_text() for path in (ROOT / "gateway").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
     codes = set(re.findall(r'\bcode(?:: ClassVar\[str\])? ?= ?"(\w+)"', sources)) | set(REFUSALS)
 
     assert len(codes) > 30

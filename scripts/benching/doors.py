@@ -16,8 +16,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from gateway.prompts import PromptBuilder
-from gateway.wire import Prompt, Sampling, build_completion_call
+from gateway.prompts.builder import PromptBuilder
+from gateway.schemas.wire import Prompt, Sampling, build_completion_call
 from scripts.benching.answers import AnswerBook
 from scripts.benching.figures import BenchFailed
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from launcher.command import leash
+from launcher.plan.command import leash
 from scripts.grading.judge import Problem
 from scripts.grading.texts import mend, parse_json
 

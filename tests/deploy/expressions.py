@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.metrics import list_metrics as list_gateway_metrics
-from launcher.status import list_metrics as list_launcher_metrics
+from gateway.observability.metrics import list_metrics as list_gateway_metrics
+from launcher.engine.status import list_metrics as list_launcher_metrics
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"

@@ -20,7 +20,7 @@ import pydantic
 import pytest
 from tokenizers import Tokenizer
 
-from gateway.keys import make_key
+from gateway.admission.keys import make_key
 from scripts.benching.ports import find_free_ports
 from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
 from tests.e2e.conftest import ROOT, Stack

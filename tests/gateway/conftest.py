@@ -15,7 +15,7 @@ from aiohttp import web
 
 from gateway.app import build_app
 from gateway.config import Settings
-from gateway.pool import POOL
+from gateway.engines.pool import POOL
 from gateway.server import Runner
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 

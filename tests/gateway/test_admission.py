@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.admission import LANES, Gate, Visit
+from gateway.admission.ledger import Ledger, make_ledger_file
+from gateway.admission.queue import LANES, Gate, Visit
 from gateway.config import Worker
 from gateway.errors import Overloaded
-from gateway.ledger import Ledger, make_ledger_file
-from gateway.metrics import Metrics
+from gateway.observability.metrics import Metrics
 from tests.gateway.conftest import make_settings, until
 
 StartGate = Callable[[int, int], Gate]

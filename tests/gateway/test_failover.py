@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from gateway.app import build_app
 from gateway.config import Settings, load_settings
-from gateway.pool import POOL, Pool, cut
-from gateway.wire import default_sampling
+from gateway.engines.pool import POOL, Pool, cut
+from gateway.schemas.wire import default_sampling
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
 from tests.gateway.raw import ask, build_request

@@ -22,8 +22,8 @@ import orjson
 import pytest
 from aiohttp import web
 
-from gateway.admission import GATE
-from gateway.pool import POOL
+from gateway.admission.queue import GATE
+from gateway.engines.pool import POOL
 from tests.gateway.conftest import Served, serve_gateway, until
 from tests.gateway.raw import RawAnswer, build_request, connect, read_answer
 from tests.gateway.scripted_engine import (

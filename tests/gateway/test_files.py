@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.engine import EngineState
+from gateway.engines.engine import EngineState
+from gateway.engines.pool import POOL
 from gateway.errors import OutOfFiles
-from gateway.pool import POOL
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, until
 from tests.gateway.process import GatewayProcess, serve_process

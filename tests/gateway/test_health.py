@@ -105,7 +105,7 @@ async def test_metrics_are_prometheus_text(serve: Serve) -> None:
 
 
 async def test_warmup_file_without_questions_stops_the_start(tmp_path: object) -> None:
-    from gateway.warmup import read_questions  # noqa: PLC0415
+    from gateway.engines.warmup import read_questions  # noqa: PLC0415
 
     path = tmp_path / "bad.jsonl"  # type: ignore[operator]
     path.write_text('{"question": "a"}\n{"no": 1}\n')

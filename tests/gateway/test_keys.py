@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.admission.keys import Keyring, is_loopback, make_key
 from gateway.config import SettingsError
-from gateway.engine import hide_password
-from gateway.keys import Keyring, is_loopback, make_key
-from gateway.metrics import Metrics
+from gateway.engines.engine import hide_password
+from gateway.observability.metrics import Metrics
 from tests.gateway.conftest import Serve, make_settings, until
 
 

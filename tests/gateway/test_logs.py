@@ -14,7 +14,7 @@ MODEL = str(ROOT / "demo" / "model")
 PROGRAM = """
 import logging, structlog
 from gateway.config import Settings
-from gateway.logs import configure_logging
+from gateway.observability.logs import configure_logging
 configure_logging(Settings(log_format={form!r}, tokenizer={model!r}))
 structlog.get_logger("gateway").info("request_done", request_id="me", duration_s=0.1)
 logging.getLogger("some.library").warning("it is %s", "odd")

@@ -13,11 +13,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
+from gateway.admission.keys import make_key
 from gateway.config import SettingsError
-from gateway.keys import make_key
-from gateway.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
-from gateway.pool import POOL
-from gateway.trace import Trace
+from gateway.engines.pool import POOL
+from gateway.observability.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
+from gateway.observability.trace import Trace
 from scripts.benching.ports import find_free_ports
 from scripts.record import Figure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
@@ -266,7 +266,7 @@ async def test_gateway_that_fails_within_a_stream_is_not_a_caller_who_left(
     def fail(_chunk: bytes) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr("gateway.relay.parse_usage", fail)
+    monkeypatch.setattr("gateway.routes.relay.parse_usage", fail)
     with pytest.raises(httpx.RemoteProtocolError):
         await served.client.post("/v1/completions", json=STREAM)
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.engine import Engine
+from gateway.engines.engine import Engine
+from gateway.engines.pool import Pool
 from gateway.errors import InvalidRequest
-from gateway.metrics import Metrics
-from gateway.pool import Pool
-from gateway.wire import Answer, Completion, Prompt, Sampling, default_sampling
+from gateway.observability.metrics import Metrics
+from gateway.schemas.wire import Answer, Completion, Prompt, Sampling, default_sampling
 from tests.gateway.conftest import make_settings
 
 if TYPE_CHECKING:

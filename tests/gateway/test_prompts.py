@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from gateway.config import SettingsError
 from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
-from gateway.prompts import PromptBuilder
+from gateway.prompts.builder import PromptBuilder
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import make_settings
 

@@ -10,9 +10,9 @@ import openai
 import orjson
 import pytest
 
+from gateway.engines.pool import POOL
 from gateway.errors import EngineError
-from gateway.pool import POOL
-from gateway.wire import build_stream_error, name_stream_errors, parse_usage
+from gateway.schemas.wire import build_stream_error, name_stream_errors, parse_usage
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 

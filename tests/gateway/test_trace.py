@@ -217,7 +217,7 @@ def test_without_the_setting_nothing_of_it_is_loaded() -> None:
 
 
 def test_setting_without_the_packages_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "gateway.spans", raising=False)
+    monkeypatch.delitem(sys.modules, "gateway.observability.spans", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
     with pytest.raises(SettingsError, match=r"GATEWAY_OTLP_ENDPOINT needs the extra `otel`"):
         build_app(make_settings(otlp_endpoint="http://127.0.0.1:4318"))

@@ -17,16 +17,16 @@ import pytest
 import structlog
 from aiohttp import web
 
-from gateway import launchers
+from gateway.engines.pool import POOL
 from gateway.errors import REFUSALS
-from gateway.launchers import hide_secrets
-from gateway.pool import POOL
+from gateway.page import launchers
+from gateway.page.launchers import hide_secrets
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.conftest import Serve, Served, until
 from tests.gateway.raw import ask, build_request
 from tests.gateway.test_keys import _bearer, _keys_file
 
-STATIC = Path(__file__).parent.parent.parent / "gateway" / "static"
+STATIC = Path(__file__).parent.parent.parent / "gateway" / "page" / "static"
 FIGURES = """\
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m {odd} name"} 2.0
@@ -243,7 +243,7 @@ async def test_page_under_another_name_leads_to_it_below_any_prefix(
 
 def test_page_has_words_for_every_error_of_the_gateway() -> None:
     """In both languages: what has none is told in the gateway's English."""
-    source = "".join(path.read_text(encoding="utf-8") for path in STATIC.parent.glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in STATIC.parents[1].rglob("*.py"))
     codes = set(re.findall(r'\bcode(?:: ClassVar\[str\])? ?= ?"(\w+)"', source))
     script = (STATIC / "trouble.js").read_text(encoding="utf-8")
     known = set(re.findall(r'^  (\w+): "error\.\w+",$', script, re.MULTILINE))

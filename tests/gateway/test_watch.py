@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gateway.watch import Watch
+from gateway.engines.timeouts import Watch
 
 
 async def test_call_that_takes_too_long_is_a_timeout() -> None:

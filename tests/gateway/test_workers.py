@@ -17,9 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.admission.keys import make_key
+from gateway.admission.ledger import FIRST_SLOTS, Ledger, make_ledger_file
 from gateway.config import Worker
-from gateway.keys import make_key
-from gateway.ledger import FIRST_SLOTS, Ledger, make_ledger_file
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 

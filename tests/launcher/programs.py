@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from launcher.process import list_group
+from launcher.engine.process import list_group
 from scripts.benching.ports import find_free_ports
 
 ROOT = Path(__file__).parents[2]

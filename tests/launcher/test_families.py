@@ -10,11 +10,11 @@ import pytest
 
 from launcher.config import Settings
 from launcher.errors import SettingsError
-from launcher.families import find_rows, list_rows
-from launcher.flags import Flags, read_shipped_flags
-from launcher.hardware import parse_device
-from launcher.models import Model, find_model, read_chat_template
-from launcher.profiles import Choice, Plan, build_plan, parse_overrides
+from launcher.models.families import find_rows, list_rows
+from launcher.models.model import Model, find_model, read_chat_template
+from launcher.plan.flags import Flags, read_shipped_flags
+from launcher.plan.hardware import parse_device
+from launcher.plan.plan import Choice, Plan, build_plan, parse_overrides
 
 MODELS = Path(__file__).parent / "models"
 FLAGS = read_shipped_flags()

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launcher.command import InstalledVllm, build_command
 from launcher.config import Settings
 from launcher.errors import SettingsError
-from launcher.flags import Flags, list_changes, read_flags, read_shipped_flags
-from launcher.hardware import parse_device
-from launcher.profiles import NAMES, build_plan, parse_overrides
+from launcher.plan.command import InstalledVllm, build_command
+from launcher.plan.flags import Flags, list_changes, read_flags, read_shipped_flags
+from launcher.plan.hardware import parse_device
+from launcher.plan.plan import NAMES, build_plan, parse_overrides
 from tests.launcher.test_profiles import GPUS, MODELS, make_command, make_plan, read_model
 
 DATA = Path(__file__).parent / "vllm_flags.toml"
@@ -151,7 +151,7 @@ def test_flags_file_of_an_earlier_launcher_is_asked_for_anew(
 ) -> None:
     (tmp_path / "flags-0.20.2.json").write_text('{"flags": {}, "fields": {}}')
     answer = json.dumps({"flags": {"model": "value"}, "fields": {}, "choices": {}})
-    monkeypatch.setattr("launcher.flags._ask_parser", lambda *_: [answer])
+    monkeypatch.setattr("launcher.plan.flags._ask_parser", lambda *_: [answer])
     assert read_flags("0.20.2", tmp_path) == Flags("0.20.2", {"model": "value"}, {}, {})
 
 

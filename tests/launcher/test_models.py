@@ -9,7 +9,7 @@ import pytest
 
 from launcher.config import Settings
 from launcher.errors import SettingsError
-from launcher.models import Model, Shape, find_model, read_shape
+from launcher.models.model import Model, Shape, find_model, read_shape
 from tests.launcher.programs import MODEL, Launcher, running
 from tests.launcher.test_explain import call
 

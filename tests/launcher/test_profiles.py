@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.command import EngineCommand, InstalledVllm, build_command
 from launcher.config import Settings
 from launcher.errors import SettingsError
-from launcher.flags import Flags, read_shipped_flags, try_commands
-from launcher.hardware import GIB, Device, list_gpus, parse_device
-from launcher.models import Model, find_model
-from launcher.profiles import NAMES, Plan, build_plan, parse_overrides
+from launcher.models.model import Model, find_model
+from launcher.plan.command import EngineCommand, InstalledVllm, build_command
+from launcher.plan.flags import Flags, read_shipped_flags, try_commands
+from launcher.plan.hardware import GIB, Device, list_gpus, parse_device
+from launcher.plan.plan import NAMES, Plan, build_plan, parse_overrides
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
-PROFILES = Path(__file__).parents[2] / "launcher" / "profiles"
+PROFILES = Path(__file__).parents[2] / "launcher" / "plan" / "profiles"
 GPUS = ("A100-80GB", "RTX 4090", "H200", "B200", "RTX 5090")
 MODELS = ("qwen3-0.6b", "qwen3-8b")
 FLAGS = read_shipped_flags()
@@ -43,7 +43,7 @@ def make_plan(
     profile: str, gpu: str, model: str, *pairs: str, monkeypatch: pytest.MonkeyPatch | None = None
 ) -> Plan:
     if monkeypatch:
-        monkeypatch.setattr("launcher.profiles.read_cpu", lambda: HOST)
+        monkeypatch.setattr("launcher.plan.plan.read_cpu", lambda: HOST)
     overrides = parse_overrides(pairs, FLAGS)
     device = HOST if gpu == "cpu" else parse_device(gpu)
     return build_plan(profile, device, read_model(model), FLAGS, overrides=overrides)

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launcher.process import list_group
+from launcher.engine.process import list_group
 from tests.launcher.programs import MODEL, Launcher, ask_in_background, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]

@@ -11,8 +11,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
-from launcher.status import StatusSource, build_status_app, list_metrics
-from launcher.supervisor import RestartRule, Standing
+from launcher.engine.status import StatusSource, build_status_app, list_metrics
+from launcher.engine.supervisor import RestartRule, Standing
 
 LABELS = {
     "vllm": "0.32.0",

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launcher import process
-from launcher.process import list_group
+from launcher.engine import process
+from launcher.engine.process import list_group
 from tests.launcher.programs import (
     Launcher,
     ask_in_background,

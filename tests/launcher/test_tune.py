@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.command import build_arguments
-from launcher.flags import read_shipped_flags, try_commands
-from launcher.hardware import parse_device
-from launcher.profiles import Choice, build_plan
-from launcher.rouge import mean_rouge_l, rouge_l
-from launcher.tune import Candidate, Result, choose, combine, list_candidates
+from launcher.plan.command import build_arguments
+from launcher.plan.flags import read_shipped_flags, try_commands
+from launcher.plan.hardware import parse_device
+from launcher.plan.plan import Choice, build_plan
+from launcher.tuning.rouge import mean_rouge_l, rouge_l
+from launcher.tuning.tune import Candidate, Result, choose, combine, list_candidates
 from tests.launcher.programs import Launcher, running, wait_for
 from tests.launcher.test_explain import call
 from tests.launcher.test_profiles import GPUS, make_plan

@@ -12,13 +12,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launcher.command import find_vllm
 from launcher.config import Settings
 from launcher.errors import SettingsError
-from launcher.flags import read_flags
-from launcher.gateway import check_gateway
-from launcher.models import find_model
-from launcher.prepare import decide
+from launcher.gateway_process import check_gateway
+from launcher.models.model import find_model
+from launcher.plan.command import find_vllm
+from launcher.plan.flags import read_flags
+from launcher.plan.prepare import decide
 from scripts.benching.ports import find_free_ports
 from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
 
@@ -205,7 +205,7 @@ def test_gateway_check_that_hangs_is_one_line_and_ended(
     settings = Settings(model=str(MODEL))
     vllm = find_vllm()
     plan = decide(settings, vllm, read_flags(vllm.version, tmp_path), find_model(settings))
-    monkeypatch.setattr("launcher.gateway._CHECK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("launcher.gateway_process._CHECK_TIMEOUT_S", 1.0)
     with pytest.raises(SettingsError, match=r"`python -m gateway check` took over 1 s"):
         check_gateway(settings, plan)
 

@@ -16,7 +16,7 @@ from tests.page.conftest import Visitor, running_gateway, shoot, width_of
 
 pytestmark = pytest.mark.browser
 BINARY = b"PK\x03\x04" + bytes(number * 7919 % 251 + 1 for number in range(3000))
-STATIC = Path(__file__).parent.parent.parent / "gateway" / "static"
+STATIC = Path(__file__).parent.parent.parent / "gateway" / "page" / "static"
 
 
 def ask(page: Page, question: str) -> None:

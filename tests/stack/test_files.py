@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.budget import WORKER_SHARED_BYTES
+from launcher.plan.budget import WORKER_SHARED_BYTES
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -243,7 +243,8 @@ def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() 
     sources = [word for line in copied if line.startswith("COPY") for word in line.split()[1:-1]]
     assert {source for source in sources if source.startswith(("launcher", "gateway"))} == {
         "launcher/__init__.py",
-        "launcher/weights.py",
+        "launcher/models/__init__.py",
+        "launcher/models/files.py",
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.keys import make_key
+from gateway.admission.keys import make_key
 from scripts.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
 from tests.stack.conftest import GATEWAY, Step, answers, wait_until

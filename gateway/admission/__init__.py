@@ -1,0 +1,1 @@
+"""Who may come in, how much, and when: keys, limits, the queue, deadlines."""

@@ -1,0 +1,82 @@
+"""The last grade on GET /metrics: read from the record that `scripts/grade.py --record` wrote.
+
+A file, because a grade is made elsewhere and now and then; nobody can set it over HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import orjson
+import structlog
+
+from gateway.observability.metrics import Metrics
+
+log = structlog.get_logger("gateway")
+_DATE = "%Y-%m-%d %H:%M UTC"
+_MOST_FIGURES = 50
+_MOST_BYTES = 2**20
+
+
+@dataclass
+class Grade:
+    """What the record says; empty where there is none."""
+
+    name: str = ""
+    taken_at: float = 0.0
+    figures: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+class GradeFile:
+    """The record as it is now; looked at again by each scrape."""
+
+    def __init__(self, path: Path, metrics: Metrics) -> None:
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._grade = Grade()
+        metrics.grade.read = self._list_figures
+        metrics.grade_timestamp_seconds.read = self._list_times
+
+    def _list_figures(self) -> Iterator[tuple[Sequence[str], float]]:
+        yield from self._read().figures.items()
+
+    def _list_times(self) -> Iterator[tuple[Sequence[str], float]]:
+        grade = self._read()
+        if grade.taken_at:
+            yield (grade.name,), grade.taken_at
+
+    def _read(self) -> Grade:
+        try:
+            status = self._path.stat()
+        except OSError:
+            self._stamp, self._grade = None, Grade()
+            return self._grade
+        stamp = (status.st_mtime_ns, status.st_size)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._grade = self._parse()
+        return self._grade
+
+    def _parse(self) -> Grade:
+        try:
+            with self._path.open("rb") as file:
+                return parse_grade(file.read(_MOST_BYTES))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("grade_not_read", path=str(self._path), reason=str(error))
+            return Grade()
+
+
+def parse_grade(body: bytes) -> Grade:
+    """A record of a run; of two figures with one name and unit the first counts."""
+    record = orjson.loads(body)
+    taken = datetime.strptime(record["date"], _DATE).replace(tzinfo=UTC)
+    figures: dict[tuple[str, str], float] = {}
+    for row in record["figures"][:_MOST_FIGURES]:
+        value = float(row["value"])
+        if math.isfinite(value):
+            figures.setdefault((str(row["name"])[:80], str(row.get("unit", ""))[:20]), value)
+    return Grade(str(record["name"])[:120], taken.timestamp(), figures)

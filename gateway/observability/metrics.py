@@ -1,0 +1,420 @@
+"""What the gateway counts: every figure is declared here, once, with its labels and its meaning.
+
+The names start with `gateway_`; `vllm:` belongs to the engine. Labels are bounded: routes, codes,
+engines and keys of the settings, never what a caller sends. With several workers each counts into
+files of a shared folder, and whichever is asked answers for all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from gateway.errors import REFUSALS, GatewayError
+from gateway.observability.trace import Trace
+
+# A small model answers one question in 10 ms to 2 s, a batch in seconds; a queue lasts minutes.
+SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1, 1.5, 2.5, 5, 10, 30, 60, 120, 300),
+)
+# Its steps take 1 to 10 ms; what is longer is a stall.
+GAP_SECONDS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05),
+    *(0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60),
+)
+LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 358, 512, 1024, 2048, 4096, 10_000)
+
+_VERSION = re.compile(r"version=([^;,]*)")
+_NUMBERS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}\s*")
+_ALL_KEYS = "(all)"  # no key can be called so
+
+# What a gateway that stops turns away: `not_ready` to callers, counted apart because nobody failed.
+STOPPING = "stopping"
+_GONE, _CALLER_GONE = 499, "caller_gone"
+# What is there from the start: `rate` does not see the count with which a series is born.
+_STATUSES = (200, 400, 429, _GONE, 500, 502, 503, 504)
+_FURTHER_FAILURES = (
+    *(("engine_busy", "gateway"), ("engine_garbled", "engine")),
+    *(("http_500", "engine"), ("http_503", "engine")),
+)
+_RETRIED = ("engine_busy", "not_ready", "out_of_files")  # and whatever is the engine's
+_PROMPT_REFUSALS = ("empty_prompt", "prompt_too_long", "not_text", "engine_refused")
+
+Rows = Iterable[tuple[Sequence[str], float]]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A row of the table in docs/metrics.md."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+
+
+class LiveFigure(Collector):
+    """Read where it is kept, at the moment of asking: label values with their number."""
+
+    def __init__(self, kind: str, name: str, text: str, labels: Sequence[str]) -> None:
+        self._family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        self._name, self._text, self._labels = name, text, labels
+        self.read: Callable[[], Rows] = tuple
+
+    def collect(self) -> Iterator[Metric]:
+        family = self._family(self._name, self._text, labels=self._labels)
+        for values, number in self.read():
+            family.add_metric(values, number)
+        yield family
+
+
+class WithoutKeys(Collector):
+    """What is counted by key as one sum: who the callers are is not everybody's business."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            if any("key" in sample.labels for sample in family.samples):
+                family.samples = list(self._sum_keys(family.samples))
+            yield family
+
+    @staticmethod
+    def _sum_keys(samples: Sequence[Sample]) -> Iterator[Sample]:
+        sums: dict[tuple[tuple[str, str], ...], float] = {}
+        for sample in samples:
+            labels = tuple((sample.labels | {"key": _ALL_KEYS}).items())
+            sums[labels] = sums.get(labels, 0.0) + sample.value
+        for labels, value in sums.items():
+            yield Sample(samples[0].name, dict(labels), value)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteFigures:
+    """One route's children: finding them costs more than counting on them."""
+
+    request: Histogram
+    queue: Histogram
+    first_chunk: Histogram
+    chunk_gap: Histogram
+    longest_chunk_gap: Histogram
+
+
+class Metrics:
+    """The instruments, by name; `render` is the body of GET /metrics."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        # The time of each series' first count would be a second series for every one of them.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self.declared: list[Declared] = []
+        self._folder = folder
+        self._live: list[LiveFigure] = []
+        self._declare_requests()
+        self._declare_predict()
+        self._declare_engines()
+        self._declare_process()
+        self.tokens_in = self.tokens.labels("in")
+        self.tokens_out = self.tokens.labels("out")
+        for reason in (*REFUSALS, STOPPING):
+            self.refused.labels(reason)
+        self._failures = _list_failures()
+        for code, source in self._failures:
+            self.prompts_failed.labels(code)
+            if source == "engine" or code in _RETRIED:
+                self.retried_calls.labels(code)
+        for code in _PROMPT_REFUSALS:
+            self.prompts_failed.labels(code)
+        self._requests_by = lru_cache(maxsize=1024)(self.requests.labels)
+        self._of_route = lru_cache(maxsize=64)(self._find_route)
+
+    def _declare_requests(self) -> None:
+        self.requests = self._counter("requests", "Requests answered.", "route", "status")
+        self.request_seconds = self._histogram(
+            "request_seconds", "From a request's first byte to its answer's last.", "route"
+        )
+        self.queue_seconds = self._histogram(
+            "queue_seconds", "Time that a request which entered had waited.", "route"
+        )
+        self.first_chunk_seconds = self._histogram(
+            "first_chunk_seconds",
+            "From a request's first byte to the first chunk of its stream.",
+            "route",
+        )
+        self.chunk_gap_seconds = self._histogram(
+            "chunk_gap_seconds",
+            "Mean time between two chunks; one observation a stream.",
+            "route",
+            buckets=GAP_SECONDS,
+        )
+        self.longest_chunk_gap_seconds = self._histogram(
+            "longest_chunk_gap_seconds",
+            "Longest time between two chunks; one observation a stream.",
+            "route",
+            buckets=GAP_SECONDS,
+        )
+        self.errors = self._counter(
+            "errors",
+            "Requests that ended in an error; source: gateway, engine or caller, whose is any 4xx.",
+            *("route", "code", "source"),
+        )
+        self.broken_streams = self._counter(
+            "broken_streams", "Streams that ended in an error, after a status of 200.", "route"
+        )
+        self.refused = self._counter(
+            "refused", "Requests turned away before an engine saw them.", "reason"
+        )
+        self.running_sequences = self._live_gauge(
+            "running_sequences", "Sequences inside the engines.", "lane"
+        )
+        self.waiting_sequences = self._live_gauge(
+            "waiting_sequences", "Sequences waiting to enter.", "lane"
+        )
+        self.max_running_sequences = self._live_gauge(
+            "max_running_sequences", "Sequences that may be inside at once (GATEWAY_MAX_RUNNING)."
+        )
+        self.max_waiting_sequences = self._live_gauge(
+            "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING)."
+        )
+        self.tokens = self._counter(
+            "tokens", "Tokens by the engine's count; direction is in or out.", "direction"
+        )
+        self.usage_requests = self._live_counter(
+            "usage_requests",
+            "Requests by key, on GATEWAY_METRICS_PORT; elsewhere their sum.",
+            "key",
+        )
+        self.usage_tokens = self._live_counter(
+            "usage_tokens",
+            "Tokens by key, as the engine counted them; names as above.",
+            "key",
+            "direction",
+        )
+
+    def _declare_predict(self) -> None:
+        self.predict_prompts = self._histogram(
+            "predict_prompts", "Prompts in a /predict call.", buckets=PROMPTS
+        )
+        self.predict_characters = self._counter(
+            "predict_characters", "Characters in the answers of /predict."
+        )
+        self.prompts_failed = self._counter(
+            "prompts_failed", "Prompts of /predict that got no answer.", "code"
+        )
+        self.deduplicated = self._counter(
+            "deduplicated_prompts", "Greedy prompts answered by the answer to an identical one."
+        )
+        last = "of the last /predict call with several prompts"
+        self.last_batch_prompts = self._gauge("last_batch_prompts", f"Prompts {last}.")
+        self.last_batch_seconds = self._gauge("last_batch_seconds", f"Duration {last}.")
+        self.last_batch_tokens = self._gauge("last_batch_tokens", f"New tokens {last}.")
+        self.last_batch_characters = self._gauge(
+            "last_batch_characters", f"Characters in the answers {last}."
+        )
+
+        self.grade = self._live_gauge(
+            "grade", "The last grade, from the file GATEWAY_GRADE_RECORD.", "figure", "unit"
+        )
+        self.grade_timestamp_seconds = self._live_gauge(
+            "grade_timestamp_seconds", "When the last grade was taken.", "name"
+        )
+
+    def _declare_engines(self) -> None:
+        self.engine_ready = self._live_gauge(
+            "engine_ready", "1 when the engine has answered its warm-up.", "engine"
+        )
+        self.engine_state = self._live_gauge(
+            "engine_state", "1 at the present state: down, warming or ready.", "engine", "state"
+        )
+        self.engine_breaker_open = self._live_gauge(
+            "engine_breaker_open",
+            "Workers that leave the engine alone after failures in a row.",
+            "engine",
+        )
+        self.engine_running_sequences = self._live_gauge(
+            "engine_running_sequences", "Sequences inside the engine.", "engine"
+        )
+        self.engine_failures = self._counter(
+            "engine_failures", "Calls that the engine failed, as the breaker sees them.", "engine"
+        )
+        self.breaker_trips = self._counter(
+            "breaker_trips", "Times that failures in a row opened the breaker.", "engine"
+        )
+        self.warmups = self._counter(
+            "warmups", "Warm-up batches; outcome is done or failed.", "engine", "outcome"
+        )
+        self.warmup_seconds = self._gauge(
+            "warmup_seconds", "How long the last warm-up batch took.", "engine"
+        )
+        self.retried_calls = self._counter(
+            "retried_calls", "Calls made again, by the code of the first one's failure.", "code"
+        )
+        self.retried = self._counter(
+            "retried_prompts", "Prompts of /predict run again because an engine lost them."
+        )
+
+    def _declare_process(self) -> None:
+        self.event_loop_lag_seconds = self._histogram(
+            "event_loop_lag_seconds",
+            "How much later than asked the event loop woke up, measured twice a second.",
+            buckets=LAG_SECONDS,
+        )
+        self.start_time_seconds = self._live_gauge(
+            "start_time_seconds", "When the gateway started, all its workers together."
+        )
+        self.build_info = self._live_gauge(
+            "build_info", "1; the program and its Python.", "version", "python"
+        )
+        self.config_info = self._live_gauge(
+            "config_info",
+            "1; the settings, as a fingerprint without secrets, and some of them.",
+            *("fingerprint", "workers", "prompt_style", "max_tokens", "routing", "dedup"),
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        self._declare(f"{name}_total", "counter", labels, text)
+        return Counter(f"gateway_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, *labels: str, buckets: Sequence[float] = SECONDS
+    ) -> Histogram:
+        self._declare(name, "histogram", labels, text)
+        return Histogram(f"gateway_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        self._declare(name, "gauge", labels, text)
+        return Gauge(
+            f"gateway_{name}", text, labels, registry=self.registry, multiprocess_mode="mostrecent"
+        )
+
+    def _live_counter(self, name: str, text: str, *labels: str) -> LiveFigure:
+        self._declare(f"{name}_total", "counter", labels, text)
+        return self._add_live(LiveFigure("counter", f"gateway_{name}", text, labels))
+
+    def _live_gauge(self, name: str, text: str, *labels: str) -> LiveFigure:
+        self._declare(name, "gauge", labels, text)
+        return self._add_live(LiveFigure("gauge", f"gateway_{name}", text, labels))
+
+    def _add_live(self, figure: LiveFigure) -> LiveFigure:
+        self._live.append(figure)
+        if self._folder is None:
+            self.registry.register(figure)
+        return figure
+
+    def _declare(self, name: str, kind: str, labels: tuple[str, ...], meaning: str) -> None:
+        self.declared.append(Declared(f"gateway_{name}", kind, labels, meaning))
+
+    def _find_route(self, route: str) -> RouteFigures:
+        return RouteFigures(
+            self.request_seconds.labels(route),
+            self.queue_seconds.labels(route),
+            self.first_chunk_seconds.labels(route),
+            self.chunk_gap_seconds.labels(route),
+            self.longest_chunk_gap_seconds.labels(route),
+        )
+
+    def expect_routes(
+        self, routes: Iterable[str], *, entering: Iterable[str], streaming: Iterable[str]
+    ) -> None:
+        """Their series begin at nought. Some routes enter the gate, some of those stream; others
+        have no histograms yet, because each is 25 lines of every scrape.
+        """
+        for route in routes:
+            for status in _STATUSES:
+                self.requests.labels(route, status)
+            for code, source in (*self._failures, (_CALLER_GONE, "caller")):
+                self.errors.labels(route, code, source)
+        for route in entering:
+            self.request_seconds.labels(route)
+            self.queue_seconds.labels(route)
+        for route in streaming:
+            self._of_route(route)
+            self.broken_streams.labels(route)
+
+    def count_request(self, trace: Trace, status: int, duration_s: float) -> None:
+        """Once a request, of what it learnt on its way."""
+        self._requests_by(trace.route, status).inc()
+        figures = self._of_route(trace.route)
+        exemplar = trace.exemplar
+        figures.request.observe(duration_s, exemplar)
+        if trace.has_entered:
+            figures.queue.observe(trace.queue_s, exemplar)
+        if trace.chunks:
+            figures.first_chunk.observe(trace.first_chunk_at - trace.started, exemplar)
+        if trace.chunks > 1:
+            span_s = trace.last_chunk_at - trace.first_chunk_at
+            figures.chunk_gap.observe(span_s / (trace.chunks - 1), exemplar)
+            figures.longest_chunk_gap.observe(trace.longest_gap_s, exemplar)
+        if status >= 400 or trace.error_code is not None:
+            self._count_error(trace, status)
+
+    def count_answers(self, trace: Trace, characters: int) -> None:
+        """Once a /predict call; one with several prompts is a batch."""
+        self.predict_characters.inc(characters)
+        if trace.n_prompts is not None and trace.n_prompts > 1:
+            self.last_batch_prompts.set(trace.n_prompts)
+            self.last_batch_seconds.set(trace.elapsed_s())
+            self.last_batch_tokens.set(trace.completion_tokens or 0)
+            self.last_batch_characters.set(characters)
+
+    def _count_error(self, trace: Trace, status: int) -> None:
+        code = trace.error_code or (_CALLER_GONE if status == _GONE else f"http_{status}")
+        source = trace.error_source or "engine"
+        if 400 <= status < _GONE or code == _CALLER_GONE:
+            source = "caller"  # whoever found it: vLLM refuses a bad prompt, the gateway bad JSON
+        self.errors.labels(trace.route, code, source).inc()
+        if trace.is_streaming and trace.error_code is not None:
+            self.broken_streams.labels(trace.route).inc()
+        if code == STOPPING or code in REFUSALS:
+            self.refused.labels(code).inc()
+
+    def render(self, accept: str = "", *, by_key: bool) -> tuple[bytes, str]:
+        """Text in the form that is asked for, and its type; with several workers, their sum."""
+        registry = self.registry
+        if self._folder is not None:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
+            for figure in self._live:
+                registry.register(figure)
+        encode: Any
+        encode, content_type = _choose_form(accept)
+        return bytes(encode(registry if by_key else WithoutKeys(registry))), content_type
+
+
+def _list_failures() -> list[tuple[str, str]]:
+    """The codes of what is no caller's doing, with who failed."""
+    kinds: list[type[GatewayError]] = [GatewayError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    own = {(kind.code, kind.source): None for kind in kinds if kind.status >= 500}
+    return [*own, *_FURTHER_FAILURES]
+
+
+def _choose_form(accept: str) -> tuple[Any, str]:
+    """Plain text for who asks for a version that is none: the library would stumble over it."""
+    versions = _VERSION.findall(accept)
+    return choose_encoder(accept if all(map(_NUMBERS.fullmatch, versions)) else "")
+
+
+METRICS = web.AppKey("metrics", Metrics)
+
+
+def list_metrics() -> list[Declared]:
+    """Every figure, in order: the table in docs/metrics.md."""
+    return Metrics().declared

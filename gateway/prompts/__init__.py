@@ -1,0 +1,1 @@
+"""From a question to what the engine is sent: prompt styles, chat templates, token ids."""

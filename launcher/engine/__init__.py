@@ -1,0 +1,1 @@
+"""The engine's process: started, watched, brought back, stopped; its log and status."""

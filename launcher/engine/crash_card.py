@@ -1,0 +1,80 @@
+"""The crash card: everything worth knowing about one crash, in one JSON file."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launcher.engine.output import keeping
+from launcher.engine.supervisor import Ending, Standing
+from launcher.engine.vllm_server import Engine
+from launcher.plan.command import EngineCommand
+from launcher.plan.hardware import query_gpus
+
+_CARDS_KEPT = 20
+_LINES = 60
+
+
+@dataclass
+class CrashCards:
+    """Writes them into a folder and remembers the last one, for the status endpoint."""
+
+    folder: Path
+    command: EngineCommand
+    engine: Engine
+    versions: dict[str, str]
+    fingerprint: dict[str, str]
+    last: dict[str, Any] | None = field(default=None)
+
+    def add(self, ending: Ending, standing: Standing) -> None:
+        now = datetime.now(UTC)
+        self.last = {
+            "time": now.isoformat(timespec="seconds"),
+            **describe_end(ending, self.engine.killed_children),
+            "cause": ending.cause,
+            "uptime_s": round(ending.uptime_s, 1),
+            "was_ready": ending.was_ready,
+            "restarts": sum(standing.restarts.values()),
+            "last_lines": ending.tail[-_LINES:],
+            "dump": ending.dump,
+            "processes": ending.members,
+            "argv": self.command.argv,
+            "environment": self.command.environment,
+            "versions": self.versions,
+            "gpus": [
+                dict(zip(("name", "memory_used_mib", "memory_total_mib"), row, strict=True))
+                for row in query_gpus("name,memory.used,memory.total")
+            ],
+            "fingerprint": self.fingerprint,
+        }
+        with keeping(self.folder):
+            self._write(f"{now:%Y%m%dT%H%M%S}-{int(ending.uptime_s)}")
+
+    def _write(self, stem: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.last, indent=2, ensure_ascii=False)
+        (self.folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+        for old in sorted(self.folder.glob("*.json"))[:-_CARDS_KEPT]:
+            old.unlink(missing_ok=True)
+
+
+def describe_end(ending: Ending, killed_children: list[tuple[int, str]]) -> dict[str, Any]:
+    """Exit code or signal, of the server itself or of the worker whose death ended it."""
+    code = ending.returncode
+    names = dict(line.split(" ", 1) for line in ending.members)
+    children = [
+        {"pid": pid, "name": names.get(str(pid), "?"), "signal": number}
+        for pid, number in killed_children
+    ]
+    own = signal.Signals(-code).name if code is not None and code < 0 else None
+    first = children[0]["signal"] if children else None
+    return {
+        "reason": ending.reason,
+        "exit_code": code if code is not None and code >= 0 else None,
+        "signal": own or first,
+        "killed_children": children,
+    }

@@ -1,0 +1,219 @@
+"""What the launcher shows and keeps: its own events, and the lines of the programs it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, MutableMapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+
+from launcher.engine import log as engine_log
+
+_COLOURS = {"launcher": "\x1b[1m", "engine": "\x1b[36m", "gateway": "\x1b[35m"}
+_RESET = "\x1b[0m"
+_RING_LINES = 400
+_FILE_BYTES = 10 * 2**20
+_FILES_KEPT = 4
+# A program that floods its log is kept in full in the file, not on the terminal.
+_SHOWN_PER_S = 300
+
+
+class Output:
+    """Standard error, for all programs together: `engine   | …`, or one JSON object a line."""
+
+    def __init__(self, log_format: str, engine_log_mode: str, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self.is_terminal = self._stream.isatty()
+        self.is_json = log_format == "json" or (log_format == "auto" and not self.is_terminal)
+        self._engine_log_mode = engine_log_mode
+        self._second = 0
+        self._shown = 0
+        self._hidden = 0
+
+    def configure_structlog(self, *, quiet: bool = False) -> None:
+        least = logging.ERROR if quiet else logging.INFO
+        structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(least),
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+                self._render,
+            ],
+            logger_factory=_SilentLogger,
+            cache_logger_on_first_use=False,
+        )
+        logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)
+
+    def announce(self, text: str) -> None:
+        """The one line for who waits, on standard output."""
+        head = {"timestamp": _now(), "source": "launcher", "level": "info", "event": "ready"}
+        row = json.dumps({**head, "message": text}, ensure_ascii=False)
+        print(row if self.is_json else text, flush=True)  # noqa: T201
+
+    def show_line(self, source: str, stream: str, line: str) -> None:
+        """One line that a child program wrote."""
+        if source == "engine" and not self._wants(line):
+            return
+        if not self._may_show():
+            return
+        if not self.is_json:
+            shown = line if self.is_terminal else engine_log.clean(line)
+            self._write(self._prefix(source) + shown)
+            return
+        head = {"timestamp": _now(), "source": source, "level": "info", "event": "line"}
+        row = _parse_object(line) or {"stream": stream, **engine_log.split_line(line)}
+        self._write_json(head | row)
+
+    def _render(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+        at, level, name = event.pop("timestamp"), event.pop("level"), event.pop("event")
+        if self.is_json:
+            head = {"timestamp": at, "source": "launcher", "level": level, "event": name}
+            self._write_json({**head, **event})
+        else:
+            words = [f"{key}={value}" for key, value in event.items()]
+            loud = f"{level.upper()} " if level not in ("info", "debug") else ""
+            self._write(self._prefix("launcher") + " ".join([f"{loud}{name}", *words]))
+        return ""
+
+    def _wants(self, line: str) -> bool:
+        if self._engine_log_mode == "requests" and engine_log.is_request(line):
+            return True
+        if self._engine_log_mode in ("short", "requests"):
+            return not engine_log.is_noise(line)
+        return self._engine_log_mode == "all"
+
+    def _may_show(self) -> bool:
+        second = int(time.monotonic())
+        if second != self._second:
+            hidden, self._hidden = self._hidden, 0
+            self._second, self._shown = second, 0
+            if hidden:
+                structlog.get_logger("launcher").warning("lines_hidden", count=hidden)
+        self._shown += 1
+        self._hidden += self._shown > _SHOWN_PER_S
+        return self._shown <= _SHOWN_PER_S
+
+    def _prefix(self, source: str) -> str:
+        label = f"{source:<8} | "
+        return f"{_COLOURS.get(source, '')}{label}{_RESET}" if self.is_terminal else label
+
+    def _write_json(self, row: dict[str, Any]) -> None:
+        self._write(json.dumps(row, ensure_ascii=False, default=str))
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not end the engine
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def keeping(path: Path) -> Iterator[None]:
+    """What is written for later only: a disk that is full or gone must not end the engine."""
+    try:
+        yield
+    except OSError as error:
+        warn_not_kept(path, error)
+
+
+def warn_not_kept(path: Path, error: OSError) -> None:
+    structlog.get_logger("launcher").warning("not_kept", path=str(path), why=error.strerror)
+
+
+class LineLog:
+    """A program's lines: the last ones in memory, all of them in a file that is rotated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ring: deque[tuple[float, str, str]] = deque(maxlen=_RING_LINES)
+        self._file: TextIO | None = None
+        self._size = 0
+        self._is_failing = False
+
+    def add(self, stream: str, line: str) -> None:
+        self._ring.append((time.monotonic(), stream, line))
+        try:
+            self._keep(line)
+            self._is_failing = False
+        except OSError as error:
+            self.close()
+            if not self._is_failing:
+                warn_not_kept(self.path, error)
+            self._is_failing = True
+
+    def tail(self, count: int, *, since: float = 0.0) -> list[str]:
+        lines = [line for at, _stream, line in self._ring if at >= since]
+        return lines[-count:]
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _keep(self, line: str) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._size = self.path.stat().st_size
+        text = f"{_now()} {line}\n"
+        self._file.write(text)
+        self._file.flush()
+        self._size += len(text)
+        if self._size > _FILE_BYTES:
+            self._rotate()
+
+    def _rotate(self) -> None:
+        self.close()
+        names = [self.path.name, *(f"{self.path.name}.{n}" for n in range(1, _FILES_KEPT))]
+        for newer, older in reversed(list(itertools.pairwise(names))):
+            if self.path.with_name(newer).is_file():
+                self.path.with_name(newer).replace(self.path.with_name(older))
+
+
+class _LibraryHandler(logging.Handler):
+    """What libraries log, in the same form as everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger("launcher").log(
+            min(record.levelno // 10 * 10, logging.CRITICAL),
+            "library_line",
+            logger=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )
+
+
+class _SilentLogger:
+    """What structlog hands the rendered line to; `_render` has written it already."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def msg(self, _text: str) -> None:
+        pass
+
+    debug = info = warning = error = msg
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _parse_object(line: str) -> dict[str, Any] | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

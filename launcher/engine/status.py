@@ -1,0 +1,280 @@
+"""The launcher's own face: /status, /crash, /readyz, /metrics. It takes no orders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import platform
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from launcher.engine.supervisor import CRASH_REASONS, RestartRule, Standing
+from launcher.errors import SettingsError
+from launcher.plan.fingerprint import read_version
+from launcher.plan.hardware import ask_gpus
+
+_STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
+_PROGRAMS = ("engine", "gateway")
+_GPU_QUERY = (
+    "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
+)
+_GPU_FRESH_S = 5.0
+_GPU_PATIENCE_S = 1.0  # of a scrape, which has five seconds for everything
+_GPU_STALE_S = 30.0
+_GPU_END_S = 2.0
+_MIB = 2**20
+_MHZ = 1e6
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of /metrics, and a row of the table in docs/metrics.md."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+
+    def build(self, rows: Iterable[tuple[Sequence[str], float]]) -> Metric:
+        kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = kind(self.name, self.meaning, labels=self.labels)
+        for values, number in rows:
+            family.add_metric(values, number)
+        return family
+
+
+def _list_figures() -> Iterator[Figure]:
+    yield Figure("launcher_build_info", "gauge", ("version", "python"), "1; the launcher itself.")
+    began = "When the launcher started; an engine that never became ready ends it."
+    yield Figure("launcher_start_time_seconds", "gauge", (), began)
+    about = ("vllm", "model", "profile", "device", "fingerprint")
+    yield Figure("launcher_engine_info", "gauge", about, "1; what the engine runs.")
+    for name in _PROGRAMS:
+        head = f"launcher_{name}"
+        yield Figure(f"{head}_up", "gauge", (), f"1 while the {name} answers.")
+        states = f"1 at the {name}'s present state: {', '.join(_STATES)}."
+        yield Figure(f"{head}_state", "gauge", ("state",), states)
+        why = f"Restarts of the {name}; reason is {', '.join(CRASH_REASONS)}."
+        yield Figure(f"{head}_restarts_total", "counter", ("reason",), why)
+        took = f"From the {name}'s last start to its first answer; absent before that."
+        yield Figure(f"{head}_start_seconds", "gauge", (), took)
+    crash = "When the engine last crashed; absent if it never did."
+    yield Figure("launcher_engine_last_crash_timestamp_seconds", "gauge", (), crash)
+    limit = "Crashes within the window after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
+    yield Figure("launcher_restart_limit", "gauge", (), limit)
+    window = "The window in which crashes are counted (LAUNCHER_RESTART_WINDOW_S)."
+    yield Figure("launcher_restart_window_seconds", "gauge", (), window)
+    gpu = ("gpu", "name")
+    busy = "Share of the time in which the GPU ran a kernel, 0 to 1, by nvidia-smi."
+    yield Figure("launcher_gpu_utilization_ratio", "gauge", gpu, busy)
+    yield Figure("launcher_gpu_memory_used_bytes", "gauge", gpu, "GPU memory in use.")
+    yield Figure("launcher_gpu_memory_bytes", "gauge", gpu, "GPU memory there is.")
+    yield Figure("launcher_gpu_power_watts", "gauge", gpu, "What the GPU draws.")
+    yield Figure("launcher_gpu_temperature_celsius", "gauge", gpu, "How warm the GPU is.")
+    yield Figure("launcher_gpu_clock_hertz", "gauge", gpu, "The clock of its multiprocessors.")
+
+
+FIGURES = {figure.name: figure for figure in _list_figures()}
+
+
+def list_metrics() -> list[Figure]:
+    """Every figure, in order: the table in docs/metrics.md."""
+    return list(FIGURES.values())
+
+
+@dataclass(frozen=True)
+class StatusSource:
+    """What the endpoint reads; nothing here is written by it."""
+
+    standings: dict[str, Standing]
+    facts: dict[str, Any]
+    labels: dict[str, str]
+    progress: Callable[[], dict[str, Any] | None]
+    crash: Callable[[], dict[str, Any] | None]
+    rule: RestartRule
+    has_gpu: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        crash = self.crash()
+        keys = ("time", "reason", "exit_code", "signal", "cause")
+        return {
+            **{name: describe_standing(standing) for name, standing in self.standings.items()},
+            "progress": self.progress(),
+            **self.facts,
+            "last_crash": {key: crash[key] for key in keys} if crash else None,
+        }
+
+
+def describe_standing(standing: Standing) -> dict[str, Any]:
+    return {
+        "state": standing.state,
+        "since_s": round(time.monotonic() - standing.since, 1),
+        "pid": standing.pid,
+        "start_seconds": standing.start_seconds and round(standing.start_seconds, 2),
+        "restarts": standing.restarts,
+    }
+
+
+class StandingCollector(Collector):
+    """Read at every scrape, so that nothing is counted twice."""
+
+    def __init__(self, source: StatusSource, gpus: Gpus) -> None:
+        self._source = source
+        self._gpus = gpus
+        self._began_at = time.time()
+
+    def collect(self) -> Iterator[Metric]:
+        source, crash = self._source, self._source.crash()
+        build = (read_version("vllm-gateway"), platform.python_version())
+        yield FIGURES["launcher_build_info"].build([(build, 1)])
+        yield FIGURES["launcher_start_time_seconds"].build([((), self._began_at)])
+        about = FIGURES["launcher_engine_info"]
+        yield about.build([([source.labels[label] for label in about.labels], 1)])
+        for name, standing in source.standings.items():
+            yield from _collect_standing(name, standing)
+        if crash:
+            at = datetime.fromisoformat(crash["time"]).timestamp()
+            yield FIGURES["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
+        yield FIGURES["launcher_restart_limit"].build([((), source.rule.limit)])
+        yield FIGURES["launcher_restart_window_seconds"].build([((), source.rule.window_s)])
+        yield from self._gpus.collect()
+
+
+def _collect_standing(name: str, standing: Standing) -> Iterator[Metric]:
+    head = f"launcher_{name}"
+    yield FIGURES[f"{head}_up"].build([((), standing.state == "ready")])
+    states = [((known,), known == standing.state) for known in _STATES]
+    yield FIGURES[f"{head}_state"].build(states)
+    # From nought: a count that begins with its first crash hides that crash from `increase`.
+    counts = dict.fromkeys(CRASH_REASONS, 0) | standing.restarts
+    yield FIGURES[f"{head}_restarts_total"].build(((r,), n) for r, n in counts.items())
+    if standing.start_seconds is not None:
+        yield FIGURES[f"{head}_start_seconds"].build([((), standing.start_seconds)])
+
+
+class Gpus:
+    """What nvidia-smi says, asked by a scrape and at most every few seconds; nothing without it.
+
+    One that takes long, as it does when a GPU is ill, must not cost the scrape all other figures.
+    """
+
+    def __init__(self, *, has_gpu: bool) -> None:
+        self._has_gpu = has_gpu
+        self._rows: list[list[str]] = []
+        self._read_at = -math.inf
+        self._reading: asyncio.Task[None] | None = None
+
+    async def refresh(self) -> None:
+        if not self._has_gpu or time.monotonic() - self._read_at < _GPU_FRESH_S:
+            return
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        await asyncio.wait({self._reading}, timeout=_GPU_PATIENCE_S)
+        if time.monotonic() - self._read_at > _GPU_STALE_S:
+            self._rows = []
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading}, timeout=_GPU_END_S)
+
+    async def _read(self) -> None:
+        self._rows = await ask_gpus(_GPU_QUERY)
+        self._read_at = time.monotonic()
+
+    def collect(self) -> Iterator[Metric]:
+        columns = (
+            ("utilization_ratio", 2, 0.01),
+            ("memory_used_bytes", 3, _MIB),
+            ("memory_bytes", 4, _MIB),
+            ("power_watts", 5, 1),
+            ("temperature_celsius", 6, 1),
+            ("clock_hertz", 7, _MHZ),
+        )
+        for name, column, unit in columns:
+            rows = [
+                (row[:2], float(row[column]) * unit)
+                for row in self._rows
+                if _is_number(row[column])  # a GPU that cannot tell says [N/A]
+            ]
+            if rows:
+                yield FIGURES[f"launcher_gpu_{name}"].build(rows)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def serve_status(source: StatusSource, host: str, port: int) -> AsyncIterator[None]:
+    """While inside; port 0 serves nothing."""
+    if not port:
+        yield
+        return
+    runner = web.AppRunner(build_status_app(source), access_log=None)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise SettingsError(
+                f"cannot listen on {host}:{port} ({error.strerror}); "
+                "stop what uses it or set LAUNCHER_STATUS_PORT (0: none)"
+            ) from None
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def build_status_app(source: StatusSource) -> web.Application:
+    registry = CollectorRegistry()
+    gpus = Gpus(has_gpu=source.has_gpu)
+    registry.register(StandingCollector(source, gpus))
+
+    async def status(_request: web.Request) -> web.Response:
+        return _json(source.describe())
+
+    async def crash(_request: web.Request) -> web.Response:
+        card = source.crash()
+        return _json(card) if card else _json({"error": "no crash so far"}, status=404)
+
+    async def readyz(_request: web.Request) -> web.Response:
+        states = {name: standing.state for name, standing in source.standings.items()}
+        is_ready = all(state == "ready" for state in states.values())
+        return _json(states, status=200 if is_ready else 503)
+
+    async def metrics(request: web.Request) -> web.Response:
+        await gpus.refresh()
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(registry), headers={"Content-Type": content_type})
+
+    async def close_gpus(_app: web.Application) -> None:
+        await gpus.close()
+
+    app = web.Application()
+    app.on_cleanup.append(close_gpus)
+    app.router.add_get("/status", status)
+    app.router.add_get("/crash", crash)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+def _json(data: Any, *, status: int = 200) -> web.Response:
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    return web.Response(text=text + "\n", status=status, content_type="application/json")

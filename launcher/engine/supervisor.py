@@ -1,0 +1,332 @@
+"""What to do next with one program: start it, wait until it answers, watch it, bring it back.
+
+An exit that nobody asked for is a crash, whatever its code: vLLM exits 0 when its core dies. One
+coroutine owns the state; others only ask it to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from launcher.engine.output import LineLog, Output, keeping
+from launcher.engine.process import ChildProcess, end_leftovers, forget_record, write_record
+from launcher.errors import CrashLoop, LauncherError, NeverReady, SettingsError
+
+log = structlog.get_logger("launcher")
+_POLL_S = 0.2
+_ARGPARSE_EXIT = 2
+CRASH_REASONS = ("exit", "signal", "start_timeout", "hang")
+
+
+class Program(Protocol):
+    """What a supervisor must know about the program it runs."""
+
+    name: str
+    start_timeout_s: float
+    drain_timeout_s: float
+    kill_timeout_s: float
+
+    def command(self) -> tuple[Sequence[str], Mapping[str, str]]: ...
+    def read_line(self, line: str) -> None:
+        """Sees every line, to learn how far the program has got."""
+
+    def find_cause(self, lines: Sequence[str]) -> str:
+        """The line that says why it died."""
+
+    async def is_up(self) -> bool: ...
+    async def warm(self) -> None:
+        """Returns when the program has really answered."""
+
+    async def watch(self, child: ChildProcess) -> str:
+        """Returns, with the reason, only when the program hangs."""
+
+    async def dump(self, child: ChildProcess) -> list[str]:
+        """What a hung program is doing; it may not survive the question."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Returns when nothing is in flight, or the time is over."""
+
+
+@dataclass(frozen=True)
+class RestartRule:
+    """Exponential backoff with jitter, within a budget of crashes in a window."""
+
+    limit: int
+    window_s: float
+    delay_s: float
+    delay_max_s: float
+
+    def delay_after(self, crashes: int, jitter: Callable[[], float] = random.random) -> float:
+        # Jitter, because several launchers on one host would otherwise return in step.
+        full = min(self.delay_max_s, self.delay_s * 2.0 ** (crashes - 1))
+        return full * (0.75 + 0.5 * jitter())
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one run of the program ended."""
+
+    reason: str  # "asked", or one of CRASH_REASONS
+    returncode: int | None
+    uptime_s: float
+    was_ready: bool
+    cause: str
+    tail: list[str]
+    dump: list[str] = field(default_factory=list)
+    members: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Standing:
+    """What the status endpoint shows; written by the supervisor alone."""
+
+    state: str = (
+        "stopped"  # starting > warming > ready > draining > stopped; waiting: for a restart
+    )
+    since: float = field(default_factory=time.monotonic)
+    restarts: dict[str, int] = field(default_factory=dict)
+    start_seconds: float | None = None
+    pid: int | None = None
+
+
+OnCrash = Callable[[Ending, Standing], None]
+
+
+class Supervisor:
+    def __init__(
+        self, program: Program, rule: RestartRule, output: Output, folder: Path, on_crash: OnCrash
+    ) -> None:
+        self._program = program
+        self._rule = rule
+        self._output = output
+        self._record = folder / f"{program.name}.json"
+        self.lines = LineLog(folder / f"{program.name}.log")
+        self._on_crash = on_crash
+        self._crashes: deque[float] = deque()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.standing = Standing()
+        self.ready = asyncio.Event()
+        self._members: dict[int, str] = {}
+        self._hang_detail = ""
+        self._drain_until = 0.0
+
+    def ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def hurry(self) -> None:
+        self._stop.set()
+        self._hurry.set()
+
+    async def run(self) -> None:
+        """Until asked to stop; an error says why it gave up. Nothing of the program is left."""
+        try:
+            await self._end_leftovers()
+            while not self._stop.is_set():
+                ending = await self._run_once()
+                if ending.reason == "asked":
+                    break
+                self._judge(ending)
+                await self._pause()
+        finally:
+            self._set_state("stopped")
+            self.lines.close()
+
+    async def _end_leftovers(self) -> None:
+        for member in await end_leftovers(self._record):
+            log.warning(
+                "leftover_ended", program=self._program.name, pid=member.pid, name=member.name
+            )
+
+    async def _run_once(self) -> Ending:
+        self._members = {}
+        child = ChildProcess(self._take_line)
+        argv, environment = self._program.command()
+        self._set_state("starting")
+        began = time.monotonic()
+        await child.start(argv, environment)
+        self.standing.pid = child.pid
+        with keeping(self._record):
+            write_record(self._record, child.pid)
+        dump: list[str] = []
+        self._drain_until = 0.0
+        try:
+            reason = await self._live(child, began)
+            if reason == "hang":
+                dump = await self._program.dump(child)
+        finally:
+            was_ready = self.ready.is_set()
+            self.ready.clear()
+            await self._end(child, patience_s=self._patience_s())
+        return self._describe_ending(child, reason, began, was_ready, dump)
+
+    async def _live(self, child: ChildProcess, began: float) -> str:
+        """From start to end; returns why it ended. The first of these events decides."""
+        exited = asyncio.create_task(child.wait())
+        stopping = asyncio.create_task(self._stop.wait())
+        step = asyncio.create_task(self._become_ready(began))
+        tasks: set[asyncio.Task[Any]] = {exited, stopping, step}
+        members = asyncio.create_task(self._learn_members(child))
+        try:
+            while True:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if stopping in done:
+                    if self.ready.is_set():
+                        await self._drain(exited)
+                    return "asked"
+                if exited in done:
+                    return "exit" if exited.result() >= 0 else "signal"
+                if verdict := step.result():
+                    return verdict
+                self._note_members(child)
+                tasks.discard(step)
+                step = asyncio.create_task(self._watch(child))
+                tasks.add(step)
+        finally:
+            await _cancel(*tasks, members)
+
+    async def _become_ready(self, began: float) -> str:
+        try:
+            async with asyncio.timeout(self._program.start_timeout_s):
+                while not await self._program.is_up():  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+                self._set_state("warming")
+                await self._program.warm()
+        except TimeoutError:
+            return "start_timeout"
+        self.standing.start_seconds = time.monotonic() - began
+        self._set_state("ready")
+        self.ready.set()
+        return ""
+
+    async def _watch(self, child: ChildProcess) -> str:
+        detail = await self._program.watch(child)
+        log.error(f"{self._program.name}_hung", detail=detail)
+        self._hang_detail = detail
+        return "hang"
+
+    async def _drain(self, exited: asyncio.Task[int]) -> None:
+        self._set_state("draining")
+        self._drain_until = time.monotonic() + self._program.drain_timeout_s
+        drained = asyncio.create_task(self._program.drain(self._program.drain_timeout_s))
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({drained, hurried, exited}, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(drained, hurried)
+
+    def _patience_s(self) -> float:
+        """From SIGTERM to SIGKILL: what is left for requests to finish, then for the rest."""
+        if self._hurry.is_set():
+            return 0.0
+        return max(0.0, self._drain_until - time.monotonic()) + self._program.kill_timeout_s
+
+    async def _end(self, child: ChildProcess, *, patience_s: float) -> None:
+        """A second signal while this runs means: at once."""
+        stopping = asyncio.create_task(child.stop(patience_s=patience_s))
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({stopping, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            await _cancel(stopping)
+            await child.stop(patience_s=0)
+        await _cancel(hurried)
+        await stopping if not stopping.cancelled() else None
+        forget_record(self._record)
+        self.standing.pid = None
+
+    def _judge(self, ending: Ending) -> None:
+        """Raises when another start would be in vain."""
+        name = self._program.name
+        self._on_crash(ending, self.standing)
+        log.error(f"{name}_crashed", **_summary(ending))
+        if not ending.was_ready and self.standing.start_seconds is None:
+            raise _never_ready(name, ending, self.lines.path)
+        now = time.monotonic()
+        self._crashes.append(now)
+        while self._crashes and now - self._crashes[0] > self._rule.window_s:
+            self._crashes.popleft()
+        if len(self._crashes) > self._rule.limit:
+            raise CrashLoop(
+                f"the {name} crashed {len(self._crashes)} times within {self._rule.window_s:.0f} s "
+                f"({_why(ending)}); its log: {self.lines.path}"
+            )
+        self.standing.restarts[ending.reason] = self.standing.restarts.get(ending.reason, 0) + 1
+
+    async def _pause(self) -> None:
+        delay = self._rule.delay_after(len(self._crashes))
+        self._set_state("waiting")
+        log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), delay)
+
+    async def _learn_members(self, child: ChildProcess) -> None:
+        """Names of the workers, while they live: a signal's victim is known by pid alone later."""
+        while True:
+            self._note_members(child)
+            await asyncio.sleep(1)
+
+    def _note_members(self, child: ChildProcess) -> None:
+        self._members |= {member.pid: member.name for member in child.members()}
+
+    def _take_line(self, stream: str, line: str) -> None:
+        self.lines.add(stream, line)
+        self._program.read_line(line)
+        self._output.show_line(self._program.name, stream, line)
+
+    def _set_state(self, state: str) -> None:
+        if state != self.standing.state:
+            self.standing.state, self.standing.since = state, time.monotonic()
+            took = self.standing.start_seconds if state == "ready" else None
+            extra = {"start_s": round(took, 1)} if took else {}
+            log.info(f"{self._program.name}_{state}", **extra)
+
+    def _describe_ending(
+        self, child: ChildProcess, reason: str, began: float, was_ready: bool, dump: list[str]
+    ) -> Ending:
+        tail = self.lines.tail(400, since=began)
+        return Ending(
+            reason=reason,
+            returncode=child.returncode,
+            uptime_s=time.monotonic() - began,
+            was_ready=was_ready,
+            cause=self._hang_detail if reason == "hang" else self._program.find_cause(tail),
+            tail=tail,
+            dump=dump,
+            members=[f"{pid} {name}" for pid, name in self._members.items()],
+        )
+
+
+def _never_ready(name: str, ending: Ending, file: Path) -> LauncherError:
+    # argparse's own code: the flags were wrong, so the settings are to blame.
+    is_refused = ending.reason == "exit" and ending.returncode == _ARGPARSE_EXIT
+    kind = SettingsError if is_refused else NeverReady
+    return kind(f"the {name} never became ready ({_why(ending)}); its log: {file}")
+
+
+def _why(ending: Ending) -> str:
+    ways = {
+        "exit": f"it exited with code {ending.returncode}",
+        "signal": f"it was killed by signal {-(ending.returncode or 0)}",
+        "start_timeout": f"it did not answer within {ending.uptime_s:.0f} s",
+        "hang": "it hung",
+    }
+    return ways[ending.reason] + (f": {ending.cause}" if ending.cause else "")
+
+
+def _summary(ending: Ending) -> dict[str, Any]:
+    row = {"reason": ending.reason, "returncode": ending.returncode, "cause": ending.cause}
+    return {**row, "uptime_s": round(ending.uptime_s, 1)}
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

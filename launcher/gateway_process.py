@@ -1,0 +1,135 @@
+"""The gateway as a program to supervise: known by HTTP and names of variables, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import httpx
+
+from launcher.config import Settings
+from launcher.engine import log as engine_log
+from launcher.engine.process import ChildProcess
+from launcher.errors import SettingsError
+from launcher.plan.command import leash
+from launcher.plan.plan import Plan
+
+_POLL_S = 0.2
+_LISTEN_TIMEOUT_S = 60.0
+_QUICK_TIMEOUT_S = 5.0
+_CHECK_TIMEOUT_S = 30.0
+
+
+class Gateway:
+    name = "gateway"
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        client: httpx.AsyncClient,
+        *,
+        log_format: str,
+        engine_ready: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._plan = plan
+        self._client = client
+        self._log_format = log_format
+        self._engine_ready = engine_ready
+        # It waits for the engine, so only its own listening has a limit of its own.
+        self.start_timeout_s = _LISTEN_TIMEOUT_S + settings.start_timeout_s * 2
+        self.drain_timeout_s = float(settings.drain_timeout_s)
+        self.kill_timeout_s = settings.kill_timeout_s
+
+    def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
+        environment = build_environment(self._settings, self._plan, self._log_format)
+        kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
+        return leash("gateway", kill_s=kill_s), environment
+
+    async def has_page(self) -> bool:
+        """Its own settings say whether there is one."""
+        return await self._answers("/ui")
+
+    def read_line(self, line: str) -> None:
+        """Its lines are shown as they are."""
+
+    def find_cause(self, lines: Sequence[str]) -> str:
+        return engine_log.find_cause(lines)
+
+    async def is_up(self) -> bool:
+        return await self._answers("/healthz")
+
+    async def warm(self) -> None:
+        await self._engine_ready.wait()  # before that, asking would only fill its log
+        while not await self._answers("/readyz"):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+    async def watch(self, child: ChildProcess) -> str:
+        # It has no state worth judging from outside; its crash is noticed, its slowness is load.
+        await asyncio.Event().wait()
+        return ""
+
+    async def dump(self, child: ChildProcess) -> list[str]:
+        return [f"{member.pid} {member.name}: state {member.state}" for member in child.members()]
+
+    async def drain(self, timeout_s: float) -> None:
+        """At SIGTERM it lets running requests finish by itself."""
+
+    async def _answers(self, path: str) -> bool:
+        url = self._settings.gateway_url + path
+        try:
+            response = await self._client.get(url, timeout=_QUICK_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
+
+
+def check_gateway(settings: Settings, plan: Plan) -> None:
+    """Its settings are its own to judge; asked first, it costs half a second and no engine."""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "gateway", "check"],
+            env=build_environment(settings, plan, "json"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SettingsError(
+            f"the gateway cannot start: `python -m gateway check` took over {_CHECK_TIMEOUT_S:.0f} "
+            "s; do its settings name files on a disk or share that does not answer?"
+        ) from None
+    if result.returncode:
+        words = (result.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("gateway: ")
+        raise SettingsError(f"the gateway cannot start: {words}")
+
+
+def build_environment(settings: Settings, plan: Plan, log_format: str) -> dict[str, str]:
+    """Its settings, as variables: what the launcher knows, under what the user exported."""
+    ours = {
+        "GATEWAY_HOST": settings.host,
+        "GATEWAY_PORT": str(settings.port),
+        "GATEWAY_ENGINES": settings.engine_url,
+        "GATEWAY_TOKENIZER": str(plan.model.path),
+        "GATEWAY_WARMUP_PROMPTS": str(plan.warmup_prompts),
+        "GATEWAY_LOG_FORMAT": log_format,
+        "GATEWAY_DRAIN_TIMEOUT_S": str(settings.drain_timeout_s),
+    }
+    if settings.otlp_endpoint:
+        ours["GATEWAY_OTLP_ENDPOINT"] = settings.otlp_endpoint
+    if settings.status_port_used:
+        ours["GATEWAY_LAUNCHERS"] = settings.status_url
+    servers = int(plan.value("api-server-count", 1))
+    if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
+        size = -(-plan.warmup_prompts // servers)
+        ours["GATEWAY_MAX_PROMPTS_PER_CALL"] = str(size)
+    exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
+    # Where it listens and whom it asks is the launcher's to say: it waits there for it.
+    fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
+    return {**ours, **exported, **fixed}

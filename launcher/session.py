@@ -1,0 +1,289 @@
+"""`launcher up` and `launcher serve`: engine and gateway together, from start to last breath."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import structlog
+
+from launcher.config import DEMO_MODEL, Settings
+from launcher.engine.crash_card import CrashCards
+from launcher.engine.output import Output, keeping
+from launcher.engine.probe import EngineProbe
+from launcher.engine.process import end_leftovers
+from launcher.engine.status import StatusSource, serve_status
+from launcher.engine.supervisor import RestartRule, Supervisor
+from launcher.engine.vllm_server import Engine
+from launcher.errors import SettingsError
+from launcher.gateway_process import Gateway, check_gateway
+from launcher.plan.compile_cache import note_start
+from launcher.plan.fingerprint import read_versions
+from launcher.plan.prepare import Prepared
+
+log = structlog.get_logger("launcher")
+
+
+async def run(prepared: Prepared, *, with_gateway: bool) -> int:
+    settings = prepared.settings
+    output = Output(settings.log_format, settings.engine_log)
+    output.configure_structlog()
+    make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
+    with hold_state(settings.state_path):
+        for name in ("engine", "gateway"):
+            await _end_leftovers(settings.state_path / f"{name}.json")
+        for listener in list_listeners(settings, with_gateway=with_gateway):
+            listener.ensure_free()
+        if with_gateway:
+            await asyncio.to_thread(check_gateway, settings, prepared.plan)
+        async with _clients(prepared) as (probe, client):
+            session = Session(prepared, output, probe, client, with_gateway=with_gateway)
+            status = (settings.status_host, settings.status_port_used)
+            async with serve_status(session.status_source(), *status):
+                await session.run()
+    return 0
+
+
+class Session:
+    """One life of the launcher."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        output: Output,
+        probe: EngineProbe,
+        client: httpx.AsyncClient,
+        *,
+        with_gateway: bool,
+    ) -> None:
+        settings, plan = prepared.settings, prepared.plan
+        self._prepared = prepared
+        self._output = output
+        self._began = time.monotonic()
+        self._rule = rule = RestartRule(
+            settings.restart_limit,
+            settings.restart_window_s,
+            settings.restart_delay_s,
+            settings.restart_delay_max_s,
+        )
+        folder = settings.state_path
+        engine = Engine(prepared.command, settings, probe, plan.model.served_name)
+        fingerprint = prepared.fingerprint.describe()
+        versions = read_versions(prepared.vllm)
+        self.cards = CrashCards(folder / "crashes", prepared.command, engine, versions, fingerprint)
+        self.engine = Supervisor(engine, rule, output, folder, self.cards.add)
+        engine.lines = self.engine.lines
+        self.gateway: Supervisor | None = None
+        self._gateway: Gateway | None = None
+        if with_gateway:
+            style = "json" if output.is_json else "console"
+            ready = self.engine.ready
+            self._gateway = Gateway(settings, plan, client, log_format=style, engine_ready=ready)
+            self.gateway = Supervisor(self._gateway, rule, output, folder, lambda *_: None)
+        self._facts: dict[str, Any] = {
+            "profile": plan.profile,
+            "model": plan.model.served_name,
+            "device": plan.device.title,
+            "versions": versions,
+            "fingerprint": fingerprint,
+            "argv": prepared.command.argv,
+        }
+        self._progress = lambda: asdict(engine.progress) if engine.progress else None
+        self._signals = 0
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Whatever ends first, a signal or a program given up, ends the rest in order."""
+        plan = self._prepared.plan
+        log.info(
+            "launcher_started",
+            profile=plan.profile,
+            device=plan.device.title,
+            model=plan.model.name,
+            vllm=self._prepared.vllm.version,
+            log_file=str(self.engine.lines.path),
+        )
+        for note in plan.notes:
+            log.info("tuned_profile", note=note)
+        supervisors = [s for s in (self.gateway, self.engine) if s]
+        tasks = {s: asyncio.create_task(s.run()) for s in supervisors}
+        announcing = asyncio.create_task(self._announce())
+        stopping = asyncio.create_task(self._stop.wait())
+        with self._signal_handlers():
+            await asyncio.wait({stopping, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
+            announcing.cancel()
+            if self._signals:
+                log.info("launcher_stopping", note="a second signal ends everything at once")
+            for supervisor in supervisors:  # the gateway first: it lets running requests finish
+                supervisor.ask_to_stop()
+                await asyncio.wait({tasks[supervisor]})
+        stopping.cancel()
+        await asyncio.gather(announcing, stopping, return_exceptions=True)
+        for task in tasks.values():
+            task.result()
+        log.info("launcher_stopped")
+
+    def status_source(self) -> StatusSource:
+        standings = {"engine": self.engine.standing}
+        if self.gateway:
+            standings["gateway"] = self.gateway.standing
+        labels = {
+            "vllm": self._prepared.vllm.version,
+            "model": self._facts["model"],
+            "profile": self._facts["profile"],
+            "device": self._facts["device"],
+            "fingerprint": self.cards.fingerprint["name"],
+        }
+        return StatusSource(
+            standings,
+            self._facts,
+            labels,
+            self._progress,
+            lambda: self.cards.last,
+            self._rule,
+            has_gpu=self._prepared.plan.device.is_gpu,
+        )
+
+    async def _announce(self) -> None:
+        await self.engine.ready.wait()
+        seconds = self.engine.standing.start_seconds or 0.0
+        settings, plan = self._prepared.settings, self._prepared.plan
+        with keeping(settings.cache_path):
+            note_start(settings.cache_path, self._prepared.fingerprint.name, seconds)
+        await (self.gateway or self.engine).ready.wait()
+        what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
+        if not self._gateway:
+            self._output.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")
+            return
+        body = json.dumps({"prompt": _example(settings)}, ensure_ascii=False)
+        page = f" (page: {settings.gateway_url}/ui)" if await self._gateway.has_page() else ""
+        self._output.announce(
+            f"{what} at {settings.gateway_url}{page}  try: curl -s {settings.gateway_url}/predict "
+            f"-H 'Content-Type: application/json' -d '{body}'"
+        )
+
+    def _on_signal(self) -> None:
+        """Only notes it; the loop acts. A second signal hurries."""
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:
+            for supervisor in (self.gateway, self.engine):
+                if supervisor:
+                    supervisor.hurry()
+
+    @contextlib.contextmanager
+    def _signal_handlers(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """An address that something of ours will listen on, and the setting that moves it."""
+
+    host: str
+    port: int
+    setting: str
+
+    def ensure_free(self) -> None:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                is_used = error.errno == errno.EADDRINUSE
+                other = "stop what uses it" if is_used else f"set {self.setting[:-4]}HOST"
+                raise SettingsError(
+                    f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
+                    f"{other} or set {self.setting}"
+                ) from None
+
+
+def list_listeners(settings: Settings, *, with_gateway: bool) -> list[Listener]:
+    """Refuses one port for two of them: the later one would fail when all the others run."""
+    listeners = [Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")]
+    if with_gateway:
+        listeners.append(Listener(settings.host, settings.port, "LAUNCHER_PORT"))
+    if settings.status_port_used:
+        host = settings.status_host
+        status = Listener(host, settings.status_port_used, "LAUNCHER_STATUS_PORT")
+        listeners.append(status)
+    for one, other in itertools.combinations(listeners, 2):
+        if one.port == other.port:
+            raise SettingsError(
+                f"{one.setting} and {other.setting} are both {one.port}: "
+                "each needs a port of its own"
+            )
+    return listeners
+
+
+def make_folder(path: Path, setting: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot make {path} ({error.strerror}); set {setting}") from None
+
+
+@contextlib.contextmanager
+def hold_state(folder: Path) -> Iterator[None]:
+    """Two launchers with one state folder would end each other's engines."""
+    make_folder(folder, "LAUNCHER_STATE_DIR")
+    path = folder / "lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write {path} ({error.strerror}); set LAUNCHER_STATE_DIR"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SettingsError(
+                f"another launcher runs with {folder}; stop it or set LAUNCHER_ENGINE_PORT"
+            ) from None
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _clients(prepared: Prepared) -> AsyncIterator[tuple[EngineProbe, httpx.AsyncClient]]:
+    served_name = prepared.plan.model.served_name
+    async with (
+        EngineProbe(prepared.settings.engine_url, served_name) as probe,
+        httpx.AsyncClient(trust_env=False) as client,
+    ):
+        yield probe, client
+
+
+async def _end_leftovers(record: Path) -> None:
+    for member in await end_leftovers(record):
+        log.warning("leftover_ended", program=record.stem, pid=member.pid, name=member.name)
+
+
+def _example(settings: Settings) -> str:
+    """A question that the demo model knows; another model is asked something general."""
+    questions = DEMO_MODEL.parent / "questions.jsonl"
+    if settings.model == str(DEMO_MODEL) and questions.is_file():
+        with questions.open(encoding="utf-8") as file:
+            return str(json.loads(file.readline())["question"])
+    return "What is a CUDA warp?"

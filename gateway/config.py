@@ -1,35 +1,34 @@
-"""Every setting of the gateway, declared once; the only reader of environment and command line.
-
-From the one declaration come the variable (`GATEWAY_PORT`), the flag (`--port`), `--help`, the
-check at start and the table in the README.
+"""Every setting of the gateway, declared once: the variable (`GATEWAY_PORT`), the flag (`--port`),
+`--help` and the table in the docs come from here. How they are read is in `common/settings.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
-import re
-import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from common.errors import SettingsError
+from common.settings import (
+    CommaList,
+    OptionalAddress,
+    ProgramSettings,
+    SettingRow,
+    check_address,
+    describe_settings,
+    read_settings,
 )
-from pydantic_settings.exceptions import SettingsError as UsageError
+
+__all__ = ["SETTINGS", "Settings", "SettingsError", "Worker", "list_settings", "load_settings"]
 
 PREFIX = "GATEWAY_"
 _WORKER_VARIABLE = "VLLM_GATEWAY_WORKER"
@@ -37,49 +36,22 @@ _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
 _DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
-_LONGEST_S = 1_000_000  # twelve days; the kernel's limit for one of them is 24
-_PASSWORD = re.compile(r"(?<=://)[^/\s'\"]*@")
 
-TextList = Annotated[tuple[str, ...], NoDecode]
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _whereabouts(url: str) -> str:
-    """The same for the same server, whoever asks it."""
+def _name_server(url: str) -> str:
+    """The same for the same server, however its address is written."""
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     return f"{parts.scheme}://{host}:{port}{parts.path}"
 
 
-class SettingsError(Exception):
-    """A setting that is unknown or bad; the text is the one line the user sees."""
-
-
-class Settings(BaseSettings):
+class Settings(ProgramSettings):
     """An OpenAI-compatible gateway over vLLM engines.
 
     Before the flags, `check` only judges the settings; `new-key NAME` alone makes an API key.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        frozen=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_exit_on_error=False,  # argparse would print its whole usage before the one line
-        env_ignore_empty=True,  # compose passes an unset variable as an empty one
-        cli_prog_name="python -m gateway",
-        allow_inf_nan=False,
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m gateway")
 
     config: Path | None = Field(
         None, description="TOML file with any of these settings; read again when it changes."
@@ -90,7 +62,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         1, ge=1, le=64, description="Processes that share the port, the limits and the metrics."
     )
-    engines: TextList = Field(
+    engines: CommaList = Field(
         ("http://127.0.0.1:8001",), description="Base URLs of the engines, separated by commas."
     )
     tokenizer: Path | None = Field(
@@ -120,7 +92,7 @@ class Settings(BaseSettings):
     top_p: float = Field(1.0, gt=0, le=1, description="Sampling of /predict.")
     top_k: int = Field(0, ge=-1, description="Sampling of /predict; 0 or -1: all tokens.")
     seed: int | None = Field(None, description="Sampling of /predict.")
-    stop: TextList = Field((), description="Texts that end an answer, separated by commas.")
+    stop: CommaList = Field((), description="Texts that end an answer, separated by commas.")
     single_line: bool = Field(False, description="Fold an answer's line breaks into spaces.")
     strip_thinking: bool = Field(True, description="Leave a <think> block out of an answer.")
     single_as_list: bool = Field(
@@ -141,7 +113,7 @@ class Settings(BaseSettings):
     )
     warmup_timeout_s: float = Field(600.0, gt=0, description="Time for one warm-up batch.")
 
-    api_keys: TextList = Field(
+    api_keys: CommaList = Field(
         (), repr=False, description="API keys, separated by commas; better in keys_file, hashed."
     )
     keys_file: Path | None = Field(
@@ -208,7 +180,7 @@ class Settings(BaseSettings):
     prefix_characters: int = Field(
         1024, ge=1, description="How much of a prompt's beginning counts for routing by prefix."
     )
-    aliases: TextList = Field(
+    aliases: CommaList = Field(
         (), description="Further names for models: `gpt-4o=demo`, separated by commas."
     )
     keepalive_comment_s: float = Field(
@@ -239,7 +211,7 @@ class Settings(BaseSettings):
     )
 
     ui: bool = Field(True, description="Serve the page at /ui.")
-    launchers: TextList = Field(
+    launchers: CommaList = Field(
         (),
         description="Status addresses of the engines' launchers, for the page; separated by "
         "commas. `launcher up` sets it.",
@@ -260,7 +232,7 @@ class Settings(BaseSettings):
     metrics_keys: int = Field(
         200, ge=0, description="Keys with usage figures of their own; the others are one."
     )
-    otlp_endpoint: str = Field(
+    otlp_endpoint: OptionalAddress = Field(
         "",
         description="Send spans to this OpenTelemetry collector (OTLP over HTTP, such as "
         "`http://localhost:4318`); needs the extra `otel`. The rest by OTEL_* variables.",
@@ -272,28 +244,6 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe line logged."
     )
-
-    @field_validator("engines", "launchers", "stop", "api_keys", "aliases", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
-
-    @field_validator("*")
-    @classmethod
-    def _check_times(cls, value: Any, info: ValidationInfo) -> Any:
-        """Timers of the kernel and of the event loop count milliseconds in few bits."""
-        if (info.field_name or "").endswith("_s") and value > _LONGEST_S:
-            raise ValueError(f"the longest time is {_LONGEST_S} seconds")
-        return value
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _check_endpoint(cls, value: str) -> str:
-        if value and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is not an http:// or https:// address")
-        return value
 
     @field_validator("aliases")
     @classmethod
@@ -313,11 +263,8 @@ class Settings(BaseSettings):
     def _check_addresses(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not value and info.field_name == "engines":
             raise ValueError("at least one engine is needed")
-        for url in value:
-            if not _is_address(url):
-                raise ValueError(f"{url!r} is not an http:// or https:// address")
-        urls = tuple(url.rstrip("/") for url in value)
-        if twice := [url for url, n in Counter(map(_whereabouts, urls)).items() if n > 1]:
+        urls = tuple(check_address(url).rstrip("/") for url in value)
+        if twice := [url for url, n in Counter(map(_name_server, urls)).items() if n > 1]:
             raise ValueError(f"{twice[0]} is there twice")
         return urls
 
@@ -388,106 +335,13 @@ def read_worker() -> Worker:
 
 def load_settings(arguments: Sequence[str] = ()) -> Settings:
     """Flags, then the environment, then the file; `SettingsError` says what is wrong."""
-    _refuse_unknown_variables()
-    values = _read_file(_find_file(arguments))
-
-    class FileSettings(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
-
-    FileSettings.__doc__ = Settings.__doc__
-    try:
-        return CliApp.run(FileSettings, cli_args=list(arguments))
-    except ValidationError as error:
-        raise SettingsError(_describe(error)) from None
-    except UsageError as error:
-        raise SettingsError(_describe_usage(error)) from None
-
-
-def _find_file(arguments: Sequence[str]) -> Path | None:
-    """The file must be known before the rest can be read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # Without a value it is refused with all the others, later.
-    parser.add_argument("--config", type=Path, nargs="?")
-    path = parser.parse_known_args(list(arguments))[0].config
-    given = path or os.environ.get(PREFIX + "CONFIG") or None
-    return Path(given) if given else None
-
-
-def _read_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    for name in values:
-        if name not in Settings.model_fields:
-            hint = _nearest(name, Settings.model_fields)
-            raise SettingsError(f"unknown setting {name} in {path}{hint}")
-    return values
-
-
-def list_settings() -> list[tuple[str, str, str, str]]:
-    """Variable, flag, default and description of every setting, in order: the README's table."""
-    return [
-        (
-            PREFIX + name.upper(),
-            "--" + name.replace("_", "-"),
-            _show_default(field.default),
-            field.description or "",
-        )
-        for name, field in Settings.model_fields.items()
-    ]
-
-
-def _show_default(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return ",".join(value)
-    if value == _DEMO_QUESTIONS:
-        return "demo/questions.jsonl"
-    return "" if value is None else str(value)
-
-
-def _refuse_unknown_variables() -> None:
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
     if PREFIX + "SERVICE_HOST" in os.environ:
         raise SettingsError(
             f"{PREFIX}SERVICE_HOST is Kubernetes' word for its Service `gateway`, and others of "
             "its words look like settings: say `enableServiceLinks: false` in the pod's spec"
         )
-    for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
-            raise SettingsError(f"unknown setting {name}{_nearest(name, known)}")
+    return read_settings(Settings, arguments)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _describe(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if not field:
-        return message
-    name = field.split(".", maxsplit=1)[0].upper()
-    given = "" if name == "API_KEYS" else f" (got {problem['input']!r})"
-    return _PASSWORD.sub("", f"{PREFIX}{name}: {message}{given}")
-
-
-def _describe_usage(error: UsageError) -> str:
-    """argparse's words (`argument --port: expected one argument`) and where to look."""
-    words = str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")
-    return f"{words}; `python -m gateway --help` lists every flag"
+def list_settings() -> list[SettingRow]:
+    return describe_settings(Settings)

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from common.errors import ProgramError, SettingsError
+from common.settings import suggest
 from launcher.config import (
     COMMANDS,
     ExplainSettings,
     Settings,
     TuneSettings,
     load_settings,
-    suggest,
 )
 from launcher.doctor import run_doctor
-from launcher.errors import LauncherError, SettingsError
 from launcher.explain import explain
 from launcher.plan.prepare import prepare
 from launcher.session import run
@@ -41,7 +41,7 @@ def run_command(words: Sequence[str]) -> int:
         if command not in COMMANDS:
             raise SettingsError(f"unknown command {command}{suggest(command, COMMANDS)}")
         return _dispatch(command, load_settings(COMMANDS[command], arguments))
-    except LauncherError as error:
+    except ProgramError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return error.exit_code
 

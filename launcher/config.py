@@ -1,24 +1,28 @@
-"""Every setting of the launcher, declared once; the only reader of environment and command line.
-
-From the one declaration come the variable (`LAUNCHER_MODEL`), the flag (`--model`), `--help`, the
-check at start and the table in the README. What the engine is told is no setting but an option of
-a profile (`profiles.py`); `set` overrides those.
+"""Every setting of the launcher, declared once: the variable (`LAUNCHER_MODEL`), the flag
+(`--model`), `--help` and the table in the docs come from here. How they are read is in
+`common/settings.py`. What the engine is told is no setting but an option of a profile (`plan/`);
+`set` overrides those.
 """
 
 from __future__ import annotations
 
-import difflib
+import builtins
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError as UsageError
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
-from launcher.errors import SettingsError
+from common.settings import (
+    OptionalAddress,
+    ProgramSettings,
+    SettingRow,
+    describe_settings,
+    read_settings,
+)
 
 PREFIX = "LAUNCHER_"
 _LAST_PORT = 65535
@@ -26,20 +30,10 @@ DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
 _NEXT_PAIR = re.compile(r"\s+(?=[A-Za-z][\w.-]*=)")
 
 
-class Settings(BaseSettings):
+class Settings(ProgramSettings):
     """Starts vLLM with the flags its work needs, watches it and brings it back."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        frozen=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_exit_on_error=False,  # argparse would print its whole usage before the one line
-        env_ignore_empty=True,  # compose passes unset variables as empty ones
-        cli_prog_name="python -m launcher up",
-        protected_namespaces=(),
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m launcher up")
 
     model: str = Field(
         str(DEMO_MODEL),
@@ -130,18 +124,11 @@ class Settings(BaseSettings):
         "auto", description="auto: readable on a terminal, JSON elsewhere."
     )
 
-    otlp_endpoint: str = Field(
+    otlp_endpoint: OptionalAddress = Field(
         "",
         description="Engine and gateway send spans to this OpenTelemetry collector (OTLP over "
         "HTTP, such as `http://localhost:4318`).",
     )
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _check_endpoint(cls, value: str) -> str:
-        if value and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is not an http:// or https:// address")
-        return value
 
     @field_validator("set", mode="before")
     @classmethod
@@ -191,6 +178,11 @@ class Settings(BaseSettings):
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return (self.cache_dir or base / "vllm-gateway").absolute()
 
+    @classmethod
+    def list_names(cls) -> builtins.set[str]:  # `set` is a setting here
+        """One environment and one file serve all commands."""
+        return {name for kind in COMMANDS.values() for name in kind.model_fields}
+
 
 class ServeSettings(Settings):
     """Starts the engine alone, watches it and brings it back."""
@@ -207,7 +199,10 @@ class DoctorSettings(Settings):
 class ExplainSettings(Settings):
     """Shows what the engine would be told, why, and what fits into its memory."""
 
-    model_config = SettingsConfigDict(cli_prog_name="python -m launcher explain")
+    # A field named `json` would hide one of pydantic's own.
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m launcher explain", cli_shortcuts={"json-output": "json"}
+    )
 
     json_output: bool = Field(False, description="Print JSON; `--json` for short.")
 
@@ -247,68 +242,16 @@ COMMANDS: dict[str, type[Settings]] = {
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(kind: type[S], arguments: list[str] | None = None) -> S:
-    """Flags, then the environment, then defaults; `SettingsError` says what is wrong."""
-    arguments = _spell_out(arguments or [])
-    _refuse_unknown(_variables(), (name for name in os.environ if name.startswith(PREFIX)))
-    _refuse_unknown(_flags(kind), (word.split("=")[0] for word in arguments if word[:2] == "--"))
-    try:
-        return CliApp.run(kind, cli_args=_join_pairs(arguments))
-    except ValidationError as error:
-        raise SettingsError(_describe(error)) from None
-    except UsageError as error:
-        raise SettingsError(_describe_usage(error, kind)) from None
+def load_settings(kind: type[S], arguments: Sequence[str] = ()) -> S:
+    """Flags, then the environment, then the file; `SettingsError` says what is wrong."""
+    return read_settings(kind, _join_pairs(arguments))
 
 
-def list_settings(kind: type[Settings] = Settings) -> list[tuple[str, str, str, str]]:
-    """Variable, flag, default and description of every setting, in order: the README's table."""
-    return [
-        (_variable(name), _flag(name), _show_default(field.default), field.description or "")
-        for name, field in kind.model_fields.items()
-    ]
+def list_settings(kind: type[Settings] = Settings) -> list[SettingRow]:
+    return describe_settings(kind)
 
 
-def _variable(name: str) -> str:
-    return PREFIX + name.upper()
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _variables() -> set[str]:
-    return {_variable(name) for kind in COMMANDS.values() for name in kind.model_fields}
-
-
-def _flags(kind: type[Settings]) -> set[str]:
-    flags = {_flag(name) for name in kind.model_fields}
-    switches = {name for name, field in kind.model_fields.items() if field.annotation is bool}
-    return flags | {"--no-" + _flag(name)[2:] for name in switches} | {"--help"}
-
-
-def _show_default(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return " ".join(value)
-    if value == str(DEMO_MODEL):
-        return "demo/model"
-    return "" if value is None else str(value)
-
-
-def _refuse_unknown(known: set[str], names: Iterable[str]) -> None:
-    for name in sorted(names):
-        if name not in known:
-            raise SettingsError(f"unknown setting {name}{suggest(name, known)}")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _join_pairs(arguments: list[str]) -> list[str]:
+def _join_pairs(arguments: Sequence[str]) -> list[str]:
     """All `--set` as one: pydantic joins repeated flags with commas, which JSON values contain."""
     pairs, others = [], []
     words = iter(arguments)
@@ -319,27 +262,9 @@ def _join_pairs(arguments: list[str]) -> list[str]:
             pairs.append(word.removeprefix("--set="))
         else:
             others.append(word)
-    return [*others, "--set", " ".join(pairs)] if pairs else others
-
-
-def _spell_out(arguments: list[str]) -> list[str]:
-    """`--json` for people: a field of that name would hide one of pydantic's own."""
-    return ["--json-output" if word == "--json" else word for word in arguments]
+    return [*others, *(["--set", " ".join(pairs)] if pairs else [])]
 
 
 def _dial(host: str) -> str:
     """Where to call a server that listens on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-
-
-def _describe(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]).split(".", maxsplit=1)[0]
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{_variable(field)}: {message} (got {problem['input']!r})" if field else message
-
-
-def _describe_usage(error: UsageError, kind: type[Settings]) -> str:
-    """argparse's words (`argument --port: expected one argument`) and where to look."""
-    words = str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")
-    return f"{words}; `{kind.model_config['cli_prog_name']} --help` lists every flag"

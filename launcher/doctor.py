@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import ProgramError, SettingsError
 from launcher.config import Settings
-from launcher.errors import LauncherError, SettingsError
 from launcher.gateway_process import check_gateway
 from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
@@ -69,7 +69,7 @@ class Doctor:
         for subject, check in checks:
             try:
                 yield from check()
-            except LauncherError as error:
+            except ProgramError as error:
                 yield Finding("fail", subject, str(error))
 
     def _check_vllm(self) -> Iterator[Finding]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
+from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.engine import log as engine_log
 from launcher.engine.process import ChildProcess
-from launcher.errors import SettingsError
 from launcher.plan.command import leash
 from launcher.plan.plan import Plan
 

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import structlog
 
+from common.errors import SettingsError
 from launcher.config import DEMO_MODEL, Settings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.output import Output, keeping
@@ -27,7 +28,6 @@ from launcher.engine.process import end_leftovers
 from launcher.engine.status import StatusSource, serve_status
 from launcher.engine.supervisor import RestartRule, Supervisor
 from launcher.engine.vllm_server import Engine
-from launcher.errors import SettingsError
 from launcher.gateway_process import Gateway, check_gateway
 from launcher.plan.compile_cache import note_start
 from launcher.plan.fingerprint import read_versions

@@ -19,8 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from common.errors import SettingsError
 from launcher.engine.supervisor import CRASH_REASONS, RestartRule, Standing
-from launcher.errors import SettingsError
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import ask_gpus
 

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 import structlog
 
+from common.errors import ProgramError, SettingsError
 from launcher.engine.output import LineLog, Output, keeping
 from launcher.engine.process import ChildProcess, end_leftovers, forget_record, write_record
-from launcher.errors import CrashLoop, LauncherError, NeverReady, SettingsError
+from launcher.errors import CrashLoop, NeverReady
 
 log = structlog.get_logger("launcher")
 _POLL_S = 0.2
@@ -304,7 +305,7 @@ class Supervisor:
         )
 
 
-def _never_ready(name: str, ending: Ending, file: Path) -> LauncherError:
+def _never_ready(name: str, ending: Ending, file: Path) -> ProgramError:
     # argparse's own code: the flags were wrong, so the settings are to blame.
     is_refused = ending.reason == "exit" and ending.returncode == _ARGPARSE_EXIT
     kind = SettingsError if is_refused else NeverReady

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import SettingsError
 from launcher.config import DEMO_MODEL, Settings
-from launcher.errors import SettingsError
 from launcher.models.files import NOT_WEIGHTS, is_complete, is_described
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

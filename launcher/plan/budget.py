@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import SettingsError
+from common.errors import SettingsError
 from launcher.models.model import Model
 from launcher.plan.hardware import GIB, Device
 

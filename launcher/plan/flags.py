@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.config import suggest
-from launcher.errors import LauncherError, SettingsError
+from common.errors import ProgramError, SettingsError
+from common.settings import suggest
 
 _FOLDER = Path(__file__).parent
 _PARSER = _FOLDER / "vllm_parser.py"
@@ -130,9 +130,9 @@ def _ask_parser(task: str, lines: Sequence[str]) -> list[str]:
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        raise LauncherError("vLLM's parser did not answer within two minutes") from None
+        raise ProgramError("vLLM's parser did not answer within two minutes") from None
     answers = result.stdout.splitlines()
     if result.returncode != 0 or len(answers) < max(1, len(lines)):
         last = (result.stderr.strip().splitlines() or ["no word"])[-1]
-        raise LauncherError(f"vLLM's parser cannot be asked: {last}")
+        raise ProgramError(f"vLLM's parser cannot be asked: {last}")
     return answers

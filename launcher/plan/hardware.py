@@ -11,8 +11,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config import suggest
-from launcher.errors import SettingsError
+from common.errors import SettingsError
+from common.settings import suggest
 
 GIB = 2**30
 _GPUS = Path(__file__).parent / "gpus.toml"

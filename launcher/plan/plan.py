@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import suggest
-from launcher.errors import SettingsError
+from common.errors import SettingsError
+from common.settings import suggest
 from launcher.models.families import find_rows
 from launcher.models.model import Model
 from launcher.plan.budget import RULES, Budget, Sizing, Workload, compute_budget

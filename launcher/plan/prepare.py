@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.errors import SettingsError
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command, find_vllm
 from launcher.plan.fingerprint import Fingerprint, take_fingerprint

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import SettingsError
+from common.errors import SettingsError
 from launcher.models.model import Model
 from launcher.plan.command import InstalledVllm
 from launcher.plan.fingerprint import take_host_key

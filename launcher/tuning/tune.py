@@ -23,12 +23,14 @@ from typing import Any, TypeVar
 
 import httpx
 
-from launcher.config import TuneSettings, suggest
+from common.errors import ProgramError, SettingsError
+from common.settings import suggest
+from launcher.config import TuneSettings
 from launcher.engine.output import Output
 from launcher.engine.probe import EngineProbe
 from launcher.engine.supervisor import RestartRule, Supervisor
 from launcher.engine.vllm_server import Engine
-from launcher.errors import LauncherError, NeverReady, SettingsError
+from launcher.errors import NeverReady
 from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, build_command, find_vllm
 from launcher.plan.fingerprint import take_host_key
@@ -210,7 +212,7 @@ class Course:
                 continue
             try:
                 await self.bench.measure(result, self.reference)
-            except LauncherError as error:
+            except ProgramError as error:
                 result.failure = str(error)
             told = f"{result.speed:,.0f} tokens/s, ROUGE-L loss {result.loss:.3f}"
             left_min = (self.deadline - time.monotonic()) / 60
@@ -373,7 +375,7 @@ class Bench:
                 await asyncio.wait({running}, timeout=_EXIT_PATIENCE_S)
                 if running.done():
                     running.result()
-                raise LauncherError(f"the engine lost the batch: {error!r}") from None
+                raise ProgramError(f"the engine lost the batch: {error!r}") from None
             finally:
                 ready.cancel()
                 task = asyncio.current_task()
@@ -422,7 +424,7 @@ class Bench:
         }
         reply = await client.post("/v1/completions", json=body, timeout=_BATCH_TIMEOUT_S)
         if reply.status_code != httpx.codes.OK:
-            raise LauncherError(f"the engine refused the batch: {reply.text[:300]}")
+            raise ProgramError(f"the engine refused the batch: {reply.text[:300]}")
         answer: dict[str, Any] = reply.json()
         answer["choices"].sort(key=lambda choice: choice["index"])
         return answer

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import SettingsError
+from common.errors import SettingsError
 from launcher.plan.command import find_vllm
 from scripts.benching.figures import BenchFailed, Series
 from scripts.benching.rounds import Budget, Say, take_rounds

@@ -157,7 +157,7 @@ def test_program_help_names_every_flag_and_bad_settings_exit_2() -> None:
     [
         (("--port",), "--port: expected one argument"),
         (("--config",), "--config: expected one argument"),
-        (("--prot", "1"), "unrecognized arguments: --prot 1"),
+        (("-v",), "unrecognized arguments: -v"),
         (("serve",), "unrecognized arguments: serve"),
     ],
 )
@@ -168,6 +168,13 @@ def test_program_misused_is_one_line_that_says_where_to_look(
 
     assert result.returncode == 2
     assert result.stderr == f"gateway: {words}; `python -m gateway --help` lists every flag\n"
+
+
+def test_program_unknown_flag_is_refused_with_the_nearest_one() -> None:
+    result = _run("--prot", "1")
+
+    assert result.returncode == 2
+    assert result.stderr == "gateway: unknown setting --prot; did you mean --port?\n"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from common.errors import SettingsError
 from launcher.config import COMMANDS, Settings, TuneSettings, list_settings, load_settings
-from launcher.errors import SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,31 @@ def test_settings_of_another_command_may_stand_in_the_environment(
     monkeypatch.setenv("LAUNCHER_TUNE_MINUTES", "3")
     assert load_settings(Settings).port == 8000
     assert load_settings(TuneSettings).tune_minutes == 3
+
+
+def test_settings_file_serves_every_command_below_environment_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "launcher.toml"
+    path.write_text(
+        'port = 1111\nengine_port = 9001\ntune_minutes = 3\nhost = "::1"\n'
+        """set = ["dtype=bfloat16", 'compilation-config={"mode": 3}']\n"""
+    )
+    monkeypatch.setenv("LAUNCHER_CONFIG", str(path))
+    monkeypatch.setenv("LAUNCHER_PORT", "2222")
+
+    settings = load_settings(Settings, ["--engine-port", "9002"])
+
+    assert (settings.port, settings.engine_port, settings.host) == (2222, 9002, "::1")
+    assert settings.set == ("dtype=bfloat16", 'compilation-config={"mode": 3}')
+    assert load_settings(TuneSettings).tune_minutes == 3
+
+
+def test_settings_file_with_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "launcher.toml"
+    path.write_text("prot = 1")
+    with pytest.raises(SettingsError, match=f"unknown setting prot in {path}; did you mean port"):
+        load_settings(Settings, ["--config", str(path)])
 
 
 @pytest.mark.parametrize(

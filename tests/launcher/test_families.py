@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.errors import SettingsError
 from launcher.models.families import find_rows, list_rows
 from launcher.models.model import Model, find_model, read_chat_template
 from launcher.plan.flags import Flags, read_shipped_flags

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.errors import SettingsError
 from launcher.plan.command import InstalledVllm, build_command
 from launcher.plan.flags import Flags, list_changes, read_flags, read_shipped_flags
 from launcher.plan.hardware import parse_device

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.errors import SettingsError
 from launcher.models.model import Model, Shape, find_model, read_shape
 from tests.launcher.programs import MODEL, Launcher, running
 from tests.launcher.test_explain import call

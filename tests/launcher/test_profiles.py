@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.errors import SettingsError
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
 from launcher.plan.flags import Flags, read_shipped_flags, try_commands

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.errors import SettingsError
 from launcher.gateway_process import check_gateway
 from launcher.models.model import find_model
 from launcher.plan.command import find_vllm

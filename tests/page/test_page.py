@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.fake_engine import Behaviour
-from tests.gateway.test_keys import _keys_file
+from tests.gateway.admission.test_keys import _keys_file
 from tests.page.conftest import Visitor, running_gateway, shoot, width_of
 
 pytestmark = pytest.mark.browser
@@ -571,9 +571,9 @@ def test_csv_runs_nothing_in_a_spreadsheet(modules: Page) -> None:
 
 def test_words_are_there_in_both_languages_and_all_of_them_used(modules: Page) -> None:
     words: dict[str, list[str]] = modules.evaluate(
-        "async () => (await import('/ui/words.js')).allWords()"
+        "async () => (await import('/ui/translations.js')).allWords()"
     )
-    files = [path for path in STATIC.iterdir() if path.name != "words.js"]
+    files = [path for path in STATIC.iterdir() if path.name != "translations.js"]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     asked = set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.]+)"', source))
     asked |= set(re.findall(r'say\(\s*"([\w.]+)"', source))

@@ -1,9 +1,9 @@
 // One question, streamed: the composer, the answers, and how fast they came.
 
 import { call, readEvents } from "./api.js";
-import { announce, button, find, make, openRefused, readNumber, setText, showFailure } from "./parts.js";
-import { explain, persist } from "./trouble.js";
-import { examples, number, rate, say, span } from "./words.js";
+import { announce, button, find, make, openRefused, readNumber, setText, showFailure } from "./elements.js";
+import { explain, persist } from "./errors.js";
+import { examples, number, rate, say, span } from "./translations.js";
 
 const SHORTEST_WRITING_S = 0.1;
 

@@ -1,8 +1,8 @@
 // The tiles with live figures and their charts.
 
 import { Chart } from "./chart.js";
-import { find, make, setText } from "./parts.js";
-import { number, percent, rate, say, span } from "./words.js";
+import { find, make, setText } from "./elements.js";
+import { number, percent, rate, say, span } from "./translations.js";
 
 const TILES = [
   { name: "live.rate", pick: (sample) => sample.rate, format: rate },
@@ -23,7 +23,7 @@ function noteWaiting(status) {
   const loads = status.engines.map((engine) => engine.load).filter(Boolean);
   if (!loads.length) return "";
   const engine = loads.reduce((sum, load) => sum + load.waiting, 0);
-  const gateway = status.gate.waiting;
+  const gateway = status.queue.waiting;
   return engine || gateway ? say("live.atGateway", { gateway: number(gateway), engine: number(engine) }) : "";
 }
 

@@ -140,8 +140,8 @@ function measure(status, before) {
   return {
     at: status.at,
     rate: grown && grown.tokens / (status.at - before.at),
-    running: status.gate.running,
-    waiting: status.gate.waiting + sum(loads, "waiting"),
+    running: status.queue.running,
+    waiting: status.queue.waiting + sum(loads, "waiting"),
     kv: loads.length ? Math.max(...loads.map((load) => load.kv_usage)) : null,
     first: grown?.firsts ? grown.firstSum / grown.firsts : null,
   };

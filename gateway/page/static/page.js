@@ -6,9 +6,9 @@ import { BatchPanel } from "./batch.js";
 import { EnginePanel } from "./engine.js";
 import { Figures } from "./figures.js";
 import { Live } from "./live.js";
-import { find, recall, remember, setText } from "./parts.js";
-import { explain } from "./trouble.js";
-import { chooseLanguage, currentLanguage, say, setLanguage, translate } from "./words.js";
+import { find, recall, remember, setText } from "./elements.js";
+import { explain } from "./errors.js";
+import { chooseLanguage, currentLanguage, say, setLanguage, translate } from "./translations.js";
 
 const live = new Live();
 const engine = new EnginePanel(live);

@@ -1,11 +1,11 @@
 // One run of a batch, from its first call to its files; what is missing can be run again.
 
 import { call, Failure, readJson } from "./api.js";
-import { announce, facts, find, make, setBar, setText, showFailure } from "./parts.js";
+import { announce, facts, find, make, setBar, setText, showFailure } from "./elements.js";
 import { compare } from "./live.js";
 import { BadInput, cutPieces } from "./questions.js";
-import { explain, persist } from "./trouble.js";
-import { number, rate, running, say, span } from "./words.js";
+import { explain, persist } from "./errors.js";
+import { number, rate, running, say, span } from "./translations.js";
 
 const ROWS_AT_ONCE = 25;
 const SLOWEST_COUNT_MS = 5000;

@@ -1,6 +1,6 @@
 // What a failure means for the person in front of the page.
 
-import { say, span } from "./words.js";
+import { say, span } from "./translations.js";
 
 const BY_CODE = {
   network: "error.network",

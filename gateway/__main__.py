@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import re
 import resource
 import signal
@@ -16,11 +15,10 @@ from aiohttp import web
 
 from gateway.admission.keys import make_key
 from gateway.app import build_app
-from gateway.config import Settings, SettingsError, load_settings, read_worker
-from gateway.engines.warmup import read_questions
+from gateway.config import Settings, SettingsError, load_settings
+from gateway.engines.warmup import read_warmup_questions
 from gateway.observability.logs import configure_logging
 from gateway.server import Runner
-from gateway.workers import run_workers
 
 _ENOUGH_FILES = 2**20  # what Linux allows a process unless told otherwise
 log = structlog.get_logger("gateway")
@@ -35,8 +33,6 @@ def main() -> int:
             return check(load_settings(arguments[1:]))
         settings = load_settings(arguments)
         configure_logging(settings)
-        if settings.workers > 1 and read_worker().count == 1:
-            return asyncio.run(run_workers(settings, arguments))
         raise_file_limit()
         app = build_app(settings, lambda: load_settings(arguments))
         return uvloop.run(serve(app, settings))
@@ -56,7 +52,7 @@ def raise_file_limit() -> None:
 def check(settings: Settings) -> int:
     """Everything that could stop the start, without listening: for who has an engine to start."""
     build_app(settings)
-    read_questions(settings)
+    read_warmup_questions(settings)
     print("gateway: the settings are good")
     return 0
 
@@ -82,11 +78,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
     await runner.setup()
     try:
         await web.TCPSite(
-            runner,
-            settings.host,
-            settings.port,
-            backlog=1024,
-            reuse_port=read_worker().count > 1,
+            runner, settings.host, settings.port, backlog=1024, reuse_port=settings.reuse_port
         ).start()
     except OSError as error:
         await runner.cleanup()
@@ -96,10 +88,6 @@ async def serve(app: web.Application, settings: Settings) -> int:
         ) from None
     tame_garbage_collection()
     log.info("gateway_listening", host=settings.host, port=runner.addresses[0][1])
-    if read_worker().count > 1:
-        orphaned = asyncio.create_task(_stop_with_parent(stop, read_worker().parent))
-        await stop.wait()
-        orphaned.cancel()
     await stop.wait()
     log.info("gateway_draining")
     await runner.cleanup()
@@ -115,16 +103,6 @@ def tame_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 20, 20)
-
-
-async def _stop_with_parent(stop: asyncio.Event, parent: int) -> None:
-    """A parent that was killed tells nobody, and perhaps was before we could look; its workers must
-    not hold the port for ever.
-    """
-    while os.getppid() == parent:  # noqa: ASYNC110 — nobody sends an event for this
-        await asyncio.sleep(1)
-    log.error("parent_died")
-    stop.set()
 
 
 if __name__ == "__main__":

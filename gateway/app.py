@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from aiohttp import web
 
 from gateway import middleware
+from gateway.admission.accounts import ACCOUNTS, Accounts
 from gateway.admission.keys import KEYRING, Keyring, run_key_reload
-from gateway.admission.ledger import LEDGER, LEDGER_NAME, Ledger
-from gateway.admission.queue import GATE, Gate
-from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings, read_worker
-from gateway.engines import warmup
-from gateway.engines.engine import Engine, build_connector, build_session
-from gateway.engines.pool import ENGINE_LIST, POOL, EngineList, Pool
+from gateway.admission.limits import LocalLimits
+from gateway.admission.queue import QUEUE, AdmissionQueue
+from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
+from gateway.engines.batch import BatchGenerator
+from gateway.engines.connections import build_connector, build_session
+from gateway.engines.deduplication import GENERATOR, Deduplicator
+from gateway.engines.discovery import EngineDiscovery
+from gateway.engines.engine import Engine
+from gateway.engines.pool import POOL, EnginePool
+from gateway.engines.warmup import Warmup
 from gateway.errors import GatewayError
-from gateway.observability import pulse
 from gateway.observability.grade_record import GradeFile
 from gateway.observability.metrics import METRICS, Metrics
-from gateway.observability.trace import SPANS, SpanSource
-from gateway.page.launchers import LAUNCHERS, Launcher
+from gateway.observability.runtime import watch_event_loop
+from gateway.observability.tracing import TRACER, Tracer
+from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builder import PROMPTS, PromptBuilder
-from gateway.routes import health, page, predict, relay, usage
-from gateway.schemas.wire import SAMPLING_FIELDS, parse_sampling
+from gateway.routes import health, metrics, page, predict, relay, usage
+from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 
 def build_app(
@@ -33,55 +40,64 @@ def build_app(
         client_max_size=settings.max_body_bytes,
         middlewares=[middleware.surround],
     )
+    limits = LocalLimits()
     app[SETTINGS] = settings
-    app[middleware.CROWD] = middleware.Crowd()
-    worker = read_worker()
-    app[METRICS] = Metrics(worker.folder)
-    app[LEDGER] = Ledger(worker.folder / LEDGER_NAME if worker.folder else None)
+    app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
+    app[METRICS] = Metrics()
     app[PROMPTS] = build_prompts(settings)
-    app[KEYRING] = Keyring(settings, app[METRICS], app[LEDGER])
-    app[GATE] = Gate(settings, app[METRICS], app[LEDGER], worker)
-
-    async def hold_engines(app: web.Application) -> AsyncIterator[None]:
-        connector = build_connector(settings)
-        async with build_session(settings, connector) as session:
-
-            def build_engine(url: str) -> Engine:
-                return Engine(url, settings, connector, app[METRICS])
-
-            app[POOL] = Pool(map(build_engine, settings.engines), settings, app[METRICS])
-            app[LAUNCHERS] = [Launcher(url, session) for url in settings.launchers]
-            app[ENGINE_LIST] = EngineList(settings, build_engine, reload)
-            yield
+    app[KEYRING] = Keyring(settings)
+    app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS])
+    app[QUEUE] = AdmissionQueue(settings, app[METRICS], limits)
 
     # First, so that it ends last: a drain can be watched.
-    app.cleanup_ctx.append(health.run_metrics_port)
-    app.cleanup_ctx.extend((hold_engines, warmup.run_warmup, pulse.run_pulse, run_key_reload))
+    app.cleanup_ctx.append(metrics.run_metrics_port)
+    app.cleanup_ctx.extend((partial(run_engines, reload=reload), watch_event_loop, run_key_reload))
     if settings.grade_record:
         GradeFile(settings.grade_record, app[METRICS])
     if settings.otlp_endpoint:
-        app[SPANS] = build_spans(settings.otlp_endpoint)
+        app[TRACER] = build_tracer(settings.otlp_endpoint)
         app.middlewares.insert(0, middleware.trace_spans)
-        app.on_cleanup.append(close_spans)
+        app.on_cleanup.append(close_tracer)
+    add_routes(app)
+    return app
 
+
+def add_routes(app: web.Application) -> None:
+    """A route is one file and one line here."""
     app.router.add_get("/", health.handle_root)
     app.router.add_get("/healthz", health.handle_healthz)
     app.router.add_get("/readyz", health.handle_readyz)
-    app.router.add_get("/metrics", health.handle_metrics)
+    app.router.add_get("/metrics", metrics.handle_metrics)
     app.router.add_get("/usage", usage.handle_usage)
     page.add_page(app)
     app.router.add_post("/predict", predict.handle_predict)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
-    expect_routes(app)
-    return app
-
-
-def expect_routes(app: web.Application) -> None:
-    """So that the first call of each is seen."""
+    # So that the first call of each is seen in the metrics.
     routes = {resource.canonical for resource in app.router.resources()} - middleware.QUIET_ROUTES
     entering = ("/predict", *relay.GENERATING)
     app[METRICS].expect_routes(sorted(routes), entering=entering, streaming=relay.STREAMING)
+
+
+async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> AsyncIterator[None]:
+    """The engines and the connections to them, for as long as the app lives."""
+    settings, figures = app[SETTINGS], app[METRICS]
+    connector = build_connector(settings)
+
+    def build_engine(url: str) -> Engine:
+        return Engine(url, settings, connector, figures)
+
+    async with build_session(settings, connector) as session:
+        pool = app[POOL] = EnginePool(map(build_engine, settings.engines), settings, figures)
+        generator = BatchGenerator(pool, settings, figures)
+        app[GENERATOR] = Deduplicator(generator, settings, figures)
+        app[LAUNCHERS] = [LauncherClient(url, session) for url in settings.launchers]
+        warmup = Warmup(settings, pool, generator, app[PROMPTS], figures)
+        discovery = EngineDiscovery(settings, pool, warmup, build_engine, reload)
+        discovering = asyncio.create_task(discovery.run())
+        yield
+        discovering.cancel()
+        await asyncio.gather(discovering, return_exceptions=True)
 
 
 def build_prompts(settings: Settings) -> PromptBuilder:
@@ -96,17 +112,17 @@ def build_prompts(settings: Settings) -> PromptBuilder:
     return builder
 
 
-def build_spans(endpoint: str) -> SpanSource:
+def build_tracer(endpoint: str) -> Tracer:
     """Loaded only when asked for: its packages are an extra, and take their time."""
     try:
-        from gateway.observability.spans import Spans  # noqa: PLC0415
+        from gateway.observability.otel import OpenTelemetryTracer  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"GATEWAY_OTLP_ENDPOINT needs the extra `otel` ({error}): "
             "pip install -r requirements/otel.txt"
         ) from None
-    return Spans(endpoint)
+    return OpenTelemetryTracer(endpoint)
 
 
-async def close_spans(app: web.Application) -> None:
-    await app[SPANS].close()
+async def close_tracer(app: web.Application) -> None:
+    await app[TRACER].close()

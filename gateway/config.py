@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -28,11 +27,9 @@ from common.settings import (
     read_settings,
 )
 
-__all__ = ["SETTINGS", "Settings", "SettingsError", "Worker", "list_settings", "load_settings"]
+__all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_settings"]
 
 PREFIX = "GATEWAY_"
-_WORKER_VARIABLE = "VLLM_GATEWAY_WORKER"
-_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
 _DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
@@ -59,8 +56,10 @@ class Settings(ProgramSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    workers: int = Field(
-        1, ge=1, le=64, description="Processes that share the port, the limits and the metrics."
+    reuse_port: bool = Field(
+        False,
+        description="Let several gateways listen on one port of this host; the kernel spreads "
+        "connections over them. Each keeps its own limits and metrics.",
     )
     engines: CommaList = Field(
         ("http://127.0.0.1:8001",), description="Base URLs of the engines, separated by commas."
@@ -270,8 +269,6 @@ class Settings(ProgramSettings):
 
     @model_validator(mode="after")
     def _check_files(self) -> Settings:
-        if self.workers > 1 and self.port == 0:
-            raise ValueError("workers share a port: with several of them, port cannot be 0")
         if self.metrics_port and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another than port, which everybody can reach")
         if self.system_prompt and self.system_prompt_file:
@@ -305,32 +302,6 @@ class Settings(ProgramSettings):
 
 
 SETTINGS = web.AppKey("settings", Settings)
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Which of several processes this is, and the folder they share; alone: the first of one."""
-
-    index: int = 0
-    count: int = 1
-    folder: Path | None = None
-    parent: int = 0  # its process id
-
-    def environment(self) -> dict[str, str]:
-        """What the parent gives a worker; not a setting, so not in their name space."""
-        return {
-            _WORKER_VARIABLE: f"{self.index}/{self.count}/{self.parent}",
-            # prometheus_client chooses its shared counters by this, at import.
-            _METRICS_VARIABLE: str(self.folder),
-        }
-
-
-def read_worker() -> Worker:
-    place = os.environ.get(_WORKER_VARIABLE)
-    if place is None:
-        return Worker()
-    index, count, parent = map(int, place.split("/"))
-    return Worker(index, count, Path(os.environ[_METRICS_VARIABLE]), parent)
 
 
 def load_settings(arguments: Sequence[str] = ()) -> Settings:

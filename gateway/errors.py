@@ -13,6 +13,8 @@ GatewayError
 ├── DeadlinePassed 504        the request's own deadline came before its answer
 ├── DeadlineUnreachable 503   the request's own deadline cannot be met
 ├── Unavailable 503           no engine is ready: warming, restarting, draining
+│   ├── EngineBusy 503        the engine has too much to do already
+│   └── OutOfFiles 503        the gateway itself may open no more connections
 └── EngineError 502           the engine failed
     ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
     ├── EngineAborted 502     it gave a sequence up
@@ -140,6 +142,10 @@ class Unavailable(GatewayError):
     status = 503
     kind = "service_unavailable"
     code = "not_ready"
+
+
+class EngineBusy(Unavailable):
+    code = "engine_busy"
 
 
 class OutOfFiles(Unavailable):

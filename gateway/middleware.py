@@ -1,4 +1,6 @@
-"""What surrounds every request: its id, log line and metrics, and errors in OpenAI's envelope."""
+"""What surrounds every request: its id, who asks, its log line and metrics, and errors in OpenAI's
+envelope.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER, KEYRING
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
@@ -22,8 +25,10 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.observability.metrics import METRICS, STOPPING
-from gateway.observability.trace import SPAN, SPANS, TRACE, Trace
-from gateway.schemas.wire import build_error
+from gateway.observability.request_record import RequestRecord
+from gateway.observability.tracing import SPAN, TRACER
+from gateway.request_context import CONTEXT, RequestContext
+from gateway.schemas.openai import build_error
 
 log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,7 +44,7 @@ class _Stopping(Unavailable):
     """No failure: callers are told `not_ready`, the log and the figures STOPPING."""
 
 
-class Crowd:
+class OpenRequests:
     """How many requests are being answered, but for those who only look: a drain waits for them."""
 
     __slots__ = ("count",)
@@ -48,29 +53,35 @@ class Crowd:
         self.count = 0
 
 
-CROWD = web.AppKey("crowd", Crowd)
+OPEN_REQUESTS = web.AppKey("open_requests", OpenRequests)
 
 
 @web.middleware
 async def surround(request: web.Request, handler: Handler) -> web.StreamResponse:
     """One for everything: each more would cost every request a frame and a task of bookkeeping."""
-    trace = Trace(_request_id(request), _route(request), span=request.get(SPAN))
-    request[TRACE] = trace
+    record = RequestRecord(_route(request))
+    context = RequestContext(_request_id(request), record, span=request.get(SPAN))
+    request[CONTEXT] = context
     status = _GONE
-    crowd = request.app[CROWD]
-    counts = trace.route not in QUIET_ROUTES
-    crowd.count += counts
+    open_requests = request.app[OPEN_REQUESTS]
+    counts = record.route not in QUIET_ROUTES
+    open_requests.count += counts
     try:
-        response = await _answer(request, handler, trace)
+        try:
+            if record.route not in _OPEN_ROUTES:
+                await _admit(request, record)
+            response = await handler(request)
+        except Exception as error:  # noqa: BLE001 — the one place where exceptions become answers
+            response = _answer_exception(request, error)
         status = response.status
         if not response.prepared:
-            trace.put_headers(response.headers)
+            context.put_headers(response.headers)
             if request.app[POOL].draining:
                 response.force_close()  # the caller's next call should find a gateway that stays
         return response
     finally:
-        crowd.count -= counts
-        _record(request.app, trace, status)
+        open_requests.count -= counts
+        _finish(request.app, context, status)
 
 
 @web.middleware
@@ -79,7 +90,7 @@ async def trace_spans(request: web.Request, handler: Handler) -> web.StreamRespo
     route = _route(request)
     if route in QUIET_ROUTES:
         return await handler(request)
-    span = request.app[SPANS].open_request(request.method, route, request.headers)
+    span = request.app[TRACER].open_request(request.method, route, request.headers)
     request[SPAN] = span
     status = _GONE
     try:
@@ -87,67 +98,65 @@ async def trace_spans(request: web.Request, handler: Handler) -> web.StreamRespo
         status = response.status
         return response
     finally:
-        span.close(request[TRACE], status)
+        context = request[CONTEXT]
+        span.close(context.record, context.request_id, status)
 
 
 def refuse(app: web.Application, error: GatewayError) -> web.Response:
     """The answer to what never became a request: in the same form, with the same line and count."""
-    trace = Trace(_make_request_id(), "other")
-    trace.note_error(error.error_code, error.source)
+    context = RequestContext(_make_request_id(), RequestRecord("other"))
+    context.record.note_error(error.error_code, error.source)
     response = _build_refusal(error)
-    trace.put_headers(response.headers)
-    _record(app, trace, response.status)
+    context.put_headers(response.headers)
+    _finish(app, context, response.status)
     return response
 
 
-def _record(app: web.Application, trace: Trace, status: int) -> None:
-    duration_s = trace.elapsed_s()
-    app[METRICS].count_request(trace, status, duration_s)
-    write = log.debug if trace.route in QUIET_ROUTES else log.info
+def _finish(app: web.Application, context: RequestContext, status: int) -> None:
+    record = context.record
+    duration_s = record.elapsed_s()
+    app[METRICS].count_request(record, status, duration_s, context.exemplar)
+    write = log.debug if record.route in QUIET_ROUTES else log.info
     write(
         "request_done",
-        request_id=trace.request_id,
-        route=trace.route,
+        request_id=context.request_id,
+        route=record.route,
         status=status,
         duration_s=round(duration_s, 4),
-        **trace.log_fields(),
+        **context.log_fields(),
     )
 
 
-async def _answer(request: web.Request, handler: Handler, trace: Trace) -> web.StreamResponse:
-    """The one place where exceptions become answers."""
-    try:
-        if trace.route not in _OPEN_ROUTES:
-            _admit(request, trace)
-        return await handler(request)
-    except GatewayError as error:
-        if trace.is_streaming:  # a second head in the middle of a stream would be garbage
-            trace.note_error(error.error_code, error.source)
-            raise ConnectionResetError(error.message) from error
-        return _answer_error(request, error)
-    except web.HTTPException as error:
+def _answer_exception(request: web.Request, error: Exception) -> web.Response:
+    """Raises again where nobody is left to answer, or half an answer has left."""
+    context = request[CONTEXT]
+    is_streaming = context.record.stream is not None
+    if isinstance(error, ConnectionError):
+        raise error
+    if isinstance(error, web.HTTPException):
         response = _answer_error(request, translate(request.app, request, error))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
-    except ConnectionError:
-        raise  # the caller is gone: nobody is left to answer
-    except Exception:
-        log.exception("request_crashed", request_id=trace.request_id)
-        if trace.is_streaming:
-            trace.note_error(GatewayError.code, GatewayError.source)
-            raise
+    if not isinstance(error, GatewayError):
+        log.error("request_crashed", request_id=context.request_id, exc_info=error)
+        if is_streaming:
+            context.record.note_error(GatewayError.code, GatewayError.source)
+            raise error
         return _answer_error(request, GatewayError("the gateway failed; see its log"))
+    if is_streaming:  # a second head in the middle of a stream would be garbage
+        context.record.note_error(error.error_code, error.source)
+        raise ConnectionResetError(error.message) from error
+    return _answer_error(request, error)
 
 
-def _admit(request: web.Request, trace: Trace) -> None:
-    """Who calls, may he, and has he any allowance left."""
+async def _admit(request: web.Request, record: RequestRecord) -> None:
+    """Who calls, may they, and have they any allowance left."""
     if request.app[POOL].draining:
         raise _Stopping("the gateway is stopping", retry_after_s=_RESTART_S)
-    keyring = request.app[KEYRING]
-    caller = keyring.identify(request.headers)
-    caller.check_route(trace.route)
-    keyring.take_request(caller)
+    caller = request.app[KEYRING].identify(request.headers)
+    caller.check_route(record.route)
+    await request.app[ACCOUNTS].take_request(caller)
     request[CALLER] = caller
 
 
@@ -183,7 +192,7 @@ def _route(request: web.Request) -> str:
 
 def _answer_error(request: web.Request, error: GatewayError) -> web.Response:
     code = STOPPING if isinstance(error, _Stopping) else error.error_code
-    request[TRACE].note_error(code, error.source)
+    request[CONTEXT].record.note_error(code, error.source)
     return _build_refusal(error)
 
 

@@ -19,11 +19,11 @@ from aiohttp.http_exceptions import ContentEncodingError
 from gateway.config import SETTINGS, Settings
 from gateway.engines.pool import POOL
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.middleware import CROWD, refuse, translate
+from gateway.middleware import OPEN_REQUESTS, refuse, translate
 
 _UNSENT_BYTES = 2**17
-_LOOK_S = 0.02  # how often a drain looks whether all have left
-_LAST_WORDS_S = 1.0  # for what a drain has waited for in vain
+_POLL_S = 0.02  # how often a drain looks whether all have left
+_LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 log = structlog.get_logger("gateway")
 
 
@@ -39,11 +39,11 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         # Left to itself, the kernel would take megabytes for a caller who reads slowly.
-        line = transport.get_extra_info("socket")
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        # And it would keep a connection for ever whose caller takes nothing, or has lost his line.
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        # And it would keep a connection for ever whose caller takes nothing, or is cut off.
         limit_s = self._app[SETTINGS].client_write_timeout_s
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
 
     def handle_error(
         self,
@@ -115,24 +115,24 @@ class Runner(web.AppRunner):
             app,
             # Without it a caller who hangs up leaves the engine working to the end.
             handler_cancellation=True,
-            # `body.py` inflates, bounded: aiohttp would also inflate what it only throws away.
+            # `request_body.py` does it, bounded; aiohttp would also inflate what it throws away.
             auto_decompress=False,
             access_log=None,
             keepalive_timeout=settings.client_keepalive_s,
-            shutdown_timeout=_LAST_WORDS_S,
+            shutdown_timeout=_LAST_ANSWERS_S,
         )
         self._drain_timeout_s = settings.drain_timeout_s
 
     async def cleanup(self) -> None:
-        """Readiness goes first, then what runs finishes, then the door is closed: who comes in the
+        """Readiness goes first, then what runs finishes, then the port is closed: who comes in the
         meantime is told when to come back.
         """
         self.app[POOL].draining = True
         deadline = time.monotonic() + self._drain_timeout_s
-        while self.app[CROWD].count and time.monotonic() < deadline:  # noqa: ASYNC110 — seldom
-            await asyncio.sleep(_LOOK_S)
-        # Whole answers are sent after they have been counted out, and a slow reader takes his time.
-        self._shutdown_timeout = max(_LAST_WORDS_S, deadline - time.monotonic())
+        while self.app[OPEN_REQUESTS].count and time.monotonic() < deadline:  # noqa: ASYNC110 — seldom
+            await asyncio.sleep(_POLL_S)
+        # Whole answers are sent after they have been counted out, and slow readers take time.
+        self._shutdown_timeout = max(_LAST_ANSWERS_S, deadline - time.monotonic())
         await super().cleanup()
 
     async def _make_server(self) -> web.Server:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from gateway.config import Settings, SettingsError  # noqa: E402
 from gateway.prompts.builder import PromptBuilder  # noqa: E402
-from gateway.schemas.wire import default_sampling  # noqa: E402
+from gateway.schemas.predict import default_sampling  # noqa: E402
 from scripts.benching import against, outside  # noqa: E402
 from scripts.benching.answers import MixedUp, build_book  # noqa: E402
 from scripts.benching.cpu import build_meter  # noqa: E402

@@ -227,7 +227,7 @@ _FULL = Row(
             "The gateway's event loop is late by",
             (Query("gateway:event_loop_lag_seconds:p99_5m", "p99"),),
             "s",
-            about="Above 50 ms the gateway itself is what is slow: more GATEWAY_WORKERS.",
+            about="Above 50 ms the gateway itself is what is slow: more gateways.",
         ),
         Panel(
             "Answers shared by identical prompts",

@@ -1,96 +1,79 @@
-"""The Gate: how many sequences may be inside the engines, whose turn it is, who waits how long.
+"""The queue: how many sequences may be inside the engines, whose turn it is, who waits how long.
 
 Two lanes, `interactive` and `batch`, share the places by weight: each admission moves its lane's
 clock forward by its size over the lane's weight, and the lane whose clock is furthest behind goes
-next. A batch moves its clock far ahead, so it cannot starve chats; and no visit counts for more
+next. A batch moves its clock far ahead, so it cannot starve chats; and no request counts for more
 than half of the places, so the largest neither waits for the last long stream nor takes them all.
 
 The first in that lane is waited for even when it is large, so chats cannot starve a batch. But as
-long as visits older than its turn alone keep it out, waiting helps nobody: whoever fits passes it.
-Once only those who passed are in its way its places are kept free, in every worker, until it is in.
-Otherwise: within a lane, first come, first served.
+long as requests older than its turn alone keep it out, waiting helps nobody: whoever fits passes
+it. Once only those who passed are in its way its places are kept free until it is in. Otherwise:
+within a lane, first come, first served.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import deque
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from typing import Literal
 
 from aiohttp import web
 
 from gateway.admission.keys import Caller
-from gateway.admission.ledger import Ledger
-from gateway.config import Settings, Worker
-from gateway.errors import DeadlinePassed, DeadlineUnreachable, InvalidRequest, Overloaded
+from gateway.admission.limits import Limits
+from gateway.admission.throughput import Throughput
+from gateway.config import Settings
+from gateway.errors import DeadlineUnreachable, InvalidRequest, Overloaded
 from gateway.observability.metrics import Metrics
 
-T = TypeVar("T")
 LaneName = Literal["interactive", "batch"]
 LANES: tuple[LaneName, ...] = ("interactive", "batch")
-_POLL_S = 0.005
-# Fields of a worker's row, after what runs and waits in each lane.
-_KEPT = 5  # places kept free for the one who is next
-_LIFE = 6  # which process in this place it is, counted
-# Completions older than a few of these no longer say how fast the engines are.
-_RATE_HALF_LIFE_S = 10.0
 _LONGEST_RETRY_AFTER_S = 120.0
+_DEADLINE_DIGITS = 9
 
 
 @dataclass(slots=True)
-class Visit:
-    """Who wants in: how many sequences, in which lane, on whose account, until when."""
+class Ticket:
+    """What wants in: how many sequences, in which lane, on whose account, until when."""
 
     sequences: int
     lane: LaneName = "interactive"
     account: str = ""
     account_limit: int = 0
-    deadline: float | None = None
-
-    def loop_deadline(self) -> float | None:
-        """The deadline on the event loop's clock."""
-        if self.deadline is None:
-            return None
-        return asyncio.get_running_loop().time() + self.deadline - time.monotonic()
+    deadline: float | None = None  # on the event loop's clock
 
 
-def build_visit(
-    headers: Mapping[str, str], caller: Caller, sequences: int, lane: LaneName
-) -> Visit:
-    """The key's lane, else the one asked for, else the usual one; X-Deadline-Ms from now."""
+def build_ticket(
+    headers: Mapping[str, str],
+    caller: Caller,
+    sequences: int,
+    lane: LaneName,
+    deadline: float | None,
+) -> Ticket:
+    """In the key's lane, else the one asked for, else the usual one."""
     asked = headers.get("X-Priority")
-    if asked is not None and asked not in {"interactive", "batch"}:
+    if asked is not None and asked not in LANES:
         raise InvalidRequest("X-Priority is interactive or batch", param="X-Priority")
-    return Visit(
+    return Ticket(
         sequences=sequences,
-        lane=caller.lane or cast("LaneName | None", asked) or lane,
+        lane=caller.lane or asked or lane,
         account=caller.name,
         account_limit=caller.max_concurrency,
-        deadline=_parse_deadline(headers.get("X-Deadline-Ms")),
+        deadline=deadline,
     )
 
 
-def _parse_deadline(text: str | None) -> float | None:
+def parse_deadline(headers: Mapping[str, str]) -> float | None:
+    """X-Deadline-Ms from now, on the event loop's clock."""
+    text = headers.get("X-Deadline-Ms")
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
+    if not text.isascii() or not text.isdigit() or len(text) > _DEADLINE_DIGITS:
         raise InvalidRequest("X-Deadline-Ms is a number of milliseconds", param="X-Deadline-Ms")
-    return time.monotonic() + int(text) / 1000
-
-
-async def within(deadline: float | None, work: Awaitable[T]) -> T:
-    """The work, if it ends before the deadline on the loop's clock."""
-    if deadline is None:
-        return await work
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await work
-    except TimeoutError:
-        raise DeadlinePassed("the request's deadline has passed") from None
+    return asyncio.get_running_loop().time() + int(text) / 1000
 
 
 @dataclass(slots=True, eq=False)
@@ -101,133 +84,128 @@ class _Waiter:
 
 @dataclass(slots=True)
 class _Lane:
-    """One worker's queue of a lane; what runs and waits is in the ledger, for all to see."""
+    """What of a lane runs and waits; the queue in order of arrival."""
 
     name: LaneName
     weight: float
-    running_field: int
-    waiting_field: int
+    running: int = 0
+    waiting: int = 0
     clock: float = 0.0
     queue: deque[_Waiter] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
 class _Delay:
-    """Who is next and does not fit; and the places that visits older than its turn still hold."""
+    """Who is next and does not fit; and the places that requests older than its turn still hold."""
 
     lane: _Lane
     waiter: _Waiter
     older: int
     last_older: int
-    since: float
 
 
 def _clock(lane: _Lane) -> float:
     return lane.clock
 
 
-class Gate:
-    """Counts what is inside; the only limit between a caller and the engines.
+class AdmissionQueue:
+    """Counts what is inside; the only limit between a caller and the engines."""
 
-    With several workers the places are common and each keeps its own queue: one that has waiters
-    looks every few milliseconds whether another has given places back.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        ledger: Ledger | None = None,
-        worker: Worker | None = None,
-    ) -> None:
-        worker = worker or Worker()
-        self._ledger = ledger or Ledger()
-        self._worker = worker
+    def __init__(self, settings: Settings, metrics: Metrics, limits: Limits) -> None:
         self._capacity = settings.max_running
         self._max_waiting = settings.max_waiting
         self._queue_timeout_s = settings.queue_timeout_s
-        self._interactive = _Lane("interactive", settings.interactive_weight, 1, 3)
-        self._batch = _Lane("batch", settings.batch_weight, 2, 4)
+        self._interactive = _Lane("interactive", settings.interactive_weight)
+        self._batch = _Lane("batch", settings.batch_weight)
         self._lanes = {"interactive": self._interactive, "batch": self._batch}
-        self._rows = [self._ledger.row(f"gate:{index}") for index in range(worker.count)]
-        self._own = self._rows[worker.index]
-        for number in range(1, _KEPT + 1):
-            self._own[number] = 0  # what an earlier process in this place left behind
-        self._own[_LIFE] += 1  # and what it held of a key's limit
+        self._limits = limits
         self._clock = 0.0
         self._entries = 0
         self._delayed: _Delay | None = None
-        self._rate = _Rate()
-        self._is_polling = False
+        self._kept = 0  # places kept free for the one who is delayed
+        self._throughput = Throughput()
         metrics.running_sequences.read = lambda: [((name,), self.count(name)[0]) for name in LANES]
         metrics.waiting_sequences.read = lambda: [((name,), self.count(name)[1]) for name in LANES]
+        metrics.max_running_sequences.read = lambda: [((), settings.max_running)]
+        metrics.max_waiting_sequences.read = lambda: [((), settings.max_waiting)]
 
-    def enter(self, visit: Visit) -> Stay:
-        """Holds the visit's places for as long as the block of `async with` runs."""
-        return Stay(self, visit, min(visit.sequences, max(1, self._capacity // 2)))
+    def enter(self, ticket: Ticket) -> Admission:
+        """Holds the ticket's places for as long as the block of `async with` runs."""
+        return Admission(self, ticket, min(ticket.sequences, max(1, self._capacity // 2)))
 
-    async def take(self, visit: Visit, places: int) -> int:
+    async def take(self, ticket: Ticket, places: int) -> int:
         """The number of this entry; `give_back` wants it."""
-        if visit.account_limit:
-            self._open_account(visit, places)
-        lane = self._lanes[visit.lane]
+        if ticket.account_limit:
+            await self._hold(ticket, places)
+        lane = self._lanes[ticket.lane]
         if self._may_pass(lane) and self._try_enter(lane, places):
             return self._number_entry()
         try:
-            return await self._wait(visit, lane, places)
+            return await self._wait(ticket, lane, places)
         except BaseException:
-            if visit.account_limit:
-                self._close_account(visit, places)
+            if ticket.account_limit:
+                await self._limits.release(ticket.account, places)
             raise
 
-    def give_back(self, visit: Visit, places: int, entry: int) -> None:
-        self._give_back(self._lanes[visit.lane], places, entry)
-        if visit.account_limit:
-            self._close_account(visit, places)
+    async def give_back(self, ticket: Ticket, places: int, entry: int) -> None:
+        self._give_back(self._lanes[ticket.lane], places, entry)
+        if ticket.account_limit:
+            await self._limits.release(ticket.account, places)
 
-    @contextlib.contextmanager
-    def enter_beside(self, visit: Visit) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def enter_beside(self, ticket: Ticket) -> AsyncIterator[None]:
         """For what takes no place in an engine's batch: it counts against its key's limit alone."""
-        if not visit.account_limit:
+        if not ticket.account_limit:
             yield
             return
-        self._open_account(visit, visit.sequences)
+        await self._hold(ticket, ticket.sequences)
         try:
             yield
         finally:
-            self._close_account(visit, visit.sequences)
+            await self._limits.release(ticket.account, ticket.sequences)
 
     def expected_wait_s(self, places: int) -> float:
         """How long until so many more places have become free, by what the engines did lately."""
-        missing = self._running() + self._waiting() + places - self._capacity
-        return self._rate.time_for(missing) if missing > 0 else 0.0
+        missing = self._running + self._waiting + places - self._capacity
+        return self._throughput.time_for(missing) if missing > 0 else 0.0
 
     def count(self, lane: LaneName) -> tuple[int, int]:
-        """Sequences of a lane that run and that wait, over all workers."""
+        """Sequences of a lane that run and that wait."""
         one = self._lanes[lane]
-        running = sum(row[one.running_field] for row in self._rows)
-        return int(running), int(sum(row[one.waiting_field] for row in self._rows))
+        return one.running, one.waiting
 
+    @property
     def _running(self) -> int:
-        if len(self._rows) == 1:
-            return int(self._own[1] + self._own[2])
-        return int(sum(row[1] + row[2] for row in self._rows))
+        return self._interactive.running + self._batch.running
 
+    @property
     def _waiting(self) -> int:
-        return int(sum(row[3] + row[4] for row in self._rows))
+        return self._interactive.waiting + self._batch.waiting
 
-    async def _wait(self, visit: Visit, lane: _Lane, places: int) -> int:
+    async def _hold(self, ticket: Ticket, places: int) -> None:
+        held = await self._limits.hold(ticket.account, places, ticket.account_limit)
+        if held:
+            wait_s = max(1.0, self._throughput.time_for(places))
+            raise Overloaded(
+                f"this key has {held} sequences running or waiting; its limit is "
+                f"{ticket.account_limit}",
+                code="key_concurrency",
+                retry_after_s=min(wait_s, _LONGEST_RETRY_AFTER_S),
+            )
+
+    async def _wait(self, ticket: Ticket, lane: _Lane, places: int) -> int:
         expected_s = self.expected_wait_s(places)
         retry_after_s = min(max(1.0, expected_s), _LONGEST_RETRY_AFTER_S)
-        waiting = self._waiting()
+        waiting = self._waiting
         if waiting + places > self._max_waiting:
             raise Overloaded(
                 f"{waiting} sequences are waiting already; try again in {retry_after_s:.0f} s",
                 retry_after_s=retry_after_s,
             )
         patience_s = self._queue_timeout_s
-        if visit.deadline is not None:
-            patience_s = min(patience_s, visit.deadline - time.monotonic())
+        if ticket.deadline is not None:
+            left_s = ticket.deadline - asyncio.get_running_loop().time()
+            patience_s = min(patience_s, left_s)
             if expected_s > patience_s:
                 raise DeadlineUnreachable(
                     f"about {expected_s:.1f} s of waiting lie before the deadline's "
@@ -244,9 +222,8 @@ class Gate:
             lane.clock = max(lane.clock, self._clock)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), places)
         lane.queue.append(waiter)
-        self._own[lane.waiting_field] += places
+        lane.waiting += places
         self._admit()
-        self._poll()
         try:
             async with asyncio.timeout(patience_s):
                 return await waiter.turn
@@ -273,17 +250,14 @@ class Gate:
         return True
 
     def _try_enter(self, lane: _Lane, places: int, *, is_delayed: bool = False) -> bool:
-        with self._ledger.lock:
-            running = self._running()
-            kept = sum(row[_KEPT] for row in self._rows)
-            if is_delayed:
-                kept -= self._own[_KEPT]
-            if running + kept + places > self._capacity:
-                return False
-            self._own[lane.running_field] += places
-            if is_delayed:
-                self._own[_KEPT] = 0
-        self._rate.tick(is_busy=running > 0)
+        running = self._running
+        kept = 0 if is_delayed else self._kept
+        if running + kept + places > self._capacity:
+            return False
+        lane.running += places
+        if is_delayed:
+            self._kept = 0
+        self._throughput.tick(is_busy=running > 0)
         return True
 
     def _number_entry(self) -> int:
@@ -297,19 +271,18 @@ class Gate:
             return
         waiter.turn.cancel()
         lane.queue.remove(waiter)
-        self._own[lane.waiting_field] -= waiter.places
+        lane.waiting -= waiter.places
         if self._delayed and self._delayed.waiter is waiter:
             self._delayed = None
-            self._own[_KEPT] = 0
+            self._kept = 0
         self._admit()
 
     def _give_back(self, lane: _Lane, places: int, entry: int) -> None:
-        self._rate.tick(is_busy=True)
-        self._rate.count(places)
+        self._throughput.tick(is_busy=True)
+        self._throughput.count(places)
         if self._delayed and entry <= self._delayed.last_older:
             self._delayed.older -= places
-        with self._ledger.lock:
-            self._own[lane.running_field] -= places
+        lane.running -= places
         if self._has_queue():
             self._admit()
 
@@ -331,31 +304,20 @@ class Gate:
         if self._delayed:
             return self._delayed.lane
         queued = [lane for lane in self._lanes.values() if lane.queue]
-        return min(queued, key=lambda one: one.clock, default=None)
+        return min(queued, key=_clock, default=None)
 
     def _start(self, lane: _Lane, waiter: _Waiter) -> None:
         lane.queue.remove(waiter)
-        self._own[lane.waiting_field] -= waiter.places
+        lane.waiting -= waiter.places
         lane.clock += waiter.places / lane.weight
         waiter.turn.set_result(self._number_entry())
 
     def _delay(self, lane: _Lane, waiter: _Waiter) -> None:
         """Its turn has come and it does not fit. Who came in from now on will not keep it out."""
         if self._delayed is None:
-            older = int(self._own[1] + self._own[2])
-            self._delayed = _Delay(lane, waiter, older, self._entries, time.monotonic())
-        if self._own[_KEPT]:
-            return
-        # Which of the visits in other workers are older cannot be told: for a while, all of them.
-        is_fresh = time.monotonic() < self._delayed.since + self._queue_timeout_s / 4
-        with self._ledger.lock:
-            older = self._delayed.older
-            if is_fresh:
-                older += self._running() - int(self._own[1] + self._own[2])
-            # One at a time: several would keep places from one another for ever.
-            is_first = not any(row[_KEPT] for row in self._rows)
-            if is_first and older + waiter.places <= self._capacity:
-                self._own[_KEPT] = waiter.places
+            self._delayed = _Delay(lane, waiter, self._running, self._entries)
+        if not self._kept and self._delayed.older + waiter.places <= self._capacity:
+            self._kept = waiter.places
 
     def _let_pass(self) -> None:
         """Those next after the one who is delayed, as long as they fit."""
@@ -372,84 +334,20 @@ class Gate:
         self._start(lane, waiter)
         return True
 
-    def _poll(self) -> None:
-        """Places that another worker gave back wake nobody here."""
-        if self._worker.count == 1 or self._is_polling:
-            return
-        self._is_polling = True
-        asyncio.get_running_loop().call_later(_POLL_S, self._poll_again)
 
-    def _poll_again(self) -> None:
-        self._is_polling = False
-        self._admit()
-        if self._has_queue():
-            self._poll()
+class Admission:
+    """A ticket's time inside: a plain object, for a generator would cost each request more."""
 
-    def _open_account(self, visit: Visit, places: int) -> None:
-        """Counts against the key's own limit, where it has one."""
-        rows = [self._ledger.row(f"held:{visit.account}:{n}") for n in range(self._worker.count)]
-        own = rows[self._worker.index]
-        with self._ledger.lock:
-            if own[2] != self._own[_LIFE]:
-                own[1], own[2] = 0, self._own[_LIFE]
-            # What a process held that has died and been replaced counts no longer.
-            lives = zip(rows, self._rows, strict=True)
-            held = int(sum(row[1] for row, gate in lives if row[2] == gate[_LIFE]))
-            # One request larger than the limit may still run, alone.
-            if held and held + places > visit.account_limit:
-                wait_s = max(1.0, self._rate.time_for(places))
-                raise Overloaded(
-                    f"this key has {held} sequences running or waiting; its limit is "
-                    f"{visit.account_limit}",
-                    code="key_concurrency",
-                    retry_after_s=min(wait_s, _LONGEST_RETRY_AFTER_S),
-                )
-            own[1] += places
+    __slots__ = ("_entry", "_places", "_queue", "_ticket")
 
-    def _close_account(self, visit: Visit, places: int) -> None:
-        with self._ledger.lock:
-            self._ledger.row(f"held:{visit.account}:{self._worker.index}")[1] -= places
-
-
-class Stay:
-    """A visit's time inside: a plain object, for a generator would cost each request more."""
-
-    __slots__ = ("_entry", "_gate", "_places", "_visit")
-
-    def __init__(self, gate: Gate, visit: Visit, places: int) -> None:
-        self._gate, self._visit, self._places = gate, visit, places
+    def __init__(self, queue: AdmissionQueue, ticket: Ticket, places: int) -> None:
+        self._queue, self._ticket, self._places = queue, ticket, places
 
     async def __aenter__(self) -> None:
-        self._entry = await self._gate.take(self._visit, self._places)
+        self._entry = await self._queue.take(self._ticket, self._places)
 
     async def __aexit__(self, *_: object) -> None:
-        self._gate.give_back(self._visit, self._places, self._entry)
+        await self._queue.give_back(self._ticket, self._places, self._entry)
 
 
-class _Rate:
-    """Sequences a second while there was work: counts that fade with busy time."""
-
-    def __init__(self) -> None:
-        self._count = 0.0
-        self._span_s = 0.0
-        self._last = time.monotonic()
-
-    def tick(self, *, is_busy: bool) -> None:
-        """Called before the number of running sequences changes."""
-        now = time.monotonic()
-        elapsed_s, self._last = now - self._last, now
-        if is_busy:
-            keep = 0.5 ** (elapsed_s / _RATE_HALF_LIFE_S)
-            self._count *= keep
-            self._span_s = self._span_s * keep + elapsed_s
-
-    def count(self, sequences: int) -> None:
-        self._count += sequences
-
-    def time_for(self, sequences: int) -> float:
-        if self._count < 1e-3:
-            return 1.0  # nothing learnt yet
-        return sequences * self._span_s / self._count
-
-
-GATE = web.AppKey("gate", Gate)
+QUEUE = web.AppKey("queue", AdmissionQueue)

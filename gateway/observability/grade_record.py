@@ -1,4 +1,4 @@
-"""The last grade on GET /metrics: read from the record that `scripts/grade.py --record` wrote.
+"""The last grade on GET /metrics: read from the record that `python -m lab grade --record` wrote.
 
 A file, because a grade is made elsewhere and now and then; nobody can set it over HTTP.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 import structlog
 
+from common.file_watch import FileWatch
 from gateway.observability.metrics import Metrics
 
 log = structlog.get_logger("gateway")
@@ -35,8 +36,7 @@ class GradeFile:
     """The record as it is now; looked at again by each scrape."""
 
     def __init__(self, path: Path, metrics: Metrics) -> None:
-        self._path = path
-        self._stamp: tuple[int, int] | None = None
+        self._file = FileWatch(path)
         self._grade = Grade()
         metrics.grade.read = self._list_figures
         metrics.grade_timestamp_seconds.read = self._list_times
@@ -50,23 +50,16 @@ class GradeFile:
             yield (grade.name,), grade.taken_at
 
     def _read(self) -> Grade:
-        try:
-            status = self._path.stat()
-        except OSError:
-            self._stamp, self._grade = None, Grade()
-            return self._grade
-        stamp = (status.st_mtime_ns, status.st_size)
-        if stamp != self._stamp:
-            self._stamp = stamp
-            self._grade = self._parse()
+        if self._file.has_changed():
+            self._grade = Grade() if self._file.is_gone else self._parse()
         return self._grade
 
     def _parse(self) -> Grade:
         try:
-            with self._path.open("rb") as file:
+            with self._file.path.open("rb") as file:
                 return parse_grade(file.read(_MOST_BYTES))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("grade_not_read", path=str(self._path), reason=str(error))
+            log.warning("grade_not_read", path=str(self._file.path), reason=str(error))
             return Grade()
 
 

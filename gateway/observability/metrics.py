@@ -1,8 +1,7 @@
 """What the gateway counts: every figure is declared here, once, with its labels and its meaning.
 
 The names start with `gateway_`; `vllm:` belongs to the engine. Labels are bounded: routes, codes,
-engines and keys of the settings, never what a caller sends. With several workers each counts into
-files of a shared folder, and whichever is asked answers for all.
+engines and keys of the settings, never what a caller sends. Each replica counts its own.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import prometheus_client
@@ -19,12 +17,11 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from gateway.errors import REFUSALS, GatewayError
-from gateway.observability.trace import Trace
+from gateway.observability.request_record import RequestRecord, StreamTiming
 
 # A small model answers one question in 10 ms to 2 s, a batch in seconds; a queue lasts minutes.
 SECONDS = (
@@ -49,7 +46,7 @@ _GONE, _CALLER_GONE = 499, "caller_gone"
 # What is there from the start: `rate` does not see the count with which a series is born.
 _STATUSES = (200, 400, 429, _GONE, 500, 502, 503, 504)
 _FURTHER_FAILURES = (
-    *(("engine_busy", "gateway"), ("engine_garbled", "engine")),
+    ("engine_garbled", "engine"),
     *(("http_500", "engine"), ("http_503", "engine")),
 )
 _RETRIED = ("engine_busy", "not_ready", "out_of_files")  # and whatever is the engine's
@@ -115,18 +112,28 @@ class RouteFigures:
     chunk_gap: Histogram
     longest_chunk_gap: Histogram
 
+    def count_stream(
+        self, stream: StreamTiming, started: float, exemplar: dict[str, str] | None
+    ) -> None:
+        if stream.chunks:
+            self.first_chunk.observe(stream.first_chunk_at - started, exemplar)
+        if stream.chunks > 1:
+            span_s = stream.last_chunk_at - stream.first_chunk_at
+            self.chunk_gap.observe(span_s / (stream.chunks - 1), exemplar)
+            self.longest_chunk_gap.observe(stream.longest_gap_s, exemplar)
+
 
 class Metrics:
     """The instruments, by name; `render` is the body of GET /metrics."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self) -> None:
         # The time of each series' first count would be a second series for every one of them.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.declared: list[Declared] = []
-        self._folder = folder
-        self._live: list[LiveFigure] = []
         self._declare_requests()
+        self._declare_streams()
+        self._declare_admission()
         self._declare_predict()
         self._declare_engines()
         self._declare_process()
@@ -152,6 +159,13 @@ class Metrics:
         self.queue_seconds = self._histogram(
             "queue_seconds", "Time that a request which entered had waited.", "route"
         )
+        self.errors = self._counter(
+            "errors",
+            "Requests that ended in an error; source: gateway, engine or caller, whose is any 4xx.",
+            *("route", "code", "source"),
+        )
+
+    def _declare_streams(self) -> None:
         self.first_chunk_seconds = self._histogram(
             "first_chunk_seconds",
             "From a request's first byte to the first chunk of its stream.",
@@ -169,14 +183,11 @@ class Metrics:
             "route",
             buckets=GAP_SECONDS,
         )
-        self.errors = self._counter(
-            "errors",
-            "Requests that ended in an error; source: gateway, engine or caller, whose is any 4xx.",
-            *("route", "code", "source"),
-        )
         self.broken_streams = self._counter(
             "broken_streams", "Streams that ended in an error, after a status of 200.", "route"
         )
+
+    def _declare_admission(self) -> None:
         self.refused = self._counter(
             "refused", "Requests turned away before an engine saw them.", "reason"
         )
@@ -244,7 +255,7 @@ class Metrics:
         )
         self.engine_breaker_open = self._live_gauge(
             "engine_breaker_open",
-            "Workers that leave the engine alone after failures in a row.",
+            "1 while the engine is left alone after failures in a row.",
             "engine",
         )
         self.engine_running_sequences = self._live_gauge(
@@ -276,7 +287,7 @@ class Metrics:
             buckets=LAG_SECONDS,
         )
         self.start_time_seconds = self._live_gauge(
-            "start_time_seconds", "When the gateway started, all its workers together."
+            "start_time_seconds", "When the gateway started."
         )
         self.build_info = self._live_gauge(
             "build_info", "1; the program and its Python.", "version", "python"
@@ -284,7 +295,7 @@ class Metrics:
         self.config_info = self._live_gauge(
             "config_info",
             "1; the settings, as a fingerprint without secrets, and some of them.",
-            *("fingerprint", "workers", "prompt_style", "max_tokens", "routing", "dedup"),
+            *("fingerprint", "prompt_style", "max_tokens", "routing", "dedup"),
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -299,9 +310,7 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         self._declare(name, "gauge", labels, text)
-        return Gauge(
-            f"gateway_{name}", text, labels, registry=self.registry, multiprocess_mode="mostrecent"
-        )
+        return Gauge(f"gateway_{name}", text, labels, registry=self.registry)
 
     def _live_counter(self, name: str, text: str, *labels: str) -> LiveFigure:
         self._declare(f"{name}_total", "counter", labels, text)
@@ -312,9 +321,7 @@ class Metrics:
         return self._add_live(LiveFigure("gauge", f"gateway_{name}", text, labels))
 
     def _add_live(self, figure: LiveFigure) -> LiveFigure:
-        self._live.append(figure)
-        if self._folder is None:
-            self.registry.register(figure)
+        self.registry.register(figure)
         return figure
 
     def _declare(self, name: str, kind: str, labels: tuple[str, ...], meaning: str) -> None:
@@ -332,7 +339,7 @@ class Metrics:
     def expect_routes(
         self, routes: Iterable[str], *, entering: Iterable[str], streaming: Iterable[str]
     ) -> None:
-        """Their series begin at nought. Some routes enter the gate, some of those stream; others
+        """Their series begin at zero. Some routes enter the queue, some of those stream; others
         have no histograms yet, because each is 25 lines of every scrape.
         """
         for route in routes:
@@ -347,54 +354,49 @@ class Metrics:
             self._of_route(route)
             self.broken_streams.labels(route)
 
-    def count_request(self, trace: Trace, status: int, duration_s: float) -> None:
-        """Once a request, of what it learnt on its way."""
-        self._requests_by(trace.route, status).inc()
-        figures = self._of_route(trace.route)
-        exemplar = trace.exemplar
+    def count_request(
+        self,
+        record: RequestRecord,
+        status: int,
+        duration_s: float,
+        exemplar: dict[str, str] | None = None,
+    ) -> None:
+        """Once a request, of what was learnt on its way."""
+        self._requests_by(record.route, status).inc()
+        figures = self._of_route(record.route)
         figures.request.observe(duration_s, exemplar)
-        if trace.has_entered:
-            figures.queue.observe(trace.queue_s, exemplar)
-        if trace.chunks:
-            figures.first_chunk.observe(trace.first_chunk_at - trace.started, exemplar)
-        if trace.chunks > 1:
-            span_s = trace.last_chunk_at - trace.first_chunk_at
-            figures.chunk_gap.observe(span_s / (trace.chunks - 1), exemplar)
-            figures.longest_chunk_gap.observe(trace.longest_gap_s, exemplar)
-        if status >= 400 or trace.error_code is not None:
-            self._count_error(trace, status)
+        if record.has_entered:
+            figures.queue.observe(record.queue_s, exemplar)
+        if record.stream is not None:
+            figures.count_stream(record.stream, record.started, exemplar)
+        if status >= 400 or record.error_code is not None:
+            self._count_error(record, status)
 
-    def count_answers(self, trace: Trace, characters: int) -> None:
+    def count_answers(self, record: RequestRecord, characters: int) -> None:
         """Once a /predict call; one with several prompts is a batch."""
         self.predict_characters.inc(characters)
-        if trace.n_prompts is not None and trace.n_prompts > 1:
-            self.last_batch_prompts.set(trace.n_prompts)
-            self.last_batch_seconds.set(trace.elapsed_s())
-            self.last_batch_tokens.set(trace.completion_tokens or 0)
+        if record.n_prompts is not None and record.n_prompts > 1:
+            self.last_batch_prompts.set(record.n_prompts)
+            self.last_batch_seconds.set(record.elapsed_s())
+            self.last_batch_tokens.set(record.completion_tokens or 0)
             self.last_batch_characters.set(characters)
 
-    def _count_error(self, trace: Trace, status: int) -> None:
-        code = trace.error_code or (_CALLER_GONE if status == _GONE else f"http_{status}")
-        source = trace.error_source or "engine"
+    def _count_error(self, record: RequestRecord, status: int) -> None:
+        code = record.error_code or (_CALLER_GONE if status == _GONE else f"http_{status}")
+        source = record.error_source or "engine"
         if 400 <= status < _GONE or code == _CALLER_GONE:
             source = "caller"  # whoever found it: vLLM refuses a bad prompt, the gateway bad JSON
-        self.errors.labels(trace.route, code, source).inc()
-        if trace.is_streaming and trace.error_code is not None:
-            self.broken_streams.labels(trace.route).inc()
+        self.errors.labels(record.route, code, source).inc()
+        if record.stream is not None and record.error_code is not None:
+            self.broken_streams.labels(record.route).inc()
         if code == STOPPING or code in REFUSALS:
             self.refused.labels(code).inc()
 
     def render(self, accept: str = "", *, by_key: bool) -> tuple[bytes, str]:
-        """Text in the form that is asked for, and its type; with several workers, their sum."""
-        registry = self.registry
-        if self._folder is not None:
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
-            for figure in self._live:
-                registry.register(figure)
+        """Text in the form that is asked for, and its type."""
         encode: Any
         encode, content_type = _choose_form(accept)
-        return bytes(encode(registry if by_key else WithoutKeys(registry))), content_type
+        return bytes(encode(self.registry if by_key else WithoutKeys(self.registry))), content_type
 
 
 def _list_failures() -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from aiohttp import web
 _TIMEOUT_S = 2.0
 _MOST_LINES = 60
 _MOST_CHARACTERS = 400
-_STANDING = ("state", "since_s", "start_seconds", "restarts")
+_STATE = ("state", "since_s", "start_seconds", "restarts")
 _FACTS = ("profile", "model", "device")
 _VERSIONS = ("vllm", "torch", "python")
 _PROGRESS = ("stage", "percent", "detail")
@@ -35,7 +35,7 @@ _SECRETS = (
 )
 
 
-class Launcher:
+class LauncherClient:
     """One launcher's status port. It is only read, and never needed: without it less is known."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
@@ -69,13 +69,13 @@ class Launcher:
         return answer
 
 
-LAUNCHERS = web.AppKey("launchers", list[Launcher])
+LAUNCHERS = web.AppKey("launchers", list[LauncherClient])
 
 
 def cut_status(status: Mapping[str, Any]) -> dict[str, Any]:
     progress = _pick(status.get("progress"), _PROGRESS)
     return {
-        **_pick(status.get("engine"), _STANDING),
+        **_pick(status.get("engine"), _STATE),
         **_pick(status, _FACTS),
         "versions": _pick(status.get("versions"), _VERSIONS),
         "progress": _clean(progress) if progress else None,
@@ -83,7 +83,7 @@ def cut_status(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_crash(card: Mapping[str, Any]) -> dict[str, Any]:
-    """`cause` and `last_lines` are log text: not for everybody, see `ui.py`."""
+    """`cause` and `last_lines` are log text: not for everybody, see `routes/page.py`."""
     return {
         **_pick(card, _CRASH),
         "cause": _clean(card.get("cause") or ""),

@@ -1,4 +1,4 @@
-"""The page at /ui: its files, and /ui/status, the figures it shows.
+"""GET /ui and what the page asks for: its files, and /ui/status, the figures it shows.
 
 The page is public, as any page with a log-in is; its figures need a key where there are keys.
 Looking is free: it takes nothing from a key's minute, and many open pages cost the engines one look
@@ -7,34 +7,19 @@ a second.
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import re
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
 from aiohttp import HttpVersion11, web
 
 from gateway.admission.keys import KEYRING, Caller, is_loopback
-from gateway.admission.queue import GATE, LANES
 from gateway.config import SETTINGS
-from gateway.engines.engine import Engine, EngineState
-from gateway.engines.pool import POOL
 from gateway.errors import NotFound
-from gateway.page.launchers import LAUNCHERS
+from gateway.page.files import PAGE_FILES, PageFile, read_files
+from gateway.page.status import PAGE_STATUS, PageStatus
 
-_FILES = Path(__file__).parents[1] / "page" / "static"
 _PAGE = "index.html"
-_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
-_FRESH_S = 1.0
 # What proxies add, each its own; none of it comes from a browser or from curl.
 _PROXY_HEADERS = re.compile(
     r"(x-)?forwarded(-.*)?|via|x-real-ip|x-original-.*|x-proxy.*|x-client-ip|x-cluster-client-ip|"
@@ -67,121 +52,17 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """One file of the page, read once."""
-
-    body: bytes
-    content_type: str
-    etag: str
-
-
-def read_files() -> dict[str, PageFile]:
-    """By name; what is not in here cannot be asked for, however the path is written."""
-    return {path.name: _read_file(path) for path in _FILES.iterdir() if path.suffix in _TYPES}
-
-
-def _read_file(path: Path) -> PageFile:
-    body = path.read_bytes()
-    return PageFile(body, _TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:16])
-
-
-FILES = web.AppKey("files", dict[str, PageFile])
-
-
-class Figures:
-    """What all pages show, read at most once a second, however many look."""
-
-    def __init__(self, app: web.Application) -> None:
-        self._app = app
-        self._read_at = 0.0
-        self._last: dict[str, Any] = {}
-        self._reading: asyncio.Task[None] | None = None
-
-    async def read(self) -> dict[str, Any]:
-        if time.monotonic() - self._read_at >= _FRESH_S:
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self._refresh())
-            # Who hangs up must not take the reading away from the others.
-            await asyncio.shield(self._reading)
-        return self._last
-
-    async def close(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-
-    async def _refresh(self) -> None:
-        engines = self._app[POOL].engines
-        described = await asyncio.gather(*map(_describe_engine, engines))
-        launchers = await asyncio.gather(*(one.read() for one in self._app[LAUNCHERS]))
-        self._last = {
-            "at": time.time(),
-            "gateway": self._describe_gateway(),
-            "gate": self._describe_gate(),
-            "used": self._sum_usage(),
-            "limits": self._describe_limits(),
-            "engines": described,
-            "launchers": [one for one in launchers if one is not None],
-        }
-        self._read_at = time.monotonic()
-
-    def _describe_gateway(self) -> dict[str, Any]:
-        pool = self._app[POOL]
-        state = "stopping" if pool.draining else "ready" if pool.is_ready else "waiting"
-        return {"state": state}
-
-    def _describe_gate(self) -> dict[str, Any]:
-        gate = self._app[GATE]
-        lanes = {name: gate.count(name) for name in LANES}
-        return {
-            "running": sum(running for running, _ in lanes.values()),
-            "waiting": sum(waiting for _, waiting in lanes.values()),
-        }
-
-    def _sum_usage(self) -> dict[str, int]:
-        total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        for used in self._app[KEYRING].read_usage().values():
-            for name in total:
-                total[name] += used[name]
-        return total
-
-    def _describe_limits(self) -> dict[str, Any]:
-        settings = self._app[SETTINGS]
-        return {
-            "prompts": settings.max_prompts,
-            "body_bytes": settings.max_body_bytes,
-            "max_tokens": settings.max_tokens,
-            "temperature": settings.temperature,
-            "shares_answers": settings.dedup,
-        }
-
-
-FIGURES = web.AppKey("figures", Figures)
-
-
-async def _describe_engine(engine: Engine) -> dict[str, Any]:
-    load = None if engine.state is EngineState.DOWN else await engine.read_load()
-    return {
-        "state": engine.state,
-        "reason": engine.reason,
-        "model": engine.card.name if engine.card else None,
-        "max_model_len": engine.max_model_len,
-        "load": asdict(load) if load else None,
-    }
-
-
 def add_page(app: web.Application) -> None:
     """The routes, unless the setting says that there is no page."""
     if not app[SETTINGS].ui:
         return
-    app[FILES] = read_files()
-    app[FIGURES] = Figures(app)
+    app[PAGE_FILES] = read_files()
+    app[PAGE_STATUS] = PageStatus(app)
 
-    async def close_figures(app: web.Application) -> None:
-        await app[FIGURES].close()
+    async def close_status(app: web.Application) -> None:
+        await app[PAGE_STATUS].close()
 
-    app.on_shutdown.append(close_figures)
+    app.on_shutdown.append(close_status)
     app.router.add_get("/ui", handle_page)
     app.router.add_get("/ui/", handle_slash)
     app.router.add_get("/ui/status", handle_status)
@@ -189,7 +70,7 @@ def add_page(app: web.Application) -> None:
 
 
 async def handle_page(request: web.Request) -> web.Response:
-    return _answer_file(request, request.app[FILES][_PAGE])
+    return _answer_file(request, request.app[PAGE_FILES][_PAGE])
 
 
 async def handle_slash(_request: web.Request) -> web.Response:
@@ -201,7 +82,7 @@ async def handle_file(request: web.Request) -> web.Response:
     name = request.match_info["file"]
     if name == _PAGE:
         return await handle_slash(request)
-    file = request.app[FILES].get(name)
+    file = request.app[PAGE_FILES].get(name)
     if file is None:
         raise NotFound(f"there is no {request.path}")
     return _answer_file(request, file)
@@ -219,7 +100,7 @@ def _answer_file(request: web.Request, file: PageFile) -> web.Response:
 
 async def handle_status(request: web.Request) -> web.Response:
     caller = request.app[KEYRING].identify(request.headers)
-    figures = dict(await request.app[FIGURES].read())
+    figures = dict(await request.app[PAGE_STATUS].read())
     figures["launchers"] = [_show(one, request, caller) for one in figures["launchers"]]
     return web.Response(
         body=orjson.dumps(figures),

@@ -1,6 +1,6 @@
 """The same request to the engine and through the gateway: the same status and the same body.
 
-Ids and times aside, and without what the gateway itself bounds (tests/gateway/test_streams.py).
+Ids and times aside, and without what the gateway itself bounds (tests/gateway/test_streaming.py).
 vLLM puts its fingerprint on whichever event of a stream is the last, and the gateway takes away the
 one that tells a usage nobody asked for: so the fingerprint of streams is left out too.
 """

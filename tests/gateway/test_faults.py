@@ -22,7 +22,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from gateway.admission.queue import GATE
+from gateway.admission.queue import QUEUE
 from gateway.engines.pool import POOL
 from tests.gateway.conftest import Served, serve_gateway, until
 from tests.gateway.raw import RawAnswer, build_request, connect, read_answer
@@ -468,7 +468,7 @@ def _judge(answer: RawAnswer, door: Door, number: int) -> str:
 
 def _count_leftovers(served: Served, engines: Sequence[ScriptedEngine]) -> dict[str, int]:
     """What a call holds while it is there; none of it may outlive the call."""
-    gate, pool = served.app[GATE], served.app[POOL]
+    queue, pool = served.app[QUEUE], served.app[POOL]
     gc.collect()
     kept = (web.Request, web.StreamResponse, aiohttp.ClientResponse)
     connections = sum(
@@ -476,7 +476,7 @@ def _count_leftovers(served: Served, engines: Sequence[ScriptedEngine]) -> dict[
     )  # a task each, kept for a while
     return {
         "running": sum(engine.running for engine in pool.engines),
-        "in the gate": sum(gate.count("batch") + gate.count("interactive")),
+        "in the queue": sum(queue.count("batch") + queue.count("interactive")),
         "tasks": len(asyncio.all_tasks()) - connections,
         **Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, kept)),
     }

@@ -19,7 +19,7 @@ from tests.collector import Collector, SeenSpan, serve_collector
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLER = {
     "x-request-id": "from-the-caller",
@@ -217,7 +217,7 @@ def test_without_the_setting_nothing_of_it_is_loaded() -> None:
 
 
 def test_setting_without_the_packages_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "gateway.observability.spans", raising=False)
+    monkeypatch.delitem(sys.modules, "gateway.observability.otel", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
     with pytest.raises(SettingsError, match=r"GATEWAY_OTLP_ENDPOINT needs the extra `otel`"):
         build_app(make_settings(otlp_endpoint="http://127.0.0.1:4318"))

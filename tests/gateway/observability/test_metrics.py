@@ -17,13 +17,12 @@ from gateway.admission.keys import make_key
 from gateway.config import SettingsError
 from gateway.engines.pool import POOL
 from gateway.observability.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
-from gateway.observability.trace import Trace
+from gateway.observability.request_record import RequestRecord, StreamTiming
 from scripts.benching.ports import find_free_ports
 from scripts.record import Figure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
 from tests.gateway.raw import ask, build_request
-from tests.gateway.test_workers import serve_workers
 
 STREAM = {"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}
 OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0, text/plain;q=0.5"}
@@ -266,7 +265,7 @@ async def test_gateway_that_fails_within_a_stream_is_not_a_caller_who_left(
     def fail(_chunk: bytes) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr("gateway.routes.relay.parse_usage", fail)
+    monkeypatch.setattr("gateway.streaming.parse_usage", fail)
     with pytest.raises(httpx.RemoteProtocolError):
         await served.client.post("/v1/completions", json=STREAM)
 
@@ -515,26 +514,6 @@ async def test_settings_and_limits_are_told() -> None:
     assert "not-to-be-told" not in second
 
 
-async def test_any_worker_tells_of_the_engines(tmp_path: Path) -> None:
-    (port,) = find_free_ports(1)
-    async with serve_workers(tmp_path, "", "--metrics-port", str(port)) as workers:
-        await workers.ask("a")
-        texts = [(await workers.get("/metrics")).text for _ in range(8)]
-        told = []
-        for _ in range(8):  # each over a connection of its own, so not all by one worker
-            async with inner_door(port) as inner:
-                told.append((await inner.get("/metrics")).text)
-
-    assert all('gateway_usage_requests_total{key="tester"} ' in text for text in told)
-    for text in texts:
-        assert 'key="tester"' not in text
-        families = parse(text)
-        assert families["gateway_engine_ready"][0] == "gauge"
-        assert 'state="ready"} 1.0' in text
-        assert "gateway_engine_running_sequences" in families
-        assert families.keys() <= {one.name for one in list_metrics()}
-
-
 @pytest.mark.parametrize("buckets", [SECONDS, GAP_SECONDS])
 def test_buckets_fit_a_small_model(buckets: tuple[float, ...]) -> None:
     """Each decade in which its figures lie has steps of its own."""
@@ -545,16 +524,17 @@ def test_buckets_fit_a_small_model(buckets: tuple[float, ...]) -> None:
 
 def test_counting_a_request_takes_microseconds() -> None:
     metrics = Metrics()
-    trace = Trace("id", "/v1/completions")
-    trace.note_queued()
-    trace.note_entered()
+    stream = StreamTiming()
+    record = RequestRecord("/v1/completions", stream=stream)
+    record.note_queued()
+    record.note_entered()
     for _ in range(3):
-        trace.note_chunk()
+        stream.note_chunk()
 
     def count() -> float:
         began = time.perf_counter()
         for _ in range(1000):
-            metrics.count_request(trace, 200, 0.01)
+            metrics.count_request(record, 200, 0.01)
         return time.perf_counter() - began
 
     assert min(count() for _ in range(5)) / 1000 < 50e-6

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable
 import aiohttp
 import pytest
 
-from gateway.engines.upstream import Answer, Upstream
+from gateway.engines.client import EngineClient
+from gateway.errors import EngineError, EngineUnreachable
+from tests.gateway.conftest import make_settings
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -38,29 +40,24 @@ class Peer:
 
 
 @pytest.fixture
-async def peer() -> AsyncIterator[tuple[Peer, Callable[[str], Upstream]]]:
+async def peer() -> AsyncIterator[tuple[Peer, Callable[[str], EngineClient]]]:
     peer = Peer()
     server = await asyncio.start_server(peer.talk, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     connector = aiohttp.TCPConnector(limit=0)
-    yield peer, lambda url: Upstream(url.format(port=port), connector, 5.0)
+    yield peer, lambda url: EngineClient(url.format(port=port), connector, make_settings())
     await connector.close()
     server.close()
     await server.wait_closed()
 
 
-async def _read(answer: Answer) -> bytes:
-    with answer:
-        return await answer.content.read()
-
-
 async def test_request_is_sent_whole_and_its_connection_kept(
-    peer: tuple[Peer, Callable[[str], Upstream]],
+    peer: tuple[Peer, Callable[[str], EngineClient]],
 ) -> None:
-    upstream = peer[1]("http://127.0.0.1:{port}/base")
+    client = peer[1]("http://127.0.0.1:{port}/base")
     for _ in range(3):
-        answer = await upstream.send("POST", "/v1/x?y=1", {"A": "b"}, b"body")
-        assert (answer.status, await _read(answer)) == (200, b"ok")
+        answer = await client.send("POST", "/v1/x?y=1", {"A": "b"}, b"body")
+        assert (answer.status, answer.body) == (200, b"ok")
 
     assert peer[0].connections == 1
     head, body = peer[0].heard[-1].split(b"\r\n\r\n")
@@ -69,15 +66,17 @@ async def test_request_is_sent_whole_and_its_connection_kept(
     assert body == b"body"
 
 
-async def test_password_of_the_url_is_sent(peer: tuple[Peer, Callable[[str], Upstream]]) -> None:
-    await _read(await peer[1]("http://me:pw@127.0.0.1:{port}").send("GET", "/", {}, None))
+async def test_password_of_the_url_is_sent(
+    peer: tuple[Peer, Callable[[str], EngineClient]],
+) -> None:
+    await peer[1]("http://me:pw@127.0.0.1:{port}").send("GET", "/")
 
     assert b"\r\nAuthorization: Basic bWU6cHc=\r\n" in peer[0].heard[0]
 
 
 @pytest.mark.parametrize("value", ["a\r\nB: c", "a\nb", "a\rb", "a\0b"])
 async def test_header_with_a_line_break_is_never_sent(
-    peer: tuple[Peer, Callable[[str], Upstream]], value: str
+    peer: tuple[Peer, Callable[[str], EngineClient]], value: str
 ) -> None:
     with pytest.raises(ValueError, match="line break"):
         await peer[1]("http://127.0.0.1:{port}").send("GET", "/", {"A": value}, None)
@@ -86,31 +85,33 @@ async def test_header_with_a_line_break_is_never_sent(
 
 
 async def test_redirect_is_an_answer_like_others(
-    peer: tuple[Peer, Callable[[str], Upstream]],
+    peer: tuple[Peer, Callable[[str], EngineClient]],
 ) -> None:
     peer[0].answers = [b"HTTP/1.1 302 Found\r\nLocation: /evil\r\nContent-Length: 0\r\n\r\n"]
     answer = await peer[1]("http://127.0.0.1:{port}").send("GET", "/", {}, None)
 
-    assert (answer.status, await _read(answer), len(peer[0].heard)) == (302, b"", 1)
+    assert (answer.status, answer.body, len(peer[0].heard)) == (302, b"", 1)
 
 
 async def test_what_announces_an_answer_is_passed_over(
-    peer: tuple[Peer, Callable[[str], Upstream]],
+    peer: tuple[Peer, Callable[[str], EngineClient]],
 ) -> None:
     peer[0].answers = [b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK]
     answer = await peer[1]("http://127.0.0.1:{port}").send("POST", "/", {}, b"x")
 
-    assert (answer.status, await _read(answer)) == (200, b"ok")
+    assert (answer.status, answer.body) == (200, b"ok")
 
 
 async def test_answer_left_half_read_costs_its_connection(
-    peer: tuple[Peer, Callable[[str], Upstream]],
+    peer: tuple[Peer, Callable[[str], EngineClient]],
 ) -> None:
-    upstream = peer[1]("http://127.0.0.1:{port}")
-    peer[0].answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nha"]
-    with await upstream.send("GET", "/", {}, None):
-        pass
-    assert await _read(await upstream.send("GET", "/", {}, None)) == b"ok"
+    client = peer[1]("http://127.0.0.1:{port}")
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 5\r\n\r\n"
+    peer[0].answers = [head + b"ha"]
+    stream = await client.send("GET", "/")
+    assert stream.body is None
+    stream.close()
+    assert (await client.send("GET", "/")).body == b"ok"
 
     assert peer[0].connections == 2
 
@@ -118,20 +119,22 @@ async def test_answer_left_half_read_costs_its_connection(
 @pytest.mark.parametrize(
     "answer", [b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"]
 )
-async def test_garbage_and_half_answers_are_the_clients_errors(
-    peer: tuple[Peer, Callable[[str], Upstream]], answer: bytes
+async def test_garbage_and_half_answers_are_the_engines_errors(
+    peer: tuple[Peer, Callable[[str], EngineClient]], answer: bytes
 ) -> None:
     peer[0].answers, peer[0].closes = [answer], True
-    upstream = peer[1]("http://127.0.0.1:{port}")
+    client = peer[1]("http://127.0.0.1:{port}")
 
-    with pytest.raises(aiohttp.ClientError):
-        await _read(await upstream.send("POST", "/", {}, b"x"))
+    with pytest.raises(EngineError):
+        await client.send("POST", "/", {}, b"x")
 
 
-async def test_nobody_listening_is_a_connector_error() -> None:
+async def test_nobody_listening_is_engine_unreachable() -> None:
     connector = aiohttp.TCPConnector(limit=0)
     try:
-        with pytest.raises(aiohttp.ClientConnectorError):
-            await Upstream("http://127.0.0.1:1", connector, 5.0).send("GET", "/", {}, None)
+        with pytest.raises(EngineUnreachable):
+            await EngineClient("http://127.0.0.1:1", connector, make_settings()).send(
+                "GET", "/", {}, None
+            )
     finally:
         await connector.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "demo" / "model")
 PROGRAM = """
 import logging, structlog

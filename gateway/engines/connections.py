@@ -14,10 +14,12 @@ import aiohttp
 from aiohttp import AddrInfoType
 from aiohttp.client_proto import ResponseHandler
 
+from gateway.config import Settings
+
 _KERNEL_BYTES = 2**18
 
 
-class _Line(ResponseHandler):
+class _OneAnswerProtocol(ResponseHandler):
     """Listens from a request's start to its answer's last byte."""
 
     _is_listening = False
@@ -29,7 +31,7 @@ class _Line(ResponseHandler):
     def feed_data(self, data: Any, size: int = 0) -> None:
         message, payload = data
         if message.code >= 200:  # after an interim answer the real one is still to come
-            payload.on_eof(self._fall_deaf)
+            payload.on_eof(self._stop_listening)
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:
@@ -38,7 +40,7 @@ class _Line(ResponseHandler):
         elif data:  # aiohttp wakes its parser with nothing, too
             self.close()
 
-    def _fall_deaf(self) -> None:
+    def _stop_listening(self) -> None:
         self._is_listening = False
 
 
@@ -51,8 +53,25 @@ def _make_socket(address: AddrInfoType) -> socket.socket:
 
 
 class EngineConnector(aiohttp.TCPConnector):
-    """aiohttp's pool of connections, with lines of our own."""
+    """aiohttp's pool of connections, with a protocol of our own."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(socket_factory=_make_socket, **options)
-        self._factory = functools.partial(_Line, loop=self._loop)  # type: ignore[assignment]
+        self._factory = functools.partial(_OneAnswerProtocol, loop=self._loop)  # type: ignore[assignment]
+
+
+def build_connector(settings: Settings) -> EngineConnector:
+    """The connections to all engines; aiohttp's own limit of 100 is off, the queue alone limits."""
+    return EngineConnector(limit=0, keepalive_timeout=settings.engine_keepalive_s)
+
+
+def build_session(settings: Settings, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    """The same connections for what is asked seldom: a launcher's status. It closes them, too."""
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(
+            total=settings.engine_timeout_s, sock_connect=settings.connect_timeout_s
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+    )

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from gateway.app import build_app
 from gateway.config import Settings, load_settings
-from gateway.engines.pool import POOL, Pool, cut
-from gateway.schemas.wire import default_sampling
+from gateway.engines.batch import cut
+from gateway.engines.pool import POOL, EnginePool
+from gateway.schemas.predict import default_sampling
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
 from tests.gateway.raw import ask, build_request
@@ -120,7 +121,7 @@ async def test_streams_cut_by_the_engine_open_the_breaker(serve: Serve) -> None:
             await until(lambda: served.app[POOL].engines[0].is_usable)
             assert "engine_failed" in (await served.chat("a", stream=True)).text
 
-        await until(lambda: served.app[POOL].engines[0].tripped_until > time.monotonic())
+        await until(lambda: served.app[POOL].engines[0].breaker_open_until > time.monotonic())
 
 
 async def test_calls_that_fail_together_open_the_breaker_once(serve: Serve) -> None:
@@ -184,14 +185,14 @@ async def test_waiting_for_a_suspect_engine_is_no_polling(
     """Its look hangs, so nothing says for a while whether it is well."""
     looks = 0
 
-    def look(pool: Pool) -> bool:
+    def look(pool: EnginePool) -> bool:
         nonlocal looks
         looks += 1
         return any(engine.is_usable for engine in pool.engines)
 
     async with serve() as served:
         pool = served.app[POOL]
-        monkeypatch.setattr(Pool, "_has_engine", property(look))
+        monkeypatch.setattr(EnginePool, "_has_engine", property(look))
         pool.engines[0].is_healthy = _hang  # type: ignore[method-assign]
         pool.engines[0].suspect.set()
 

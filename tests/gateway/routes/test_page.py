@@ -22,11 +22,11 @@ from gateway.errors import REFUSALS
 from gateway.page import launchers
 from gateway.page.launchers import hide_secrets
 from tests.fake_engine import Behaviour, serve_app
+from tests.gateway.admission.test_keys import _bearer, _keys_file
 from tests.gateway.conftest import Serve, Served, until
 from tests.gateway.raw import ask, build_request
-from tests.gateway.test_keys import _bearer, _keys_file
 
-STATIC = Path(__file__).parent.parent.parent / "gateway" / "page" / "static"
+STATIC = Path(__file__).parents[3] / "gateway" / "page" / "static"
 FIGURES = """\
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m {odd} name"} 2.0
@@ -45,7 +45,7 @@ http_requests_total 99.0
 """
 
 
-class Launcher:
+class FakeLauncher:
     """What a launcher's status port says, with all that must not be passed on."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Launcher:
 
 @contextlib.asynccontextmanager
 async def serve_with_launcher(
-    serve: Serve, launcher: Launcher, engine: Behaviour | None = None, **settings: Any
+    serve: Serve, launcher: FakeLauncher, engine: Behaviour | None = None, **settings: Any
 ) -> AsyncIterator[Served]:
     async with (
         serve_app(launcher.build()) as url,
@@ -245,7 +245,7 @@ def test_page_has_words_for_every_error_of_the_gateway() -> None:
     """In both languages: what has none is told in the gateway's English."""
     source = "".join(path.read_text(encoding="utf-8") for path in STATIC.parents[1].rglob("*.py"))
     codes = set(re.findall(r'\bcode(?:: ClassVar\[str\])? ?= ?"(\w+)"', source))
-    script = (STATIC / "trouble.js").read_text(encoding="utf-8")
+    script = (STATIC / "errors.js").read_text(encoding="utf-8")
     known = set(re.findall(r'^  (\w+): "error\.\w+",$', script, re.MULTILINE))
 
     assert {"not_ready", "engine_refused", "too_many_prompts"} <= codes
@@ -311,7 +311,7 @@ async def test_status_sums_the_engines_own_figures(serve: Serve) -> None:
         assert (load["kv_usage"], load["completion_tokens"]) == (0.75, 1500)
         assert (load["first_token_sum_s"], load["first_token_count"]) == (0.5, 8)
         assert status["gateway"]["state"] == "ready"
-        assert status["gate"] == {"running": 0, "waiting": 0}
+        assert status["queue"] == {"running": 0, "waiting": 0}
         assert status["used"]["requests"] == 1
         assert status["limits"]["prompts"] == 10_000
         assert served.engine_url not in json.dumps(status)
@@ -335,7 +335,7 @@ async def test_status_many_pages_cost_the_engine_one_look(serve: Serve) -> None:
 
 
 async def test_status_page_that_goes_away_takes_nothing_from_the_others(serve: Serve) -> None:
-    launcher = Launcher()
+    launcher = FakeLauncher()
     launcher.delay_s = 0.4
     async with serve_with_launcher(serve, launcher) as served:
         gone = asyncio.create_task(served.client.get("/ui/status", timeout=0.2))
@@ -367,7 +367,7 @@ async def test_status_needs_a_key_and_takes_none_of_its_allowance(
 
 
 async def test_status_passes_on_a_launchers_progress_and_nothing_private(serve: Serve) -> None:
-    launcher = Launcher()
+    launcher = FakeLauncher()
     async with serve_with_launcher(serve, launcher) as served:
         status = await read_status(served)
         shown = status["launchers"][0]
@@ -382,7 +382,7 @@ async def test_status_passes_on_a_launchers_progress_and_nothing_private(serve: 
 
 
 async def test_status_asks_for_a_crash_once(serve: Serve) -> None:
-    launcher = Launcher()
+    launcher = FakeLauncher()
     async with serve_with_launcher(serve, launcher) as served:
         await read_status(served)
         await asyncio.sleep(1.05)  # past the second for which figures are kept
@@ -396,7 +396,7 @@ async def test_status_asks_for_a_crash_once(serve: Serve) -> None:
 
 @pytest.mark.parametrize("broken", [[], {"engine": 3, "progress": "x"}, {"last_crash": 5}])
 async def test_status_odd_launcher_is_left_out_or_empty(serve: Serve, broken: Any) -> None:
-    launcher = Launcher()
+    launcher = FakeLauncher()
     launcher.status = broken
     async with serve_with_launcher(serve, launcher) as served:
         status = await read_status(served)
@@ -411,7 +411,7 @@ async def test_status_launcher_that_is_away_is_left_out(serve: Serve) -> None:
 
 
 async def test_crash_log_without_keys_is_for_this_machine_alone(serve: Serve) -> None:
-    async with serve_with_launcher(serve, Launcher()) as served:
+    async with serve_with_launcher(serve, FakeLauncher()) as served:
 
         async def read_crash(**headers: str) -> dict[str, Any]:
             crash: dict[str, Any] = (await read_status(served, **headers))["launchers"][0]["crash"]
@@ -438,7 +438,7 @@ async def test_crash_log_without_keys_is_for_this_machine_alone(serve: Serve) ->
 
 async def test_crash_log_is_not_for_who_comes_as_a_proxy_does(serve: Serve) -> None:
     """nginx unless told otherwise: HTTP/1.0, the gateway's own address as Host, no header more."""
-    async with serve_with_launcher(serve, Launcher()) as served:
+    async with serve_with_launcher(serve, FakeLauncher()) as served:
         host = served.url.removeprefix("http://")
         for version, is_here in ((b"1.1", True), (b"1.0", False)):
             head = f"Host: {host}\r\nConnection: close\r\n\r\n".encode()
@@ -453,7 +453,7 @@ async def test_crash_log_is_not_for_who_comes_as_a_proxy_does(serve: Serve) -> N
 async def test_status_for_a_host_that_is_none_keeps_the_crash_log(
     serve: Serve, host: bytes
 ) -> None:
-    async with serve_with_launcher(serve, Launcher()) as served:
+    async with serve_with_launcher(serve, FakeLauncher()) as served:
         head = b"GET /ui/status HTTP/1.1\r\nConnection: close\r\nHost: " + host + b"\r\n\r\n"
         answer = await ask(served.url, head, "GET")
 
@@ -463,10 +463,10 @@ async def test_status_for_a_host_that_is_none_keeps_the_crash_log(
 
 
 async def test_launcher_whose_crash_card_is_missing_is_asked_again() -> None:
-    launcher = Launcher()
+    launcher = FakeLauncher()
     card, launcher.crash = launcher.crash, {"error": "no crash is known"}
     async with serve_app(launcher.build()) as url, aiohttp.ClientSession() as session:
-        reader = launchers.Launcher(url, session)
+        reader = launchers.LauncherClient(url, session)
         for _ in range(2):
             status = await reader.read()
             assert status is not None
@@ -480,7 +480,7 @@ async def test_launcher_whose_crash_card_is_missing_is_asked_again() -> None:
 
 async def test_crash_log_without_keys_stays_where_the_gateway_serves_others(serve: Serve) -> None:
     async with serve_with_launcher(
-        serve, Launcher(), host="0.0.0.0", allow_anonymous=True
+        serve, FakeLauncher(), host="0.0.0.0", allow_anonymous=True
     ) as served:
         crash = (await read_status(served))["launchers"][0]["crash"]
 
@@ -489,7 +489,7 @@ async def test_crash_log_without_keys_stays_where_the_gateway_serves_others(serv
 
 async def test_crash_log_with_keys_is_for_admins(serve: Serve, tmp_path: Path) -> None:
     path, keys = _keys_file(tmp_path, alice="", root="admin = true")
-    async with serve_with_launcher(serve, Launcher(), keys_file=path) as served:
+    async with serve_with_launcher(serve, FakeLauncher(), keys_file=path) as served:
         alice = (await read_status(served, **_bearer(keys["alice"])))["launchers"][0]["crash"]
         root = (await read_status(served, **_bearer(keys["root"])))["launchers"][0]["crash"]
 

@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from gateway.config import SettingsError
+from gateway.engines.warmup import read_warmup_questions
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
 from tests.gateway.process import serve_process
@@ -104,13 +105,11 @@ async def test_metrics_are_prometheus_text(serve: Serve) -> None:
         assert f'gateway_engine_ready{{engine="{served.engine_url}"}} 1.0' in text
 
 
-async def test_warmup_file_without_questions_stops_the_start(tmp_path: object) -> None:
-    from gateway.engines.warmup import read_questions  # noqa: PLC0415
-
-    path = tmp_path / "bad.jsonl"  # type: ignore[operator]
+async def test_warmup_file_without_questions_stops_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
     path.write_text('{"question": "a"}\n{"no": 1}\n')
     with pytest.raises(SettingsError, match="line 2"):
-        read_questions(make_settings(warmup_file=path))
+        read_warmup_questions(make_settings(warmup_file=path))
 
 
 async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Path) -> None:

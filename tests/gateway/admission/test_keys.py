@@ -13,7 +13,6 @@ import pytest
 from gateway.admission.keys import Keyring, is_loopback, make_key
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
-from gateway.observability.metrics import Metrics
 from tests.gateway.conftest import Serve, make_settings, until
 
 
@@ -245,7 +244,7 @@ def test_keys_file_that_is_bad_stops_the_start(tmp_path: Path, text: str, messag
     path.write_text(text)
 
     with pytest.raises(SettingsError, match=message):
-        Keyring(make_settings(keys_file=path), Metrics())
+        Keyring(make_settings(keys_file=path))
 
 
 @pytest.mark.parametrize(
@@ -264,9 +263,9 @@ def test_open_gateway_leaves_the_loopback_only_when_told(
 ) -> None:
     if is_refused:
         with pytest.raises(SettingsError, match="GATEWAY_ALLOW_ANONYMOUS"):
-            Keyring(make_settings(**settings), Metrics())
+            Keyring(make_settings(**settings))
     else:
-        Keyring(make_settings(**settings), Metrics())
+        Keyring(make_settings(**settings))
 
 
 def test_new_key_is_printed_once_and_only_its_hash_is_stored() -> None:

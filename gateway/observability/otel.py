@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each request, in it its wait at the gate and its calls to engines.
+"""OpenTelemetry: a span for each request, in it its wait in the queue and its calls to engines.
 
 Imported only when `GATEWAY_OTLP_ENDPOINT` is set, for it needs the packages of the extra `otel`.
 What else there is to say (service name, headers, sampling, batches) the SDK reads from its own
@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from gateway.observability.trace import Trace
+from gateway.observability.request_record import RequestRecord
 
 _TRACES_PATH = "/v1/traces"
 _NAMELESS = "unknown_service"
@@ -30,7 +30,7 @@ _SERVER_ERROR = 500
 _W3C = TraceContextTextMapPropagator()
 
 
-class Spans:
+class OpenTelemetryTracer:
     """Opens a span for each request; a thread of its own exports them."""
 
     def __init__(self, endpoint: str) -> None:
@@ -57,7 +57,7 @@ class Spans:
 
 
 class OpenTelemetryRequest:
-    """A request's span, and the door to those inside it."""
+    """A request's span, and whatever opens those inside it."""
 
     def __init__(self, tracer: Tracer, method: str, route: str, headers: Mapping[str, str]) -> None:
         self._tracer = tracer
@@ -77,30 +77,31 @@ class OpenTelemetryRequest:
     def open_call(self, engine: str, sequences: int) -> OpenTelemetryCall:
         return OpenTelemetryCall(self._tracer, self._inside, engine, sequences)
 
-    def close(self, trace: Trace, status: int) -> None:
-        if trace.queued_at is not None:
-            self._add_queue(trace, trace.queued_at)
+    def close(self, record: RequestRecord, request_id: str, status: int) -> None:
+        if record.queued_at is not None:
+            self._add_queue(record, record.queued_at)
         known: dict[str, str | int | None] = {
-            "gateway.request_id": trace.request_id,
+            "gateway.request_id": request_id,
             "http.response.status_code": status,
-            "gateway.prompts.builder": trace.n_prompts,
-            "gateway.shared_answers": trace.shared or None,
-            "gateway.chunks": trace.chunks or None,
-            "gen_ai.usage.input_tokens": trace.prompt_tokens,
-            "gen_ai.usage.output_tokens": trace.completion_tokens,
-            "error.type": trace.error_code,
+            "gateway.prompts": record.n_prompts,
+            "gateway.shared_answers": record.shared or None,
+            "gateway.chunks": record.stream.chunks or None if record.stream else None,
+            "gen_ai.usage.input_tokens": record.prompt_tokens,
+            "gen_ai.usage.output_tokens": record.completion_tokens,
+            "error.type": record.error_code,
         }
         self._span.set_attributes({key: value for key, value in known.items() if value is not None})
-        if status >= _SERVER_ERROR or (trace.is_streaming and trace.error_code is not None):
-            self._span.set_status(StatusCode.ERROR, trace.error_code)
+        is_broken_stream = record.stream is not None and record.error_code is not None
+        if status >= _SERVER_ERROR or is_broken_stream:
+            self._span.set_status(StatusCode.ERROR, record.error_code)
         self._span.end()
 
-    def _add_queue(self, trace: Trace, queued_at: float) -> None:
+    def _add_queue(self, record: RequestRecord, queued_at: float) -> None:
         """After the fact: its times are known, and nothing is called from within it."""
-        began_ns = self._began_ns + int((queued_at - trace.started) * 1e9)
-        waited_s = trace.queue_s if trace.has_entered else time.perf_counter() - queued_at
+        began_ns = self._began_ns + int((queued_at - record.started) * 1e9)
+        waited_s = record.queue_s if record.has_entered else time.perf_counter() - queued_at
         span = self._tracer.start_span("queue", self._inside, start_time=began_ns)
-        span.set_attribute("gateway.entered", trace.has_entered)
+        span.set_attribute("gateway.entered", record.has_entered)
         span.end(began_ns + int(waited_s * 1e9))
 
 

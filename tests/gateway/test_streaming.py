@@ -12,7 +12,7 @@ import pytest
 
 from gateway.engines.pool import POOL
 from gateway.errors import EngineError
-from gateway.schemas.wire import build_stream_error, name_stream_errors, parse_usage
+from gateway.schemas.openai import build_stream_error, name_stream_errors, parse_usage
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 

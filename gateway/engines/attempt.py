@@ -1,0 +1,212 @@
+"""A call of an engine is one thing: `async with pool.attempt(call) as answer`.
+
+It owns the choice of the engine, the count of what runs there, the deadline, the span, the breaker
+and the retry policy; foreign exceptions are translated below it (`client.py`). What is sent again:
+
+- What an engine did not accept (no connection, no file left for one): it did not run.
+- What an engine refused with 429 or 503 did not run either; it goes to another engine. Where there
+  is none the caller is told at once: asking the same one again would only add to its load.
+- What was lost on the way, or answered with another 5xx or with nonsense, only if the same answer
+  would come again (`is_repeatable`), on whichever engine is usable then: one that has just failed
+  is looked at first, and one that restarts is waited for.
+- Nothing after a time-out, which a second one would double, and nothing of whose answer a part has
+  been passed on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+from gateway.engines.client import EngineAnswer
+from gateway.engines.engine import Engine
+from gateway.engines.timeouts import Deadline
+from gateway.errors import (
+    DeadlinePassed,
+    EngineBusy,
+    EngineError,
+    EngineTimeout,
+    EngineUnreachable,
+    GatewayError,
+    OutOfFiles,
+    Unavailable,
+)
+from gateway.observability.metrics import Metrics
+from gateway.observability.tracing import CallSpan
+from gateway.request_context import RequestContext
+from gateway.schemas.engine import parse_engine_error
+
+_BUSY_STATUSES = frozenset((429, 503))
+
+
+@dataclass(slots=True)
+class EngineCall:
+    """What is asked of an engine, and how far it may be tried again."""
+
+    context: RequestContext
+    method: str
+    path: str
+    tries_left: int
+    body: bytes | Callable[[Engine], bytes] | None = None
+    sequences: int = 1
+    is_repeatable: bool = False
+    affinity: str = ""
+    engine: Engine | None = None  # this one alone, as a warm-up must
+    avoid: Engine | None = None  # where it has failed before
+    # Reads a body; an `EngineError` from it is a failure of the engine like any other.
+    parse: Callable[[int, bytes], Any] | None = None
+    n_prompts: int = 0  # of /predict, for the count of those that ran again
+
+
+class EngineChooser(Protocol):
+    """Whoever knows the engines."""
+
+    async def acquire(
+        self, affinity: str, avoid: Engine | None, deadline: float | None
+    ) -> Engine: ...
+
+    def has_other(self, engine: Engine) -> bool: ...
+
+
+class Attempt:
+    """One call, from the choice of an engine to its answer's end."""
+
+    __slots__ = ("_answer", "_call", "_deadline", "_engine", "_metrics", "_pool", "_span")
+
+    def __init__(self, pool: EngineChooser, metrics: Metrics, call: EngineCall) -> None:
+        self._pool, self._metrics, self._call = pool, metrics, call
+        self._deadline = Deadline(call.context.deadline)
+        self._engine: Engine | None = None
+        self._answer: EngineAnswer | None = None
+        self._span: CallSpan | None = None
+
+    async def __aenter__(self) -> EngineAnswer:
+        """An answer of whatever status; where the call says how it is read, only a good one."""
+        call = self._call
+        # Later, "not before the deadline" would hide what became of the first try.
+        early = call.context.deadline
+        try:
+            await self._deadline.__aenter__()
+            while True:
+                engine = call.engine or await self._pool.acquire(call.affinity, call.avoid, early)
+                answer, failure = await self._try(engine)
+                if failure is None or not self._goes_on(engine, failure):
+                    break
+                self._close(failure)
+                self._count_retry(failure)
+                call.avoid, early = engine, None
+        except BaseException as error:
+            await self._leave(error)
+            raise
+        if failure is not None and (answer is None or call.parse is not None):
+            await self._leave(failure)
+            raise failure
+        # Good, or to be passed on in the engine's own words.
+        self._answer = cast("EngineAnswer", answer)
+        return self._answer
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._leave(error)
+
+    async def _try(self, engine: Engine) -> tuple[EngineAnswer | None, GatewayError | None]:
+        """What the engine answered, and why that is not good enough."""
+        call = self._call
+        call.tries_left -= 1
+        self._engine = engine
+        engine.running += call.sequences
+        headers, self._span = call.context.open_call(engine.url, call.sequences)
+        body = call.body(engine) if callable(call.body) else call.body
+        began = time.perf_counter()
+        try:
+            answer = await engine.client.send(call.method, call.path, headers, body)
+        except EngineError as error:
+            engine.note_failure()
+            return None, error
+        except OutOfFiles as error:
+            return None, error
+        finally:
+            call.context.record.engine_s = time.perf_counter() - began
+        return answer, self._judge(engine, answer)
+
+    def _judge(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
+        if answer.body is None:
+            return None  # a stream: its end will tell
+        if answer.status in _BUSY_STATUSES:
+            # Back-pressure, not a failure: others are asked first for a moment.
+            engine.note_busy()
+            return EngineBusy(parse_engine_error(answer.body)[0], retry_after_s=1)
+        failure: EngineError | None = None
+        if answer.status >= 500:
+            message, _ = parse_engine_error(answer.body)
+            failure = EngineError(f"the engine answered {answer.status}: {message}")
+        elif self._call.parse is not None:
+            try:
+                answer.value = self._call.parse(answer.status, answer.body)
+            except EngineError as error:
+                failure = error
+        if failure is None:
+            engine.note_success()
+        else:
+            engine.note_failure()
+        return failure
+
+    def _goes_on(self, engine: Engine, failure: GatewayError) -> bool:
+        """The retry policy; its reasons stand at the top."""
+        call = self._call
+        if call.engine is not None or call.tries_left <= 0:
+            return False
+        if isinstance(failure, EngineBusy):
+            return self._pool.has_other(engine)
+        return may_run_again(failure, is_repeatable=call.is_repeatable)
+
+    def _count_retry(self, failure: GatewayError) -> None:
+        self._metrics.retried_calls.labels(failure.error_code).inc()
+        self._metrics.retried.inc(self._call.n_prompts)
+
+    async def _leave(self, error: BaseException | None) -> None:
+        try:
+            await self._deadline.__aexit__(type(error) if error else None, error, None)
+        except DeadlinePassed as passed:
+            error = passed
+            raise
+        finally:
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        engine, answer = self._engine, self._answer
+        if engine is None:
+            return
+        self._engine = None
+        engine.running -= self._call.sequences
+        if answer is not None and answer.body is None:
+            if isinstance(error, EngineError) or answer.is_at_fault:
+                engine.note_failure()
+            elif error is None and answer.is_at_fault is None:
+                engine.note_success()
+            answer.close()
+        if self._span is not None:
+            self._span.close(self._name_end(error))
+
+    def _name_end(self, error: BaseException | None) -> str | None:
+        if isinstance(error, GatewayError):
+            return error.error_code
+        return "cancelled" if error is not None else self._call.context.record.error_code
+
+
+def may_run_again(failure: object, *, is_repeatable: bool) -> bool:
+    """Whether what failed so did not run, or would give the same answer again."""
+    if isinstance(failure, EngineUnreachable | Unavailable):
+        return True
+    return (
+        is_repeatable
+        and isinstance(failure, EngineError)
+        and not isinstance(failure, EngineTimeout)
+    )

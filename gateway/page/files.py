@@ -1,0 +1,39 @@
+"""The page's own files, read once at the start."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+_FILES = Path(__file__).parent / "static"
+_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """One file of the page, read once."""
+
+    body: bytes
+    content_type: str
+    etag: str
+
+
+def read_files() -> dict[str, PageFile]:
+    """By name; what is not in here cannot be asked for, however the path is written."""
+    return {path.name: _read_file(path) for path in _FILES.iterdir() if path.suffix in _TYPES}
+
+
+def _read_file(path: Path) -> PageFile:
+    body = path.read_bytes()
+    return PageFile(body, _TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:16])
+
+
+PAGE_FILES = web.AppKey("page_files", dict[str, PageFile])

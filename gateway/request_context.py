@@ -1,0 +1,70 @@
+"""What goes with a request from room to room: its name, its deadline, what its engine is told.
+
+What is only learnt about it is its record (`observability/request_record.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from gateway.observability.request_record import RequestRecord
+from gateway.observability.tracing import CallSpan, RequestSpan
+
+# The caller's own trace, which goes on to the engine.
+TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """Lives as long as its request."""
+
+    request_id: str
+    record: RequestRecord
+    span: RequestSpan | None = None
+    deadline: float | None = None  # on the event loop's clock
+    carried: Mapping[str, str] = field(default_factory=dict)  # the caller's, for the engine
+    engine_calls: int = 0
+
+    def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
+        self.carried = {name: headers[name] for name in names if name in headers}
+
+    def open_call(self, engine: str, sequences: int) -> tuple[dict[str, str], CallSpan | None]:
+        """For each call of an engine: the headers by which it can be followed there, and its span.
+
+        vLLM names its sequences `cmpl-<X-Request-Id>-<place>`, so calls after the first get a
+        number of their own.
+        """
+        self.engine_calls += 1
+        number = self.engine_calls
+        name = self.request_id if number == 1 else f"{self.request_id}.{number}"
+        headers = {"X-Request-Id": name, **self.carried, "Content-Type": "application/json"}
+        if self.span is None:
+            return headers, None
+        call = self.span.open_call(engine, sequences)
+        call.put_headers(headers)
+        return headers, call
+
+    @property
+    def exemplar(self) -> dict[str, str] | None:
+        """What leads from a figure to a trace that made it."""
+        if self.span is None or not self.span.is_sampled:
+            return None
+        return {"trace_id": self.span.trace_id}
+
+    def put_headers(self, headers: MutableMapping[str, str]) -> None:
+        """On every answer, streams included, before its headers leave."""
+        headers["X-Request-Id"] = self.request_id
+        headers["Server"] = "vllm-gateway"
+        headers["Server-Timing"] = self.record.server_timing()
+
+    def log_fields(self) -> dict[str, object]:
+        fields = self.record.log_fields()
+        if self.span is not None:
+            fields["trace_id"] = self.span.trace_id
+        return fields
+
+
+CONTEXT = web.RequestKey("context", RequestContext)

@@ -1,0 +1,49 @@
+"""GET /metrics; and a port for Prometheus alone, where it tells the names of keys."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from gateway.admission.keys import KEYRING
+from gateway.config import SETTINGS, SettingsError
+from gateway.observability.metrics import METRICS, Metrics
+
+
+async def handle_metrics(request: web.Request) -> web.Response:
+    """For everybody, so without the names of keys."""
+    return _answer_metrics(request, request.app[METRICS], by_key=request.app[KEYRING].is_open)
+
+
+def _answer_metrics(request: web.Request, metrics: Metrics, *, by_key: bool) -> web.Response:
+    """Classic text, or OpenMetrics for who asks for it, as Prometheus does."""
+    body, content_type = metrics.render(request.headers.get("Accept", ""), by_key=by_key)
+    return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+async def run_metrics_port(app: web.Application) -> AsyncIterator[None]:
+    """An app of its own: whoever reaches this port must not reach an engine through it."""
+    settings = app[SETTINGS]
+    if not settings.metrics_port:
+        yield
+        return
+
+    async def answer(request: web.Request) -> web.Response:
+        return _answer_metrics(request, app[METRICS], by_key=True)
+
+    inner = web.Application()
+    inner.router.add_get("/metrics", answer)
+    runner = web.AppRunner(inner, access_log=None)
+    await runner.setup()
+    host, port = settings.metrics_host, settings.metrics_port
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise SettingsError(
+            f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or set "
+            "GATEWAY_METRICS_PORT"
+        ) from None
+    yield
+    await runner.cleanup()

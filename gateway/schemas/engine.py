@@ -1,0 +1,186 @@
+"""vLLM's side: the completion call that answers prompts, and what an engine says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequest
+
+Prompt = str | list[int]
+
+_FIGURE = re.compile(rb"^vllm:(\w+)(?:\{.*\})? (\S+)", re.MULTILINE)
+_FIGURES = {
+    b"num_requests_running": "running",
+    b"num_requests_waiting": "waiting",
+    b"kv_cache_usage_perc": "kv_usage",
+    b"generation_tokens_total": "completion_tokens",
+    b"request_success_total": "finished",
+    b"num_preemptions_total": "preemptions",
+    b"prefix_cache_hits_total": "cached_tokens",
+    b"prefix_cache_queries_total": "looked_up_tokens",
+    b"time_to_first_token_seconds_sum": "first_token_sum_s",
+    b"time_to_first_token_seconds_count": "first_token_count",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn; sent with every call, since the engine's own defaults differ."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: tuple[str, ...]
+    seed: int | None
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """One sequence as the engine ended it."""
+
+    text: str
+    finish_reason: str
+
+
+@dataclass(slots=True)
+class Completion:
+    """The engine's answer to one call, in the order of the prompts."""
+
+    answers: list[GeneratedText | GatewayError]
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    shared: int = 0  # prompts that were answered by another's answer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the engine says about the model it serves."""
+
+    name: str
+    max_model_len: int | None = None
+
+
+@dataclass(slots=True)
+class EngineLoad:
+    """What an engine's own metrics say: gauges as they are, the rest counted since its start."""
+
+    running: float = 0.0
+    waiting: float = 0.0
+    kv_usage: float = 0.0
+    completion_tokens: float = 0.0
+    finished: float = 0.0
+    preemptions: float = 0.0
+    cached_tokens: float = 0.0
+    looked_up_tokens: float = 0.0
+    first_token_sum_s: float = 0.0
+    first_token_count: float = 0.0
+
+
+def garbled_models() -> EngineError:
+    return EngineError("the engine's model list could not be read", code="engine_garbled")
+
+
+def build_completion_call(model: str, prompts: Sequence[Prompt], sampling: Sampling) -> bytes:
+    """The body of the one list-prompt call that answers `prompts`."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(prompts),
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "stop": sampling.stop,
+        "stop_token_ids": sampling.stop_token_ids,
+    }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    return orjson.dumps(body)
+
+
+def parse_completion_answer(status: int, body: bytes, *, n_prompts: int) -> Completion:
+    """`InvalidRequest` for a refusal of what was asked; any other refusal is the engine's failure:
+    a model that is gone, a key that it wants.
+    """
+    if status == 200:
+        return parse_completion(body, n_prompts)
+    message, param = parse_engine_error(body)
+    if status in {400, 422}:
+        raise InvalidRequest(message, param=param, code="engine_refused")
+    raise EngineError(f"the engine answered {status}: {message}")
+
+
+def parse_completion(body: bytes, n_prompts: int) -> Completion:
+    """The engine's answers in prompt order; one it aborted is an error, whatever the status."""
+    try:
+        data = orjson.loads(body)
+        choices = data["choices"]
+        usage = data.get("usage") or {}
+        answers: list[GeneratedText | GatewayError | None] = [None] * n_prompts
+        for choice in choices:
+            place = range(n_prompts).index(choice["index"])  # -1 would be the last one's
+            answers[place] = _read_choice(choice)
+        prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        completion_tokens = int(usage.get("completion_tokens") or 0)
+    except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise EngineError(
+            f"the engine's answer could not be read ({type(error).__name__})", code="engine_garbled"
+        ) from error
+    present = [answer for answer in answers if answer is not None]
+    if len(present) != n_prompts:
+        raise EngineError(
+            f"the engine answered {len(present)} of {n_prompts} prompts", code="engine_garbled"
+        )
+    return Completion(present, prompt_tokens, completion_tokens)
+
+
+def _read_choice(choice: Mapping[str, Any]) -> GeneratedText | EngineError:
+    reason = choice.get("finish_reason")
+    if reason not in {"stop", "length"}:
+        return EngineAborted(f"the engine gave this prompt up (finish_reason {reason!r})")
+    return GeneratedText(str(choice["text"]), str(reason))
+
+
+def parse_engine_error(body: bytes) -> tuple[str, str | None]:
+    """Message and field of an engine's error body; any other body is its own message."""
+    try:
+        data = orjson.loads(body)
+        error = data.get("error", data)
+        if isinstance(error.get("detail"), str):
+            return error["detail"], None
+        param = error.get("param")
+        return str(error["message"]), param.rsplit(".", 1)[-1] if isinstance(param, str) else None
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return body[:300].decode("utf-8", "replace"), None
+
+
+def parse_models(body: bytes) -> list[ModelCard]:
+    try:
+        return [
+            ModelCard(str(card["id"]), card.get("max_model_len"))
+            for card in orjson.loads(body)["data"]
+        ]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise garbled_models() from error
+
+
+def parse_engine_load(metrics: bytes) -> EngineLoad | None:
+    """From Prometheus text; `None` where the engine counts nothing (`--disable-log-stats`)."""
+    load: EngineLoad | None = None
+    for name, value in _FIGURE.findall(metrics):
+        field_name = _FIGURES.get(name)
+        if field_name is None:
+            continue
+        load = load or EngineLoad()
+        known, told = getattr(load, field_name), float(value)
+        # One line for each data-parallel rank: its shares add up, but the fullest cache decides.
+        total = max(known, told) if field_name == "kv_usage" else known + told
+        setattr(load, field_name, total if math.isfinite(total) else 0.0)
+    return load

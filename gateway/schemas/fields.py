@@ -1,0 +1,110 @@
+"""JSON objects and their fields as callers send them: one clear refusal for each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from gateway.errors import InvalidRequest
+
+MAX_STOPS = 4  # vLLM's own limit
+MAX_STOP_CHARACTERS = 256
+
+
+def parse_json_object(body: bytes, *, takes_surrogates: bool = False) -> dict[str, Any]:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if not takes_surrogates or "surrogate" not in str(error):
+            raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+        value = _parse_leniently(body, error)
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object", code="invalid_type")
+    return value
+
+
+def _parse_leniently(body: bytes, error: Exception) -> Any:
+    """JSON's grammar allows half a surrogate pair, orjson does not: one prompt pays for it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        # Of bytes it would take UTF-16 too, which is nobody's JSON.
+        return json.loads(body.decode(), parse_constant=_refuse_constant)
+    raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: half a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_integer(data: Mapping[str, Any], name: str, default: int, *, low: int) -> int:
+    value = data.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong_type(name, "a whole number")
+    if value < low or value > 2**31 - 1:
+        raise InvalidRequest(f"{name} must be at least {low} and fit 32 bits", param=name)
+    return value
+
+
+def read_seed(data: Mapping[str, Any], default: int | None) -> int | None:
+    value = data.get("seed")
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong_type("seed", "a whole number")
+    if not -(2**63) <= value < 2**63:
+        raise InvalidRequest("seed must fit 64 bits", param="seed")
+    return value
+
+
+def read_number(
+    data: Mapping[str, Any],
+    name: str,
+    default: float,
+    *,
+    low: float,
+    high: float,
+    above_low: bool = False,
+) -> float:
+    value = data.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong_type(name, "a number")
+    if not low <= value <= high or (above_low and value == low):
+        bound = "above" if above_low else "at least"
+        raise InvalidRequest(f"{name} must be {bound} {low} and at most {high}", param=name)
+    return float(value)
+
+
+def read_stops(value: Any, default: tuple[str, ...]) -> tuple[str, ...]:
+    if value is None:
+        return default
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(
+        isinstance(stop, str) and is_text(stop) for stop in stops
+    ):
+        raise wrong_type("stop", "a string or a list of strings")
+    if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise InvalidRequest(
+            f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters",
+            param="stop",
+        )
+    return tuple(stops)
+
+
+def wrong_type(param: str, expected: str) -> InvalidRequest:
+    return InvalidRequest(f"{param} must be {expected}", param=param, code="invalid_type")

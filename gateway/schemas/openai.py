@@ -1,0 +1,278 @@
+"""/v1 and the tokenizer routes: what the gateway must know of a request that it passes on, what it
+adds to an answer, and the envelope of every error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.config import Settings
+from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
+from gateway.schemas.engine import garbled_models, parse_engine_error
+from gateway.schemas.fields import parse_json_object, read_stops, wrong_type
+
+_USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_EVENT_STARTS = (b"event:", b"data:")
+_RESPONSE_END = re.compile(rb'"type":\s*"response\.(?:completed|incomplete|failed)"')
+_NO_CHOICES = b'"choices":[]'
+
+
+@dataclass(slots=True)  # not frozen: that doubles the cost of making one, once a request
+class OpenAIRequest:
+    """What the gateway must know of a /v1 call it passes on; `body` is what the engine gets."""
+
+    body: bytes
+    model: str | None = None
+    sequences: int = 1
+    is_stream: bool = False
+    is_greedy: bool = False
+    hides_usage: bool = False
+    affinity: str = ""
+
+
+def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRequest:
+    """Bounds what could harm the engine or other callers; passes every other field on untouched."""
+    try:
+        return _parse_openai_request(path, body, settings)
+    except orjson.JSONEncodeError as error:
+        # Read but not writable again: nested too deep, or half a surrogate pair.
+        raise InvalidRequest(
+            f"the body cannot be passed on: {error}", code="invalid_json"
+        ) from None
+
+
+def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRequest:
+    data = parse_json_object(body)
+    model = data.get("model")
+    if model is not None and not isinstance(model, str):
+        raise wrong_type("model", "a string")
+    changed = False
+    if model is not None and model in settings.alias_map:
+        model = data["model"] = settings.alias_map[model]
+        changed = True
+    if data.pop("priority", None) is not None:
+        changed = True  # who goes first is the gate's business
+    sequences = _bound_sequences(data, settings)
+    _bound_sizes(data, settings)
+    _bound_lengths(data, settings)
+    is_stream = _is_set(data, "stream", "stream")
+    hides_usage = False
+    if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
+        hides_usage = _ask_for_usage(data)
+        changed = changed or hides_usage
+    return OpenAIRequest(
+        body=orjson.dumps(data) if changed else body,
+        model=model,
+        sequences=sequences,
+        is_stream=is_stream,
+        is_greedy=data.get("temperature") == 0,
+        hides_usage=hides_usage,
+        affinity=_affinity(data, settings),
+    )
+
+
+def _is_set(data: Mapping[str, Any], name: str, param: str) -> bool:
+    """The engine reads "yes" and 1 as true: streams whose tokens nobody would count."""
+    value = data.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong_type(param, "true or false")
+    return bool(value)
+
+
+def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
+    # Which of the two a route reads is the engine's affair; the other is no way around the bound.
+    prompts = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input")))
+    if prompts > settings.max_prompts_per_call:
+        raise InvalidRequest(
+            f"{prompts} prompts in one call; at most {settings.max_prompts_per_call} are taken",
+            param="prompt",
+            code="too_many_prompts",
+        )
+    copies = max(_count(data, "n", settings.max_n), _count(data, "best_of", settings.max_n))
+    return max(1, prompts) * copies
+
+
+def _count_prompts(prompt: Any) -> int:
+    return len(prompt) if isinstance(prompt, list) and _holds_prompts(prompt) else 1
+
+
+def _holds_prompts(prompt: list[Any]) -> bool:
+    """Not the ids of one prompt, nor the turns of a conversation."""
+    return not prompt or isinstance(prompt[0], str | list)
+
+
+def _count(data: Mapping[str, Any], name: str, most: int) -> int:
+    value = data.get(name)
+    if value is None:
+        return 1
+    if not isinstance(value, int) or isinstance(value, bool):
+        # The engine would read "500" or 500.0 as a number, past the bound.
+        raise wrong_type(name, "a whole number")
+    if value > most:
+        raise InvalidRequest(f"{name} must be at most {most}", param=name)
+    return max(1, value)
+
+
+def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        value = data.get(name)
+        if isinstance(value, str | float):
+            raise wrong_type(name, "a whole number")
+        # The engine takes -1 for the whole vocabulary.
+        if isinstance(value, int) and not 0 <= value <= settings.max_logprobs:
+            raise InvalidRequest(f"{name} must be 0 to {settings.max_logprobs}", param=name)
+    stop = data.get("stop")
+    if isinstance(stop, str | list):
+        read_stops(stop, ()) if stop else None
+    for name in ("response_format", "structured_outputs", "tools", "guided_json", "text"):
+        if name in data and len(orjson.dumps(data[name])) > settings.max_schema_bytes:
+            raise InvalidRequest(
+                f"{name} is larger than {settings.max_schema_bytes} bytes", param=name
+            )
+
+
+def _bound_lengths(data: Mapping[str, Any], settings: Settings) -> None:
+    """What is no number is the engine's to refuse."""
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
+        value = data.get(name)
+        if isinstance(value, str | float):
+            raise wrong_type(name, "a whole number")
+        if isinstance(value, int) and value > settings.max_new_tokens:
+            raise InvalidRequest(f"{name} must be at most {settings.max_new_tokens}", param=name)
+
+
+def _ask_for_usage(data: dict[str, Any]) -> bool:
+    """Has the engine end a stream with its token counts; true if nobody else had asked."""
+    options = data.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        return False
+    if options and _is_set(options, "include_usage", "stream_options.include_usage"):
+        return False
+    data["stream_options"] = {**(options or {}), "include_usage": True}
+    return True
+
+
+def _affinity(data: Mapping[str, Any], settings: Settings) -> str:
+    if settings.routing == "session":
+        session = data.get("prompt_cache_key") or data.get("user")
+        return session if isinstance(session, str) else ""
+    if settings.routing == "prefix":
+        start = data.get("messages") or data.get("prompt") or data.get("input") or ""
+        text = start if isinstance(start, str) else orjson.dumps(start).decode()
+        return text[: settings.prefix_characters]
+    return ""
+
+
+def parse_usage(body: bytes) -> tuple[int, int] | None:
+    """Tokens in and out from the last usage object in a body or in the events of a stream.
+
+    A caller's text cannot pass for one: inside a JSON string its quotes are escaped. What a caller
+    sent and a response repeats, such as tools, stands before it.
+    """
+    is_event = body.startswith(_EVENT_STARTS) and b'"object":"response"' in body
+    if is_event and not _RESPONSE_END.search(body):
+        return None
+    objects = _USAGE.findall(body)
+    if not objects:
+        return None
+    try:
+        usage = orjson.loads(objects[-1])
+    except orjson.JSONDecodeError:
+        return None
+    taken = usage.get("prompt_tokens", usage.get("input_tokens")) or 0
+    given = usage.get("completion_tokens", usage.get("output_tokens")) or 0
+    return (taken, given) if isinstance(taken, int) and isinstance(given, int) else None
+
+
+def drop_usage_events(events: bytes) -> bytes:
+    """The events of a stream without those that only tell the usage, which nobody asked for."""
+    kept = [event for event in events.split(b"\n\n") if _NO_CHOICES not in event]
+    return b"\n\n".join(kept)
+
+
+def build_stream_error(error: GatewayError, path: str, number: int) -> bytes:
+    """The event that ends a stream whose engine failed, in the dialect of the route; where events
+    are numbered, this one comes after all others.
+    """
+    if path == "/v1/messages":
+        data = orjson.dumps({"type": "error", "error": describe_error(error)})
+        return b"event: error\ndata: " + data + b"\n\n"
+    if path == "/v1/responses":
+        data = orjson.dumps({**describe_error(error), "type": "error", "sequence_number": number})
+        return b"event: error\ndata: " + data + b"\n\n"
+    return b"data: " + build_error(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def build_models(body: bytes, aliases: Mapping[str, str], wanted: str | None) -> bytes:
+    """The engine's model list with the names that also stand for its models, or one of them."""
+    if not aliases and wanted is None:
+        return body
+    try:
+        data = orjson.loads(body)
+        cards = {card["id"]: card for card in data["data"]}
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise garbled_models() from error
+    for alias, target in aliases.items():
+        if target in cards:
+            cards[alias] = {**cards[target], "id": alias}
+    if wanted is None:
+        return orjson.dumps({**data, "data": list(cards.values())})
+    if wanted not in cards:
+        raise NotFound(
+            f"there is no model {wanted!r}; GET /v1/models lists what there is",
+            param="model",
+            code="model_not_found",
+        )
+    return orjson.dumps(cards[wanted])
+
+
+def describe_error(error: GatewayError) -> dict[str, Any]:
+    return {
+        "message": error.message,
+        "type": error.kind,
+        "code": error.error_code,
+        "param": error.param,
+        "source": error.source,
+    }
+
+
+def build_error(error: GatewayError) -> bytes:
+    return orjson.dumps({"error": describe_error(error)})
+
+
+def name_stream_errors(events: bytes) -> tuple[bytes, bool]:
+    """The engine's own error events, with who failed; and whether it was the engine's fault.
+
+    vLLM checks some of what a caller sent only after its 200: that is his mistake all the same.
+    """
+    is_fault = False
+    lines = events.split(b"\n")
+    for place, line in enumerate(lines):
+        if line.startswith(b'data: {"error"'):
+            with contextlib.suppress(orjson.JSONDecodeError, AttributeError):
+                data = orjson.loads(line[6:])
+                error = data["error"]
+                error.setdefault("source", EngineError.source)
+                status = error.get("code")
+                is_fault |= not (isinstance(status, int) and 400 <= status < 500)
+                lines[place] = b"data: " + orjson.dumps(data)
+    return b"\n".join(lines), is_fault
+
+
+def name_engine_error(status: int, body: bytes) -> bytes:
+    """An engine's refusal as it is, with who refused; what is no error object becomes one."""
+    try:
+        data = orjson.loads(body)
+        error = data["error"]
+        error.setdefault("source", EngineError.source)
+        return orjson.dumps(data)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        message, param = parse_engine_error(body)
+        text = f"the engine answered {status}: {message}".rstrip(": ")
+        return build_error(EngineError(text, param=param))

@@ -1,0 +1,119 @@
+"""/predict: what callers send and what they get."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.config import Settings
+from gateway.errors import GatewayError, InvalidRequest
+from gateway.schemas.engine import Sampling
+from gateway.schemas.fields import (
+    is_text,
+    parse_json_object,
+    read_integer,
+    read_number,
+    read_seed,
+    read_stops,
+    wrong_type,
+)
+from gateway.schemas.openai import describe_error
+
+SAMPLING_FIELDS = frozenset(("max_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
+PREDICT_FIELDS = SAMPLING_FIELDS | {"prompt", "prompts", "system"}
+
+
+_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRequest:
+    """A parsed POST /predict."""
+
+    questions: list[str]
+    is_single: bool
+    sampling: Sampling
+    system: str | None
+    ignored_fields: tuple[str, ...] = ()
+    is_length_asked: bool = False
+
+
+def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
+    """The request as the contract reads it; `InvalidRequest` names the field that is wrong."""
+    data = parse_json_object(body, takes_surrogates=True)
+    name = "prompt" if "prompt" in data else "prompts"
+    if name not in data:
+        raise InvalidRequest(
+            'send {"prompt": "a question"} or {"prompt": ["a question", …]}',
+            param="prompt",
+            code="missing_field",
+        )
+    value = data[name]
+    questions = [value] if isinstance(value, str) else value
+    if not isinstance(questions, list):
+        raise wrong_type(name, "a string or a list of strings")
+    for index, question in enumerate(questions):
+        if not isinstance(question, str):
+            raise wrong_type(f"{name}[{index}]", "a string")
+    if len(questions) > settings.max_prompts:
+        raise InvalidRequest(
+            f"{len(questions)} prompts in one call; at most {settings.max_prompts} are taken",
+            param=name,
+            code="too_many_prompts",
+        )
+    system = data.get("system")
+    if system is not None and (not isinstance(system, str) or not is_text(system)):
+        raise wrong_type("system", "a string")
+    return PredictRequest(
+        questions=questions,
+        is_single=isinstance(value, str),
+        sampling=parse_sampling(data, settings),
+        system=system,
+        ignored_fields=_name_ignored(data),
+        is_length_asked=data.get("max_tokens") is not None,
+    )
+
+
+def _name_ignored(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """For a header, so only names that are safe and short there."""
+    names = sorted(name for name in data.keys() - PREDICT_FIELDS if _HEADER_SAFE.fullmatch(name))
+    return tuple(names[:10])
+
+
+def parse_sampling(data: Mapping[str, Any], settings: Settings) -> Sampling:
+    return Sampling(
+        max_tokens=read_integer(data, "max_tokens", settings.max_tokens, low=1),
+        temperature=read_number(data, "temperature", settings.temperature, low=0, high=2),
+        top_p=read_number(data, "top_p", settings.top_p, low=0, high=1, above_low=True),
+        top_k=max(0, read_integer(data, "top_k", settings.top_k, low=-1)),  # -1 and 0 both mean all
+        stop=read_stops(data.get("stop"), settings.stop),
+        seed=read_seed(data, settings.seed),
+    )
+
+
+def default_sampling(settings: Settings) -> Sampling:
+    return parse_sampling({}, settings)
+
+
+def build_predict_response(
+    request: PredictRequest, answers: Sequence[str | GatewayError], *, single_as_list: bool
+) -> bytes:
+    """The body of a /predict answer. A single prompt that failed is raised, not written."""
+    if request.is_single and isinstance(answers[0], GatewayError):
+        raise answers[0]
+    texts = [answer if isinstance(answer, str) else "" for answer in answers]
+    body: dict[str, Any] = {"response": texts}
+    if request.is_single and not single_as_list:
+        body["response"] = texts[0]
+    errors = {
+        str(index): describe_error(answer)
+        for index, answer in enumerate(answers)
+        if isinstance(answer, GatewayError)
+    }
+    if errors:
+        body["errors"] = errors
+    return orjson.dumps(body)

@@ -1,0 +1,179 @@
+"""A stream of server-sent events, passed on as it comes: `await write` is the back-pressure.
+
+Nothing is parsed of what is only passed on: no queue, no task. One timer a stream looks after what
+does not come; it is set anew when it fires, not when a chunk passes, for two timers a chunk once
+took a fifth of the gateway's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Self
+
+from aiohttp import web
+
+from gateway.config import SETTINGS
+from gateway.engines.client import EngineAnswer
+from gateway.errors import EngineError, EngineTimeout, GatewayError
+from gateway.observability.request_record import RequestRecord, StreamTiming
+from gateway.request_context import CONTEXT
+from gateway.schemas.openai import (
+    OpenAIRequest,
+    build_stream_error,
+    drop_usage_events,
+    name_stream_errors,
+    parse_usage,
+)
+
+KEEP_ALIVE = b": keep-alive\n\n"
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_REFUSED = "engine_refused"
+
+Usage = tuple[int, int]  # tokens in and out
+
+
+class EventStream:
+    """One stream on its way to a caller."""
+
+    def __init__(self, request: web.Request, call: OpenAIRequest) -> None:
+        context = request[CONTEXT]
+        self._request = request
+        self._record: RequestRecord = context.record
+        self._hides_usage = call.hides_usage
+        self._response: web.StreamResponse | None = None
+        self.timing = StreamTiming()
+        self.usage: Usage | None = None  # as far as it has been told
+        self.is_writing = False
+        self.is_inside_event = False  # no place for a comment
+
+    @property
+    def has_started(self) -> bool:
+        """Once its first byte has left, a stream ends as one: a failure is its last event."""
+        return self._response is not None
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        response = web.StreamResponse(status=status, headers=headers)
+        response.headers.setdefault("Cache-Control", "no-cache")
+        response.headers["X-Accel-Buffering"] = "no"  # nginx would hold a stream back
+        self._request[CONTEXT].put_headers(response.headers)
+        await response.prepare(self._request)
+        self._response, self._record.stream = response, self.timing
+
+    async def copy(self, answer: EngineAnswer) -> None:
+        """The path of every chunk, so each line here is felt."""
+        read, note_chunk = answer.read_chunk, self.timing.note_chunk
+        rest = b""  # of an event whose end has not come yet
+        with IdleTimer(self._request, answer, self):
+            while chunk := await read():
+                note_chunk()
+                if rest or not chunk.endswith(_EVENT_ENDS):
+                    chunk, rest = _split(rest + chunk)
+                    self.is_inside_event = bool(rest)
+                if b'"usage":{' in chunk:
+                    self.usage = _add(self.usage, parse_usage(chunk))
+                    if self._hides_usage:
+                        chunk = drop_usage_events(chunk)
+                if b'data: {"error"' in chunk:
+                    chunk = self._note_error(chunk, answer)
+                if chunk:
+                    self.is_writing = True
+                    await self.write(chunk)
+                    self.is_writing = False
+            if rest:
+                self.is_writing = True
+                await self.write(rest)
+                self.is_writing = False
+
+    async def write(self, data: bytes) -> None:
+        assert self._response is not None  # noqa: S101 — it has started
+        await self._response.write(data)
+
+    async def end(self, error: GatewayError | None = None) -> web.StreamResponse:
+        assert self._response is not None  # noqa: S101 — it has started
+        if error is not None:
+            self._record.note_error(error.error_code, error.source)
+            event = build_stream_error(error, self._request.path, self.timing.chunks)
+            await self._response.write(event)
+        await self._response.write_eof()
+        return self._response
+
+    def _note_error(self, events: bytes, answer: EngineAnswer) -> bytes:
+        """The engine tells of some failures, and of some refusals, only after its 200."""
+        events, is_fault = name_stream_errors(events)
+        answer.is_at_fault = is_fault
+        own = (EngineError.code, EngineError.source)
+        self._record.note_error(*(own if is_fault else (_REFUSED, "caller")))
+        return events
+
+
+class IdleTimer:
+    """Looks after an engine's stream that stands still: comments for the caller, and an error when
+    it stays so or takes too long. A caller who takes nothing is the connection's affair.
+    """
+
+    def __init__(self, request: web.Request, answer: EngineAnswer, stream: EventStream) -> None:
+        settings = request.app[SETTINGS]
+        self._answer, self._stream, self._settings = answer, stream, settings
+        self._shortest_s = min(
+            settings.keepalive_comment_s, settings.stream_idle_timeout_s, settings.engine_timeout_s
+        )
+        self._started = self._commented_at = time.perf_counter()
+        self._comment: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> Self:
+        self._schedule(self._shortest_s)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._comment is not None:
+            self._comment.cancel()
+
+    def _schedule(self, pause_s: float) -> None:
+        self._timer = self._loop.call_later(max(pause_s, 0.001), self._look)
+
+    def _look(self) -> None:
+        now = time.perf_counter()
+        moved_at = max(self._started, self._stream.timing.last_chunk_at)
+        is_commenting = self._comment is not None and not self._comment.done()
+        if self._stream.is_writing or is_commenting:
+            self._schedule(self._shortest_s)  # it is not the engine that is awaited
+        else:
+            self._look_at_engine(now, moved_at)
+
+    def _look_at_engine(self, now: float, moved_at: float) -> None:
+        settings = self._settings
+        idle_left_s = moved_at + settings.stream_idle_timeout_s - now
+        left_s = self._started + settings.engine_timeout_s - now
+        if idle_left_s <= 0 or left_s <= 0:
+            reason = "fell silent" if idle_left_s <= 0 else "took too long"
+            self._answer.fail(EngineTimeout(f"the engine's stream {reason}"))
+            return
+        comment_left_s = max(moved_at, self._commented_at) + settings.keepalive_comment_s - now
+        if comment_left_s <= 0:
+            comment_left_s = settings.keepalive_comment_s
+            self._commented_at = now
+            if not self._stream.is_inside_event:
+                self._comment = self._loop.create_task(self._send_comment())
+        self._schedule(min(comment_left_s, idle_left_s, left_s))
+
+    async def _send_comment(self) -> None:
+        with contextlib.suppress(ConnectionError):  # they have gone: the handler hears of it itself
+            await self._stream.write(KEEP_ALIVE)
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """Whole events, and the beginning of the next."""
+    end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _EVENT_ENDS)
+    return data[:end], data[end:]
+
+
+def _add(known: Usage | None, told: Usage | None) -> Usage | None:
+    """Anthropic's streams tell the input at their start and the output at their end."""
+    if known is None or told is None:
+        return told or known
+    return max(known[0], told[0]), max(known[1], told[1])

@@ -13,11 +13,11 @@ import structlog
 import uvloop
 from aiohttp import web
 
+from common.logs import configure_logging
 from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
 from gateway.engines.warmup import read_warmup_questions
-from gateway.observability.logs import configure_logging
 from gateway.server import Runner
 
 _ENOUGH_FILES = 2**20  # what Linux allows a process unless told otherwise
@@ -32,7 +32,7 @@ def main() -> int:
         if arguments[:1] == ["check"]:
             return check(load_settings(arguments[1:]))
         settings = load_settings(arguments)
-        configure_logging(settings)
+        configure_logging("gateway", settings.log_format, settings.log_level)
         raise_file_limit()
         app = build_app(settings, lambda: load_settings(arguments))
         return uvloop.run(serve(app, settings))

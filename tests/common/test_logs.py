@@ -9,13 +9,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-ROOT = Path(__file__).parents[3]
-MODEL = str(ROOT / "demo" / "model")
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import logging, structlog
-from gateway.config import Settings
-from gateway.observability.logs import configure_logging
-configure_logging(Settings(log_format={form!r}, tokenizer={model!r}))
+from common.logs import configure_logging
+configure_logging("gateway", {form!r}, {level!r})
 structlog.get_logger("gateway").info("request_done", request_id="me", duration_s=0.1)
 logging.getLogger("some.library").warning("it is %s", "odd")
 logging.getLogger("some.library").info("not worth a line")
@@ -23,8 +21,8 @@ raise RuntimeError("boom")
 """
 
 
-def run(form: str) -> list[str]:
-    code = PROGRAM.format(form=form, model=MODEL)
+def run(form: str, level: str = "info") -> list[str]:
+    code = PROGRAM.format(form=form, level=level)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -55,3 +53,10 @@ def test_console_lines_are_for_people() -> None:
     assert not lines[0].startswith("{")
     assert "it is odd" in lines[1]
     assert lines[-1].endswith("RuntimeError: boom") or "boom" in "".join(lines)
+
+
+def test_level_holds_for_libraries_too() -> None:
+    (crash,) = (orjson.loads(line) for line in run("json", "error"))
+    assert crash["event"] == "gateway_crashed"
+    debug = [orjson.loads(line)["event"] for line in run("json", "debug")]
+    assert debug == ["request_done", "library_line", "gateway_crashed"]

@@ -53,5 +53,5 @@ def _dispatch(command: str, settings: Settings) -> int:
     if command == "doctor":
         return run_doctor(settings, print)
     if isinstance(settings, TuneSettings):
-        return asyncio.run(tune(settings, partial(print, flush=True)))  # minutes between two lines
+        return tune(settings, partial(print, flush=True))  # minutes between two lines
     return asyncio.run(run(prepare(settings), with_gateway=command == "up"))

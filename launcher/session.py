@@ -91,7 +91,7 @@ class Session:
             style = "json" if output.is_json else "console"
             ready = self.engine.ready
             self._gateway = Gateway(settings, plan, client, log_format=style, engine_ready=ready)
-            self.gateway = Supervisor(self._gateway, rule, output, folder, lambda *_: None)
+            self.gateway = Supervisor(self._gateway, rule, output, folder)
         self._facts: dict[str, Any] = {
             "profile": plan.profile,
             "model": plan.model.served_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from launcher.engine.output import keeping
 from launcher.engine.supervisor import Ending, Standing
 from launcher.engine.vllm_server import Engine
 from launcher.plan.command import EngineCommand
-from launcher.plan.hardware import query_gpus
+from launcher.plan.hardware import ask_gpus
 
 _CARDS_KEPT = 20
 _LINES = 60
+_GPU_PATIENCE_S = 3.0  # the restart waits for it
 
 
 @dataclass
@@ -30,8 +32,9 @@ class CrashCards:
     fingerprint: dict[str, str]
     last: dict[str, Any] | None = field(default=None)
 
-    def add(self, ending: Ending, standing: Standing) -> None:
+    async def add(self, ending: Ending, standing: Standing) -> None:
         now = datetime.now(UTC)
+        gpus = await ask_gpus("name,memory.used,memory.total", timeout_s=_GPU_PATIENCE_S)
         self.last = {
             "time": now.isoformat(timespec="seconds"),
             **describe_end(ending, self.engine.killed_children),
@@ -47,12 +50,13 @@ class CrashCards:
             "versions": self.versions,
             "gpus": [
                 dict(zip(("name", "memory_used_mib", "memory_total_mib"), row, strict=True))
-                for row in query_gpus("name,memory.used,memory.total")
+                for row in gpus
             ],
             "fingerprint": self.fingerprint,
         }
         with keeping(self.folder):
-            self._write(f"{now:%Y%m%dT%H%M%S}-{int(ending.uptime_s)}")
+            stem = f"{now:%Y%m%dT%H%M%S}-{int(ending.uptime_s)}"
+            await asyncio.to_thread(self._write, stem)
 
     def _write(self, stem: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -133,11 +133,11 @@ class StandingCollector(Collector):
         self._source = source
         self._gpus = gpus
         self._began_at = time.time()
+        self._build = (read_version("vllm-gateway"), platform.python_version())
 
     def collect(self) -> Iterator[Metric]:
         source, crash = self._source, self._source.crash()
-        build = (read_version("vllm-gateway"), platform.python_version())
-        yield FIGURES["launcher_build_info"].build([(build, 1)])
+        yield FIGURES["launcher_build_info"].build([(self._build, 1)])
         yield FIGURES["launcher_start_time_seconds"].build([((), self._began_at)])
         about = FIGURES["launcher_engine_info"]
         yield about.build([([source.labels[label] for label in about.labels], 1)])

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,12 +100,17 @@ class Standing:
     pid: int | None = None
 
 
-OnCrash = Callable[[Ending, Standing], None]
+OnCrash = Callable[[Ending, Standing], Awaitable[None]]
 
 
 class Supervisor:
     def __init__(
-        self, program: Program, rule: RestartRule, output: Output, folder: Path, on_crash: OnCrash
+        self,
+        program: Program,
+        rule: RestartRule,
+        output: Output,
+        folder: Path,
+        on_crash: OnCrash | None = None,
     ) -> None:
         self._program = program
         self._rule = rule
@@ -137,7 +142,7 @@ class Supervisor:
                 ending = await self._run_once()
                 if ending.reason == "asked":
                     break
-                self._judge(ending)
+                await self._judge(ending)
                 await self._pause()
         finally:
             self._set_state("stopped")
@@ -243,10 +248,11 @@ class Supervisor:
         forget_record(self._record)
         self.standing.pid = None
 
-    def _judge(self, ending: Ending) -> None:
+    async def _judge(self, ending: Ending) -> None:
         """Raises when another start would be in vain."""
         name = self._program.name
-        self._on_crash(ending, self.standing)
+        if self._on_crash:
+            await self._on_crash(ending, self.standing)
         log.error(f"{name}_crashed", **_summary(ending))
         if not ending.was_ready and self.standing.start_seconds is None:
             raise _never_ready(name, ending, self.lines.path)

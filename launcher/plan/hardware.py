@@ -111,8 +111,8 @@ def query_gpus(fields: str) -> list[list[str]]:
     return _parse_rows(result.stdout, fields) if result.returncode == 0 else []
 
 
-async def ask_gpus(fields: str) -> list[list[str]]:
-    """The same for who has other work to do; cancelled, it leaves no process behind."""
+async def ask_gpus(fields: str, *, timeout_s: float = _QUERY_S) -> list[list[str]]:
+    """The same for who has other work to do; given up, it leaves no process behind."""
     try:
         process = await asyncio.create_subprocess_exec(
             *_build_query(fields), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -120,7 +120,7 @@ async def ask_gpus(fields: str) -> list[list[str]]:
     except OSError:
         return []
     try:
-        async with asyncio.timeout(_QUERY_S):
+        async with asyncio.timeout(timeout_s):
             out, _ = await process.communicate()
     except TimeoutError:
         return []

@@ -129,7 +129,7 @@ def pick(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:
     return [one for one in candidates if not names or one.name in (_SHIPPED, *names)]
 
 
-async def tune(settings: TuneSettings, say: Say) -> int:
+def tune(settings: TuneSettings, say: Say) -> int:
     Output(settings.log_format, "none").configure_structlog(quiet=True)
     bench = Bench.prepare(settings)
     candidates = list_candidates(bench.device, bench.plan(Candidate(_SHIPPED, "", "")))
@@ -143,7 +143,7 @@ async def tune(settings: TuneSettings, say: Say) -> int:
     with hold_state(settings.state_path):
         engine = Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
         engine.ensure_free()
-        results = await _until_signal(_measure_all(bench, candidates, say))
+        results = asyncio.run(_until_signal(_measure_all(bench, candidates, say)))
     _keep(bench, results, say)
     return 0
 
@@ -359,9 +359,7 @@ class Bench:
         ):
             engine = Engine(command, settings, probe, served)
             output = Output(settings.log_format, "none")
-            supervisor = Supervisor(
-                engine, RestartRule(0, 1, 0, 0), output, settings.state_path, lambda *_: None
-            )
+            supervisor = Supervisor(engine, RestartRule(0, 1, 0, 0), output, settings.state_path)
             engine.lines = supervisor.lines
             running = asyncio.create_task(supervisor.run())
             ready = asyncio.create_task(supervisor.ready.wait())

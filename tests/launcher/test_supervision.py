@@ -87,6 +87,31 @@ def test_engine_killed_itself_card_names_the_signal(launcher: Launcher) -> None:
         assert members_of(pid) == []
 
 
+def test_crash_card_of_a_host_whose_gpu_is_ill_holds_nothing_up(launcher: Launcher) -> None:
+    """nvidia-smi answers the start and hangs when the card asks: as after a GPU's fall."""
+    launcher.folder.mkdir(exist_ok=True)
+    asked = launcher.folder / "asked"
+    program = launcher.folder / "nvidia-smi"
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in *compute_cap*) exit 9;; esac\n'
+        f"echo $$ > {asked}.part && mv {asked}.part {asked}\nexec sleep 600\n"
+    )
+    program.chmod(0o755)
+    launcher.settings["PATH"] = f"{launcher.folder}:{os.environ['PATH']}"
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(exit=0)
+        wait_for(asked.is_file, "the card asks for the GPUs")
+        answer = launcher.read("/status")
+        assert answer is not None, "no answer while nvidia-smi hangs"
+        assert answer.json()["engine"]["restarts"] == {}
+        launcher.wait_state("ready", restarts=1)
+        assert launcher.crash_card()["gpus"] == []
+        assert launcher.stop() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(asked.read_text()), 0)
+
+
 @pytest.mark.parametrize("victim", ["core", "server"])
 def test_engine_stopped_watchdog_restarts_it(launcher: Launcher, victim: str) -> None:
     launcher.settings |= {"LAUNCHER_HANG_TIMEOUT_S": "1", "LAUNCHER_CANARY_INTERVAL_S": "0.3"}

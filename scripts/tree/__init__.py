@@ -1,0 +1,1 @@
+"""The shape of the code: measured, checked against its declared order, drawn."""

@@ -16,6 +16,7 @@ from aiohttp import web
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from common import demo
 from common.errors import SettingsError
 from common.settings import (
     CommaList,
@@ -31,7 +32,6 @@ __all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_setti
 
 PREFIX = "GATEWAY_"
 _SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
-_DEMO_QUESTIONS = Path(__file__).parent.parent / "demo" / "questions.jsonl"
 
 
 def _name_server(url: str) -> str:
@@ -108,7 +108,7 @@ class Settings(ProgramSettings):
         358, ge=1, description="Questions in the warm-up batch: the batch size that will be served."
     )
     warmup_file: Path = Field(
-        _DEMO_QUESTIONS, description="Warm-up questions, one JSON object with `question` a line."
+        demo.QUESTIONS, description="Warm-up questions, one JSON object with `question` a line."
     )
     warmup_timeout_s: float = Field(600.0, gt=0, description="Time for one warm-up batch.")
 

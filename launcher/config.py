@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from common import demo
 from common.settings import (
     OptionalAddress,
     ProgramSettings,
@@ -26,7 +27,7 @@ from common.settings import (
 
 PREFIX = "LAUNCHER_"
 _LAST_PORT = 65535
-DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+DEMO_MODEL = demo.MODEL
 _NEXT_PAIR = re.compile(r"\s+(?=[A-Za-z][\w.-]*=)")
 
 
@@ -213,7 +214,7 @@ class TuneSettings(Settings):
     model_config = SettingsConfigDict(cli_prog_name="python -m launcher tune")
 
     tune_questions: Path = Field(
-        DEMO_MODEL.parent / "questions.jsonl",
+        demo.QUESTIONS,
         description="Questions to measure with, one JSON object with `question` a line.",
     )
     tune_prompts: int = Field(358, ge=1, description="Questions in a batch.")

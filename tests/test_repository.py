@@ -78,30 +78,6 @@ def test_readme_first_call_is_a_pair_of_the_demo() -> None:
     }
 
 
-def test_wheel_holds_both_programs_and_their_data(tmp_path: Path) -> None:
-    built = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr
-    listed = subprocess.run(
-        [sys.executable, "-m", "zipfile", "--list", next(tmp_path.glob("*.whl"))],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in (
-        "gateway/app.py",
-        "gateway/page/static/index.html",
-        "gateway/prompts/system_prompts/one-line.txt",
-        "launcher/plan/profiles/cpu.toml",
-    ):
-        assert name in listed
-
-
 def test_gateways_page_names_every_error_and_every_right_of_a_key() -> None:
     page = (ROOT / "docs" / "gateway.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))

@@ -1,0 +1,19 @@
+"""The version, which pyproject.toml alone says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+DISTRIBUTION = "vllm-gateway"
+_CHECKOUT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def read_version() -> str:
+    """A checkout says what it is itself: what is installed beside it may be older."""
+    try:
+        project = tomllib.loads(_CHECKOUT.read_text(encoding="utf-8"))["project"]
+    except FileNotFoundError:
+        return importlib.metadata.version(DISTRIBUTION)
+    return str(project["version"])

@@ -14,6 +14,7 @@ import uvloop
 from aiohttp import web
 
 from common.logs import configure_logging
+from common.version import read_version
 from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
@@ -26,6 +27,9 @@ log = structlog.get_logger("gateway")
 
 def main() -> int:
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(f"vllm-gateway {read_version()}")
+        return 0
     if arguments[:1] == ["new-key"]:
         return print_new_key(arguments[1:])
     try:

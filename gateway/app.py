@@ -22,7 +22,7 @@ from gateway.engines.engine import Engine
 from gateway.engines.pool import POOL, EnginePool
 from gateway.engines.warmup import Warmup
 from gateway.errors import GatewayError
-from gateway.observability.grade_record import GradeFile
+from gateway.observability.grade_record import GradeRecordFile
 from gateway.observability.metrics import METRICS, Metrics
 from gateway.observability.runtime import watch_event_loop
 from gateway.observability.tracing import TRACER, Tracer
@@ -53,7 +53,7 @@ def build_app(
     app.cleanup_ctx.append(metrics.run_metrics_port)
     app.cleanup_ctx.extend((partial(run_engines, reload=reload), watch_event_loop, run_key_reload))
     if settings.grade_record:
-        GradeFile(settings.grade_record, app[METRICS])
+        GradeRecordFile(settings.grade_record, app[METRICS])
     if settings.otlp_endpoint:
         app[TRACER] = build_tracer(settings.otlp_endpoint)
         app.middlewares.insert(0, middleware.trace_spans)

@@ -71,31 +71,57 @@ class Settings(ProgramSettings):
     )
 
     prompt_style: Literal["chat", "chatml", "qa", "raw"] = Field(
-        "chat", description="How /predict turns a question into a prompt: chat is the model's own."
+        "chat",
+        description="How /predict turns a question into a prompt: chat is the model's own "
+        "template.",
     )
-    system_prompt: str = Field("", description="System prompt of /predict.")
+    system_prompt: str = Field(
+        "", description="System prompt that /predict puts before each question."
+    )
     system_prompt_file: str = Field(
-        "", description="The same from a file, or the shipped `one-line` (the course's 1)… 2)…)."
+        "",
+        description="File with the system prompt of /predict, or the shipped `one-line` (the "
+        "course's 1)… 2)…).",
     )
     enable_thinking: bool = Field(
-        False, description="Passed to chat templates that know it, such as Qwen3's."
+        False,
+        description="Let /predict's answers begin with thinking, where the chat template knows it "
+        "(Qwen3's).",
     )
     max_input_tokens: int = Field(
         0,
         ge=0,
-        description="Cut a question so that its prompt fits these tokens; 0: refuse it.",
+        description="Cut a question of /predict so that its prompt has at most so many tokens; 0: "
+        "refuse what is too long.",
     )
 
-    max_tokens: int = Field(256, ge=1, description="New tokens an answer of /predict may have.")
-    temperature: float = Field(0.0, ge=0, le=2, description="Sampling of /predict; 0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sampling of /predict.")
-    top_k: int = Field(0, ge=-1, description="Sampling of /predict; 0 or -1: all tokens.")
-    seed: int | None = Field(None, description="Sampling of /predict.")
-    stop: CommaList = Field((), description="Texts that end an answer, separated by commas.")
-    single_line: bool = Field(False, description="Fold an answer's line breaks into spaces.")
-    strip_thinking: bool = Field(True, description="Leave a <think> block out of an answer.")
+    max_tokens: int = Field(
+        256, ge=1, description="New tokens that an answer of /predict may have."
+    )
+    temperature: float = Field(0.0, ge=0, le=2, description="Temperature of /predict; 0 is greedy.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the probability that /predict samples from (nucleus sampling).",
+    )
+    top_k: int = Field(0, ge=-1, description="How many tokens /predict samples from; 0 or -1: all.")
+    seed: int | None = Field(
+        None, description="Seed of /predict's sampling; empty: another one for each call."
+    )
+    stop: CommaList = Field(
+        (), description="Texts that end an answer of /predict, separated by commas."
+    )
+    single_line: bool = Field(
+        False, description="Fold the line breaks of /predict's answers into spaces."
+    )
+    strip_thinking: bool = Field(
+        True, description="Leave the <think> block out of /predict's answers."
+    )
     single_as_list: bool = Field(
-        False, description="Answer a single prompt with a list of one, as one course entry does."
+        False,
+        description="Answer a single prompt of /predict with a list of one, as one course entry "
+        "does.",
     )
 
     root_status: Literal["batch", "ok"] = Field(
@@ -108,12 +134,17 @@ class Settings(ProgramSettings):
         358, ge=1, description="Questions in the warm-up batch: the batch size that will be served."
     )
     warmup_file: Path = Field(
-        demo.QUESTIONS, description="Warm-up questions, one JSON object with `question` a line."
+        demo.QUESTIONS,
+        description="Questions for the warm-up, in any form that `python -m lab grade` reads.",
     )
-    warmup_timeout_s: float = Field(600.0, gt=0, description="Time for one warm-up batch.")
+    warmup_timeout_s: float = Field(
+        600.0, gt=0, description="Time that one warm-up batch may take."
+    )
 
     api_keys: CommaList = Field(
-        (), repr=False, description="API keys, separated by commas; better in keys_file, hashed."
+        (),
+        repr=False,
+        description="API keys, separated by commas; better in GATEWAY_KEYS_FILE, hashed.",
     )
     keys_file: Path | None = Field(
         None,
@@ -121,7 +152,7 @@ class Settings(ProgramSettings):
         "`python -m gateway new-key NAME` makes an entry.",
     )
     allow_anonymous: bool = Field(
-        False, description="Without keys, listen on other addresses than the loopback's too."
+        False, description="Serve everybody on an address that is not the loopback's, without keys."
     )
 
     reload_interval_s: float = Field(
@@ -145,31 +176,49 @@ class Settings(ProgramSettings):
         4096,
         ge=1,
         description="Sequences that may be inside the engines at once; no request counts for more "
-        "than half of it.",
+        "than half of them.",
     )
-    max_waiting: int = Field(16_384, ge=0, description="Sequences that may wait for that.")
-    queue_timeout_s: float = Field(120.0, gt=0, description="How long a request may wait for that.")
+    max_waiting: int = Field(
+        16_384,
+        ge=0,
+        description="Sequences that may wait in the queue for a place inside the engines.",
+    )
+    queue_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="How long a request may wait in the queue for a place inside the engines.",
+    )
     interactive_weight: float = Field(
-        8.0, gt=0, description="Share of the places for the lane `interactive` when both wait."
+        8.0, gt=0, description="Weight of the lane `interactive` when both lanes wait for places."
     )
-    batch_weight: float = Field(1.0, gt=0, description="The same for the lane `batch`.")
+    batch_weight: float = Field(
+        1.0, gt=0, description="Weight of the lane `batch` when both lanes wait for places."
+    )
 
     dedup: bool = Field(
-        True, description="Generate identical greedy prompts of /predict once, answer them all."
+        True,
+        description="Generate identical greedy prompts of /predict once and answer all of them.",
     )
     max_attempts: int = Field(
-        3, ge=1, description="How often a part of a /predict batch that an engine lost is tried."
+        3, ge=1, description="How often a call is sent to engines before its failure is told."
     )
     restart_hold_s: float = Field(
-        30.0, ge=0, description="How long a request waits for an engine that is restarting."
+        30.0,
+        ge=0,
+        description="How long a request waits while no engine is ready, as during a restart.",
     )
     expected_start_s: float = Field(
-        60.0, gt=0, description="First guess at an engine's start; then past starts tell."
+        60.0,
+        gt=0,
+        description="How long an engine's start is thought to take until one has been seen: what "
+        "Retry-After says.",
     )
     breaker_failures: int = Field(
-        5, ge=1, description="Failures in a row after which an engine is left alone."
+        5, ge=1, description="Failures in a row after which an engine is left alone for a while."
     )
-    breaker_pause_s: float = Field(5.0, ge=0, description="How long it is left alone.")
+    breaker_pause_s: float = Field(
+        5.0, ge=0, description="How long an engine is left alone after failures in a row."
+    )
 
     routing: Literal["least", "session", "prefix"] = Field(
         "least",
@@ -177,7 +226,9 @@ class Settings(ProgramSettings):
         "for a session (X-Session-Id, prompt_cache_key, user) or for prompts that begin alike.",
     )
     prefix_characters: int = Field(
-        1024, ge=1, description="How much of a prompt's beginning counts for routing by prefix."
+        1024,
+        ge=1,
+        description="Characters at a prompt's beginning that count for routing by prefix.",
     )
     aliases: CommaList = Field(
         (), description="Further names for models: `gpt-4o=demo`, separated by commas."
@@ -185,51 +236,69 @@ class Settings(ProgramSettings):
     keepalive_comment_s: float = Field(
         15.0,
         gt=0,
-        description="A stream silent for so long gets a comment: proxies cut it else.",
+        description="Silence after which a stream gets a comment, so that proxies do not cut it.",
     )
     stream_idle_timeout_s: float = Field(
-        300.0, gt=0, description="A stream silent for so long has failed."
+        300.0, gt=0, description="Silence after which an engine's stream has failed."
     )
     body_timeout_s: float = Field(60.0, gt=0, description="Time for a request's body to arrive.")
     client_write_timeout_s: float = Field(
-        120.0, gt=0, description="A caller who takes nothing for so long is given up."
+        120.0,
+        gt=0,
+        description="How long a caller may take nothing of their answer before the connection is "
+        "closed.",
     )
 
     connect_timeout_s: float = Field(5.0, gt=0, description="Time to connect to an engine.")
     engine_timeout_s: float = Field(900.0, gt=0, description="Time for one call to an engine.")
     engine_keepalive_s: float = Field(
-        4.0, ge=0, description="Idle connections are kept this long; below the engine's own (5 s)."
+        4.0,
+        ge=0,
+        description="How long an idle connection to an engine is kept; less than the engine keeps "
+        "it (vLLM: 5 s).",
     )
-    probe_interval_s: float = Field(1.0, gt=0, description="Pause between two looks at an engine.")
-    probe_timeout_s: float = Field(5.0, gt=0, description="Time for one look at an engine.")
+    probe_interval_s: float = Field(
+        1.0, gt=0, description="Pause between two looks at an engine's health."
+    )
+    probe_timeout_s: float = Field(
+        5.0, gt=0, description="Time that one look at an engine's health may take."
+    )
     client_keepalive_s: float = Field(
-        75.0, ge=0, description="A caller's idle connection is kept this long."
+        75.0, ge=0, description="How long a caller's idle connection is kept."
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, description="Told to stop: time for running requests to finish."
+        30.0,
+        ge=0,
+        description="Time for running requests to finish once the gateway is told to stop.",
     )
 
     ui: bool = Field(True, description="Serve the page at /ui.")
     launchers: CommaList = Field(
         (),
-        description="Status addresses of the engines' launchers, for the page; separated by "
+        description="Status addresses of the engines' launchers, shown on the page, separated by "
         "commas. `launcher up` sets it.",
     )
 
     grade_record: Path | None = Field(
         None,
-        description="Record that `scripts/grade.py --record` writes; /metrics tells its figures.",
+        description="Record that `python -m lab grade --record` writes; /metrics tells its "
+        "figures.",
     )
-    metrics_host: str = Field("127.0.0.1", description="Address for metrics_port.")
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address of the port for Prometheus alone (GATEWAY_METRICS_PORT)."
+    )
     metrics_port: int = Field(
         0,
         ge=0,
         le=65535,
-        description="Another port, for Prometheus alone: /metrics with the usage of each key by "
-        "its name, which the public /metrics tells only as a sum; 0: none.",
+        description="Port for Prometheus alone, with the usage of each key by its name, which the "
+        "public /metrics tells only as a sum; 0: none.",
     )
     metrics_keys: int = Field(
-        200, ge=0, description="Keys with usage figures of their own; the others are one."
+        200,
+        ge=0,
+        description="Keys that have usage figures of their own in the metrics; all others are one "
+        "figure.",
     )
     otlp_endpoint: OptionalAddress = Field(
         "",
@@ -238,10 +307,10 @@ class Settings(ProgramSettings):
     )
 
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="auto: readable on a terminal, JSON elsewhere."
+        "auto", description="Form of the log: auto is readable on a terminal and JSON elsewhere."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe line logged."
+        "info", description="Least severe lines that are logged."
     )
 
     @field_validator("aliases")

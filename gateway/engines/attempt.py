@@ -37,7 +37,7 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.observability.tracing import CallSpan
 from gateway.request_context import RequestContext
-from gateway.schemas.engine import parse_engine_error
+from gateway.schemas.vllm import parse_engine_error
 
 _BUSY_STATUSES = frozenset((429, 503))
 

@@ -18,7 +18,8 @@ from gateway.engines.pool import EnginePool
 from gateway.errors import EngineError, GatewayError, InvalidRequest, PromptRefused, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
-from gateway.schemas.engine import (
+from gateway.schemas.predict import SAMPLING_FIELDS
+from gateway.schemas.vllm import (
     Completion,
     GeneratedText,
     Prompt,
@@ -26,7 +27,6 @@ from gateway.schemas.engine import (
     build_completion_call,
     parse_completion_answer,
 )
-from gateway.schemas.predict import SAMPLING_FIELDS
 
 # Fewer prompts than this are not worth a call of their own on a second engine.
 _SMALLEST_SHARE = 16

@@ -14,7 +14,7 @@ from gateway.engines.timeouts import Deadline
 from gateway.errors import EngineError, GatewayError, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
-from gateway.schemas.engine import Completion, GeneratedText, Prompt, Sampling
+from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
 
 _Key = tuple[str | tuple[int, ...], Sampling]
 _Shared = asyncio.Future[GeneratedText | GatewayError]

@@ -17,7 +17,7 @@ from gateway.config import Settings
 from gateway.engines.client import EngineClient
 from gateway.errors import EngineError, OutOfFiles
 from gateway.observability.metrics import Metrics
-from gateway.schemas.engine import (
+from gateway.schemas.vllm import (
     EngineLoad,
     ModelCard,
     parse_engine_error,

@@ -15,7 +15,7 @@ from gateway.engines.attempt import Attempt, EngineCall
 from gateway.engines.engine import Engine, EngineState
 from gateway.errors import DeadlineUnreachable, Unavailable
 from gateway.observability.metrics import Metrics
-from gateway.schemas.engine import ModelCard
+from gateway.schemas.vllm import ModelCard
 
 # An affinity gives way when its engine has this much more than its share.
 _AFFINITY_SLACK = 1.25

@@ -24,7 +24,7 @@ _MOST_BYTES = 2**20
 
 
 @dataclass
-class Grade:
+class GradeFigures:
     """What the record says; empty where there is none."""
 
     name: str = ""
@@ -32,12 +32,12 @@ class Grade:
     figures: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-class GradeFile:
+class GradeRecordFile:
     """The record as it is now; looked at again by each scrape."""
 
     def __init__(self, path: Path, metrics: Metrics) -> None:
         self._file = FileWatch(path)
-        self._grade = Grade()
+        self._grade = GradeFigures()
         metrics.grade.read = self._list_figures
         metrics.grade_timestamp_seconds.read = self._list_times
 
@@ -49,21 +49,21 @@ class GradeFile:
         if grade.taken_at:
             yield (grade.name,), grade.taken_at
 
-    def _read(self) -> Grade:
+    def _read(self) -> GradeFigures:
         if self._file.has_changed():
-            self._grade = Grade() if self._file.is_gone else self._parse()
+            self._grade = GradeFigures() if self._file.is_gone else self._parse()
         return self._grade
 
-    def _parse(self) -> Grade:
+    def _parse(self) -> GradeFigures:
         try:
             with self._file.path.open("rb") as file:
                 return parse_grade(file.read(_MOST_BYTES))
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("grade_not_read", path=str(self._file.path), reason=str(error))
-            return Grade()
+            return GradeFigures()
 
 
-def parse_grade(body: bytes) -> Grade:
+def parse_grade(body: bytes) -> GradeFigures:
     """A record of a run; of two figures with one name and unit the first counts."""
     record = orjson.loads(body)
     taken = datetime.strptime(record["date"], _DATE).replace(tzinfo=UTC)
@@ -72,4 +72,4 @@ def parse_grade(body: bytes) -> Grade:
         value = float(row["value"])
         if math.isfinite(value):
             figures.setdefault((str(row["name"])[:80], str(row.get("unit", ""))[:20]), value)
-    return Grade(str(record["name"])[:120], taken.timestamp(), figures)
+    return GradeFigures(str(record["name"])[:120], taken.timestamp(), figures)

@@ -24,8 +24,8 @@ from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
 from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
-from gateway.schemas.engine import Prompt, Sampling
 from gateway.schemas.fields import MAX_STOPS, is_text
+from gateway.schemas.vllm import Prompt, Sampling
 
 # No question contains it; a template that trims, quotes or escapes its question alters it.
 _MARKER = " \n\"'\\<&\ue000question\ue001 "

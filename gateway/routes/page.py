@@ -16,8 +16,8 @@ from aiohttp import HttpVersion11, web
 from gateway.admission.keys import KEYRING, Caller, is_loopback
 from gateway.config import SETTINGS
 from gateway.errors import NotFound
-from gateway.page.files import PAGE_FILES, PageFile, read_files
-from gateway.page.status import PAGE_STATUS, PageStatus
+from gateway.page.assets import PAGE_ASSETS, PageAsset, read_assets
+from gateway.page.figures import PAGE_FIGURES, PageFigures
 
 _PAGE = "index.html"
 # What proxies add, each its own; none of it comes from a browser or from curl.
@@ -56,13 +56,13 @@ def add_page(app: web.Application) -> None:
     """The routes, unless the setting says that there is no page."""
     if not app[SETTINGS].ui:
         return
-    app[PAGE_FILES] = read_files()
-    app[PAGE_STATUS] = PageStatus(app)
+    app[PAGE_ASSETS] = read_assets()
+    app[PAGE_FIGURES] = PageFigures(app)
 
-    async def close_status(app: web.Application) -> None:
-        await app[PAGE_STATUS].close()
+    async def close_figures(app: web.Application) -> None:
+        await app[PAGE_FIGURES].close()
 
-    app.on_shutdown.append(close_status)
+    app.on_shutdown.append(close_figures)
     app.router.add_get("/ui", handle_page)
     app.router.add_get("/ui/", handle_slash)
     app.router.add_get("/ui/status", handle_status)
@@ -70,7 +70,7 @@ def add_page(app: web.Application) -> None:
 
 
 async def handle_page(request: web.Request) -> web.Response:
-    return _answer_file(request, request.app[PAGE_FILES][_PAGE])
+    return _answer_file(request, request.app[PAGE_ASSETS][_PAGE])
 
 
 async def handle_slash(_request: web.Request) -> web.Response:
@@ -82,13 +82,13 @@ async def handle_file(request: web.Request) -> web.Response:
     name = request.match_info["file"]
     if name == _PAGE:
         return await handle_slash(request)
-    file = request.app[PAGE_FILES].get(name)
+    file = request.app[PAGE_ASSETS].get(name)
     if file is None:
         raise NotFound(f"there is no {request.path}")
     return _answer_file(request, file)
 
 
-def _answer_file(request: web.Request, file: PageFile) -> web.Response:
+def _answer_file(request: web.Request, file: PageAsset) -> web.Response:
     headers = {**_HEADERS, "ETag": f'"{file.etag}"'}
     known = request.if_none_match or ()
     if any(tag.value in (file.etag, "*") for tag in known):
@@ -100,7 +100,7 @@ def _answer_file(request: web.Request, file: PageFile) -> web.Response:
 
 async def handle_status(request: web.Request) -> web.Response:
     caller = request.app[KEYRING].identify(request.headers)
-    figures = dict(await request.app[PAGE_STATUS].read())
+    figures = dict(await request.app[PAGE_FIGURES].read())
     figures["launchers"] = [_show(one, request, caller) for one in figures["launchers"]]
     return web.Response(
         body=orjson.dumps(figures),

@@ -21,8 +21,8 @@ from gateway.observability.metrics import METRICS
 from gateway.prompts.builder import PROMPTS
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
-from gateway.schemas.engine import Completion, GeneratedText, Prompt, Sampling
 from gateway.schemas.predict import PredictRequest, build_predict_response, parse_predict
+from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
 
 _CHARACTERS_A_TOKEN = 4
 

@@ -14,8 +14,8 @@ import orjson
 
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
-from gateway.schemas.engine import garbled_models, parse_engine_error
 from gateway.schemas.fields import parse_json_object, read_stops, wrong_type
+from gateway.schemas.vllm import garbled_models, parse_engine_error
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _EVENT_STARTS = (b"event:", b"data:")

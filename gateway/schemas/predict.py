@@ -11,7 +11,6 @@ import orjson
 
 from gateway.config import Settings
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.schemas.engine import Sampling
 from gateway.schemas.fields import (
     is_text,
     parse_json_object,
@@ -22,6 +21,7 @@ from gateway.schemas.fields import (
     wrong_type,
 )
 from gateway.schemas.openai import describe_error
+from gateway.schemas.vllm import Sampling
 
 SAMPLING_FIELDS = frozenset(("max_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
 PREDICT_FIELDS = SAMPLING_FIELDS | {"prompt", "prompts", "system"}

@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 
 from gateway.prompts.builder import PromptBuilder
-from gateway.schemas.engine import Prompt, Sampling, build_completion_call
+from gateway.schemas.vllm import Prompt, Sampling, build_completion_call
 from scripts.benching.answers import AnswerBook
 from scripts.benching.figures import BenchFailed
 

@@ -17,8 +17,8 @@ from gateway.engines.pool import EnginePool
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.request_context import RequestContext
-from gateway.schemas.engine import Completion, GeneratedText
 from gateway.schemas.predict import default_sampling
+from gateway.schemas.vllm import Completion, GeneratedText
 from tests.fake_engine import serve_app
 from tests.gateway.conftest import make_settings
 

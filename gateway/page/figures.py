@@ -19,7 +19,7 @@ from gateway.page.launchers import LAUNCHERS
 _FRESH_S = 1.0
 
 
-class PageStatus:
+class PageFigures:
     """What all pages show, read at most once a second, however many look."""
 
     def __init__(self, app: web.Application) -> None:
@@ -87,7 +87,7 @@ class PageStatus:
         }
 
 
-PAGE_STATUS = web.AppKey("page_status", PageStatus)
+PAGE_FIGURES = web.AppKey("page_figures", PageFigures)
 
 
 async def _describe_engine(engine: Engine) -> dict[str, Any]:

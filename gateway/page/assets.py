@@ -18,7 +18,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class PageFile:
+class PageAsset:
     """One file of the page, read once."""
 
     body: bytes
@@ -26,14 +26,14 @@ class PageFile:
     etag: str
 
 
-def read_files() -> dict[str, PageFile]:
+def read_assets() -> dict[str, PageAsset]:
     """By name; what is not in here cannot be asked for, however the path is written."""
     return {path.name: _read_file(path) for path in _FILES.iterdir() if path.suffix in _TYPES}
 
 
-def _read_file(path: Path) -> PageFile:
+def _read_file(path: Path) -> PageAsset:
     body = path.read_bytes()
-    return PageFile(body, _TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:16])
+    return PageAsset(body, _TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:16])
 
 
-PAGE_FILES = web.AppKey("page_files", dict[str, PageFile])
+PAGE_ASSETS = web.AppKey("page_assets", dict[str, PageAsset])

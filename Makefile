@@ -46,18 +46,18 @@ fix: setup-dev ## mend what the style checker can mend
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 grade: setup-dev ## the judge at home: scores, speed, what is wrong, a report; `MODEL=… PORT=…` as for serve
-	@$(PY) scripts/grade.py --record deploy/grades/grade.json $(if $(MODEL),--model_path $(MODEL)) \
+	@$(PY) -m lab grade --record deploy/grades/grade.json $(if $(MODEL),--model_path $(MODEL)) \
 	  $(if $(PORT),--port $(PORT)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
 
 selftest: setup-dev ## fourteen checks of the gateway that runs here
-	@$(PY) scripts/selftest.py $(if $(PORT),--port $(PORT)) $(ARGS)
+	@$(PY) -m lab selftest $(if $(PORT),--port $(PORT)) $(ARGS)
 
 bench: setup-dev ## what the gateway costs over the engine itself, with a control; `ARGS=--quick`: a minute's look
-	@$(PY) scripts/bench.py $(if $(MODEL),--model $(MODEL)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
+	@$(PY) -m lab bench $(if $(MODEL),--model $(MODEL)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
 
 docs: setup-dev ## the README's tables and docs/results.md, from what they are made of
 	@$(PY) scripts/readme.py
-	@$(PY) scripts/results.py
+	@$(PY) -m lab results
 
 dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py
 	@$(PY) scripts/dashboards.py

@@ -639,7 +639,7 @@ _GRADES = Row(
             "Graded: ROUGE-L, course reading",
             'max(gateway_grade{figure="ROUGE-L, course reading"})',
             empty="not graded",
-            about="scripts/grade.py --record FILE, and GATEWAY_GRADE_RECORD=FILE.",
+            about="python -m lab grade --record FILE, and GATEWAY_GRADE_RECORD=FILE.",
         ),
         number(
             "Graded: tokens a second",

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from scripts.benching.ports import find_free_ports
+from common.ports import find_free_ports
 from tests.deploy.expressions import RULES
 
 _START_S = 30

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from scripts.benching.ports import find_free_ports
+from common.ports import find_free_ports
 from tests.collector import Collector, run_collector
 
 ROOT = Path(__file__).parent.parent.parent

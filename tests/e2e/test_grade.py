@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"scripts/{program}.py", *options]
+    command = [sys.executable, "-m", "lab", program, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

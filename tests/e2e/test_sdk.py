@@ -20,8 +20,8 @@ import pydantic
 import pytest
 from tokenizers import Tokenizer
 
+from common.ports import find_free_ports
 from gateway.admission.keys import make_key
-from scripts.benching.ports import find_free_ports
 from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
 from tests.e2e.conftest import ROOT, Stack
 

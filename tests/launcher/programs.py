@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
+from common.ports import find_free_ports
 from launcher.engine.process import list_group
-from scripts.benching.ports import find_free_ports
 
 ROOT = Path(__file__).parents[2]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"

@@ -13,13 +13,13 @@ import httpx
 import pytest
 
 from common.errors import SettingsError
+from common.ports import find_free_ports
 from launcher.config import Settings
 from launcher.gateway_process import check_gateway
 from launcher.models.model import find_model
 from launcher.plan.command import find_vllm
 from launcher.plan.flags import read_flags
 from launcher.plan.prepare import decide
-from scripts.benching.ports import find_free_ports
 from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
 
 

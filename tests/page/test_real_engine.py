@@ -20,7 +20,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from scripts.benching.ports import find_free_ports
+from common.ports import find_free_ports
 from tests.page.conftest import LONGEST_START_MS, ROOT, Visitor, pick, shoot, width_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.engine]

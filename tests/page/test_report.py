@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from scripts.grading.report import write_report
-from scripts.grading.result import Grade
+from lab.grade.grade_result import Grade
+from lab.reports.grade_page import write_report
 from tests.fake_engine import serve_app
+from tests.lab.conftest import grade_at
+from tests.lab.judged import MODEL_FOLDER, Judged, build_judged
 from tests.page.conftest import Visitor, shoot
-from tests.scripts.conftest import grade_at
-from tests.scripts.judged import MODEL_FOLDER, Judged, build_judged
 
 pytestmark = pytest.mark.browser
 _QUESTIONS = MODEL_FOLDER.parent / "questions.jsonl"

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gateway.admission.keys import make_key
-from scripts.record import read_record, write_record
+from lab.records.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
 from tests.stack.conftest import GATEWAY, Step, answers, wait_until
 from tests.stack.docker import (

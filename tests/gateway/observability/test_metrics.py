@@ -13,13 +13,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
+from common.ports import find_free_ports
 from gateway.admission.keys import make_key
 from gateway.config import SettingsError
 from gateway.engines.pool import POOL
 from gateway.observability.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
 from gateway.observability.request_record import RequestRecord, StreamTiming
-from scripts.benching.ports import find_free_ports
-from scripts.record import Figure, take_record, write_record
+from lab.records.record import Figure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
 from tests.gateway.raw import ask, build_request
@@ -386,7 +386,7 @@ async def test_last_batch_is_that_of_the_last_list(served: Served) -> None:
 
 
 def keep_grade(path: Path) -> Path:
-    """As `scripts/grade.py --record` does."""
+    """As `python -m lab grade --record` does."""
     figures = (Figure("ROUGE-L, course reading", 0.75), Figure("tokens/s", 70_940.0, "/s"))
     write_record(take_record("Grade of demo", figures, command="x", machine="y"), path)
     return path

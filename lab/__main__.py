@@ -1,0 +1,53 @@
+"""The lab's command line: `python -m lab grade|bench|selftest|load|results …`.
+
+A command's module is loaded only when the command is given, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import signal
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "grade": ("lab.grade.run_grade", "scores, speed and faults of a server, as the judge sees it"),
+    "bench": ("lab.bench.run_bench", "what the gateway costs over the engine itself"),
+    "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
+    "load": ("lab.load.soak", "a soak: mixed traffic and faults, every answer checked"),
+    "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if words is None else words)
+    if not given or given[0] not in COMMANDS:
+        build_parser().parse_args(given)  # prints help or version, or says what is wrong
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, without a traceback
+    module = importlib.import_module(COMMANDS[given[0]][0])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return int(module.main(given[1:]))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lab", description="Measures and judges.")
+    parser.add_argument("--version", action="version", version=read_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, meaning) in COMMANDS.items():
+        commands.add_parser(name, help=meaning)
+    return parser
+
+
+def read_version() -> str:
+    try:
+        return importlib.metadata.version("vllm-gateway")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the gateway costs over the engine itself: loads, rounds, verdicts."""

@@ -1,0 +1,1 @@
+"""The gateway beside a plain relay and an engine that answers at once."""

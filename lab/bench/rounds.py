@@ -1,0 +1,111 @@
+"""Rounds: in each, every arm once, in random order; warm-ups dropped; ended by the clock."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from common.processes import CpuMeter, Neighbours
+from lab.bench.bench_figures import FEWEST_ROUNDS, Series
+from lab.bench.targets import Client, Door
+from lab.bench.workloads import Workload
+
+Say = Callable[[str], None]
+# A slow machine gets its six rounds as long as they cost no more than this over the time planned.
+_OVERTIME = 1.6
+CPU_MEASURE = "CPU of gateway and engine"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the rounds of one workload may take, and how many there may be."""
+
+    seconds: float
+    most: int
+    fewest: int = FEWEST_ROUNDS
+    warmups: int = 1
+
+    def allows(self, done: int, elapsed_s: float, longest_s: float) -> bool:
+        """Whether another round is begun."""
+        if done >= self.most:
+            return False
+        limit_s = self.seconds * (_OVERTIME if done < self.fewest else 1.0)
+        return done < 2 or elapsed_s + longest_s <= limit_s
+
+
+async def take_rounds(
+    arms: Sequence[str],
+    measure: Callable[[str], Awaitable[dict[str, float]]],
+    budget: Budget,
+    chance: random.Random,
+    say: Say,
+) -> dict[str, dict[str, list[float]]]:
+    """By measure and arm. Warm-ups are no rounds and take no time of the budget."""
+    taken: dict[str, dict[str, list[float]]] = {}
+    longest_s, began = 0.0, time.monotonic()
+    number = -budget.warmups
+    while number < 0 or budget.allows(number, time.monotonic() - began, longest_s):
+        say("warming up" if number < 0 else f"round {number + 1}")
+        started = time.monotonic()
+        for arm in chance.sample(list(arms), len(arms)):
+            values = await measure(arm)
+            if number >= 0:
+                for name, value in values.items():
+                    taken.setdefault(name, {}).setdefault(arm, []).append(value)
+        number += 1
+        if number <= 0:
+            began = time.monotonic()
+        else:
+            longest_s = max(longest_s, time.monotonic() - started)
+    return taken
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One workload through all arms."""
+
+    title: str
+    series: tuple[Series, ...]
+    gateway_cpu_ms: tuple[float, ...]
+    neighbours: float | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where everything is measured, and with what."""
+
+    doors: tuple[Door, ...]
+    client: Client
+    meter: CpuMeter | None
+    chance: random.Random
+    say: Say
+
+
+async def measure_workload(workload: Workload, site: Site, budget: Budget) -> Measured:
+    calls = {door.name: await workload.prepare(door) for door in site.doors}
+    meter = site.meter
+    gateway_cpu: list[float] = []
+
+    async def measure(arm: str) -> dict[str, float]:
+        if meter is None:
+            return await workload.run(site.client, calls[arm])
+        before = meter.read()
+        values = await workload.run(site.client, calls[arm])
+        used = meter.read() - before
+        if arm == "gateway":
+            gateway_cpu.append(used.gateway_s * 1e3 / workload.size)
+        total_ms = (used.gateway_s + used.engine_s) * 1e3 / workload.size
+        return {**values, CPU_MEASURE: total_ms}
+
+    if meter is not None:
+        meter.refresh()
+    neighbours = Neighbours(meter.pids()) if meter else None
+    taken = await take_rounds(list(calls), measure, budget, site.chance, site.say)
+    series = [
+        Series(workload.title, name, "ms", {arm: by_arm[arm] for arm in calls})
+        for name, by_arm in taken.items()
+    ]
+    share = neighbours.share() if neighbours else None
+    return Measured(workload.title, tuple(series), tuple(gateway_cpu[budget.warmups :]), share)

@@ -1,0 +1,239 @@
+"""The two doors to one engine, the calls that both answer, and the client that makes them.
+
+Calls are built before the clock starts and answers are read after it stops, so that the client
+costs both doors the same and little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+import orjson
+
+from gateway.prompts.builder import PromptBuilder
+from gateway.schemas.vllm import Prompt, Sampling, build_completion_call
+from lab.bench.answer_book import AnswerBook
+from lab.bench.bench_figures import BenchFailed
+
+# Below what any server keeps idle connections for: a closing one must not look like a failure.
+_KEEPALIVE_S = 4.0
+_CALL_TIMEOUT_S = 600.0
+_JSON = {"Content-Type": "application/json"}
+
+
+class CallFailed(BenchFailed):
+    """A call that was not answered with 200; `status` 0 when there was no answer at all."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is sent, what is asked by it, and how its answer is read."""
+
+    door: str
+    url: str
+    body: bytes
+    asked: tuple[str, ...]
+    is_cut: bool
+    read: Callable[[Any], list[str]]
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream as it came: its bytes with the time since the call of each piece."""
+
+    pieces: tuple[tuple[float, bytes], ...]
+
+    @property
+    def first_s(self) -> float:
+        return self.pieces[0][0]
+
+    @property
+    def total_s(self) -> float:
+        return self.pieces[-1][0]
+
+    def events(self) -> list[Any]:
+        data = b"".join(piece for _, piece in self.pieces)
+        lines = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: ")]
+        if not lines or lines[-1].strip() != b"[DONE]":
+            raise CallFailed(f"a stream ended without [DONE]: {data[-200:]!r}")
+        return [orjson.loads(line) for line in lines[:-1]]
+
+
+class Client:
+    """Sends calls; every answer goes through the book."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+        self.book: AnswerBook | None = None
+
+    async def send(self, call: Call) -> bytes:
+        """The body of the answer, unread."""
+        async with self._open(call) as answer:
+            return await answer.read()
+
+    async def stream(self, call: Call) -> Stream:
+        started = time.perf_counter()
+        async with self._open(call) as answer:
+            pieces = [
+                (time.perf_counter() - started, piece) async for piece in answer.content.iter_any()
+            ]
+        if not pieces:
+            raise CallFailed(f"{call.door}: {call.url} sent an empty stream")
+        return Stream(tuple(pieces))
+
+    def check(self, call: Call, body: bytes) -> list[str]:
+        """The answers of a body, each held against its question."""
+        try:
+            data = orjson.loads(body)
+            answers = call.read(data)
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            shown = body[:200].decode(errors="replace")
+            raise CallFailed(f"{call.door}: {call.url} answered {shown} ({error!r})") from None
+        if self.book is not None:
+            self.book.check(call.door, call.asked, answers, call.is_cut)
+        return answers
+
+    def check_stream(self, call: Call, stream: Stream) -> None:
+        texts = []
+        for event in stream.events():
+            if not isinstance(event, dict) or "error" in event:
+                raise CallFailed(f"{call.door}: an error within a stream: {event}")
+            texts += [choice["delta"].get("content") or "" for choice in event["choices"]]
+        if self.book is not None:
+            self.book.check(call.door, call.asked, [_trim("".join(texts))], call.is_cut)
+
+    @asynccontextmanager
+    async def _open(self, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers = {**_JSON, **call.headers}
+        try:
+            async with self._session.post(call.url, data=call.body, headers=headers) as answer:
+                if answer.status != 200:
+                    text = (await answer.text())[:300]
+                    said = f"{call.door}: {call.url} answered {answer.status}: {text}"
+                    raise CallFailed(said, answer.status)
+                if "dedup" in answer.headers.get("Server-Timing", ""):
+                    raise BenchFailed(
+                        "the gateway gives one answer to identical prompts, which no direct call "
+                        "can match; start it with GATEWAY_DEDUP=false"
+                    )
+                yield answer
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise CallFailed(f"{call.door}: {call.url}: {error!r}") from None
+
+
+@asynccontextmanager
+async def open_client() -> AsyncIterator[Client]:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+    timeout = aiohttp.ClientTimeout(total=_CALL_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        yield Client(session)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to the model: its name, its prompts, its sampling."""
+
+    model: str
+    builder: PromptBuilder
+    sampling: Sampling
+    max_tokens: int
+
+    async def build_ids(self, questions: Sequence[str]) -> list[Prompt]:
+        prompts = await self.builder.build(list(questions), None, None)
+        refused = [prompt for prompt in prompts if isinstance(prompt, Exception)]
+        if refused:
+            raise BenchFailed(f"a question is no prompt: {refused[0]}")
+        return [prompt for prompt in prompts if not isinstance(prompt, Exception)]
+
+    def cuts(self, max_tokens: int) -> bool:
+        return max_tokens < self.max_tokens
+
+
+@dataclass(frozen=True)
+class Door:
+    """One arm: where it asks, and whether that speaks /predict or is the engine itself."""
+
+    name: str
+    url: str
+    is_gateway: bool
+    asking: Asking
+    api_key: str = ""
+
+    async def list_call(self, questions: Sequence[str], max_tokens: int) -> Call:
+        """All questions in one call; direct, their prompts are token ids already."""
+        asked = tuple(questions)
+        if self.is_gateway:
+            prompt = list(asked) if len(asked) > 1 else asked[0]
+            body = orjson.dumps({"prompt": prompt, "max_tokens": max_tokens})
+            return self._call("/predict", body, asked, max_tokens, _read_predict)
+        ids = await self.asking.build_ids(asked)
+        sampling = replace(self.asking.sampling, max_tokens=max_tokens)
+        body = build_completion_call(self.asking.model, ids, sampling)
+        return self._call("/v1/completions", body, asked, max_tokens, _read_completion)
+
+    def chat_call(self, question: str, max_tokens: int, *, is_stream: bool = False) -> Call:
+        body = {
+            "model": self.asking.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "stream": is_stream,
+        }
+        path = "/v1/chat/completions"
+        return self._call(path, orjson.dumps(body), (question,), max_tokens, _read_chat)
+
+    def _call(
+        self,
+        path: str,
+        body: bytes,
+        asked: tuple[str, ...],
+        max_tokens: int,
+        read: Callable[[Any], list[str]],
+    ) -> Call:
+        keyed = self.is_gateway and self.api_key
+        headers = {"Authorization": f"Bearer {self.api_key}"} if keyed else {}
+        is_cut = self.asking.cuts(max_tokens)
+        return Call(self.name, f"{self.url}{path}", body, asked, is_cut, read, headers)
+
+
+def _read_predict(data: Any) -> list[str]:
+    if data.get("errors"):
+        raise CallFailed(f"the gateway refused prompts: {data['errors']}")
+    answer = data["response"]
+    return [_trim(text) for text in (answer if isinstance(answer, list) else [answer])]
+
+
+def _read_completion(data: Any) -> list[str]:
+    choices = sorted(data["choices"], key=lambda choice: int(choice["index"]))
+    return [_trim(choice["text"]) for choice in choices]
+
+
+def _read_chat(data: Any) -> list[str]:
+    return [_trim(data["choices"][0]["message"]["content"])]
+
+
+def _trim(text: str) -> str:
+    """A limit of tokens may cut a character in two."""
+    return text.strip().rstrip("\ufffd")
+
+
+async def ask_all(client: Client, door: Door, questions: Sequence[str]) -> dict[str, str]:
+    """Every different question once, in calls that any engine takes."""
+    different = list(dict.fromkeys(questions))
+    pieces = [different[first : first + 256] for first in range(0, len(different), 256)]
+    calls = [await door.list_call(piece, door.asking.max_tokens) for piece in pieces]
+    bodies = await asyncio.gather(*(client.send(call) for call in calls))
+    answers = [client.check(call, body) for call, body in zip(calls, bodies, strict=True)]
+    return {q: a for piece, row in zip(pieces, answers, strict=True)
+            for q, a in zip(piece, row, strict=True)}  # fmt: skip

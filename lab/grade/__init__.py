@@ -1,0 +1,1 @@
+"""The course's judge at home: asks, scores, says what is wrong."""

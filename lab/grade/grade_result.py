@@ -1,0 +1,215 @@
+"""The grade: what was asked, what came back, what it is worth; and its JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.questions import QuestionSet
+from lab.grade.judge import Call, Run
+from lab.grade.rouge import Score, mean, score
+from lab.reports.output_files import write_file
+
+State = Literal["answered", "empty", "refused", "missing"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question over all runs."""
+
+    question: str
+    reference: str
+    texts: tuple[str, ...]
+    scores: tuple[Score, ...]
+    tokens: tuple[int, ...] | None
+    states: tuple[State, ...]
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Texts over time."""
+
+    tokens: int | None
+    tokens_per_s: float | None
+    characters: int
+    characters_per_s: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run's figures. `unique` counts every different question once."""
+
+    elapsed_s: float
+    calls: tuple[Call, ...]
+    asked: int
+    answered: int
+    empty: int
+    refused: int
+    missing: int
+    rouge_course: float
+    rouge_whitespace: float
+    exact: float
+    speed: Speed
+    unique_rouge_course: float
+    unique_rouge_whitespace: float
+    unique_speed: Speed
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Under which conditions."""
+
+    date: str
+    commit: str
+    machine: str
+    command: str
+    server_url: str
+    mode: str
+    sending: str
+    limit_s: float
+    ready_s: float
+    model: str
+    engine: dict[str, Any]
+    questions_file: str
+    questions_digest: str
+    questions: int
+    unique_questions: int
+    skipped: tuple[str, ...]
+    ceiling: float
+    unscored: int
+    tokens_by: str
+    tokens_missing: str = ""
+
+
+def build_answers(
+    asked: QuestionSet, runs: Sequence[Run], counts: Sequence[int] | None
+) -> list[Answer]:
+    """`counts` holds the tokens of the first run's answers, then of the second's."""
+    total = len(asked.pairs)
+    answers = []
+    for place, pair in enumerate(asked.pairs):
+        texts = tuple(run.answers[place] for run in runs)
+        answers.append(
+            Answer(
+                pair.question,
+                pair.reference,
+                texts,
+                tuple(score(text, pair.reference) for text in texts),
+                None if counts is None else tuple(counts[place::total]),
+                tuple(_read_state(run, place) for run in runs),
+                next((run.refusals[place] for run in runs if place in run.refusals), ""),
+            )
+        )
+    return answers
+
+
+def _read_state(run: Run, place: int) -> State:
+    if place in run.refusals:
+        return "refused"
+    if run.answers[place].strip():
+        return "answered"
+    return "empty" if place in run.received else "missing"
+
+
+def build_run(run: Run, number: int, answers: Sequence[Answer]) -> RunResult:
+    first = list({one.question: one for one in reversed(answers)}.values())[::-1]
+    states = [one.states[number] for one in answers]
+    scores = [one.scores[number] for one in answers]
+    unique = [one.scores[number] for one in first]
+    return RunResult(
+        elapsed_s=run.elapsed_s,
+        calls=tuple(run.calls),
+        asked=len(answers),
+        answered=states.count("answered"),
+        empty=states.count("empty"),
+        refused=states.count("refused"),
+        missing=states.count("missing"),
+        rouge_course=mean([one.rouge_course for one in scores]),
+        rouge_whitespace=mean([one.rouge_whitespace for one in scores]),
+        exact=mean([float(one.is_exact) for one in scores]),
+        speed=_measure(answers, number, run.elapsed_s),
+        unique_rouge_course=mean([one.rouge_course for one in unique]),
+        unique_rouge_whitespace=mean([one.rouge_whitespace for one in unique]),
+        unique_speed=_measure(first, number, run.elapsed_s),
+    )
+
+
+def _measure(answers: Sequence[Answer], number: int, elapsed_s: float) -> Speed:
+    seconds = max(1e-9, elapsed_s)
+    characters = sum(len(one.texts[number]) for one in answers)
+    counts = [one.tokens[number] for one in answers if one.tokens is not None]
+    tokens = sum(counts) if counts else None
+    per_s = None if tokens is None else tokens / seconds
+    return Speed(tokens, per_s, characters, characters / seconds)
+
+
+def find_ceiling(references: Sequence[str]) -> tuple[float, int]:
+    """What the course reading gives the references themselves, and how many get nothing."""
+    own = [score(reference, reference).rouge_course for reference in references]
+    return mean(own), own.count(0.0)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Everything that the summary, the report and a comparison need."""
+
+    facts: Facts
+    runs: tuple[RunResult, ...]
+    answers: tuple[Answer, ...]
+    findings: tuple[Any, ...]
+
+    @property
+    def is_good(self) -> bool:
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def pack(self) -> dict[str, Any]:
+        """The JSON details; an answer's names are those of the seed entry's evaluator."""
+        return {
+            "format": FORMAT,
+            "is_good": self.is_good,
+            "facts": asdict(self.facts),
+            "findings": [asdict(finding) for finding in self.findings],
+            "runs": [asdict(run) for run in self.runs],
+            "answers": [_pack_answer(one) for one in self.answers],
+        }
+
+    def write(self, path: Path) -> None:
+        write_file(path, json.dumps(self.pack(), ensure_ascii=False, indent=1) + "\n")
+
+
+def write_ungraded(finding: Any, path: Path) -> None:
+    """The details of a server that never could be asked."""
+    packed = {"format": FORMAT, "is_good": False, "facts": {}, "findings": [asdict(finding)]}
+    text = json.dumps({**packed, "runs": [], "answers": []}, ensure_ascii=False, indent=1)
+    write_file(path, text + "\n")
+
+
+def _pack_answer(one: Answer) -> dict[str, Any]:
+    """The first run's answer; those of other runs only where they differ."""
+    packed = {"question": one.question, "reference": one.reference, **_pack_text(one, 0)}
+    if one.refusal:
+        packed["refusal"] = one.refusal
+    others = [
+        {"run": number + 1, **_pack_text(one, number)}
+        for number in range(1, len(one.texts))
+        if (one.texts[number], one.states[number]) != (one.texts[0], one.states[0])
+    ]
+    return {**packed, "other_runs": others} if others else packed
+
+
+def _pack_text(one: Answer, number: int) -> dict[str, Any]:
+    text, worth = one.texts[number], one.scores[number]
+    return {
+        "prediction": text,
+        "rougeL_f1": worth.rouge_course,
+        "rougeL_f1_whitespace": worth.rouge_whitespace,
+        "is_exact": worth.is_exact,
+        "tokens": None if one.tokens is None else one.tokens[number],
+        "characters": len(text),
+        "state": one.states[number],
+    }

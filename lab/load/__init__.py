@@ -1,0 +1,1 @@
+"""A soak: mixed traffic and faults against a running gateway, every answer checked."""

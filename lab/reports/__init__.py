@@ -1,0 +1,1 @@
+"""What a run leaves for people: HTML pages with plots, tables on a terminal, progress, files."""

@@ -1,0 +1,1 @@
+"""Fourteen checks of a running gateway, one line each."""

@@ -1,1 +1,0 @@
-"""The parts of the grader (`scripts/grade.py`): one room a file."""

@@ -1,0 +1,182 @@
+"""The soak: what it says of a gateway that holds, and of three that do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from lab.load import soak as load
+from tests.fake_engine import serve_app
+from tests.gateway.conftest import serve_gateway
+
+Forward = Callable[[web.Request, bytes], Awaitable[web.Response]]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Such as the stand-in engine answers."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"q{n}", "answer": f"answer:q{n}"} for n in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+async def soak(url: str, questions: Path, *options: str) -> int:
+    fixed = ["--url", url, "--status", "", "--questions", str(questions), "--callers", "6"]
+    return await load.run(load.parse_arguments([*fixed, "--duration", "1.5", *options]))
+
+
+async def soak_through(
+    questions: Path, answer: Callable[[web.Request, bytes, Forward], Awaitable[web.Response]]
+) -> int:
+    """With something between the callers and a gateway."""
+
+    async def forward(request: web.Request, body: bytes) -> web.Response:
+        async with session.request(request.method, served.url + request.path, data=body) as reply:
+            return web.Response(
+                status=reply.status, body=await reply.read(), content_type=reply.content_type
+            )
+
+    async def handle(request: web.Request) -> web.Response:
+        return await answer(request, await request.read(), forward)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    async with (
+        serve_gateway() as served,
+        aiohttp.ClientSession() as session,
+        serve_app(app) as url,
+    ):
+        return await soak(url, questions)
+
+
+async def test_soak_of_a_gateway_that_holds(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "soak.json"
+    async with serve_gateway() as served:
+        assert await soak(served.url, questions, "--json", str(record)) == 0
+
+    assert "all held" in capsys.readouterr().out
+    figures = {row["name"]: row["value"] for row in json.loads(record.read_text())["figures"]}
+    assert figures["requests"] > 20
+    assert (figures["wrong answers"], figures["sums that did not add up"]) == (0, 0)
+
+
+async def test_soak_sees_another_callers_answer(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last: list[web.Response] = []
+
+    async def mix_up(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        response = await forward(request, body)
+        if request.path == "/v1/completions" and response.status == 200:
+            last.append(response)
+            if len(last) % 3 == 0:
+                return web.Response(body=last[-2].body, content_type="application/json")
+        return response
+
+    assert await soak_through(questions, mix_up) == 1
+    out = capsys.readouterr().out
+    assert "requests wrong" in out
+    assert "asked number-" in out
+
+
+async def test_soak_sees_a_request_that_was_made_twice(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def repeat(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        if request.path == "/tokenize":
+            await forward(request, body)
+        return await forward(request, body)
+
+    assert await soak_through(questions, repeat) == 1
+    assert "NOT HELD  /tokenize: " in capsys.readouterr().out
+
+
+async def test_soak_sees_errors_where_no_fault_was(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def refuse(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        if request.path == "/detokenize":
+            return web.json_response({"error": {"message": "no"}}, status=503)
+        return await forward(request, body)
+
+    assert await soak_through(questions, refuse) == 1
+    assert "requests failed" in capsys.readouterr().out
+
+
+async def test_soak_of_a_model_that_knows_nothing_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "q", "answer": "something else"}\n', encoding="utf-8")
+    async with serve_gateway() as served:
+        with pytest.raises(SystemExit, match="knows 0 of the 1 answers"):
+            await soak(served.url, path)
+
+
+async def test_soak_without_a_gateway_says_so(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await soak("http://127.0.0.1:9", questions) == 2
+    assert "is the gateway running" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"null", b'{"data": []}', b"[" * 200_000])
+async def test_soak_of_something_else_than_a_gateway_says_so(
+    questions: Path, capsys: pytest.CaptureFixture[str], body: bytes
+) -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=body, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with serve_app(app) as url:
+        assert await soak(url, questions) == 2
+    assert "does not answer as a gateway" in capsys.readouterr().err
+
+
+async def test_soak_counts_answers_of_another_shape_as_wrong(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def misshape(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        answer = await forward(request, body)
+        is_single = request.path == "/predict" and isinstance(json.loads(body)["prompt"], str)
+        return web.json_response({"response": None}) if is_single else answer
+
+    async def answer(request: web.Request, body: bytes, forward: Forward) -> web.Response:
+        try:
+            return await misshape(request, body, forward)
+        except ValueError:  # of a body that is no JSON on purpose
+            return await forward(request, body)
+
+    assert await soak_through(questions, answer) == 1
+    said = capsys.readouterr().out
+    assert "predict one: wrong: TypeError" in said
+    assert "requests wrong" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--url", "nonsense"), "--url nonsense is no http address"),
+        (("--callers", "0"), "more than nothing"),
+        (("--duration", "nan"), "more than nothing"),
+    ],
+)
+def test_soak_refuses_options_that_mean_nothing(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load.parse_arguments([*options])
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+async def test_soak_without_questions_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await soak("http://127.0.0.1:9", Path("/nowhere")) == 2
+    assert capsys.readouterr().err == "load: /nowhere: No such file or directory\n"

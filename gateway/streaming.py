@@ -21,7 +21,6 @@ from gateway.errors import EngineError, EngineTimeout, GatewayError
 from gateway.observability.request_record import RequestRecord, StreamTiming
 from gateway.request_context import CONTEXT
 from gateway.schemas.openai import (
-    OpenAIRequest,
     build_stream_error,
     drop_usage_events,
     name_stream_errors,
@@ -38,11 +37,10 @@ Usage = tuple[int, int]  # tokens in and out
 class EventStream:
     """One stream on its way to a caller."""
 
-    def __init__(self, request: web.Request, call: OpenAIRequest) -> None:
-        context = request[CONTEXT]
+    def __init__(self, request: web.Request, *, hides_usage: bool) -> None:
         self._request = request
-        self._record: RequestRecord = context.record
-        self._hides_usage = call.hides_usage
+        self._record: RequestRecord = request[CONTEXT].record
+        self._hides_usage = hides_usage
         self._response: web.StreamResponse | None = None
         self.timing = StreamTiming()
         self.usage: Usage | None = None  # as far as it has been told
@@ -51,7 +49,6 @@ class EventStream:
 
     @property
     def has_started(self) -> bool:
-        """Once its first byte has left, a stream ends as one: a failure is its last event."""
         return self._response is not None
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
@@ -92,6 +89,7 @@ class EventStream:
         await self._response.write(data)
 
     async def end(self, error: GatewayError | None = None) -> web.StreamResponse:
+        """Once its first byte has left, a stream ends as one: a failure is its last event."""
         assert self._response is not None  # noqa: S101 — it has started
         if error is not None:
             self._record.note_error(error.error_code, error.source)

@@ -78,7 +78,8 @@ class Attempt:
 
     def __init__(self, pool: EngineChooser, metrics: Metrics, call: EngineCall) -> None:
         self._pool, self._metrics, self._call = pool, metrics, call
-        self._deadline = Deadline(call.context.deadline)
+        at = call.context.deadline
+        self._deadline = None if at is None else Deadline(at)  # most requests have none
         self._engine: Engine | None = None
         self._answer: EngineAnswer | None = None
         self._span: CallSpan | None = None
@@ -89,7 +90,8 @@ class Attempt:
         # Later, "not before the deadline" would hide what became of the first try.
         early = call.context.deadline
         try:
-            await self._deadline.__aenter__()
+            if self._deadline is not None:
+                await self._deadline.__aenter__()
             while True:
                 engine = call.engine or await self._pool.acquire(call.affinity, call.avoid, early)
                 answer, failure = await self._try(engine)
@@ -114,7 +116,10 @@ class Attempt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._leave(error)
+        if self._deadline is None:
+            self._close(error)
+        else:
+            await self._leave(error)
 
     async def _try(self, engine: Engine) -> tuple[EngineAnswer | None, GatewayError | None]:
         """What the engine answered, and why that is not good enough."""
@@ -173,7 +178,8 @@ class Attempt:
 
     async def _leave(self, error: BaseException | None) -> None:
         try:
-            await self._deadline.__aexit__(type(error) if error else None, error, None)
+            if self._deadline is not None:
+                await self._deadline.__aexit__(type(error) if error else None, error, None)
         except DeadlinePassed as passed:
             error = passed
             raise

@@ -59,12 +59,6 @@ class EngineAnswer:
         except (aiohttp.ClientError, OSError) as error:
             raise translate(error) from error
 
-    async def read_body(self) -> None:
-        try:
-            self.body = await self._content.read()
-        finally:
-            self.close()
-
     def fail(self, error: EngineError) -> None:
         """Whoever reads the stream gets the error."""
         self._content.set_exception(error)
@@ -120,7 +114,8 @@ class EngineClient:
                         break
                 answer = EngineAnswer(connection, message.code, message.headers, content)
                 if not answer.is_stream:
-                    await answer.read_body()
+                    answer.body = await content.read()
+                    answer.close()
                 return answer
         except BaseException as error:
             if connection is not None:

@@ -11,9 +11,8 @@ from gateway.errors import DeadlinePassed
 
 
 class Deadline:
-    """`async with Deadline(at):` ends what is inside with `DeadlinePassed`; `None` is no deadline.
-
-    On the event loop's clock. Most requests have none, and pay for nothing.
+    """`async with Deadline(at):` ends what is inside with `DeadlinePassed`, at a time on the event
+    loop's clock; `None` is no deadline.
     """
 
     __slots__ = ("_at", "_timeout")

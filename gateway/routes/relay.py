@@ -68,20 +68,18 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
 
 
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
-    stream = EventStream(request, call)
-    usage: Usage | None = None
+    stream: EventStream | None = None
     try:
         async with request.app[POOL].attempt(_build_call(request, call)) as answer:
             if answer.body is not None:
-                response, usage = _answer_whole(request, answer, answer.body)
-                await _count(request, usage)
-                return response
+                return await _answer_whole(request, answer, answer.body)
+            stream = EventStream(request, hides_usage=call.hides_usage)
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
     except GatewayError as error:
         if isinstance(error, DeadlinePassed):
             await _charge(request, call, stream)
-        if not stream.has_started:
+        if stream is None or not stream.has_started:
             raise
         if isinstance(error, EngineError):
             await _count(request, stream.usage)
@@ -112,35 +110,34 @@ def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:
     )
 
 
-def _answer_whole(
-    request: web.Request, answer: EngineAnswer, body: bytes
-) -> tuple[web.Response, Usage | None]:
-    headers, usage = _pick_headers(answer), None
+async def _answer_whole(request: web.Request, answer: EngineAnswer, body: bytes) -> web.Response:
+    headers = _pick_headers(answer)
     if answer.status == 200:
         if request.method == "GET":
             aliases = request.app[SETTINGS].alias_map
             body = build_models(body, aliases, request.match_info.get("model"))
-        usage = parse_usage(body)
+        await _count(request, parse_usage(body))
     elif answer.status >= 400:
         body = name_engine_error(answer.status, body)
         headers["Content-Type"] = "application/json"
         if answer.status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
-    return web.Response(status=answer.status, headers=headers, body=body), usage
+    return web.Response(status=answer.status, headers=headers, body=body)
 
 
 def _pick_headers(answer: EngineAnswer) -> dict[str, str]:
     return {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
 
 
-async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream) -> None:
+async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream | None) -> None:
     """For what was left in the middle the engine tells no figures, or only the first: at least a
     token for each chunk, and for the prompt one for four bytes. Else hanging up would be free.
     """
     if request.path not in GENERATING or not request[CONTEXT].engine_calls:
         return
-    taken, given = stream.usage or (0, 0)
-    taken, given = taken or len(call.body) // _BYTES_A_TOKEN, max(given, stream.timing.chunks)
+    taken, given = (stream.usage if stream else None) or (0, 0)
+    taken = taken or len(call.body) // _BYTES_A_TOKEN
+    given = max(given, stream.timing.chunks if stream else 0)
     await request.app[ACCOUNTS].charge_tokens(request[CALLER], taken, given)
 
 

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV  ?= .venv
 PY    := $(VENV)/bin/python
 SETUP := $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python,$(shell command -v $(p)))) \
-         scripts/setup.py $(if $(PYTHON),--python $(PYTHON)) $(if $(ENGINE),--engine $(ENGINE))
+         -m scripts.setup $(if $(PYTHON),--python $(PYTHON)) $(if $(ENGINE),--engine $(ENGINE))
 # `MODEL=… PROFILE=… PORT=… ENGINE_PORT=… HOST=… make serve`
 UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(PORT),--port $(PORT)) \
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
@@ -14,7 +14,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## the virtual environment, from the pinned requirements
+setup: ## the virtual environment, from uv.lock
 	@$(SETUP) --venv $(VENV)
 
 setup-dev:
@@ -62,5 +62,5 @@ docs: setup-dev ## the README's tables and docs/results.md, from what they are m
 dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py
 	@$(PY) scripts/dashboards.py
 
-lock: setup-dev ## resolve the requirements anew
-	@scripts/lock.sh $(VENV)/bin/uv
+lock: setup-dev ## resolve uv.lock anew, from the public index: it names where each file is
+	@$(VENV)/bin/uv lock --upgrade $(ARGS)

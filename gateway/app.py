@@ -119,7 +119,7 @@ def build_tracer(endpoint: str) -> Tracer:
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"GATEWAY_OTLP_ENDPOINT needs the extra `otel` ({error}): "
-            "pip install -r requirements/otel.txt"
+            "pip install vllm-gateway[otel]"
         ) from None
     return OpenTelemetryTracer(endpoint)
 

@@ -1,27 +1,43 @@
-#!/usr/bin/env python3
-"""Makes the virtual environment that everything else runs in, from the pinned requirements.
+"""Makes the virtual environment that everything else runs in, from the lock.
 
 Called by `make`; needs nothing but a Python with `venv`. It picks the engine for this machine (the
 CUDA build of vLLM where an NVIDIA GPU answers, the CPU build elsewhere) and does nothing at all
-when the environment is already what the requirement files say.
+when the environment is already what the lock says.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ROOT / "requirements"
+LOCK = ROOT / "uv.lock"
+PROJECT = ROOT / "pyproject.toml"
+# The CPU build of torch, which is on another index than everything else.
+CPU_TORCH = ROOT / "requirements" / "torch-cpu.txt"
 SUPPORTED = ("3.11", "3.12", "3.13")
 TORCH_INDEX_URL = "https://download.pytorch.org/whl/cpu"
+_COMMAND = """\
+#!{python}
+import sys
+
+sys.path.append({root!r})  # last, so that nothing of a checkout hides a package
+from {module} import {function}
+
+sys.exit({function}())
+"""
 
 
 class SetupError(Exception):
@@ -103,50 +119,118 @@ def has_gpu() -> bool:
     return result.returncode == 0 and "GPU 0" in result.stdout
 
 
+@dataclass
+class Record:
+    """What an environment holds: its pins, and the states that it is complete for."""
+
+    pins: list[str] = field(default_factory=list)
+    complete: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def read(venv: Path) -> Record:
+        try:
+            return Record(**json.loads((venv / "setup.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return Record()
+
+    def write(self, venv: Path) -> None:
+        (venv / "setup.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
 def build_environment(venv: Path, python: str, engine: str, *, dev: bool) -> None:
-    locks = {"cpu": ["torch-cpu.txt", "cpu.txt"], "cuda": ["cuda.txt"], "none": ["gateway.txt"]}
-    version = version_of(python) or python
-    stamps = {name: stamp(name, version) for name in locks[engine] + ["dev.txt"] * dev}
-    record = venv / "setup.stamps"
-    done = record.read_text().splitlines() if record.is_file() else []
-    missing = [name for name, value in stamps.items() if value not in done]
-    if not missing:
+    state = fingerprint(python, engine, dev=dev)
+    record = Record.read(venv)
+    if state in record.complete and (venv / "bin" / "python").exists():
         return
     started = time.monotonic()
     say(f"{venv.name}: {engine} engine, {python}" + (", with test tools" if dev else ""))
-    if (done and missing != ["dev.txt"]) or not (venv / "bin" / "python").exists():
+    extras = [] if engine == "none" else [engine]
+    if not (venv / "bin" / "python").exists() or not is_kept(venv, python, extras, record):
         # Nothing is mended in place: leftovers of another engine or Python break imports.
         shutil.rmtree(venv, ignore_errors=True)
         run([python, "-m", "venv", str(venv)], "could not make a virtual environment")
-        missing, done = list(stamps), []
-    for name in missing:
-        install(venv, name)
-        done.append(stamps[name])
-        record.write_text("\n".join(done) + "\n")
+        record = Record()
+    pins = select(venv, [*extras, *["dev"] * dev])
+    for title, missing in (
+        ("torch", [pin for pin in pins if is_torch(pin) and pin not in record.pins]),
+        ("packages", [pin for pin in pins if not is_torch(pin) and pin not in record.pins]),
+    ):
+        if missing:
+            install(venv, missing, title)
+            record.pins += missing
+            record.write(venv)
+    write_commands(venv)
+    record.complete.append(state)
+    record.write(venv)
     say(f"{venv.name}: done in {time.monotonic() - started:.0f} s")
 
 
-def stamp(name: str, version: str) -> str:
-    content = (REQUIREMENTS / name).read_bytes() + version.encode()
-    return f"{name} {hashlib.sha256(content).hexdigest()}"
+def fingerprint(python: str, engine: str, *, dev: bool) -> str:
+    wanted = f"{version_of(python)} {engine} {dev} {ROOT}".encode()
+    files = (LOCK, CPU_TORCH, PROJECT)
+    return hashlib.sha256(b"\0".join([wanted, *(file.read_bytes() for file in files)])).hexdigest()
 
 
-def install(venv: Path, name: str) -> None:
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
-    pip += ["--no-deps", "--require-hashes", "-r", str(REQUIREMENTS / name)]
-    if name != "torch-cpu.txt":
-        run_counted(pip, name)
-        return
-    # A wheel in pip's find-links first: it answers at once and works without PyTorch's index.
-    offline = subprocess.run([*pip, "--no-index", "--quiet"], capture_output=True, check=False)
-    if offline.returncode != 0:
-        run_counted(
-            [*pip, "--index-url", os.environ.get("TORCH_INDEX_URL", TORCH_INDEX_URL)],
-            name,
-            "no CPU build of torch 2.13.0 for this Python within reach: neither in "
-            "pip's find-links nor on PyTorch's index. TORCH_INDEX_URL names a mirror of that; "
-            "PYTHON=3.11 another Python",
-        )
+def is_kept(venv: Path, python: str, extras: Sequence[str], record: Record) -> bool:
+    """What is there was made by this Python and is still wanted, with the test tools or without."""
+    if version_of(str(venv / "bin" / "python")) != version_of(python) or not record.pins:
+        return False
+    return set(record.pins) <= set(select(venv, [*extras, "dev"]))
+
+
+def select(venv: Path, extras: Sequence[str]) -> list[str]:
+    """One requirement a line, as the environment's own Python needs them."""
+    command = [str(venv / "bin" / "python"), "-m", "scripts.locked", *extras]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SetupError(f"cannot read {LOCK.name}: {result.stderr.strip()[-600:]}")
+    pins = result.stdout.splitlines()
+    return [*read_cpu_torch(), *pins] if "cpu" in extras else pins
+
+
+def read_cpu_torch() -> list[str]:
+    text = CPU_TORCH.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [" ".join(line.split()) for line in text.splitlines() if not line.startswith("#")]
+
+
+def is_torch(pin: str) -> bool:
+    return pin.startswith("torch==") and "+cpu" in pin
+
+
+def install(venv: Path, pins: Sequence[str], title: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write("\n".join(pins) + "\n")
+        file.flush()
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
+        pip += ["--no-deps", "--require-hashes", "-r", file.name]
+        if title != "torch":
+            run_counted(pip, title, len(pins))
+            return
+        # A wheel in pip's find-links first: it answers at once and works without PyTorch's index.
+        offline = subprocess.run([*pip, "--no-index", "--quiet"], capture_output=True, check=False)
+        if offline.returncode != 0:
+            run_counted(
+                [*pip, "--index-url", os.environ.get("TORCH_INDEX_URL", TORCH_INDEX_URL)],
+                title,
+                len(pins),
+                "no CPU build of torch 2.13.0 for this Python within reach: neither in "
+                "pip's find-links nor on PyTorch's index. TORCH_INDEX_URL names a mirror of that; "
+                "PYTHON=3.11 another Python",
+            )
+
+
+def write_commands(venv: Path) -> None:
+    """`.venv/bin/vllm-gateway` and the others start this checkout, from any folder."""
+    commands: dict[str, str] = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
+    for name, target in commands.items():
+        module, _, function = target.partition(":")
+        python = venv.resolve() / "bin" / "python"
+        file = venv / "bin" / name
+        text = _COMMAND.format(python=python, root=str(ROOT), module=module, function=function)
+        file.write_text(text, encoding="utf-8")
+        file.chmod(0o755)
 
 
 def run(command: list[str], problem: str) -> None:
@@ -155,9 +239,8 @@ def run(command: list[str], problem: str) -> None:
         raise SetupError(f"{problem}: {(result.stderr or result.stdout).strip()[-600:]}")
 
 
-def run_counted(command: list[str], name: str, problem: str | None = None) -> None:
+def run_counted(command: list[str], name: str, total: int, problem: str | None = None) -> None:
     """Runs pip and shows how far it is: a first set-up takes minutes."""
-    total = len(re.findall(r"^[\w.-]+==", (REQUIREMENTS / name).read_text(), re.MULTILINE))
     count = 0
     tail: list[str] = []
     with subprocess.Popen(
@@ -165,7 +248,7 @@ def run_counted(command: list[str], name: str, problem: str | None = None) -> No
     ) as process:
         for line in process.stdout or ():
             tail = [*tail[-12:], line.rstrip()]
-            if line.startswith("Collecting "):
+            if line.startswith(("Collecting ", "Processing ")):  # from an index, from a folder
                 count += 1
                 show(f"{name}: {count}/{total} {line.split()[1]}", last=False)
             elif line.startswith("Installing collected packages"):

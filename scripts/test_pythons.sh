@@ -12,7 +12,7 @@ for version in 3.11 3.12 3.13; do
   venv=".venv-$version"
   if [ "$version" = "$own_version" ]; then
     venv=$own
-  elif ! python3 scripts/setup.py --python "$version" --venv "$venv" --engine none --dev; then
+  elif ! python3 -m scripts.setup --python "$version" --venv "$venv" --engine none --dev; then
     echo "test: Python $version is not here, its tests are left out" >&2
     continue
   fi

@@ -14,27 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from scripts import image
+from scripts.image_packages import find_lacking, list_installed, read_floors, release
+from scripts.locked import Pin, read_lock, select_pins
 
 ROOT = Path(__file__).parent.parent.parent
-LOCK = """\
-aiohttp==3.14.5 \\
-    --hash=sha256:aa
-    # via vllm-gateway
-orjson==3.13.0 \\
-    --hash=sha256:bb
-colorama==0.4.6 ; sys_platform == 'win32' \\
-    --hash=sha256:cc
-Typing_Extensions==4.16.0 \\
-    --hash=sha256:dd
-"""
+PINS = [
+    Pin("aiohttp", "3.14.5", ("sha256:aa",)),
+    Pin("orjson", "3.13.0", ("sha256:bb", "sha256:cc")),
+    Pin("typing-extensions", "4.16.0", ("sha256:dd",)),
+]
 FLOORS = {"aiohttp": "3.14.1", "orjson": "3.11"}
 
 
 def call(*words: str | Path, **variables: str) -> tuple[int, str]:
-    """`image.py` as an image's build runs it; what it says on either stream."""
+    """A script as an image's build runs it; what it says on either stream."""
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "image.py", *words],
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
         env={**os.environ, "HF_TOKEN": "", **variables},
         capture_output=True,
         text=True,
@@ -43,60 +39,75 @@ def call(*words: str | Path, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def call_fetch(*words: str | Path, **variables: str) -> tuple[int, str]:
+    return call("scripts.fetch_model", *words, **variables)
+
+
 # --- packages ---
 
 
 @pytest.mark.parametrize(
     ("installed", "lacking"),
     [
-        ({}, {"aiohttp", "orjson", "colorama", "typing-extensions"}),
+        ({}, {"aiohttp", "orjson", "typing-extensions"}),
         # What vLLM's image has newer than the lock stays, what is older than needed does not.
-        ({"aiohttp": "4.0.0", "orjson": "3.11"}, {"colorama", "typing-extensions"}),
-        ({"aiohttp": "3.9.9", "orjson": "3.12"}, {"aiohttp", "colorama", "typing-extensions"}),
-        ({"typing-extensions": "4.1.0"}, {"aiohttp", "orjson", "colorama"}),
+        ({"aiohttp": "4.0.0", "orjson": "3.11"}, {"typing-extensions"}),
+        ({"aiohttp": "3.9.9", "orjson": "3.12"}, {"aiohttp", "typing-extensions"}),
+        ({"typing-extensions": "4.1.0"}, {"aiohttp", "orjson"}),
     ],
 )
 def test_packages_lacking_are_those_absent_or_too_old(
     installed: dict[str, str], lacking: set[str]
 ) -> None:
-    assert set(image.find_lacking(LOCK, FLOORS, installed)) == lacking
+    assert {pin.name for pin in find_lacking(PINS, FLOORS, installed)} == lacking
 
 
-def test_packages_lacking_keep_their_marker_and_every_hash() -> None:
-    found = image.find_lacking(LOCK, FLOORS, {})
-    assert "sys_platform == 'win32'" in found["colorama"]
-    assert "--hash=sha256:aa" in found["aiohttp"]
+def test_packages_lacking_keep_every_hash() -> None:
+    lines = [str(pin) for pin in find_lacking(PINS, FLOORS, {})]
+    assert "orjson==3.13.0 --hash=sha256:bb --hash=sha256:cc" in lines
 
 
-def test_packages_of_this_environment_are_complete_and_left_alone() -> None:
-    before = image.list_installed()
-    code, said = call("packages", ROOT / "requirements" / "gateway.txt")
+def test_packages_of_this_environment_are_left_alone(tmp_path: Path) -> None:
+    """Whatever a test's environment lacks is no dependency of the programs."""
+    code, said = call("scripts.image_packages", "list")
     assert code == 0, said
-    assert "image: 0 packages added" in said
-    assert image.list_installed() == before
+    names = {line.partition("==")[0] for line in said.splitlines()}
+    assert names & {pin.name for pin in select_pins(read_lock())} == set()
+
+    before = list_installed()
+    nothing = tmp_path / "lacking.txt"
+    nothing.write_text("\n")
+    code, said = call("scripts.image_packages", "add", nothing)
+    assert (code, "image: 0 packages added" in said) == (0, True), said
+    assert list_installed() == before
+
+
+def test_packages_that_cannot_be_had_are_said_in_one_line(tmp_path: Path) -> None:
+    lacking = tmp_path / "lacking.txt"
+    lacking.write_text("no-such-thing==1.0 --hash=sha256:" + "0" * 64 + "\n")
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    code, said = call("scripts.image_packages", "add", lacking, **nowhere)
+    assert (code, "pip could not install" in said) == (2, True), said
+    assert "Traceback" not in said
 
 
 def test_every_dependency_has_a_floor_that_the_lock_keeps() -> None:
     """A dependency written otherwise would never be checked against what an image has."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    pyproject = tomllib.loads(text)
-    floors = image.read_floors(pyproject)
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    floors = read_floors(pyproject)
     assert len(floors) == len(pyproject["project"]["dependencies"])
-    lock = (ROOT / "requirements" / "image.txt").read_text(encoding="utf-8")
-    entries = image.find_lacking(lock, {}, {})
-    for name, floor in floors.items():
-        pinned = entries[name].partition("==")[2].split()[0]
-        assert image.release(pinned) >= image.release(floor), name
+    pins = {pin.name: pin.version for pin in select_pins(read_lock())}
+    assert [name for name, floor in floors.items() if release(pins[name]) < release(floor)] == []
 
 
 # --- a model ---
 
 
 def test_model_demo_is_copied_and_found_again(tmp_path: Path) -> None:
-    code, said = call("model", "demo", tmp_path)
+    code, said = call_fetch("demo", tmp_path)
     assert (code, "is ready" in said) == (0, True), said
     assert (tmp_path / "demo" / "model.safetensors").is_file()
-    assert call("model", "demo", tmp_path) == (0, f"image: {tmp_path / 'demo'} is there\n")
+    assert call_fetch("demo", tmp_path) == (0, f"model: {tmp_path / 'demo'} is there\n")
 
 
 def test_model_of_ones_own_needs_no_hub(tmp_path: Path) -> None:
@@ -104,11 +115,11 @@ def test_model_of_ones_own_needs_no_hub(tmp_path: Path) -> None:
     own.mkdir(parents=True)
     (own / "config.json").write_text("{}")
     (own / "model.safetensors").write_bytes(b"weights")
-    assert call("model", "mine/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")[0] == 0
+    assert call_fetch("mine/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")[0] == 0
 
 
 def test_model_not_wanted_is_none(tmp_path: Path) -> None:
-    assert call("model", "", tmp_path)[0] == 0
+    assert call_fetch("", tmp_path)[0] == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,7 +133,7 @@ def test_model_not_wanted_is_none(tmp_path: Path) -> None:
     ],
 )
 def test_model_that_cannot_be_had_is_said_in_one_line(tmp_path: Path, name: str, says: str) -> None:
-    code, said = call("model", name, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    code, said = call_fetch(name, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 2
     assert says in said
     assert "Traceback" not in said
@@ -130,7 +141,7 @@ def test_model_that_cannot_be_had_is_said_in_one_line(tmp_path: Path, name: str,
 
 def test_model_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code, said = call("model", "demo", tmp_path / "file")
+    code, said = call_fetch("demo", tmp_path / "file")
     assert code == 2
     assert "must be allowed to write there" in said
 
@@ -141,9 +152,14 @@ class Hub(BaseHTTPRequestHandler):
     commit = "0123456789abcdef0123456789abcdef01234567"
     files: dict[str, bytes] = {}  # noqa: RUF012
     asked: list[tuple[str, str]] = []  # noqa: RUF012
+    failures = 0  # how many of the next requests are answered with 503
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers.get("Authorization", "")))
+        if Hub.failures:
+            Hub.failures -= 1
+            self.send_error(503)
+            return
         if self.path.startswith("/api/models/some/model"):
             if "/tree/" in self.path:
                 rows = [
@@ -187,6 +203,7 @@ def hub() -> Iterator[str]:
         "model.gguf": b"the same once more",
     }
     Hub.asked = []
+    Hub.failures = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -197,7 +214,7 @@ def hub() -> Iterator[str]:
 def test_model_of_a_hub_is_fetched_whole_without_what_is_not_served(
     tmp_path: Path, hub: str
 ) -> None:
-    code, said = call("model", "some/model", tmp_path, HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
+    code, said = call_fetch("some/model", tmp_path, HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
     assert code == 0, said
     got = {path.name for path in (tmp_path / "some" / "model").iterdir()}
     assert got == {"config.json", "tokenizer.json", "model.safetensors"}
@@ -205,11 +222,22 @@ def test_model_of_a_hub_is_fetched_whole_without_what_is_not_served(
     assert "hf_secret" not in said
 
 
+def test_model_of_a_hub_that_fails_for_a_moment_is_fetched(tmp_path: Path, hub: str) -> None:
+    Hub.failures = 3
+    code, said = call_fetch("some/model", tmp_path, HF_ENDPOINT=hub)
+    assert (code, "trying again" in said) == (0, True), said
+
+
+def test_model_that_a_hub_does_not_have_is_asked_for_once(tmp_path: Path, hub: str) -> None:
+    code, said = call_fetch("no/such", tmp_path, HF_ENDPOINT=hub)
+    assert (code, "trying again" in said) == (2, False), said
+
+
 def test_token_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys; from scripts import image;"
-        "image.HUB_TOKEN = pathlib.Path(sys.argv[1]); sys.argv[1:] = ['model', 'a/b', sys.argv[1]];"
-        "sys.exit(image.main())"
+        "import pathlib, sys; from scripts import fetch_model;"
+        "fetch_model.HUB_TOKEN = pathlib.Path(sys.argv[1]); sys.argv[1:] = ['a/b', sys.argv[1]];"
+        "sys.exit(fetch_model.main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path],  # not even root reads a folder
@@ -227,9 +255,9 @@ def test_model_of_a_hub_is_asked_for_with_the_secret_of_the_build(tmp_path: Path
     secret = tmp_path / "secret"
     secret.write_text("hf_mounted\n")
     code = (
-        "import pathlib, sys; from scripts import image;"
-        "image.HUB_TOKEN = pathlib.Path(sys.argv[1]);"
-        "image.provide_model('some/model', pathlib.Path(sys.argv[2]), 'huggingface')"
+        "import pathlib, sys; from scripts import fetch_model;"
+        "fetch_model.HUB_TOKEN = pathlib.Path(sys.argv[1]);"
+        "fetch_model.provide_model('some/model', pathlib.Path(sys.argv[2]), 'huggingface')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, secret, tmp_path],
@@ -245,6 +273,6 @@ def test_model_of_a_hub_is_asked_for_with_the_secret_of_the_build(tmp_path: Path
 
 def test_model_of_a_hub_without_weights_is_not_put_into_place(tmp_path: Path, hub: str) -> None:
     del Hub.files["model.safetensors"]
-    code, said = call("model", "some/model", tmp_path, HF_ENDPOINT=hub)
+    code, said = call_fetch("some/model", tmp_path, HF_ENDPOINT=hub)
     assert (code, "no model with weights" in said) == (2, True)
     assert not (tmp_path / "some").exists()

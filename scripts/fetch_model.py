@@ -1,0 +1,142 @@
+"""Sees to it that a folder holds a model: `python3 -m scripts.fetch_model NAME FOLDER`.
+
+What the images' builds and compose.yaml call before an engine starts: a hub's model is fetched, a
+model that is there is left alone, and `demo` is the shipped one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import tenacity
+
+from common import demo
+from launcher.models import files
+
+DEMO = "demo"
+HUB_TOKEN = Path("/run/secrets/hf_token")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ATTEMPTS = 4
+_TOO_MANY_REQUESTS = 429
+
+
+class ModelError(Exception):
+    """Something the user has to mend; its text says what and how."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="a hub's name, a folder's below FOLDER, or `demo`")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hub", choices=("huggingface", "modelscope"), default="huggingface")
+    args = parser.parse_args()
+    try:
+        provide_model(args.name, args.folder, args.hub)
+    except ModelError as error:
+        print(f"model: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def provide_model(name: str, folder: Path, hub: str) -> None:
+    """Fetched aside and moved into place when whole: a folder that is there can be used."""
+    if not name:
+        print("model: no model wanted")
+        return
+    if not _HUB_NAME.fullmatch(name) or ".." in name.split("/"):
+        raise ModelError(f"{name!r} is neither a hub's name (Qwen/Qwen3-0.6B) nor a folder's")
+    place = folder / name
+    if files.is_complete(place):
+        print(f"model: {place} is there")
+        return
+    part = folder / ".part" / name
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        if name == DEMO:
+            shutil.copytree(demo.MODEL, part, dirs_exist_ok=True)
+        elif "/" in name:
+            fetch(name, part, hub)
+        else:
+            raise ModelError(f"there is no model in {place}; put one there, or name one of a hub")
+        if not files.is_complete(part):
+            raise ModelError(f"what the hub has as {name} is no model with weights")
+        shutil.rmtree(part / ".cache", ignore_errors=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.rename(place)
+    except OSError as error:
+        raise ModelError(
+            f"cannot put the model into {place} ({error.strerror}: {error.filename}); user "
+            f"{os.getuid()} must be allowed to write there, or put it there yourself"
+        ) from None
+    print(f"model: {place} is ready")
+
+
+def fetch(name: str, into: Path, hub: str) -> None:
+    if not os.environ.get("HF_ENDPOINT"):  # empty from a compose file; the hub's client minds
+        os.environ.pop("HF_ENDPOINT", None)
+    print(f"model: fetching {name} from {hub}", flush=True)
+    try:
+        _download(name, into, hub)
+    except Exception as error:  # noqa: BLE001  (the hubs' trees of errors have no root in common)
+        raise ModelError(f"cannot get {name} from {hub}: {_first_line(error)}") from None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether asking again may help: not after a plain no, such as an unknown name."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        is_refusal = 400 <= status < 500 and status != _TOO_MANY_REQUESTS
+        if is_refusal or isinstance(error, ModelError) or not isinstance(error, Exception):
+            return False
+        error = error.__cause__  # hubs wrap what went wrong
+    return True
+
+
+def _say_again(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    print(f"model: {_first_line(error)}; trying again", flush=True)
+
+
+# Gigabytes over a public network: what has arrived is kept, the rest is asked for again.
+@tenacity.retry(
+    stop=tenacity.stop_after_attempt(_ATTEMPTS),
+    wait=tenacity.wait_exponential(multiplier=0.5, max=10),
+    retry=tenacity.retry_if_exception(_may_pass),
+    before_sleep=_say_again,
+    reraise=True,
+)
+def _download(name: str, into: Path, hub: str) -> None:
+    if hub == "modelscope":
+        importlib.import_module("modelscope").snapshot_download(name, local_dir=str(into))
+        return
+    importlib.import_module("huggingface_hub").snapshot_download(
+        name, local_dir=into, ignore_patterns=files.NOT_WEIGHTS, token=read_token()
+    )
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_token() -> str | None:
+    """From a secret of the build or of compose; never from an argument, which an image keeps."""
+    try:
+        text = HUB_TOKEN.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ModelError(
+            f"cannot read the file HF_TOKEN_FILE ({reason}); user {os.getuid()} must be allowed to"
+        ) from None
+    return text or os.environ.get("HF_TOKEN") or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

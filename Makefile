@@ -63,4 +63,4 @@ dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.p
 	@$(PY) scripts/dashboards.py
 
 lock: setup-dev ## resolve uv.lock anew, from the public index: it names where each file is
-	@$(VENV)/bin/uv lock --upgrade $(ARGS)
+	@$(VENV)/bin/uv lock $(or $(ARGS),--upgrade)

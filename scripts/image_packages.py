@@ -104,7 +104,14 @@ def list_complaints() -> set[str]:
 
 
 def install(file: Path) -> None:
-    options = ("--no-deps", "--require-hashes", "--no-cache-dir", "--quiet")
+    options = (
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+        "--no-cache-dir",
+        "--quiet",
+    )
     result = run_pip("install", *options, "-r", str(file))
     if result.returncode:
         raise ImageError(f"pip could not install: {result.stderr.strip()[-800:]}")

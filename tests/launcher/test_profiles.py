@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import re
@@ -26,7 +27,7 @@ from launcher.plan.plan import NAMES, Plan, build_plan, parse_overrides
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
-PROFILES = Path(__file__).parents[2] / "launcher" / "plan" / "profiles"
+PROFILES = Path(inspect.getfile(build_plan)).parent / "profiles"
 GPUS = ("A100-80GB", "RTX 4090", "H200", "B200", "RTX 5090")
 MODELS = ("qwen3-0.6b", "qwen3-8b")
 FLAGS = read_shipped_flags()

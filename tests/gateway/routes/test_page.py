@@ -26,7 +26,7 @@ from tests.gateway.admission.test_keys import _bearer, _keys_file
 from tests.gateway.conftest import Serve, Served, until
 from tests.gateway.raw import ask, build_request
 
-STATIC = Path(__file__).parents[3] / "gateway" / "page" / "static"
+STATIC = Path(launchers.__file__).parent / "static"
 FIGURES = """\
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m {odd} name"} 2.0

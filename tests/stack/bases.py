@@ -75,9 +75,16 @@ def load_bases(docker: Docker, tar: Path) -> None:
     )
     derive(
         docker,
-        _image_of("prometheus"),
+        _image_of("compose.yaml", "prometheus"),
         "RUN install -d -o 65534 -g 65534 /prometheus\n"
         'USER nobody\nVOLUME /prometheus\nWORKDIR /prometheus\nENTRYPOINT ["/bin/prometheus"]',
+    )
+    derive(
+        docker,
+        _image_of("compose.replicas.yaml", "balancer"),
+        "RUN useradd --system --no-create-home --uid 99 balancer\n"
+        "USER 99\n"
+        'ENTRYPOINT ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]',
     )
 
 
@@ -94,11 +101,11 @@ def _default(dockerfile: str, argument: str) -> str:
     raise ValueError(f"{dockerfile} has no ARG {argument}=…")
 
 
-def _image_of(service: str) -> str:
-    lines = iter((ROOT / "compose.yaml").read_text(encoding="utf-8").splitlines())
+def _image_of(file: str, service: str) -> str:
+    lines = iter((ROOT / file).read_text(encoding="utf-8").splitlines())
     for line in lines:
         if line == f"  {service}:":
             return next(
                 found.split(": ")[1] for found in lines if found.lstrip().startswith("image: ")
             )
-    raise ValueError(f"compose.yaml has no service {service}")
+    raise ValueError(f"{file} has no service {service}")

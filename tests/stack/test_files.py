@@ -21,6 +21,9 @@ WAYS = [
     (),
     ("compose.cpu.yaml",),
     ("compose.scale.yaml",),
+    ("compose.replicas.yaml",),
+    ("compose.cpu.yaml", "compose.replicas.yaml"),
+    ("compose.scale.yaml", "compose.replicas.yaml"),
     ("tests/stack/compose.ci.yaml",),
     ("compose.scale.yaml", "tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml"),
 ]
@@ -136,8 +139,10 @@ def test_gateway_reads_keys_from_a_folder_of_ones_own_and_none_unasked(tmp_path:
 def test_names_of_keys_are_told_to_prometheus_and_not_through_the_published_port() -> None:
     gateway = services()["gateway"]
     port = gateway["environment"]["GATEWAY_METRICS_PORT"]
-    path = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+    folder = ROOT / "deploy" / "prometheus"
+    path = folder / "gateways" / "gateway.yml"
 
+    assert f"port: {port}\n" in (folder / "replicas" / "gateway.yml").read_text(encoding="utf-8")
     assert f"- targets: [gateway:{port}]\n" in path.read_text(encoding="utf-8")
     assert gateway["environment"]["GATEWAY_METRICS_HOST"] == "0.0.0.0"
     assert [str(one["target"]) for one in gateway["ports"]] == ["8000"]
@@ -260,10 +265,21 @@ def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() 
     }
 
 
+def test_several_gateways_are_published_by_their_balancer_alone() -> None:
+    one, several = services(), services(("compose.replicas.yaml",), GATEWAYS="3")
+    assert "balancer" not in one
+    assert "ports" not in several["gateway"]
+    assert several["gateway"]["deploy"]["replicas"] == 3
+    assert several["gateway"]["deploy"]["resources"] == one["gateway"]["deploy"]["resources"]
+    assert several["balancer"]["ports"] == one["gateway"]["ports"]
+    for key in ("init", "restart", "security_opt", "cap_drop", "logging"):
+        assert several["balancer"][key] == one["gateway"][key], key
+
+
 def test_every_image_of_a_registry_is_pinned() -> None:
-    images = compose((), "config", "--images").split()
+    images = compose(("compose.replicas.yaml",), "config", "--images").split()
     foreign = [image for image in images if not image.startswith("vllm-gateway")]
-    assert len(foreign) == 2
+    assert len(foreign) == 3
     assert all(":" in image and not image.endswith(":latest") for image in foreign)
 
 

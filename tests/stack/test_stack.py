@@ -20,6 +20,7 @@ from tests.stack.conftest import GATEWAY, Step, answers, wait_until
 from tests.stack.docker import (
     ROOT,
     TWO_ENGINES,
+    TWO_GATEWAYS,
     Docker,
     DockerError,
     kill_container,
@@ -341,6 +342,31 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
         wait_until("refused", lambda: predict(questions, key=key).status_code == 401, within_s=10)
     stack.compose(*up)
     wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
+
+
+# --- two gateways ---
+
+
+def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step) -> None:
+    up = ("up", "--detach", "--no-build", "--wait")
+    with step("compose.replicas.yaml: two gateways and a balancer"):
+        stack.compose(*up, files=TWO_GATEWAYS, timeout_s=120)
+    try:
+        wait_until("the balancer found them", lambda: answers(f"{GATEWAY}/readyz"), within_s=20)
+        questions, known = read_pairs(40)
+        answered = [predict([question]).json()["response"] for question in questions]
+        right = sum(given == [want] for given, want in zip(answered, known, strict=True))
+        assert right > 30
+        served = 'count(gateway_requests_total{job="gateway",route="/predict"} >= 10)'
+        wait_until("both served", lambda: value_of(stack, served) == 2, within_s=30)
+        test_stream_comes_through_the_published_port(stack)
+
+        kill_container(stack, "vllm-gateway-gateway-2")
+        assert [predict([question]).status_code for question in questions] == [200] * 40
+    finally:
+        stack.compose("rm", "--stop", "--force", "balancer", files=TWO_GATEWAYS)
+        stack.compose(*up, timeout_s=120)
+    assert predict(questions[:1]).status_code == 200
 
 
 # --- two engines ---

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import signal
 import sys
 from collections.abc import Sequence
+
+from common.version import read_version
 
 COMMANDS = {
     "grade": ("lab.grade.run_grade", "scores, speed and faults of a server, as the judge sees it"),
@@ -35,18 +36,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lab", description="Measures and judges.")
-    parser.add_argument("--version", action="version", version=read_version())
+    parser.add_argument("--version", action="version", version=f"vllm-lab {read_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, meaning) in COMMANDS.items():
         commands.add_parser(name, help=meaning)
     return parser
-
-
-def read_version() -> str:
-    try:
-        return importlib.metadata.version("vllm-gateway")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

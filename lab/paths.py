@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common import demo
+
 # The checkout, or the folder that an installed wheel lies in.
 ROOT = Path(__file__).resolve().parent.parent
-DEMO_QUESTIONS = ROOT / "demo" / "questions.jsonl"
+DEMO_QUESTIONS = demo.QUESTIONS
 OUT = Path("out")

@@ -83,8 +83,7 @@ def test_wheel_holds_no_test_no_script_and_no_page_of_the_docs(wheel: Path) -> N
 
 
 def test_every_package_says_that_it_is_typed() -> None:
-    there = [name for name in PACKAGES if (ROOT / name / "__init__.py").is_file()]
-    assert [name for name in there if not (ROOT / name / "py.typed").is_file()] == []
+    assert [name for name in PACKAGES if not (ROOT / name / "py.typed").is_file()] == []
 
 
 def test_version_is_that_of_the_newest_entry_of_the_changelog() -> None:
@@ -99,16 +98,23 @@ def test_version_is_that_of_the_newest_entry_of_the_changelog() -> None:
 
 
 def test_packages_come_from_the_wheel(commands: Path, tmp_path: Path) -> None:
-    code = "import common, gateway, launcher; print(common.__file__, gateway.__file__)"
+    code = "import gateway, lab; print(gateway.__file__, lab.__file__)"
     found = run(commands / "python", "-c", code, folder=tmp_path).split()
     assert [Path(path).is_relative_to(commands.parent) for path in found] == [True, True]
 
 
-@pytest.mark.parametrize("words", [("vllm-gateway",), ("python", "-m", "gateway")], ids=" ".join)
-def test_version_is_said(commands: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("program", ["gateway", "lab"])
+def test_version_is_said(commands: Path, tmp_path: Path, program: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    said = run(commands / words[0], *words[1:], "--version", folder=tmp_path)
-    assert said == f"{words[0].replace('python', 'vllm-gateway')} {project['version']}\n"
+    for words in ([f"vllm-{program}"], ["python", "-m", program]):
+        said = run(commands / words[0], *words[1:], "--version", folder=tmp_path)
+        assert said == f"vllm-{program} {project['version']}\n"
+
+
+def test_lab_lists_its_commands(commands: Path, tmp_path: Path) -> None:
+    assert "selftest" in run(commands / "vllm-lab", "--help", folder=tmp_path)
+    for command in ("grade", "bench", "selftest", "load"):
+        run(commands / "vllm-lab", command, "--help", folder=tmp_path)
 
 
 def test_launcher_explains_a_gpu_that_is_not_here(commands: Path, tmp_path: Path) -> None:

@@ -36,10 +36,8 @@ from launcher.plan.prepare import Prepared
 log = structlog.get_logger("launcher")
 
 
-async def run(prepared: Prepared, *, with_gateway: bool) -> int:
+async def run(prepared: Prepared, output: Output, *, with_gateway: bool) -> int:
     settings = prepared.settings
-    output = Output(settings.log_format, settings.engine_log)
-    output.configure_structlog()
     make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
     with hold_state(settings.state_path):
         for name in ("engine", "gateway"):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
-import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
+from structlog.typing import EventDict, WrappedLogger
 
+from common.logs import configure_logging, is_for_people
 from launcher.engine import log as engine_log
 
 _COLOURS = {"launcher": "\x1b[1m", "engine": "\x1b[36m", "gateway": "\x1b[35m"}
@@ -27,32 +29,42 @@ _FILES_KEPT = 4
 _SHOWN_PER_S = 300
 
 
+class LenientStream(io.TextIOBase):
+    """A closed terminal must not end the engine."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
 class Output:
     """Standard error, for all programs together: `engine   | …`, or one JSON object a line."""
 
     def __init__(self, log_format: str, engine_log_mode: str, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = cast("TextIO", LenientStream(stream or sys.stderr))
         self.is_terminal = self._stream.isatty()
-        self.is_json = log_format == "json" or (log_format == "auto" and not self.is_terminal)
+        self.is_json = not is_for_people(log_format, self._stream)
         self._engine_log_mode = engine_log_mode
         self._second = 0
         self._shown = 0
         self._hidden = 0
 
-    def configure_structlog(self, *, quiet: bool = False) -> None:
-        least = logging.ERROR if quiet else logging.INFO
-        structlog.configure(
-            wrapper_class=structlog.make_filtering_bound_logger(least),
-            processors=[
-                structlog.processors.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-                self._render,
-            ],
-            logger_factory=_SilentLogger,
-            cache_logger_on_first_use=False,
-        )
-        logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)
+    def configure_logging(self, level: str = "info") -> None:
+        """The launcher's own events, and what its libraries log."""
+        log_format = "json" if self.is_json else "console"
+        console = self._render_event
+        configure_logging("launcher", log_format, level, stream=self._stream, console=console)
 
     def announce(self, text: str) -> None:
         """The one line for who waits, on standard output."""
@@ -72,18 +84,15 @@ class Output:
             return
         head = {"timestamp": _now(), "source": source, "level": "info", "event": "line"}
         row = _parse_object(line) or {"stream": stream, **engine_log.split_line(line)}
-        self._write_json(head | row)
+        self._write(json.dumps(head | row, ensure_ascii=False, default=str))
 
-    def _render(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
-        at, level, name = event.pop("timestamp"), event.pop("level"), event.pop("event")
-        if self.is_json:
-            head = {"timestamp": at, "source": "launcher", "level": level, "event": name}
-            self._write_json({**head, **event})
-        else:
-            words = [f"{key}={value}" for key, value in event.items()]
-            loud = f"{level.upper()} " if level not in ("info", "debug") else ""
-            self._write(self._prefix("launcher") + " ".join([f"{loud}{name}", *words]))
-        return ""
+    def _render_event(self, _logger: WrappedLogger, method: str, event: EventDict) -> str:
+        """For people, whose terminal has room for no time."""
+        event = structlog.processors.format_exc_info(None, method, event)
+        level, name = event.pop("level"), event.pop("event")
+        words = [f"{key}={value}" for key, value in event.items() if key != "timestamp"]
+        loud = f"{level.upper()} " if level not in ("info", "debug") else ""
+        return self._prefix("launcher") + " ".join([f"{loud}{name}", *words])
 
     def _wants(self, line: str) -> bool:
         if self._engine_log_mode == "requests" and engine_log.is_request(line):
@@ -107,13 +116,9 @@ class Output:
         label = f"{source:<8} | "
         return f"{_COLOURS.get(source, '')}{label}{_RESET}" if self.is_terminal else label
 
-    def _write_json(self, row: dict[str, Any]) -> None:
-        self._write(json.dumps(row, ensure_ascii=False, default=str))
-
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not end the engine
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
 
 @contextlib.contextmanager
@@ -178,31 +183,6 @@ class LineLog:
         for newer, older in reversed(list(itertools.pairwise(names))):
             if self.path.with_name(newer).is_file():
                 self.path.with_name(newer).replace(self.path.with_name(older))
-
-
-class _LibraryHandler(logging.Handler):
-    """What libraries log, in the same form as everything else."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger("launcher").log(
-            min(record.levelno // 10 * 10, logging.CRITICAL),
-            "library_line",
-            logger=record.name,
-            message=record.getMessage(),
-            exc_info=record.exc_info,
-        )
-
-
-class _SilentLogger:
-    """What structlog hands the rendered line to; `_render` has written it already."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def msg(self, _text: str) -> None:
-        pass
-
-    debug = info = warning = error = msg
 
 
 def _now() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import re
 from dataclasses import dataclass
@@ -12,14 +11,9 @@ from typing import Any
 
 from common.errors import SettingsError
 from launcher.config import DEMO_MODEL, Settings
-from launcher.models.files import NOT_WEIGHTS, is_complete, is_described
+from launcher.models.hub import fetch_model
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# What `explain` needs of a model: its shape, and how it is told to write.
-_DESCRIPTION = [
-    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template*",
-    "additional_chat_templates/*",
-]  # fmt: skip
 # Weights per element, packed scales included, by the checkpoint's own quantisation.
 _QUANT_BYTES = {"fp8": 1.0, "awq": 0.56, "gptq": 0.56, "bitsandbytes": 0.56}
 
@@ -177,58 +171,4 @@ def _find_folder(settings: Settings, *, config_only: bool) -> Path:
         raise SettingsError(
             f"model: there is no folder {settings.model!r}, and it is no hub's name"
         )
-    if settings.hub == "modelscope":
-        return _fetch_modelscope(settings.model, config_only=config_only)
-    return _fetch_huggingface(settings.model, config_only=config_only)
-
-
-def _fetch_huggingface(name: str, *, config_only: bool) -> Path:
-    # Imported late: `--help` should not wait for it.
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    try:
-        if config_only:
-            return Path(snapshot_download(name, allow_patterns=_DESCRIPTION))
-        try:
-            here = Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            here = Path()
-        if is_complete(here):
-            return here
-        here = Path(snapshot_download(name, ignore_patterns=NOT_WEIGHTS))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise SettingsError(f"model: cannot get {name} from Hugging Face: {_line(error)}") from None
-    if not is_complete(here):  # it falls back to what is here when the hub cannot be reached
-        raise SettingsError(
-            f"model: the copy of {name} here is incomplete, and Hugging Face cannot be reached"
-        )
-    return here
-
-
-def _fetch_modelscope(name: str, *, config_only: bool) -> Path:
-    try:
-        modelscope = importlib.import_module("modelscope")
-    except ImportError:
-        raise SettingsError(
-            "model: LAUNCHER_HUB=modelscope needs its package: pip install modelscope"
-        ) from None
-    wanted = {"allow_patterns": _DESCRIPTION} if config_only else {"ignore_patterns": NOT_WEIGHTS}
-    is_enough = is_described if config_only else is_complete
-    with contextlib.suppress(Exception):  # plain ValueErrors for "not here yet"
-        here = Path(modelscope.snapshot_download(name, local_files_only=True))
-        if is_enough(here):
-            return here
-    try:
-        here = Path(modelscope.snapshot_download(name, **wanted))
-    except Exception as error:  # noqa: BLE001  (no tree of its own to catch)
-        raise SettingsError(f"model: cannot get {name} from ModelScope: {_line(error)}") from None
-    if not is_enough(here):
-        raise SettingsError(f"model: ModelScope's copy of {name} in {here} is incomplete")
-    return here
-
-
-def _line(error: Exception) -> str:
-    """The first line, and of a failed connection only whose it was."""
-    text = str(error).strip().partition("\n")[0].partition(": Max retries exceeded")[0]
-    return text or type(error).__name__
+    return fetch_model(settings.model, settings.hub, config_only=config_only)

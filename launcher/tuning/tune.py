@@ -130,7 +130,6 @@ def pick(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:
 
 
 def tune(settings: TuneSettings, say: Say) -> int:
-    Output(settings.log_format, "none").configure_structlog(quiet=True)
     bench = Bench.prepare(settings)
     candidates = list_candidates(bench.device, bench.plan(Candidate(_SHIPPED, "", "")))
     candidates = pick(candidates, settings.tune_only.split())

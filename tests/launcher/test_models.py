@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 
 from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.models.model import Model, Shape, find_model, read_shape
+from launcher.models.retrying import may_pass
+from tests.launcher.fake_hub import FakeHub, serve_hub
 from tests.launcher.programs import MODEL, Launcher, running
 from tests.launcher.test_explain import call
 
@@ -69,7 +73,90 @@ def test_hub_model_cut_off_while_loading_is_fetched_again(tmp_path: Path) -> Non
     launcher = Launcher(tmp_path, settings={**settings, "LAUNCHER_MODEL": "some/model"})
     code, _, err = call(launcher, "serve")
     assert code == 2
-    assert "the copy of some/model here is incomplete" in err
+    assert "the copy of some/model here is incomplete" in err.splitlines()[-1]
+
+
+def hub_launcher(folder: Path, hub: FakeHub) -> Launcher:
+    settings = {"HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub.url}
+    return Launcher(folder, settings={**settings, "LAUNCHER_MODEL": "some/model"})
+
+
+def read_files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in MODEL.iterdir() if path.is_file()}
+
+
+def test_hub_that_fails_twice_is_asked_again_and_each_time_told(tmp_path: Path) -> None:
+    with serve_hub(FakeHub(read_files(), failures=[502, 0])) as hub:
+        launcher = hub_launcher(tmp_path, hub)
+        with running(launcher):
+            launcher.wait_state("ready")
+            assert launcher.status()["model"] == "some/model"
+    told = [line for line in launcher.err.splitlines() if "WARNING model_fetch_failed" in line]
+    assert len(told) == 2
+    assert "502" in told[0]
+    pauses = [float(line.rpartition("retry_in_s=")[2]) for line in told]
+    assert 1 <= pauses[0] <= 2 <= pauses[1] <= 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_hub_that_refuses_is_not_asked_again(tmp_path: Path, status: int) -> None:
+    with serve_hub(FakeHub({}, failures=[status] * 9)) as hub:
+        code, _, err = call(hub_launcher(tmp_path, hub), "serve")
+        assert len(hub.asked) == 1
+    (line,) = err.splitlines()
+    assert code == 2
+    assert line.startswith("launcher: model: cannot get some/model from Hugging Face: ")
+
+
+def test_hub_that_stays_away_is_given_up(tmp_path: Path) -> None:
+    with serve_hub(FakeHub({}, failures=[503] * 99)) as hub:
+        code, _, err = call(hub_launcher(tmp_path, hub), "serve")
+    *told, last = err.splitlines()
+    assert code == 2
+    assert len(told) == 3
+    assert all("WARNING model_fetch_failed" in line for line in told)
+    assert last.startswith("launcher: model: cannot get some/model from Hugging Face: ")
+
+
+def test_hub_whose_model_has_no_weights_is_one_line(tmp_path: Path) -> None:
+    files = {name: body for name, body in read_files().items() if "safetensors" not in name}
+    with serve_hub(FakeHub(files)) as hub:
+        code, _, err = call(hub_launcher(tmp_path, hub), "serve")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("Hugging Face has as some/model is no model with weights")
+
+
+def test_hub_told_to_be_left_alone_is_not_asked(tmp_path: Path) -> None:
+    put_into_cache(tmp_path / "hf", "some/model", is_whole=False)
+    with serve_hub(FakeHub({})) as hub:
+        launcher = hub_launcher(tmp_path, hub)
+        launcher.settings["HF_HUB_OFFLINE"] = "1"
+        code, _, err = call(launcher, "serve")
+        assert hub.asked == []
+    (line,) = err.splitlines()
+    assert code == 2
+    assert "the copy of some/model here is incomplete" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (httpx.ReadTimeout("slow"), True),
+        (OSError("[E1020] Connection failed"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (ValueError("no such file"), False),
+    ],
+)
+def test_failures_that_may_pass_are_told_from_those_that_stay(
+    error: Exception, expected: bool
+) -> None:
+    assert may_pass(error) is expected
+    wrapped = FileNotFoundError("not here, and the hub is out of reach")
+    wrapped.__cause__ = error
+    assert may_pass(wrapped) is expected
 
 
 # The part of modelscope's API that is used, as 1.40 has it: a folder for a name, or an exception.
@@ -159,15 +246,16 @@ def test_modelscope_cut_off_model_is_fetched_again(modelscope: Launcher) -> None
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
-def test_modelscope_out_of_reach_is_one_line(modelscope: Launcher, is_begun: bool) -> None:
+def test_modelscope_out_of_reach_is_told_and_given_up(modelscope: Launcher, is_begun: bool) -> None:
     if is_begun:
         put_modelscope(modelscope, is_whole=False)
     code, _, err = call(modelscope, "serve")
+    *told, last = err.splitlines()
+    why = "[E1020] Connection failed: Pool(host='hub')"
     assert code == 2
-    assert err == (
-        "launcher: model: cannot get some/model from ModelScope: "
-        "[E1020] Connection failed: Pool(host='hub')\n"
-    )
+    assert last == f"launcher: model: cannot get some/model from ModelScope: {why}"
+    assert len(told) == 3
+    assert all(f"WARNING model_fetch_failed why={why} retry_in_s=" in line for line in told)
 
 
 def test_modelscope_that_fetches_half_is_one_line(modelscope: Launcher, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import httpx
 
 from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.engine import log as engine_log
+from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess
 from launcher.plan.command import leash
 from launcher.plan.plan import Plan
@@ -65,8 +67,7 @@ class Gateway:
 
     async def warm(self) -> None:
         await self._engine_ready.wait()  # before that, asking would only fill its log
-        while not await self._answers("/readyz"):  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)
+        await poll(partial(self._answers, "/readyz"), pause_s=_POLL_S)
 
     async def watch(self, child: ChildProcess) -> str:
         # It has no state worth judging from outside; its crash is noticed, its slowness is load.

@@ -20,6 +20,7 @@ import structlog
 
 from common.errors import ProgramError, SettingsError
 from launcher.engine.output import LineLog, Output, keeping
+from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, end_leftovers, forget_record, write_record
 from launcher.errors import CrashLoop, NeverReady
 
@@ -204,8 +205,7 @@ class Supervisor:
     async def _become_ready(self, began: float) -> str:
         try:
             async with asyncio.timeout(self._program.start_timeout_s):
-                while not await self._program.is_up():  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_S)
+                await poll(self._program.is_up, pause_s=_POLL_S)
                 self._set_state("warming")
                 await self._program.warm()
         except TimeoutError:

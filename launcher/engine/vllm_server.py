@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -16,6 +17,7 @@ from launcher.config import Settings
 from launcher.engine import log as engine_log
 from launcher.engine.log import Progress
 from launcher.engine.output import LineLog
+from launcher.engine.polling import poll
 from launcher.engine.probe import Activity, EngineProbe
 from launcher.engine.process import ChildProcess
 from launcher.plan.command import EngineCommand, engine_environment, leash
@@ -71,8 +73,7 @@ class Engine:
         return await self._probe.is_up()
 
     async def warm(self) -> None:
-        while not await self._probe.ask_one_token(self.start_timeout_s):  # noqa: ASYNC110
-            await asyncio.sleep(_RETRY_S)
+        await poll(partial(self._probe.ask_one_token, self.start_timeout_s), pause_s=_RETRY_S)
         self._first_activity = await self._probe.read_activity()
 
     async def watch(self, child: ChildProcess) -> str:
@@ -91,8 +92,7 @@ class Engine:
     async def _find_activity(self, interval_s: float) -> Activity:
         """Without counters (`disable-log-stats`) busy and hung look the same; one look may fail."""
         log.warning("watchdog_off", why="the engine publishes no counters")
-        while not (activity := await self._probe.read_activity()):  # noqa: ASYNC110
-            await asyncio.sleep(interval_s)
+        activity = await poll(self._probe.read_activity, pause_s=interval_s)
         log.info("watchdog_on")
         return activity
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
+import logging
+import logging.handlers
 import sys
 import time
 from collections import deque
@@ -24,7 +25,7 @@ _COLOURS = {"launcher": "\x1b[1m", "engine": "\x1b[36m", "gateway": "\x1b[35m"}
 _RESET = "\x1b[0m"
 _RING_LINES = 400
 _FILE_BYTES = 10 * 2**20
-_FILES_KEPT = 4
+_OLD_FILES_KEPT = 3
 # A program that floods its log is kept in full in the file, not on the terminal.
 _SHOWN_PER_S = 300
 
@@ -139,50 +140,45 @@ class LineLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._ring: deque[tuple[float, str, str]] = deque(maxlen=_RING_LINES)
-        self._file: TextIO | None = None
-        self._size = 0
-        self._is_failing = False
+        self._ring: deque[tuple[float, str]] = deque(maxlen=_RING_LINES)
+        self._file = _LineFile(path)
 
-    def add(self, stream: str, line: str) -> None:
-        self._ring.append((time.monotonic(), stream, line))
-        try:
-            self._keep(line)
-            self._is_failing = False
-        except OSError as error:
-            self.close()
-            if not self._is_failing:
-                warn_not_kept(self.path, error)
-            self._is_failing = True
+    def add(self, line: str) -> None:
+        self._ring.append((time.monotonic(), line))
+        self._file.handle(logging.makeLogRecord({"msg": f"{_now()} {line}"}))
 
     def tail(self, count: int, *, since: float = 0.0) -> list[str]:
-        lines = [line for at, _stream, line in self._ring if at >= since]
-        return lines[-count:]
+        return [line for at, line in self._ring if at >= since][-count:]
 
     def close(self) -> None:
-        file, self._file = self._file, None
+        self._file.close()
+
+
+class _LineFile(logging.handlers.RotatingFileHandler):
+    """A disk that is full is told once, and tried again with each line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path, maxBytes=_FILE_BYTES, backupCount=_OLD_FILES_KEPT, encoding="utf-8", delay=True
+        )
+        self._error: OSError | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before, self._error = self._error, None
+        super().emit(record)
+        if self._error and not before:
+            warn_not_kept(Path(self.baseFilename), self._error)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._error = error
+        file, self.stream = self.stream, None
         if file:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # what it has not written yet
                 file.close()
-
-    def _keep(self, line: str) -> None:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-            self._size = self.path.stat().st_size
-        text = f"{_now()} {line}\n"
-        self._file.write(text)
-        self._file.flush()
-        self._size += len(text)
-        if self._size > _FILE_BYTES:
-            self._rotate()
-
-    def _rotate(self) -> None:
-        self.close()
-        names = [self.path.name, *(f"{self.path.name}.{n}" for n in range(1, _FILES_KEPT))]
-        for newer, older in reversed(list(itertools.pairwise(names))):
-            if self.path.with_name(newer).is_file():
-                self.path.with_name(newer).replace(self.path.with_name(older))
 
 
 def _now() -> str:

@@ -284,7 +284,7 @@ class Supervisor:
         self._members |= {member.pid: member.name for member in child.members()}
 
     def _take_line(self, stream: str, line: str) -> None:
-        self.lines.add(stream, line)
+        self.lines.add(line)
         self._program.read_line(line)
         self._output.show_line(self._program.name, stream, line)
 

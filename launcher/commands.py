@@ -17,7 +17,7 @@ from launcher.config import (
     load_settings,
 )
 from launcher.doctor import run_doctor
-from launcher.engine.output import Output
+from launcher.engine.terminal import Output
 from launcher.explain import explain
 from launcher.plan.prepare import prepare
 from launcher.session import run

@@ -19,10 +19,10 @@ from launcher.plan.command import (
     find_vllm,
 )
 from launcher.plan.compile_cache import describe_cache
+from launcher.plan.engine_plan import Choice, Plan
 from launcher.plan.fingerprint import take_fingerprint
 from launcher.plan.flags import Flags, read_flags, read_shipped_flags
 from launcher.plan.hardware import GIB, parse_device
-from launcher.plan.plan import Choice, Plan
 from launcher.plan.prepare import decide
 
 

@@ -13,11 +13,11 @@ import httpx
 
 from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.engine import log as engine_log
+from launcher.engine import vllm_log
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess
 from launcher.plan.command import leash
-from launcher.plan.plan import Plan
+from launcher.plan.engine_plan import Plan
 
 _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
@@ -60,7 +60,7 @@ class Gateway:
         """Its lines are shown as they are."""
 
     def find_cause(self, lines: Sequence[str]) -> str:
-        return engine_log.find_cause(lines)
+        return vllm_log.find_cause(lines)
 
     async def is_up(self) -> bool:
         return await self._answers("/healthz")

@@ -22,11 +22,11 @@ import structlog
 from common.errors import SettingsError
 from launcher.config import DEMO_MODEL, Settings
 from launcher.engine.crash_card import CrashCards
-from launcher.engine.output import Output, keeping
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
 from launcher.engine.status import StatusSource, serve_status
 from launcher.engine.supervisor import RestartRule, Supervisor
+from launcher.engine.terminal import Output, keeping
 from launcher.engine.vllm_server import Engine
 from launcher.gateway_process import Gateway, check_gateway
 from launcher.plan.compile_cache import note_start

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.engine.output import keeping
 from launcher.engine.supervisor import Ending, Standing
+from launcher.engine.terminal import keeping
 from launcher.engine.vllm_server import Engine
 from launcher.plan.command import EngineCommand
 from launcher.plan.hardware import ask_gpus

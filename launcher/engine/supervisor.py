@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import structlog
 
 from common.errors import ProgramError, SettingsError
-from launcher.engine.output import LineLog, Output, keeping
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, end_leftovers, forget_record, write_record
+from launcher.engine.terminal import LineLog, Output, keeping
 from launcher.errors import CrashLoop, NeverReady
 
 log = structlog.get_logger("launcher")

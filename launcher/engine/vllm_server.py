@@ -14,12 +14,12 @@ from pathlib import Path
 import structlog
 
 from launcher.config import Settings
-from launcher.engine import log as engine_log
-from launcher.engine.log import Progress
-from launcher.engine.output import LineLog
+from launcher.engine import vllm_log
 from launcher.engine.polling import poll
 from launcher.engine.probe import Activity, EngineProbe
 from launcher.engine.process import ChildProcess
+from launcher.engine.terminal import LineLog
+from launcher.engine.vllm_log import Progress
 from launcher.plan.command import EngineCommand, engine_environment, leash
 
 log = structlog.get_logger("launcher")
@@ -56,14 +56,14 @@ class Engine:
         return argv, engine_environment(command, os.environ)
 
     def read_line(self, line: str) -> None:
-        if killed := engine_log.find_killed_child(line):
+        if killed := vllm_log.find_killed_child(line):
             self.killed_children.append(killed)
-        progress = engine_log.read_progress(line)
+        progress = vllm_log.read_progress(line)
         if progress and progress != self.progress:
             self._show(progress)
 
     def find_cause(self, lines: Sequence[str]) -> str:
-        cause = engine_log.find_cause(lines)
+        cause = vllm_log.find_cause(lines)
         if not self.killed_children:
             return cause
         pid, name = self.killed_children[0]

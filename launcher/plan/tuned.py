@@ -11,9 +11,9 @@ from typing import Any
 from common.errors import SettingsError
 from launcher.models.model import Model
 from launcher.plan.command import InstalledVllm
+from launcher.plan.engine_plan import Choice
 from launcher.plan.fingerprint import take_host_key
 from launcher.plan.hardware import Device
-from launcher.plan.plan import Choice
 
 # What is tuned is the course's batch; on a CPU the profile `cpu` serves it.
 _USED_BY = ("course", "cpu")

@@ -26,17 +26,17 @@ import httpx
 from common.errors import ProgramError, SettingsError
 from common.settings import suggest
 from launcher.config import TuneSettings
-from launcher.engine.output import Output
 from launcher.engine.probe import EngineProbe
 from launcher.engine.supervisor import RestartRule, Supervisor
+from launcher.engine.terminal import Output
 from launcher.engine.vllm_server import Engine
 from launcher.errors import NeverReady
 from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, build_command, find_vllm
+from launcher.plan.engine_plan import Choice, Plan, build_plan, choose_profile, parse_overrides
 from launcher.plan.fingerprint import take_host_key
 from launcher.plan.flags import Flags, read_flags
 from launcher.plan.hardware import Device, count_cores, find_device
-from launcher.plan.plan import Choice, Plan, build_plan, choose_profile, parse_overrides
 from launcher.plan.tuned import write_tuned
 from launcher.session import Listener, hold_state
 from launcher.tuning.rouge import mean_rouge_l

@@ -12,9 +12,9 @@ from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.models.families import find_rows, list_rows
 from launcher.models.model import Model, find_model, read_chat_template
+from launcher.plan.engine_plan import Choice, Plan, build_plan, parse_overrides
 from launcher.plan.flags import Flags, read_shipped_flags
 from launcher.plan.hardware import parse_device
-from launcher.plan.plan import Choice, Plan, build_plan, parse_overrides
 
 MODELS = Path(__file__).parent / "models"
 FLAGS = read_shipped_flags()

@@ -14,9 +14,9 @@ import pytest
 from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.plan.command import InstalledVllm, build_command
+from launcher.plan.engine_plan import NAMES, build_plan, parse_overrides
 from launcher.plan.flags import Flags, list_changes, read_flags, read_shipped_flags
 from launcher.plan.hardware import parse_device
-from launcher.plan.plan import NAMES, build_plan, parse_overrides
 from tests.launcher.test_profiles import GPUS, MODELS, make_command, make_plan, read_model
 
 DATA = Path(__file__).parent / "vllm_flags.toml"

@@ -21,9 +21,9 @@ from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
+from launcher.plan.engine_plan import NAMES, Plan, build_plan, parse_overrides
 from launcher.plan.flags import Flags, read_shipped_flags, try_commands
 from launcher.plan.hardware import GIB, Device, list_gpus, parse_device
-from launcher.plan.plan import NAMES, Plan, build_plan, parse_overrides
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -44,7 +44,7 @@ def make_plan(
     profile: str, gpu: str, model: str, *pairs: str, monkeypatch: pytest.MonkeyPatch | None = None
 ) -> Plan:
     if monkeypatch:
-        monkeypatch.setattr("launcher.plan.plan.read_cpu", lambda: HOST)
+        monkeypatch.setattr("launcher.plan.engine_plan.read_cpu", lambda: HOST)
     overrides = parse_overrides(pairs, FLAGS)
     device = HOST if gpu == "cpu" else parse_device(gpu)
     return build_plan(profile, device, read_model(model), FLAGS, overrides=overrides)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.plan.command import build_arguments
+from launcher.plan.engine_plan import Choice, build_plan
 from launcher.plan.flags import read_shipped_flags, try_commands
 from launcher.plan.hardware import parse_device
-from launcher.plan.plan import Choice, build_plan
 from launcher.tuning.rouge import mean_rouge_l, rouge_l
 from launcher.tuning.tune import Candidate, Result, choose, combine, list_candidates
 from tests.launcher.programs import Launcher, running, wait_for

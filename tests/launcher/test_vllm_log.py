@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.engine.log import (
+from launcher.engine.vllm_log import (
     Progress,
     find_cause,
     find_killed_child,

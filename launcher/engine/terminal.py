@@ -19,7 +19,7 @@ import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 from common.logs import configure_logging, is_for_people
-from launcher.engine import log as engine_log
+from launcher.engine import vllm_log
 
 _COLOURS = {"launcher": "\x1b[1m", "engine": "\x1b[36m", "gateway": "\x1b[35m"}
 _RESET = "\x1b[0m"
@@ -80,11 +80,11 @@ class Output:
         if not self._may_show():
             return
         if not self.is_json:
-            shown = line if self.is_terminal else engine_log.clean(line)
+            shown = line if self.is_terminal else vllm_log.clean(line)
             self._write(self._prefix(source) + shown)
             return
         head = {"timestamp": _now(), "source": source, "level": "info", "event": "line"}
-        row = _parse_object(line) or {"stream": stream, **engine_log.split_line(line)}
+        row = _parse_object(line) or {"stream": stream, **vllm_log.split_line(line)}
         self._write(json.dumps(head | row, ensure_ascii=False, default=str))
 
     def _render_event(self, _logger: WrappedLogger, method: str, event: EventDict) -> str:
@@ -96,10 +96,10 @@ class Output:
         return self._prefix("launcher") + " ".join([f"{loud}{name}", *words])
 
     def _wants(self, line: str) -> bool:
-        if self._engine_log_mode == "requests" and engine_log.is_request(line):
+        if self._engine_log_mode == "requests" and vllm_log.is_request(line):
             return True
         if self._engine_log_mode in ("short", "requests"):
-            return not engine_log.is_noise(line)
+            return not vllm_log.is_noise(line)
         return self._engine_log_mode == "all"
 
     def _may_show(self) -> bool:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engine import output
-from launcher.engine.output import LineLog
+from launcher.engine import terminal
+from launcher.engine.terminal import LineLog
 
 
 def test_line_log_is_rotated_and_keeps_the_newest_in_four_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "_FILE_BYTES", 1_000)
+    monkeypatch.setattr(terminal, "_FILE_BYTES", 1_000)
     log = LineLog(tmp_path / "engine.log")
     for number in range(100):
         log.add(f"line {number:03} {'x' * 50}")

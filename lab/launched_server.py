@@ -17,7 +17,7 @@ import httpx
 
 from common.json_text import mend, parse_json
 from lab.grade.judge import Problem
-from launcher.plan.command import leash
+from launcher.engine.process import bind_to_parent
 
 _STOP_TIMEOUT_S = 120.0
 _TAIL_LINES = 12
@@ -78,7 +78,7 @@ def start_server(order: Order, log_path: Path) -> Iterator[Started]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            leash("launcher", *order.words(), kill_s=_STOP_TIMEOUT_S),
+            bind_to_parent("launcher", *order.words(), kill_s=_STOP_TIMEOUT_S),
             stdout=log,
             stderr=log,
             env={**os.environ, **order.environment},

@@ -17,7 +17,7 @@ from launcher.config import (
     load_settings,
 )
 from launcher.doctor import run_doctor
-from launcher.engine.terminal import Output
+from launcher.engine.terminal import Terminal
 from launcher.explain import explain
 from launcher.plan.prepare import prepare
 from launcher.session import run
@@ -48,8 +48,8 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def _dispatch(command: str, settings: Settings) -> int:
-    output = Output(settings.log_format, settings.engine_log)
-    output.configure_logging("warning" if command == "tune" else "info")
+    terminal = Terminal(settings.log_format, settings.engine_log)
+    terminal.configure_logging("warning" if command == "tune" else "info")
     if isinstance(settings, ExplainSettings):
         print(explain(settings, as_json=settings.json_output))
         return 0
@@ -57,4 +57,4 @@ def _dispatch(command: str, settings: Settings) -> int:
         return run_doctor(settings, print)
     if isinstance(settings, TuneSettings):
         return tune(settings, partial(print, flush=True))  # minutes between two lines
-    return asyncio.run(run(prepare(settings), output, with_gateway=command == "up"))
+    return asyncio.run(run(prepare(settings), terminal, with_gateway=command == "up"))

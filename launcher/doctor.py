@@ -14,14 +14,14 @@ from pathlib import Path
 from common.errors import ProgramError, SettingsError
 from launcher.config import Settings
 from launcher.gateway_process import check_gateway
+from launcher.host_resources import list_listeners
 from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
-from launcher.plan.engine_plan import Plan
+from launcher.plan.engine_plan import EnginePlan
 from launcher.plan.fingerprint import read_version
 from launcher.plan.flags import Flags, find_change, read_flags, try_commands
 from launcher.plan.hardware import GIB, Device, find_device
 from launcher.plan.prepare import decide
-from launcher.session import list_listeners
 
 _MIN_FILES = 4096  # a batch of 358 separate calls is 358 sockets, twice
 _MIN_DISK_BYTES = 2 * GIB
@@ -50,7 +50,7 @@ class Doctor:
         self._flags: Flags | None = None
         self._device: Device | None = None
         self._model: Model | None = None
-        self._plan: Plan | None = None
+        self._plan: EnginePlan | None = None
 
     def examine(self) -> Iterator[Finding]:
         checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (

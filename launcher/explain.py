@@ -19,7 +19,7 @@ from launcher.plan.command import (
     find_vllm,
 )
 from launcher.plan.compile_cache import describe_cache
-from launcher.plan.engine_plan import Choice, Plan
+from launcher.plan.engine_plan import EngineOption, EnginePlan
 from launcher.plan.fingerprint import take_fingerprint
 from launcher.plan.flags import Flags, read_flags, read_shipped_flags
 from launcher.plan.hardware import GIB, parse_device
@@ -51,7 +51,7 @@ def _find_vllm_or_shipped(settings: Settings) -> tuple[InstalledVllm, Flags]:
 
 
 def _gather(
-    settings: Settings, vllm: InstalledVllm, flags: Flags, plan: Plan, command: EngineCommand
+    settings: Settings, vllm: InstalledVllm, flags: Flags, plan: EnginePlan, command: EngineCommand
 ) -> dict[str, Any]:
     options, environment = adapt(plan, settings, flags)
     exported = engine_environment(command, {})
@@ -85,11 +85,11 @@ def _gather(
     }
 
 
-def take_key(vllm: InstalledVllm, plan: Plan, command: EngineCommand) -> str:
+def take_key(vllm: InstalledVllm, plan: EnginePlan, command: EngineCommand) -> str:
     return take_fingerprint(vllm, plan.model, plan.device, command).name
 
 
-def _row(choice: Choice) -> dict[str, Any]:
+def _row(choice: EngineOption) -> dict[str, Any]:
     return {
         "name": choice.name,
         "value": choice.value,
@@ -99,7 +99,7 @@ def _row(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _render(facts: dict[str, Any], plan: Plan) -> str:
+def _render(facts: dict[str, Any], plan: EnginePlan) -> str:
     memory = facts["memory"]
     lines = [
         f"profile  {facts['profile']}: {facts['title']}",

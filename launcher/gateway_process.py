@@ -15,9 +15,8 @@ from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.engine import vllm_log
 from launcher.engine.polling import poll
-from launcher.engine.process import ChildProcess
-from launcher.plan.command import leash
-from launcher.plan.engine_plan import Plan
+from launcher.engine.process import ChildProcess, bind_to_parent
+from launcher.plan.engine_plan import EnginePlan
 
 _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
@@ -25,13 +24,13 @@ _QUICK_TIMEOUT_S = 5.0
 _CHECK_TIMEOUT_S = 30.0
 
 
-class Gateway:
+class GatewayProcess:
     name = "gateway"
 
     def __init__(
         self,
         settings: Settings,
-        plan: Plan,
+        plan: EnginePlan,
         client: httpx.AsyncClient,
         *,
         log_format: str,
@@ -50,7 +49,7 @@ class Gateway:
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         environment = build_environment(self._settings, self._plan, self._log_format)
         kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
-        return leash("gateway", kill_s=kill_s), environment
+        return bind_to_parent("gateway", kill_s=kill_s), environment
 
     async def has_page(self) -> bool:
         """Its own settings say whether there is one."""
@@ -89,7 +88,7 @@ class Gateway:
         return response.status_code == httpx.codes.OK
 
 
-def check_gateway(settings: Settings, plan: Plan) -> None:
+def check_gateway(settings: Settings, plan: EnginePlan) -> None:
     """Its settings are its own to judge; asked first, it costs half a second and no engine."""
     try:
         result = subprocess.run(
@@ -111,7 +110,7 @@ def check_gateway(settings: Settings, plan: Plan) -> None:
         raise SettingsError(f"the gateway cannot start: {words}")
 
 
-def build_environment(settings: Settings, plan: Plan, log_format: str) -> dict[str, str]:
+def build_environment(settings: Settings, plan: EnginePlan, log_format: str) -> dict[str, str]:
     """Its settings, as variables: what the launcher knows, under what the user exported."""
     ours = {
         "GATEWAY_HOST": settings.host,

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
-import itertools
 import json
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 import structlog
 
-from common.errors import SettingsError
 from launcher.config import DEMO_MODEL, Settings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
 from launcher.engine.status import StatusSource, serve_status
-from launcher.engine.supervisor import RestartRule, Supervisor
-from launcher.engine.terminal import Output, keeping
-from launcher.engine.vllm_server import Engine
-from launcher.gateway_process import Gateway, check_gateway
+from launcher.engine.supervisor import RestartPolicy, Supervisor
+from launcher.engine.terminal import Terminal, best_effort
+from launcher.engine.vllm_server import VllmServer
+from launcher.gateway_process import GatewayProcess, check_gateway
+from launcher.host_resources import hold_state, list_listeners, make_folder
 from launcher.plan.compile_cache import note_start
 from launcher.plan.fingerprint import read_versions
 from launcher.plan.prepare import Prepared
@@ -36,7 +32,7 @@ from launcher.plan.prepare import Prepared
 log = structlog.get_logger("launcher")
 
 
-async def run(prepared: Prepared, output: Output, *, with_gateway: bool) -> int:
+async def run(prepared: Prepared, terminal: Terminal, *, with_gateway: bool) -> int:
     settings = prepared.settings
     make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
     with hold_state(settings.state_path):
@@ -47,7 +43,7 @@ async def run(prepared: Prepared, output: Output, *, with_gateway: bool) -> int:
         if with_gateway:
             await asyncio.to_thread(check_gateway, settings, prepared.plan)
         async with _clients(prepared) as (probe, client):
-            session = Session(prepared, output, probe, client, with_gateway=with_gateway)
+            session = Session(prepared, terminal, probe, client, with_gateway=with_gateway)
             status = (settings.status_host, settings.status_port_used)
             async with serve_status(session.status_source(), *status):
                 await session.run()
@@ -60,7 +56,7 @@ class Session:
     def __init__(
         self,
         prepared: Prepared,
-        output: Output,
+        terminal: Terminal,
         probe: EngineProbe,
         client: httpx.AsyncClient,
         *,
@@ -68,28 +64,30 @@ class Session:
     ) -> None:
         settings, plan = prepared.settings, prepared.plan
         self._prepared = prepared
-        self._output = output
+        self._terminal = terminal
         self._began = time.monotonic()
-        self._rule = rule = RestartRule(
+        self._policy = policy = RestartPolicy(
             settings.restart_limit,
             settings.restart_window_s,
             settings.restart_delay_s,
             settings.restart_delay_max_s,
         )
         folder = settings.state_path
-        engine = Engine(prepared.command, settings, probe, plan.model.served_name)
+        engine = VllmServer(prepared.command, settings, probe, plan.model.served_name)
         fingerprint = prepared.fingerprint.describe()
         versions = read_versions(prepared.vllm)
         self.cards = CrashCards(folder / "crashes", prepared.command, engine, versions, fingerprint)
-        self.engine = Supervisor(engine, rule, output, folder, self.cards.add)
+        self.engine = Supervisor(engine, policy, terminal, folder, self.cards.add)
         engine.lines = self.engine.lines
         self.gateway: Supervisor | None = None
-        self._gateway: Gateway | None = None
+        self._gateway: GatewayProcess | None = None
         if with_gateway:
-            style = "json" if output.is_json else "console"
+            style = "json" if terminal.is_json else "console"
             ready = self.engine.ready
-            self._gateway = Gateway(settings, plan, client, log_format=style, engine_ready=ready)
-            self.gateway = Supervisor(self._gateway, rule, output, folder)
+            self._gateway = GatewayProcess(
+                settings, plan, client, log_format=style, engine_ready=ready
+            )
+            self.gateway = Supervisor(self._gateway, policy, terminal, folder)
         self._facts: dict[str, Any] = {
             "profile": plan.profile,
             "model": plan.model.served_name,
@@ -134,9 +132,9 @@ class Session:
         log.info("launcher_stopped")
 
     def status_source(self) -> StatusSource:
-        standings = {"engine": self.engine.standing}
+        programs = {"engine": self.engine.status}
         if self.gateway:
-            standings["gateway"] = self.gateway.standing
+            programs["gateway"] = self.gateway.status
         labels = {
             "vllm": self._prepared.vllm.version,
             "model": self._facts["model"],
@@ -145,29 +143,29 @@ class Session:
             "fingerprint": self.cards.fingerprint["name"],
         }
         return StatusSource(
-            standings,
+            programs,
             self._facts,
             labels,
             self._progress,
             lambda: self.cards.last,
-            self._rule,
+            self._policy,
             has_gpu=self._prepared.plan.device.is_gpu,
         )
 
     async def _announce(self) -> None:
         await self.engine.ready.wait()
-        seconds = self.engine.standing.start_seconds or 0.0
+        seconds = self.engine.status.start_seconds or 0.0
         settings, plan = self._prepared.settings, self._prepared.plan
-        with keeping(settings.cache_path):
+        with best_effort(settings.cache_path):
             note_start(settings.cache_path, self._prepared.fingerprint.name, seconds)
         await (self.gateway or self.engine).ready.wait()
         what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
         if not self._gateway:
-            self._output.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")
+            self._terminal.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")
             return
         body = json.dumps({"prompt": _example(settings)}, ensure_ascii=False)
         page = f" (page: {settings.gateway_url}/ui)" if await self._gateway.has_page() else ""
-        self._output.announce(
+        self._terminal.announce(
             f"{what} at {settings.gateway_url}{page}  try: curl -s {settings.gateway_url}/predict "
             f"-H 'Content-Type: application/json' -d '{body}'"
         )
@@ -192,75 +190,6 @@ class Session:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
-
-
-@dataclass(frozen=True)
-class Listener:
-    """An address that something of ours will listen on, and the setting that moves it."""
-
-    host: str
-    port: int
-    setting: str
-
-    def ensure_free(self) -> None:
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.host, self.port))
-            except OSError as error:
-                is_used = error.errno == errno.EADDRINUSE
-                other = "stop what uses it" if is_used else f"set {self.setting[:-4]}HOST"
-                raise SettingsError(
-                    f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
-                    f"{other} or set {self.setting}"
-                ) from None
-
-
-def list_listeners(settings: Settings, *, with_gateway: bool) -> list[Listener]:
-    """Refuses one port for two of them: the later one would fail when all the others run."""
-    listeners = [Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")]
-    if with_gateway:
-        listeners.append(Listener(settings.host, settings.port, "LAUNCHER_PORT"))
-    if settings.status_port_used:
-        host = settings.status_host
-        status = Listener(host, settings.status_port_used, "LAUNCHER_STATUS_PORT")
-        listeners.append(status)
-    for one, other in itertools.combinations(listeners, 2):
-        if one.port == other.port:
-            raise SettingsError(
-                f"{one.setting} and {other.setting} are both {one.port}: "
-                "each needs a port of its own"
-            )
-    return listeners
-
-
-def make_folder(path: Path, setting: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"cannot make {path} ({error.strerror}); set {setting}") from None
-
-
-@contextlib.contextmanager
-def hold_state(folder: Path) -> Iterator[None]:
-    """Two launchers with one state folder would end each other's engines."""
-    make_folder(folder, "LAUNCHER_STATE_DIR")
-    path = folder / "lock"
-    try:
-        file = path.open("w")
-    except OSError as error:
-        raise SettingsError(
-            f"cannot write {path} ({error.strerror}); set LAUNCHER_STATE_DIR"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SettingsError(
-                f"another launcher runs with {folder}; stop it or set LAUNCHER_ENGINE_PORT"
-            ) from None
-        yield
 
 
 @contextlib.asynccontextmanager

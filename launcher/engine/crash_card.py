@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.engine.supervisor import Ending, Standing
-from launcher.engine.terminal import keeping
-from launcher.engine.vllm_server import Engine
+from launcher.engine.supervisor import ExitReport, ProgramStatus
+from launcher.engine.terminal import best_effort
+from launcher.engine.vllm_server import VllmServer
 from launcher.plan.command import EngineCommand
 from launcher.plan.hardware import ask_gpus
 
@@ -27,24 +27,24 @@ class CrashCards:
 
     folder: Path
     command: EngineCommand
-    engine: Engine
+    engine: VllmServer
     versions: dict[str, str]
     fingerprint: dict[str, str]
     last: dict[str, Any] | None = field(default=None)
 
-    async def add(self, ending: Ending, standing: Standing) -> None:
+    async def add(self, report: ExitReport, status: ProgramStatus) -> None:
         now = datetime.now(UTC)
         gpus = await ask_gpus("name,memory.used,memory.total", timeout_s=_GPU_PATIENCE_S)
         self.last = {
             "time": now.isoformat(timespec="seconds"),
-            **describe_end(ending, self.engine.killed_children),
-            "cause": ending.cause,
-            "uptime_s": round(ending.uptime_s, 1),
-            "was_ready": ending.was_ready,
-            "restarts": sum(standing.restarts.values()),
-            "last_lines": ending.tail[-_LINES:],
-            "dump": ending.dump,
-            "processes": ending.members,
+            **describe_end(report, self.engine.killed_children),
+            "cause": report.cause,
+            "uptime_s": round(report.uptime_s, 1),
+            "was_ready": report.was_ready,
+            "restarts": sum(status.restarts.values()),
+            "last_lines": report.tail[-_LINES:],
+            "dump": report.dump,
+            "processes": report.members,
             "argv": self.command.argv,
             "environment": self.command.environment,
             "versions": self.versions,
@@ -54,8 +54,8 @@ class CrashCards:
             ],
             "fingerprint": self.fingerprint,
         }
-        with keeping(self.folder):
-            stem = f"{now:%Y%m%dT%H%M%S}-{int(ending.uptime_s)}"
+        with best_effort(self.folder):
+            stem = f"{now:%Y%m%dT%H%M%S}-{int(report.uptime_s)}"
             await asyncio.to_thread(self._write, stem)
 
     def _write(self, stem: str) -> None:
@@ -66,10 +66,10 @@ class CrashCards:
             old.unlink(missing_ok=True)
 
 
-def describe_end(ending: Ending, killed_children: list[tuple[int, str]]) -> dict[str, Any]:
+def describe_end(report: ExitReport, killed_children: list[tuple[int, str]]) -> dict[str, Any]:
     """Exit code or signal, of the server itself or of the worker whose death ended it."""
-    code = ending.returncode
-    names = dict(line.split(" ", 1) for line in ending.members)
+    code = report.returncode
+    names = dict(line.split(" ", 1) for line in report.members)
     children = [
         {"pid": pid, "name": names.get(str(pid), "?"), "signal": number}
         for pid, number in killed_children
@@ -77,7 +77,7 @@ def describe_end(ending: Ending, killed_children: list[tuple[int, str]]) -> dict
     own = signal.Signals(-code).name if code is not None and code < 0 else None
     first = children[0]["signal"] if children else None
     return {
-        "reason": ending.reason,
+        "reason": report.reason,
         "exit_code": code if code is not None and code >= 0 else None,
         "signal": own or first,
         "killed_children": children,

@@ -51,7 +51,7 @@ def die_with(starter: int, kill_s: float) -> None:
     with contextlib.suppress(OSError):  # a sandbox without pidfd leaves the signal alone
         death = os.pidfd_open(starter)
     if os.getppid() != starter:  # it died before we asked
-        sys.exit("leash: the starter is gone")
+        sys.exit("parent_death: the starter is gone")
     if death >= 0:
         # Never another's session: started by hand, this one would be the terminal's.
         if os.getsid(0) == os.getpid():
@@ -76,7 +76,7 @@ def watch(death: int, kill_s: float) -> None:
     """The starter ends it with the rest of the session; without one it ends the session."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"leash")
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"parent_death")
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):  # who reads the program's output waits for its last holder
         os.dup2(nothing, fd)
@@ -111,7 +111,7 @@ def report_children() -> None:
         child, status = wait(pid, options)
         if child and os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
-            print(f"leash: child {child} was killed by {name}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"parent_death: child {child} was killed by {name}", file=sys.stderr, flush=True)  # noqa: T201
         return child, status
 
     os.waitpid = waitpid

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,17 +22,25 @@ _POLL_S = 0.05
 _EOF_PATIENCE_S = 2.0
 _FORCED_PATIENCE_S = 10.0
 
+_PARENT_DEATH = Path(__file__).parent / "parent_death.py"
+
 OnLine = Callable[[str, str], None]  # stream ("stdout", "stderr"), text
 
 
 @dataclass(frozen=True)
-class Member:
+class GroupMember:
     """A process of a group, as /proc shows it."""
 
     pid: int
     name: str
     state: str
     start_ticks: int
+
+
+def bind_to_parent(module: str, *arguments: str, kill_s: float) -> list[str]:
+    """The argv of `python -m module …` that outlives this process by `kill_s` at most."""
+    head = [sys.executable, "-P", str(_PARENT_DEATH), str(os.getpid()), str(kill_s)]
+    return [*head, module, *arguments]
 
 
 class ChildProcess:
@@ -100,7 +109,7 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def members(self) -> list[Member]:
+    def members(self) -> list[GroupMember]:
         return list_group(self.pid)
 
     async def read_rest(self) -> None:
@@ -159,7 +168,7 @@ class _LineReader(asyncio.Protocol):
 # --- groups, by /proc ---
 
 
-def list_group(group: int) -> list[Member]:
+def list_group(group: int) -> list[GroupMember]:
     """Everything alive in the session that `group` leads: workers may make groups of their own."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [found for pid in pids if (found := _read_member(pid, group))]
@@ -189,7 +198,7 @@ def reap_group(group: int) -> None:
             pass
 
 
-def _read_member(pid: int, group: int) -> Member | None:
+def _read_member(pid: int, group: int) -> GroupMember | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -201,7 +210,7 @@ def _read_member(pid: int, group: int) -> Member | None:
     is_gone = fields[0] == "X" or (fields[0] == "Z" and int(fields[17]) <= 1)
     if int(fields[3]) != group or is_gone:
         return None
-    return Member(pid, head.partition("(")[2], fields[0], int(fields[19]))
+    return GroupMember(pid, head.partition("(")[2], fields[0], int(fields[19]))
 
 
 # --- the record of what runs: for the next launcher, should this one be killed ---
@@ -223,7 +232,7 @@ def write_record(path: Path, group: int) -> None:
         path.write_text(json.dumps(asdict(record)), encoding="utf-8")
 
 
-async def end_leftovers(path: Path) -> list[Member]:
+async def end_leftovers(path: Path) -> list[GroupMember]:
     """Ends what an earlier launcher left behind, as its record says; returns what was found."""
     record = _read_record(path)
     if record is None:

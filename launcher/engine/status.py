@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from common.errors import SettingsError
-from launcher.engine.supervisor import CRASH_REASONS, RestartRule, Standing
+from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPolicy
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import ask_gpus
 
@@ -38,7 +38,7 @@ _MHZ = 1e6
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricDeclaration:
     """One of /metrics, and a row of the table in docs/metrics.md."""
 
     name: str
@@ -54,79 +54,87 @@ class Figure:
         return family
 
 
-def _list_figures() -> Iterator[Figure]:
-    yield Figure("launcher_build_info", "gauge", ("version", "python"), "1; the launcher itself.")
+def _declare_metrics() -> Iterator[MetricDeclaration]:
+    yield MetricDeclaration(
+        "launcher_build_info", "gauge", ("version", "python"), "1; the launcher itself."
+    )
     began = "When the launcher started; an engine that never became ready ends it."
-    yield Figure("launcher_start_time_seconds", "gauge", (), began)
+    yield MetricDeclaration("launcher_start_time_seconds", "gauge", (), began)
     about = ("vllm", "model", "profile", "device", "fingerprint")
-    yield Figure("launcher_engine_info", "gauge", about, "1; what the engine runs.")
+    yield MetricDeclaration("launcher_engine_info", "gauge", about, "1; what the engine runs.")
     for name in _PROGRAMS:
         head = f"launcher_{name}"
-        yield Figure(f"{head}_up", "gauge", (), f"1 while the {name} answers.")
+        yield MetricDeclaration(f"{head}_up", "gauge", (), f"1 while the {name} answers.")
         states = f"1 at the {name}'s present state: {', '.join(_STATES)}."
-        yield Figure(f"{head}_state", "gauge", ("state",), states)
+        yield MetricDeclaration(f"{head}_state", "gauge", ("state",), states)
         why = f"Restarts of the {name}; reason is {', '.join(CRASH_REASONS)}."
-        yield Figure(f"{head}_restarts_total", "counter", ("reason",), why)
+        yield MetricDeclaration(f"{head}_restarts_total", "counter", ("reason",), why)
         took = f"From the {name}'s last start to its first answer; absent before that."
-        yield Figure(f"{head}_start_seconds", "gauge", (), took)
+        yield MetricDeclaration(f"{head}_start_seconds", "gauge", (), took)
     crash = "When the engine last crashed; absent if it never did."
-    yield Figure("launcher_engine_last_crash_timestamp_seconds", "gauge", (), crash)
-    limit = "Crashes within the window after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
-    yield Figure("launcher_restart_limit", "gauge", (), limit)
-    window = "The window in which crashes are counted (LAUNCHER_RESTART_WINDOW_S)."
-    yield Figure("launcher_restart_window_seconds", "gauge", (), window)
+    yield MetricDeclaration("launcher_engine_last_crash_timestamp_seconds", "gauge", (), crash)
+    limit = "Recent crashes after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
+    yield MetricDeclaration("launcher_restart_limit", "gauge", (), limit)
+    window = (
+        "How far back crashes count against launcher_restart_limit (LAUNCHER_RESTART_WINDOW_S)."
+    )
+    yield MetricDeclaration("launcher_restart_window_seconds", "gauge", (), window)
     gpu = ("gpu", "name")
     busy = "Share of the time in which the GPU ran a kernel, 0 to 1, by nvidia-smi."
-    yield Figure("launcher_gpu_utilization_ratio", "gauge", gpu, busy)
-    yield Figure("launcher_gpu_memory_used_bytes", "gauge", gpu, "GPU memory in use.")
-    yield Figure("launcher_gpu_memory_bytes", "gauge", gpu, "GPU memory there is.")
-    yield Figure("launcher_gpu_power_watts", "gauge", gpu, "What the GPU draws.")
-    yield Figure("launcher_gpu_temperature_celsius", "gauge", gpu, "How warm the GPU is.")
-    yield Figure("launcher_gpu_clock_hertz", "gauge", gpu, "The clock of its multiprocessors.")
+    yield MetricDeclaration("launcher_gpu_utilization_ratio", "gauge", gpu, busy)
+    yield MetricDeclaration("launcher_gpu_memory_used_bytes", "gauge", gpu, "GPU memory in use.")
+    yield MetricDeclaration("launcher_gpu_memory_bytes", "gauge", gpu, "GPU memory there is.")
+    yield MetricDeclaration("launcher_gpu_power_watts", "gauge", gpu, "What the GPU draws.")
+    yield MetricDeclaration(
+        "launcher_gpu_temperature_celsius", "gauge", gpu, "How warm the GPU is."
+    )
+    yield MetricDeclaration(
+        "launcher_gpu_clock_hertz", "gauge", gpu, "The clock of its multiprocessors."
+    )
 
 
-FIGURES = {figure.name: figure for figure in _list_figures()}
+METRICS = {one.name: one for one in _declare_metrics()}
 
 
-def list_metrics() -> list[Figure]:
-    """Every figure, in order: the table in docs/metrics.md."""
-    return list(FIGURES.values())
+def list_metrics() -> list[MetricDeclaration]:
+    """Every metric, in order: the table in docs/metrics.md."""
+    return list(METRICS.values())
 
 
 @dataclass(frozen=True)
 class StatusSource:
     """What the endpoint reads; nothing here is written by it."""
 
-    standings: dict[str, Standing]
+    programs: dict[str, ProgramStatus]
     facts: dict[str, Any]
     labels: dict[str, str]
     progress: Callable[[], dict[str, Any] | None]
     crash: Callable[[], dict[str, Any] | None]
-    rule: RestartRule
+    policy: RestartPolicy
     has_gpu: bool = False
 
     def describe(self) -> dict[str, Any]:
         crash = self.crash()
         keys = ("time", "reason", "exit_code", "signal", "cause")
         return {
-            **{name: describe_standing(standing) for name, standing in self.standings.items()},
+            **{name: describe_program(status) for name, status in self.programs.items()},
             "progress": self.progress(),
             **self.facts,
             "last_crash": {key: crash[key] for key in keys} if crash else None,
         }
 
 
-def describe_standing(standing: Standing) -> dict[str, Any]:
+def describe_program(status: ProgramStatus) -> dict[str, Any]:
     return {
-        "state": standing.state,
-        "since_s": round(time.monotonic() - standing.since, 1),
-        "pid": standing.pid,
-        "start_seconds": standing.start_seconds and round(standing.start_seconds, 2),
-        "restarts": standing.restarts,
+        "state": status.state,
+        "since_s": round(time.monotonic() - status.since, 1),
+        "pid": status.pid,
+        "start_seconds": status.start_seconds and round(status.start_seconds, 2),
+        "restarts": status.restarts,
     }
 
 
-class StandingCollector(Collector):
+class StatusCollector(Collector):
     """Read at every scrape, so that nothing is counted twice."""
 
     def __init__(self, source: StatusSource, gpus: Gpus) -> None:
@@ -137,36 +145,36 @@ class StandingCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         source, crash = self._source, self._source.crash()
-        yield FIGURES["launcher_build_info"].build([(self._build, 1)])
-        yield FIGURES["launcher_start_time_seconds"].build([((), self._began_at)])
-        about = FIGURES["launcher_engine_info"]
+        yield METRICS["launcher_build_info"].build([(self._build, 1)])
+        yield METRICS["launcher_start_time_seconds"].build([((), self._began_at)])
+        about = METRICS["launcher_engine_info"]
         yield about.build([([source.labels[label] for label in about.labels], 1)])
-        for name, standing in source.standings.items():
-            yield from _collect_standing(name, standing)
+        for name, status in source.programs.items():
+            yield from _collect_program(name, status)
         if crash:
             at = datetime.fromisoformat(crash["time"]).timestamp()
-            yield FIGURES["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
-        yield FIGURES["launcher_restart_limit"].build([((), source.rule.limit)])
-        yield FIGURES["launcher_restart_window_seconds"].build([((), source.rule.window_s)])
+            yield METRICS["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
+        yield METRICS["launcher_restart_limit"].build([((), source.policy.limit)])
+        yield METRICS["launcher_restart_window_seconds"].build([((), source.policy.window_s)])
         yield from self._gpus.collect()
 
 
-def _collect_standing(name: str, standing: Standing) -> Iterator[Metric]:
+def _collect_program(name: str, status: ProgramStatus) -> Iterator[Metric]:
     head = f"launcher_{name}"
-    yield FIGURES[f"{head}_up"].build([((), standing.state == "ready")])
-    states = [((known,), known == standing.state) for known in _STATES]
-    yield FIGURES[f"{head}_state"].build(states)
-    # From nought: a count that begins with its first crash hides that crash from `increase`.
-    counts = dict.fromkeys(CRASH_REASONS, 0) | standing.restarts
-    yield FIGURES[f"{head}_restarts_total"].build(((r,), n) for r, n in counts.items())
-    if standing.start_seconds is not None:
-        yield FIGURES[f"{head}_start_seconds"].build([((), standing.start_seconds)])
+    yield METRICS[f"{head}_up"].build([((), status.state == "ready")])
+    states = [((known,), known == status.state) for known in _STATES]
+    yield METRICS[f"{head}_state"].build(states)
+    # From zero: a count that begins with its first crash hides that crash from `increase`.
+    counts = dict.fromkeys(CRASH_REASONS, 0) | status.restarts
+    yield METRICS[f"{head}_restarts_total"].build(((r,), n) for r, n in counts.items())
+    if status.start_seconds is not None:
+        yield METRICS[f"{head}_start_seconds"].build([((), status.start_seconds)])
 
 
 class Gpus:
     """What nvidia-smi says, asked by a scrape and at most every few seconds; nothing without it.
 
-    One that takes long, as it does when a GPU is ill, must not cost the scrape all other figures.
+    One that takes long, as it does when a GPU is ill, must not cost the scrape all other metrics.
     """
 
     def __init__(self, *, has_gpu: bool) -> None:
@@ -209,7 +217,7 @@ class Gpus:
                 if _is_number(row[column])  # a GPU that cannot tell says [N/A]
             ]
             if rows:
-                yield FIGURES[f"launcher_gpu_{name}"].build(rows)
+                yield METRICS[f"launcher_gpu_{name}"].build(rows)
 
 
 def _is_number(text: str) -> bool:
@@ -244,7 +252,7 @@ async def serve_status(source: StatusSource, host: str, port: int) -> AsyncItera
 def build_status_app(source: StatusSource) -> web.Application:
     registry = CollectorRegistry()
     gpus = Gpus(has_gpu=source.has_gpu)
-    registry.register(StandingCollector(source, gpus))
+    registry.register(StatusCollector(source, gpus))
 
     async def status(_request: web.Request) -> web.Response:
         return _json(source.describe())
@@ -254,7 +262,7 @@ def build_status_app(source: StatusSource) -> web.Application:
         return _json(card) if card else _json({"error": "no crash so far"}, status=404)
 
     async def readyz(_request: web.Request) -> web.Response:
-        states = {name: standing.state for name, standing in source.standings.items()}
+        states = {name: status.state for name, status in source.programs.items()}
         is_ready = all(state == "ready" for state in states.values())
         return _json(states, status=200 if is_ready else 503)
 

@@ -21,7 +21,7 @@ import structlog
 from common.errors import ProgramError, SettingsError
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, end_leftovers, forget_record, write_record
-from launcher.engine.terminal import LineLog, Output, keeping
+from launcher.engine.terminal import LineLog, Terminal, best_effort
 from launcher.errors import CrashLoop, NeverReady
 
 log = structlog.get_logger("launcher")
@@ -60,7 +60,7 @@ class Program(Protocol):
 
 
 @dataclass(frozen=True)
-class RestartRule:
+class RestartPolicy:
     """Exponential backoff with jitter, within a budget of crashes in a window."""
 
     limit: int
@@ -75,7 +75,7 @@ class RestartRule:
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitReport:
     """How one run of the program ended."""
 
     reason: str  # "asked", or one of CRASH_REASONS
@@ -89,7 +89,7 @@ class Ending:
 
 
 @dataclass
-class Standing:
+class ProgramStatus:
     """What the status endpoint shows; written by the supervisor alone."""
 
     state: str = (
@@ -101,28 +101,28 @@ class Standing:
     pid: int | None = None
 
 
-OnCrash = Callable[[Ending, Standing], Awaitable[None]]
+OnCrash = Callable[[ExitReport, ProgramStatus], Awaitable[None]]
 
 
 class Supervisor:
     def __init__(
         self,
         program: Program,
-        rule: RestartRule,
-        output: Output,
+        policy: RestartPolicy,
+        terminal: Terminal,
         folder: Path,
         on_crash: OnCrash | None = None,
     ) -> None:
         self._program = program
-        self._rule = rule
-        self._output = output
+        self._policy = policy
+        self._terminal = terminal
         self._record = folder / f"{program.name}.json"
         self.lines = LineLog(folder / f"{program.name}.log")
         self._on_crash = on_crash
         self._crashes: deque[float] = deque()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self.standing = Standing()
+        self.status = ProgramStatus()
         self.ready = asyncio.Event()
         self._members: dict[int, str] = {}
         self._hang_detail = ""
@@ -140,10 +140,10 @@ class Supervisor:
         try:
             await self._end_leftovers()
             while not self._stop.is_set():
-                ending = await self._run_once()
-                if ending.reason == "asked":
+                report = await self._run_once()
+                if report.reason == "asked":
                     break
-                await self._judge(ending)
+                await self._judge(report)
                 await self._pause()
         finally:
             self._set_state("stopped")
@@ -155,15 +155,15 @@ class Supervisor:
                 "leftover_ended", program=self._program.name, pid=member.pid, name=member.name
             )
 
-    async def _run_once(self) -> Ending:
+    async def _run_once(self) -> ExitReport:
         self._members = {}
         child = ChildProcess(self._take_line)
         argv, environment = self._program.command()
         self._set_state("starting")
         began = time.monotonic()
         await child.start(argv, environment)
-        self.standing.pid = child.pid
-        with keeping(self._record):
+        self.status.pid = child.pid
+        with best_effort(self._record):
             write_record(self._record, child.pid)
         dump: list[str] = []
         self._drain_until = 0.0
@@ -175,7 +175,7 @@ class Supervisor:
             was_ready = self.ready.is_set()
             self.ready.clear()
             await self._end(child, patience_s=self._patience_s())
-        return self._describe_ending(child, reason, began, was_ready, dump)
+        return self._report_exit(child, reason, began, was_ready, dump)
 
     async def _live(self, child: ChildProcess, began: float) -> str:
         """From start to end; returns why it ended. The first of these events decides."""
@@ -210,7 +210,7 @@ class Supervisor:
                 await self._program.warm()
         except TimeoutError:
             return "start_timeout"
-        self.standing.start_seconds = time.monotonic() - began
+        self.status.start_seconds = time.monotonic() - began
         self._set_state("ready")
         self.ready.set()
         return ""
@@ -246,29 +246,29 @@ class Supervisor:
         await _cancel(hurried)
         await stopping if not stopping.cancelled() else None
         forget_record(self._record)
-        self.standing.pid = None
+        self.status.pid = None
 
-    async def _judge(self, ending: Ending) -> None:
+    async def _judge(self, report: ExitReport) -> None:
         """Raises when another start would be in vain."""
         name = self._program.name
         if self._on_crash:
-            await self._on_crash(ending, self.standing)
-        log.error(f"{name}_crashed", **_summary(ending))
-        if not ending.was_ready and self.standing.start_seconds is None:
-            raise _never_ready(name, ending, self.lines.path)
+            await self._on_crash(report, self.status)
+        log.error(f"{name}_crashed", **_summary(report))
+        if not report.was_ready and self.status.start_seconds is None:
+            raise _never_ready(name, report, self.lines.path)
         now = time.monotonic()
         self._crashes.append(now)
-        while self._crashes and now - self._crashes[0] > self._rule.window_s:
+        while self._crashes and now - self._crashes[0] > self._policy.window_s:
             self._crashes.popleft()
-        if len(self._crashes) > self._rule.limit:
+        if len(self._crashes) > self._policy.limit:
             raise CrashLoop(
-                f"the {name} crashed {len(self._crashes)} times within {self._rule.window_s:.0f} s "
-                f"({_why(ending)}); its log: {self.lines.path}"
+                f"the {name} crashed {len(self._crashes)} times within "
+                f"{self._policy.window_s:.0f} s ({_why(report)}); its log: {self.lines.path}"
             )
-        self.standing.restarts[ending.reason] = self.standing.restarts.get(ending.reason, 0) + 1
+        self.status.restarts[report.reason] = self.status.restarts.get(report.reason, 0) + 1
 
     async def _pause(self) -> None:
-        delay = self._rule.delay_after(len(self._crashes))
+        delay = self._policy.delay_after(len(self._crashes))
         self._set_state("waiting")
         log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
         with contextlib.suppress(TimeoutError):
@@ -286,20 +286,20 @@ class Supervisor:
     def _take_line(self, stream: str, line: str) -> None:
         self.lines.add(line)
         self._program.read_line(line)
-        self._output.show_line(self._program.name, stream, line)
+        self._terminal.show_line(self._program.name, stream, line)
 
     def _set_state(self, state: str) -> None:
-        if state != self.standing.state:
-            self.standing.state, self.standing.since = state, time.monotonic()
-            took = self.standing.start_seconds if state == "ready" else None
+        if state != self.status.state:
+            self.status.state, self.status.since = state, time.monotonic()
+            took = self.status.start_seconds if state == "ready" else None
             extra = {"start_s": round(took, 1)} if took else {}
             log.info(f"{self._program.name}_{state}", **extra)
 
-    def _describe_ending(
+    def _report_exit(
         self, child: ChildProcess, reason: str, began: float, was_ready: bool, dump: list[str]
-    ) -> Ending:
+    ) -> ExitReport:
         tail = self.lines.tail(400, since=began)
-        return Ending(
+        return ExitReport(
             reason=reason,
             returncode=child.returncode,
             uptime_s=time.monotonic() - began,
@@ -311,26 +311,26 @@ class Supervisor:
         )
 
 
-def _never_ready(name: str, ending: Ending, file: Path) -> ProgramError:
+def _never_ready(name: str, report: ExitReport, file: Path) -> ProgramError:
     # argparse's own code: the flags were wrong, so the settings are to blame.
-    is_refused = ending.reason == "exit" and ending.returncode == _ARGPARSE_EXIT
+    is_refused = report.reason == "exit" and report.returncode == _ARGPARSE_EXIT
     kind = SettingsError if is_refused else NeverReady
-    return kind(f"the {name} never became ready ({_why(ending)}); its log: {file}")
+    return kind(f"the {name} never became ready ({_why(report)}); its log: {file}")
 
 
-def _why(ending: Ending) -> str:
+def _why(report: ExitReport) -> str:
     ways = {
-        "exit": f"it exited with code {ending.returncode}",
-        "signal": f"it was killed by signal {-(ending.returncode or 0)}",
-        "start_timeout": f"it did not answer within {ending.uptime_s:.0f} s",
+        "exit": f"it exited with code {report.returncode}",
+        "signal": f"it was killed by signal {-(report.returncode or 0)}",
+        "start_timeout": f"it did not answer within {report.uptime_s:.0f} s",
         "hang": "it hung",
     }
-    return ways[ending.reason] + (f": {ending.cause}" if ending.cause else "")
+    return ways[report.reason] + (f": {report.cause}" if report.cause else "")
 
 
-def _summary(ending: Ending) -> dict[str, Any]:
-    row = {"reason": ending.reason, "returncode": ending.returncode, "cause": ending.cause}
-    return {**row, "uptime_s": round(ending.uptime_s, 1)}
+def _summary(report: ExitReport) -> dict[str, Any]:
+    row = {"reason": report.reason, "returncode": report.returncode, "cause": report.cause}
+    return {**row, "uptime_s": round(report.uptime_s, 1)}
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

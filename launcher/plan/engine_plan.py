@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import SettingsError
 from common.settings import suggest
-from launcher.models.families import find_rows
+from launcher.models.families import find_parser_rules
 from launcher.models.model import Model
 from launcher.plan.budget import RULES, Budget, Sizing, Workload, compute_budget
 from launcher.plan.flags import Flags, find_change
@@ -37,7 +37,7 @@ _OWNED = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineOption:
     """One option or environment variable of the engine, and why it is there."""
 
     name: str
@@ -51,15 +51,15 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """Everything about the engine that is decided before it starts."""
 
     profile: str
     title: str
     device: Device
     model: Model
-    options: tuple[Choice, ...]
-    environment: tuple[Choice, ...]
+    options: tuple[EngineOption, ...]
+    environment: tuple[EngineOption, ...]
     budget: Budget
     warmup_prompts: int
     notes: tuple[str, ...] = ()
@@ -86,9 +86,9 @@ def build_plan(
     model: Model,
     flags: Flags,
     *,
-    overrides: Iterable[Choice] = (),
+    overrides: Iterable[EngineOption] = (),
     notes: Iterable[str] = (),
-) -> Plan:
+) -> EnginePlan:
     """Layers from the general to the particular; `overrides` (tuned, then --set) come last."""
     data, base = _read(profile), _read("base")
     if data.get("device") == "cpu" and device.is_gpu:
@@ -99,8 +99,8 @@ def build_plan(
         for section in dict.fromkeys(sections)
         for tables, name in ((base, "base"), (data, profile))
     ]
-    options: dict[str, Choice] = {}
-    environment: dict[str, Choice] = {}
+    options: dict[str, EngineOption] = {}
+    environment: dict[str, EngineOption] = {}
     for tables, name, section in layers:
         origin = f"{name} {section}".strip()
         options |= _choices(tables.get("options", {}), origin)
@@ -119,19 +119,21 @@ def build_plan(
         # What this version has no word for is written in its words or left out (command.py).
         if head in flags.kinds or find_change(head) is None:
             flags.check(choice.name, origin=choice.origin)
-    return Plan(
+    return EnginePlan(
         profile, data["title"], device, model, kept,
         tuple(choice for choice in environment.values() if not choice.omit),
         budget, data["warmup_prompts"], tuple(notes),
     )  # fmt: skip
 
 
-def choose_parsers(model: Model, flags: Flags, overrides: Iterable[Choice]) -> dict[str, Choice]:
+def choose_parsers(
+    model: Model, flags: Flags, overrides: Iterable[EngineOption]
+) -> dict[str, EngineOption]:
     """What reads the model's calls of tools and its thinking; `overrides` may say otherwise."""
     asked = {choice.name: choice for choice in overrides}
     chosen = {
-        row.flag: Choice(row.flag, row.parser, row.reason, row.source, f"model {row.family}")
-        for row in find_rows(model, _read_template(model, asked.get("chat-template")))
+        row.flag: EngineOption(row.flag, row.parser, row.reason, row.source, f"model {row.family}")
+        for row in find_parser_rules(model, _read_template(model, asked.get("chat-template")))
         if row.parser in flags.choices.get(row.flag, ())
     }
     reader = {**chosen, **asked}.get("tool-call-parser")
@@ -139,11 +141,11 @@ def choose_parsers(model: Model, flags: Flags, overrides: Iterable[Choice]) -> d
         name = "enable-auto-tool-choice"
         reason = "without it vLLM ignores the parser and refuses every request with tools"
         source = "vLLM 0.32 renderers/online_renderer.py:254"
-        chosen[name] = Choice(name, True, reason, source, reader.origin)
+        chosen[name] = EngineOption(name, True, reason, source, reader.origin)
     return chosen
 
 
-def _read_template(model: Model, asked: Choice | None) -> str:
+def _read_template(model: Model, asked: EngineOption | None) -> str:
     if asked is None or asked.omit:
         return model.chat_template
     try:
@@ -152,16 +154,16 @@ def _read_template(model: Model, asked: Choice | None) -> str:
         return str(asked.value)
 
 
-def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[Choice]:
+def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[EngineOption]:
     """`key=value` as the setting `set` has them; a key may be spelt with underscores."""
-    choices: list[Choice] = []
+    choices: list[EngineOption] = []
     for pair in pairs:
         key, _, text = pair.partition("=")
         name = flags.resolve(key)
         if name in _OWNED:
             raise SettingsError(f"--set {key}: not here; set {_OWNED[name]}")
         value = parse_value(text, flags.kind(name))
-        choices.append(Choice(name, value, "asked for", "--set", "--set", omit=text == ""))
+        choices.append(EngineOption(name, value, "asked for", "--set", "--set", omit=text == ""))
     names = {choice.name for choice in choices}
     for choice in choices:
         # A plugin brings parsers that only it knows.
@@ -199,9 +201,9 @@ def _layer(data: dict[str, Any], section: str) -> dict[str, Any]:
     return layer
 
 
-def _choices(table: dict[str, dict[str, Any]], origin: str) -> dict[str, Choice]:
+def _choices(table: dict[str, dict[str, Any]], origin: str) -> dict[str, EngineOption]:
     return {
-        name: Choice(
+        name: EngineOption(
             name,
             row.get("value"),
             row.get("reason", ""),
@@ -216,8 +218,8 @@ def _choices(table: dict[str, dict[str, Any]], origin: str) -> dict[str, Choice]
 
 
 def _fit(
-    options: dict[str, Choice], device: Device, model: Model, workload: Workload
-) -> tuple[dict[str, Choice], Budget]:
+    options: dict[str, EngineOption], device: Device, model: Model, workload: Workload
+) -> tuple[dict[str, EngineOption], Budget]:
     """Rules in their own order, because later ones look at what earlier ones chose."""
     options = dict(options)
     for rule in RULES:
@@ -231,5 +233,5 @@ def _fit(
     return options, compute_budget(Sizing(device, model, workload, _plain(options)))
 
 
-def _plain(options: dict[str, Choice]) -> dict[str, Any]:
+def _plain(options: dict[str, EngineOption]) -> dict[str, Any]:
     return {c.name: c.value for c in options.values() if not c.omit and not c.fit}

@@ -59,8 +59,8 @@ def parse_device(text: str) -> Device:
     count, name = (int(match[1] or 1), match[2]) if match else (1, text)
     if name.lower() == "cpu":
         return read_cpu()
-    known = {_fold(row["name"]): row for row in list_gpus()}
-    row = known.get(_fold(name))
+    known = {_normalize_name(row["name"]): row for row in list_gpus()}
+    row = known.get(_normalize_name(name))
     if row is None:
         names = ", ".join(row["name"] for row in list_gpus())
         near = suggest(name.upper(), [row["name"] for row in list_gpus()])
@@ -150,7 +150,7 @@ def generation_of(capability: str) -> str:
     return {"9": "sm_90", "10": "sm_100", "11": "sm_100", "12": "sm_120"}.get(major, "sm_80")
 
 
-def _fold(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

@@ -8,7 +8,7 @@ from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command, find_vllm
-from launcher.plan.engine_plan import Plan, build_plan, choose_profile, parse_overrides
+from launcher.plan.engine_plan import EnginePlan, build_plan, choose_profile, parse_overrides
 from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags import Flags, read_flags
 from launcher.plan.hardware import find_device
@@ -20,7 +20,7 @@ class Prepared:
     settings: Settings
     vllm: InstalledVllm
     flags: Flags
-    plan: Plan
+    plan: EnginePlan
     command: EngineCommand
     fingerprint: Fingerprint
 
@@ -39,7 +39,7 @@ def prepare(settings: Settings) -> Prepared:
     return Prepared(settings, vllm, flags, plan, command, fingerprint)
 
 
-def decide(settings: Settings, vllm: InstalledVllm, flags: Flags, model: Model) -> Plan:
+def decide(settings: Settings, vllm: InstalledVllm, flags: Flags, model: Model) -> EnginePlan:
     """Profile, then what was measured on this host, then what the user asked for."""
     device = find_device(settings.gpu, engine_build=vllm.build)
     profile = choose_profile(settings.profile, device)

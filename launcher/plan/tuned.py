@@ -11,7 +11,7 @@ from typing import Any
 from common.errors import SettingsError
 from launcher.models.model import Model
 from launcher.plan.command import InstalledVllm
-from launcher.plan.engine_plan import Choice
+from launcher.plan.engine_plan import EngineOption
 from launcher.plan.fingerprint import take_host_key
 from launcher.plan.hardware import Device
 
@@ -21,7 +21,7 @@ _USED_BY = ("course", "cpu")
 
 def read_tuned(
     path: Path, profile: str, vllm: InstalledVllm, model: Model, device: Device
-) -> tuple[list[Choice], list[str]]:
+) -> tuple[list[EngineOption], list[str]]:
     """The measured options, or none; and the line that says which and why."""
     if profile not in _USED_BY or not path.is_file():
         return [], []
@@ -37,7 +37,7 @@ def read_tuned(
         return [], [f"{path} was measured for another host, model or vLLM: not used"]
     source = f"measured here: {summary}"
     choices = [
-        Choice(name, value, "fastest of those measured on this host", source, "tuned")
+        EngineOption(name, value, "fastest of those measured on this host", source, "tuned")
         for name, value in options.items()
     ]
     return choices, [f"{path}: {summary}"]

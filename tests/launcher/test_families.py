@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from common.chat_templates import read_chat_templates
 from common.errors import SettingsError
 from launcher.config import Settings
-from launcher.models.families import find_rows, list_rows
-from launcher.models.model import Model, find_model, read_chat_template
-from launcher.plan.engine_plan import Choice, Plan, build_plan, parse_overrides
+from launcher.models.families import find_parser_rules, list_parser_rules
+from launcher.models.model import Model, find_model
+from launcher.plan.engine_plan import EngineOption, EnginePlan, build_plan, parse_overrides
 from launcher.plan.flags import Flags, read_shipped_flags
 from launcher.plan.hardware import parse_device
 
@@ -31,12 +32,12 @@ def make_model(model_type: str, template: str, path: Path = Path("/nowhere")) ->
     return replace(small, model_type=model_type, chat_template=template, path=path)
 
 
-def make_plan(model: Model, *pairs: str, flags: Flags = FLAGS) -> Plan:
+def make_plan(model: Model, *pairs: str, flags: Flags = FLAGS) -> EnginePlan:
     overrides = parse_overrides(pairs, flags)
     return build_plan("course", parse_device("H200"), model, flags, overrides=overrides)
 
 
-def parsers_of(plan: Plan) -> tuple[object, object, object]:
+def parsers_of(plan: EnginePlan) -> tuple[object, object, object]:
     names = ("tool-call-parser", "enable-auto-tool-choice", "reasoning-parser")
     return tuple(plan.value(name) for name in names)
 
@@ -87,18 +88,18 @@ def test_template_that_shows_no_tools_has_no_tool_parser() -> None:
 def test_every_row_is_chosen_by_one_of_the_cases_above() -> None:
     cases = test_model_gets_the_parsers_of_its_family.pytestmark[0].args[1]  # type: ignore[attr-defined]
     chosen = {
-        (row.flag, row.family)
+        (rule.flag, rule.family)
         for model_type, template, *_ in cases
-        for row in find_rows(make_model(model_type, template), template)
+        for rule in find_parser_rules(make_model(model_type, template), template)
     }
-    assert chosen == {(row.flag, row.family) for row in list_rows()}
+    assert chosen == {(rule.flag, rule.family) for rule in list_parser_rules()}
 
 
 def test_every_parser_is_one_of_the_shipped_version() -> None:
-    for row in list_rows():
-        assert row.parser in FLAGS.choices[row.flag]
-        assert row.reason
-        assert row.source
+    for rule in list_parser_rules():
+        assert rule.parser in FLAGS.choices[rule.flag]
+        assert rule.reason
+        assert rule.source
 
 
 def test_parser_that_the_installed_version_lacks_is_left_out() -> None:
@@ -112,7 +113,7 @@ def test_parser_whose_tokens_the_tokenizer_lacks_is_left_out(tmp_path: Path, fil
     def put(*tokens: str) -> None:
         rows = [{"content": token} for token in tokens]
         whole = {"added_tokens": rows}
-        config = {"added_tokens_decoder": {str(n): row for n, row in enumerate(rows)}}
+        config = {"added_tokens_decoder": {str(n): rule for n, rule in enumerate(rows)}}
         (tmp_path / file).write_text(json.dumps(whole if file == "tokenizer.json" else config))
 
     model = make_model("qwen3", HERMES + HYBRID, tmp_path)
@@ -153,7 +154,7 @@ def test_set_parser_that_does_not_exist_is_refused_with_the_nearest() -> None:
 
 def test_choice_says_which_family_and_why() -> None:
     plan = make_plan(make_model("qwen3", HERMES))
-    choice: Choice = next(c for c in plan.options if c.name == "tool-call-parser")
+    choice: EngineOption = next(c for c in plan.options if c.name == "tool-call-parser")
     assert choice.origin == "model Qwen2.5, Qwen3, QwQ and Hermes"
     assert "<tool_call>" in choice.reason
 
@@ -183,10 +184,10 @@ def test_chat_template_is_found_where_models_keep_it(
 ) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
-    assert read_chat_template(tmp_path).split() == ["A", "B"]
+    assert " ".join(read_chat_templates(tmp_path).values()) == "A B"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"chat_template": null}', "{"])
 def test_chat_template_that_is_none_is_empty(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(content)
-    assert read_chat_template(tmp_path) == ""
+    assert read_chat_templates(tmp_path) == {}

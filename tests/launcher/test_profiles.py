@@ -21,7 +21,7 @@ from common.errors import SettingsError
 from launcher.config import Settings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
-from launcher.plan.engine_plan import NAMES, Plan, build_plan, parse_overrides
+from launcher.plan.engine_plan import NAMES, EnginePlan, build_plan, parse_overrides
 from launcher.plan.flags import Flags, read_shipped_flags, try_commands
 from launcher.plan.hardware import GIB, Device, list_gpus, parse_device
 
@@ -42,7 +42,7 @@ def read_model(name: str) -> Model:
 
 def make_plan(
     profile: str, gpu: str, model: str, *pairs: str, monkeypatch: pytest.MonkeyPatch | None = None
-) -> Plan:
+) -> EnginePlan:
     if monkeypatch:
         monkeypatch.setattr("launcher.plan.engine_plan.read_cpu", lambda: HOST)
     overrides = parse_overrides(pairs, FLAGS)
@@ -50,11 +50,11 @@ def make_plan(
     return build_plan(profile, device, read_model(model), FLAGS, overrides=overrides)
 
 
-def make_command(plan: Plan) -> EngineCommand:
+def make_command(plan: EnginePlan) -> EngineCommand:
     return build_command(plan, Settings(cache_dir=Path("/cache")), VLLM, FLAGS)
 
 
-def render(plan: Plan, command: EngineCommand) -> str:
+def render(plan: EnginePlan, command: EngineCommand) -> str:
     """A flag a line, with its values: what a reviewer wants to see changed."""
     joined = "\n".join(command.arguments)
     lines = re.sub(r"\n(?!--)", " ", joined).splitlines()

@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from launcher.engine.status import StatusSource, build_status_app, list_metrics
-from launcher.engine.supervisor import RestartRule, Standing
+from launcher.engine.supervisor import ProgramStatus, RestartPolicy
 
 LABELS = {
     "vllm": "0.32.0",
@@ -29,10 +29,10 @@ echo '1, NVIDIA H200, 3, 900, 143771, [N/A], 31, 345'
 
 
 def make_source(engine: str, gateway: str, **fields: Any) -> StatusSource:
-    standings = {"engine": Standing(engine), "gateway": Standing(gateway)}
-    rule = RestartRule(limit=5, window_s=600, delay_s=1, delay_max_s=60)
+    programs = {"engine": ProgramStatus(engine), "gateway": ProgramStatus(gateway)}
+    policy = RestartPolicy(limit=5, window_s=600, delay_s=1, delay_max_s=60)
     given: dict[str, Any] = {"crash": lambda: None} | fields
-    return StatusSource(standings, {}, LABELS, lambda: None, rule=rule, **given)
+    return StatusSource(programs, {}, LABELS, lambda: None, policy=policy, **given)
 
 
 async def read_metrics(source: StatusSource) -> str:
@@ -64,8 +64,8 @@ async def test_metrics_are_those_declared_with_type_labels_and_meaning(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     source = make_source("ready", "ready", crash=lambda: CRASH, has_gpu=True)
-    for standing in source.standings.values():
-        standing.start_seconds = 12.5
+    for status in source.programs.values():
+        status.start_seconds = 12.5
 
     text = await read_metrics(source)
 
@@ -127,9 +127,9 @@ async def test_metrics_take_a_remark_of_nvidia_smi_for_no_gpu(
     assert "launcher_gpu_" not in text
 
 
-async def test_metrics_count_restarts_from_nought_and_date_the_last_crash() -> None:
+async def test_metrics_count_restarts_from_zero_and_date_the_last_crash() -> None:
     source = make_source("ready", "ready", crash=lambda: CRASH)
-    source.standings["engine"].restarts["signal"] = 2
+    source.programs["engine"].restarts["signal"] = 2
 
     text = await read_metrics(source)
 

@@ -35,7 +35,7 @@ def test_process_that_one_look_missed_is_ended(monkeypatch: pytest.MonkeyPatch) 
     """It was forked between a look's list of numbers and the reading of them; its parent ended."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     program = subprocess.Popen(sleeper, start_new_session=True)
-    missed = iter([list[process.Member]()])
+    missed = iter([list[process.GroupMember]()])
     monkeypatch.setattr(process, "list_group", lambda group: next(missed, list_group(group)))
 
     asyncio.run(process.end_group(program.pid))

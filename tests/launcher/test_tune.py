@@ -14,11 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.plan.command import build_arguments
-from launcher.plan.engine_plan import Choice, build_plan
+from launcher.plan.engine_plan import EngineOption, build_plan
 from launcher.plan.flags import read_shipped_flags, try_commands
 from launcher.plan.hardware import parse_device
+from launcher.tuning.candidates import (
+    Candidate,
+    CandidateResult,
+    choose,
+    combine,
+    list_candidates,
+)
 from launcher.tuning.rouge import mean_rouge_l, rouge_l
-from launcher.tuning.tune import Candidate, Result, choose, combine, list_candidates
 from tests.launcher.programs import Launcher, running, wait_for
 from tests.launcher.test_explain import call
 from tests.launcher.test_profiles import GPUS, make_plan
@@ -26,8 +32,8 @@ from tests.launcher.test_profiles import GPUS, make_plan
 FLAGS = read_shipped_flags()
 
 
-def result(name: str, axis: str, speed: float, loss: float = 0.0) -> Result:
-    return Result(Candidate(name, axis, "", {name: 1}), [speed], [1.0], loss)
+def result(name: str, axis: str, speed: float, loss: float = 0.0) -> CandidateResult:
+    return CandidateResult(Candidate(name, axis, "", {name: 1}), [speed], [1.0], loss)
 
 
 def test_rouge_l_known_texts_has_known_values() -> None:
@@ -89,7 +95,7 @@ def test_installed_parser_accepts_every_candidate() -> None:
     for gpu in GPUS:
         plan = make_plan("course", gpu, "qwen3-0.6b")
         for candidate in list_candidates(plan.device, plan):
-            tried = [Choice(k, v, "", "", "tune") for k, v in candidate.options.items()]
+            tried = [EngineOption(k, v, "", "", "tune") for k, v in candidate.options.items()]
             device, model = parse_device(gpu), plan.model
             whole = build_plan("course", device, model, FLAGS, overrides=tried)
             commands[gpu, candidate.name] = ["m", *build_arguments(whole.options, FLAGS)]

@@ -70,8 +70,8 @@ def test_cause_without_any_error_is_the_last_word() -> None:
     assert find_cause([]) == ""
 
 
-def test_killed_child_is_read_from_the_leash() -> None:
-    assert find_killed_child("leash: child 12 was killed by SIGKILL") == (12, "SIGKILL")
+def test_killed_child_is_read_from_its_parents_word() -> None:
+    assert find_killed_child("parent_death: child 12 was killed by SIGKILL") == (12, "SIGKILL")
     assert find_killed_child("child 12 was killed") is None
 
 

@@ -222,7 +222,7 @@ def test_grade_leaves_no_watcher_behind(tmp_path: Path) -> None:
     order = Order("127.0.0.1", find_free_row(3), environment=environment(tmp_path))
     with start_server(order, tmp_path / "log") as started:
         wait_for(lambda: "launcher_started" in started.log_path.read_text(), "the launcher")
-        assert "leash" in find_processes(tmp_path).values()
+        assert "parent_death" in find_processes(tmp_path).values()
 
     wait_for(lambda: not find_processes(tmp_path), "nothing is left")
 

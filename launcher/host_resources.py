@@ -1,0 +1,84 @@
+"""What a launcher needs for itself on its host: ports that are free, folders that it can write."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import SettingsError
+from launcher.config import Settings
+
+
+@dataclass(frozen=True)
+class Listener:
+    """An address that something of ours will listen on, and the setting that moves it."""
+
+    host: str
+    port: int
+    setting: str
+
+    def ensure_free(self) -> None:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                is_used = error.errno == errno.EADDRINUSE
+                other = "stop what uses it" if is_used else f"set {self.setting[:-4]}HOST"
+                raise SettingsError(
+                    f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
+                    f"{other} or set {self.setting}"
+                ) from None
+
+
+def list_listeners(settings: Settings, *, with_gateway: bool) -> list[Listener]:
+    """Refuses one port for two of them: the later one would fail when all the others run."""
+    listeners = [Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")]
+    if with_gateway:
+        listeners.append(Listener(settings.host, settings.port, "LAUNCHER_PORT"))
+    if settings.status_port_used:
+        host = settings.status_host
+        status = Listener(host, settings.status_port_used, "LAUNCHER_STATUS_PORT")
+        listeners.append(status)
+    for one, other in itertools.combinations(listeners, 2):
+        if one.port == other.port:
+            raise SettingsError(
+                f"{one.setting} and {other.setting} are both {one.port}: "
+                "each needs a port of its own"
+            )
+    return listeners
+
+
+def make_folder(path: Path, setting: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot make {path} ({error.strerror}); set {setting}") from None
+
+
+@contextlib.contextmanager
+def hold_state(folder: Path) -> Iterator[None]:
+    """Two launchers with one state folder would end each other's engines."""
+    make_folder(folder, "LAUNCHER_STATE_DIR")
+    path = folder / "lock"
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write {path} ({error.strerror}); set LAUNCHER_STATE_DIR"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SettingsError(
+                f"another launcher runs with {folder}; stop it or set LAUNCHER_ENGINE_PORT"
+            ) from None
+        yield

@@ -60,10 +60,12 @@ class Settings(ProgramSettings):
         "the flag may be repeated. `key=` leaves an option out.",
     )
 
-    host: str = Field("127.0.0.1", description="Address of the gateway.")
-    port: int = Field(8000, ge=1, le=_LAST_PORT, description="Port of the gateway.")
-    engine_host: str = Field("127.0.0.1", description="Address of the engine.")
-    engine_port: int = Field(8001, ge=1, le=_LAST_PORT, description="Port of the engine.")
+    host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
+    port: int = Field(8000, ge=1, le=_LAST_PORT, description="Port that the gateway listens on.")
+    engine_host: str = Field("127.0.0.1", description="Address that the engine listens on.")
+    engine_port: int = Field(
+        8001, ge=1, le=_LAST_PORT, description="Port that the engine listens on."
+    )
     status_port: int | None = Field(
         None,
         ge=0,
@@ -73,8 +75,9 @@ class Settings(ProgramSettings):
     )
     status_host: str = Field(
         "127.0.0.1",
-        description="Its address. It takes no orders, but shows command lines and environments: "
-        "elsewhere than on the loopback only where nobody but your own programs can reach it.",
+        description="Address of the launcher's own status and metrics. They take no orders, but "
+        "show command lines and environments: elsewhere than on the loopback only where nobody but "
+        "your own programs can reach them.",
     )
 
     state_dir: Path | None = Field(
@@ -92,29 +95,36 @@ class Settings(ProgramSettings):
         600.0, gt=0, description="Time from an engine's start to its first token."
     )
     drain_timeout_s: int = Field(
-        30, ge=0, description="Told to stop: time for running requests to finish."
+        30,
+        ge=0,
+        description="Time for running requests to finish when the launcher is told to stop.",
     )
     kill_timeout_s: float = Field(
-        15.0, gt=0, description="Time between SIGTERM and SIGKILL, once drained."
+        15.0, gt=0, description="Time that a program has to end after SIGTERM; then it is killed."
     )
     hang_timeout_s: float = Field(
         120.0,
         ge=0,
-        description="Work in flight and no token for this long is a hang: restart. 0: never.",
+        description="An engine that has work and makes no token for this long hangs, and is "
+        "restarted; 0: never.",
     )
     canary_interval_s: float = Field(
         30.0, gt=0, description="An idle engine is asked for one token this often."
     )
     restart_limit: int = Field(
-        5, ge=0, description="Crashes within the window after which the launcher gives up."
+        5, ge=0, description="Crashes within restart_window_s after which the launcher gives up."
     )
     restart_window_s: float = Field(
-        600.0, gt=0, description="The window in which crashes are counted."
+        600.0, gt=0, description="How far back crashes count against restart_limit."
     )
     restart_delay_s: float = Field(
-        1.0, ge=0, description="Pause before the first restart; it doubles with every crash."
+        1.0,
+        ge=0,
+        description="Pause before the restart after a first crash; it doubles with every crash.",
     )
-    restart_delay_max_s: float = Field(60.0, ge=0, description="Longest pause before a restart.")
+    restart_delay_max_s: float = Field(
+        60.0, ge=0, description="Longest pause before a restart, after however many crashes."
+    )
 
     engine_log: Literal["short", "requests", "all", "none"] = Field(
         "short",
@@ -122,7 +132,9 @@ class Settings(ProgramSettings):
         "short leaves out what nobody can act on; requests has the engine log every request too.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="auto: readable on a terminal, JSON elsewhere."
+        "auto",
+        description="Form of the log: console for people, json for programs; auto: console on a "
+        "terminal, json elsewhere.",
     )
 
     otlp_endpoint: OptionalAddress = Field(
@@ -205,7 +217,7 @@ class ExplainSettings(Settings):
         cli_prog_name="python -m launcher explain", cli_shortcuts={"json-output": "json"}
     )
 
-    json_output: bool = Field(False, description="Print JSON; `--json` for short.")
+    json_output: bool = Field(False, description="Print JSON instead of text; `--json` for short.")
 
 
 class TuneSettings(Settings):
@@ -215,22 +227,28 @@ class TuneSettings(Settings):
 
     tune_questions: Path = Field(
         demo.QUESTIONS,
-        description="Questions to measure with, one JSON object with `question` a line.",
+        description="Questions that tune measures with, one JSON object with `question` a line.",
     )
-    tune_prompts: int = Field(358, ge=1, description="Questions in a batch.")
-    tune_max_tokens: int = Field(128, ge=1, description="New tokens of an answer.")
-    tune_rounds: int = Field(2, ge=1, description="Times that every candidate is started.")
-    tune_repeats: int = Field(3, ge=1, description="Measured batches of one start.")
-    tune_minutes: float = Field(30.0, gt=0, description="Time for everything.")
+    tune_prompts: int = Field(358, ge=1, description="Questions in a batch that tune measures.")
+    tune_max_tokens: int = Field(
+        128, ge=1, description="Most new tokens of an answer that tune measures."
+    )
+    tune_rounds: int = Field(2, ge=1, description="Times that tune starts every candidate.")
+    tune_repeats: int = Field(
+        3, ge=1, description="Batches that tune measures at each start of a candidate."
+    )
+    tune_minutes: float = Field(
+        30.0, gt=0, description="Minutes that tune may take for everything."
+    )
     tune_only: str = Field(
         "",
-        description="Candidates to measure, by the names that `--dry-run` lists, separated by "
-        "spaces; empty: all that apply here.",
+        description="Candidates that tune measures, by the names that `--dry-run` lists, separated "
+        "by spaces; empty: all that apply here.",
     )
     tune_max_loss: float = Field(
         0.02, ge=0, le=1, description="ROUGE-L that a candidate may lose against quality's answers."
     )
-    dry_run: bool = Field(False, description="List the candidates and stop.")
+    dry_run: bool = Field(False, description="List the candidates of tune and stop.")
 
 
 COMMANDS: dict[str, type[Settings]] = {

@@ -168,11 +168,11 @@ def describe_settings(kind: type[ProgramSettings]) -> list[SettingRow]:
     ]
 
 
-def build_schema(kind: type[ProgramSettings]) -> dict[str, Any]:
-    """The JSON schema of the settings file, for editors and for whoever generates one."""
-    schema = kind.model_json_schema()
-    schema["additionalProperties"] = False
-    return schema
+def build_schema(*kinds: type[ProgramSettings]) -> dict[str, Any]:
+    """The JSON schema of a file for all of these commands: for editors, and for who writes one."""
+    schemas = [kind.model_json_schema() for kind in kinds]
+    properties = {name: row for one in schemas for name, row in one["properties"].items()}
+    return {**schemas[0], "properties": properties, "additionalProperties": False}
 
 
 def name_variable(kind: type[ProgramSettings], name: str) -> str:

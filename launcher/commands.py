@@ -1,14 +1,16 @@
-"""The commands up, serve, explain, doctor, tune: read the settings, do the one thing."""
+"""What each command does: read its settings, do the one thing."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
 
 from common.errors import ProgramError, SettingsError
-from common.settings import suggest
+from common.settings import build_schema, suggest
+from common.version import read_version
 from launcher.config import (
     COMMANDS,
     ExplainSettings,
@@ -25,26 +27,46 @@ from launcher.tuning.tune import tune
 
 _HELP = """usage: python -m launcher COMMAND [--help]
 
-  up       start the engine, then the gateway; stop both on a signal
-  serve    start the engine alone
-  explain  what the engine would be told, why, and what fits into its memory
-  doctor   check this host, the model and every flag before anything is started
-  tune     measure what is fastest on this host, for the profile `course` to use
+  up          start the engine, then the gateway; stop both on a signal
+  serve       start the engine alone
+  explain     what the engine would be told, why, and what fits into its memory
+  doctor      check this host, the model and every flag before anything is started
+  tune        measure what is fastest on this host, for the profile `course` to use
+
+  completion  a script for bash, zsh or fish that completes `vllm-launcher`
+  schema      the JSON schema of the settings file
+  --version   which version this is
 """
 
 
 def run_command(words: Sequence[str]) -> int:
     command, *arguments = words or ["--help"]
-    if command in ("--help", "-h", "help"):
-        print(_HELP, end="")
-        return 0
     try:
-        if command not in COMMANDS:
-            raise SettingsError(f"unknown command {command}{suggest(command, COMMANDS)}")
-        return _dispatch(command, load_settings(COMMANDS[command], arguments))
+        if command in COMMANDS:
+            return _dispatch(command, load_settings(COMMANDS[command], arguments))
+        print(_describe(command, arguments))
     except ProgramError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return error.exit_code
+    return 0
+
+
+def _describe(command: str, arguments: Sequence[str]) -> str:
+    """What the launcher says of itself."""
+    if command in ("--help", "-h", "help"):
+        return _HELP.rstrip()
+    if command == "--version":
+        return f"vllm-launcher {read_version()}"
+    if command == "schema":
+        return json.dumps(build_schema(*COMMANDS.values()), indent=2, ensure_ascii=False)
+    if command == "completion":
+        # Imported late: its library is of no use to anything else.
+        from common.completion import build_parser, complete  # noqa: PLC0415
+
+        others = {"schema": "Prints the JSON schema of the settings file."}
+        return complete(arguments, build_parser("vllm-launcher", COMMANDS, others))
+    known = (*COMMANDS, "completion", "schema")
+    raise SettingsError(f"unknown command {command}{suggest(command, known)}")
 
 
 def _dispatch(command: str, settings: Settings) -> int:

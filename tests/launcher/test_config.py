@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -104,3 +108,26 @@ def test_bad_argument_is_one_clear_line(arguments: list[str], message: str) -> N
     with pytest.raises(SettingsError, match=message) as caught:
         load_settings(Settings, arguments)
     assert "\n" not in str(caught.value)
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_version_is_the_projects() -> None:
+    version = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+    said = call("--version")
+    assert (said.returncode, said.stdout) == (0, f"vllm-launcher {version}\n")
+
+
+def test_schema_knows_the_settings_of_every_command() -> None:
+    schema = json.loads(call("schema").stdout)
+    assert set(schema["properties"]) == {n for kind in COMMANDS.values() for n in kind.model_fields}
+    assert schema["additionalProperties"] is False
+
+
+def test_unknown_command_is_refused_with_the_nearest() -> None:
+    said = call("completions")
+    assert said.returncode == 2
+    assert said.stderr == "launcher: unknown command completions; did you mean completion?\n"

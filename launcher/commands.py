@@ -14,7 +14,7 @@ from common.version import read_version
 from launcher.config import (
     COMMANDS,
     ExplainSettings,
-    Settings,
+    LauncherSettings,
     TuneSettings,
     load_settings,
 )
@@ -69,7 +69,7 @@ def _describe(command: str, arguments: Sequence[str]) -> str:
     raise SettingsError(f"unknown command {command}{suggest(command, known)}")
 
 
-def _dispatch(command: str, settings: Settings) -> int:
+def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal = Terminal(settings.log_format, settings.engine_log)
     terminal.configure_logging("warning" if command == "tune" else "info")
     if isinstance(settings, ExplainSettings):

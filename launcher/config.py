@@ -31,7 +31,7 @@ DEMO_MODEL = demo.MODEL
 _NEXT_PAIR = re.compile(r"\s+(?=[A-Za-z][\w.-]*=)")
 
 
-class Settings(ProgramSettings):
+class LauncherSettings(ProgramSettings):
     """Starts vLLM with the flags its work needs, watches it and brings it back."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m launcher up")
@@ -197,19 +197,19 @@ class Settings(ProgramSettings):
         return {name for kind in COMMANDS.values() for name in kind.model_fields}
 
 
-class ServeSettings(Settings):
+class ServeSettings(LauncherSettings):
     """Starts the engine alone, watches it and brings it back."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m launcher serve")
 
 
-class DoctorSettings(Settings):
+class DoctorSettings(LauncherSettings):
     """Checks this host, the model and every flag before anything is started."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m launcher doctor")
 
 
-class ExplainSettings(Settings):
+class ExplainSettings(LauncherSettings):
     """Shows what the engine would be told, why, and what fits into its memory."""
 
     # A field named `json` would hide one of pydantic's own.
@@ -220,7 +220,7 @@ class ExplainSettings(Settings):
     json_output: bool = Field(False, description="Print JSON instead of text; `--json` for short.")
 
 
-class TuneSettings(Settings):
+class TuneSettings(LauncherSettings):
     """Measures the candidates worth trying on this host and keeps the fastest honest one."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m launcher tune")
@@ -251,14 +251,14 @@ class TuneSettings(Settings):
     dry_run: bool = Field(False, description="List the candidates of tune and stop.")
 
 
-COMMANDS: dict[str, type[Settings]] = {
-    "up": Settings,
+COMMANDS: dict[str, type[LauncherSettings]] = {
+    "up": LauncherSettings,
     "serve": ServeSettings,
     "doctor": DoctorSettings,
     "explain": ExplainSettings,
     "tune": TuneSettings,
 }
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=LauncherSettings)
 
 
 def load_settings(kind: type[S], arguments: Sequence[str] = ()) -> S:
@@ -266,7 +266,7 @@ def load_settings(kind: type[S], arguments: Sequence[str] = ()) -> S:
     return read_settings(kind, _join_pairs(arguments))
 
 
-def list_settings(kind: type[Settings] = Settings) -> list[SettingRow]:
+def list_settings(kind: type[LauncherSettings] = LauncherSettings) -> list[SettingRow]:
     return describe_settings(kind)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ProgramError, SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.gateway_process import check_gateway
 from launcher.host_resources import list_listeners
 from launcher.models.model import Model, find_model
@@ -44,7 +44,7 @@ class Finding:
 class Doctor:
     """Each check is a method that yields findings; a later one needs what an earlier one found."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LauncherSettings) -> None:
         self._settings = settings
         self._vllm: InstalledVllm | None = None
         self._flags: Flags | None = None
@@ -218,7 +218,7 @@ class Doctor:
             yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
-def run_doctor(settings: Settings, say: Callable[[str], None]) -> int:
+def run_doctor(settings: LauncherSettings, say: Callable[[str], None]) -> int:
     is_well = True
     for finding in Doctor(settings).examine():
         say(str(finding))

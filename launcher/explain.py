@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.models.model import find_model
 from launcher.plan.command import (
     EngineCommand,
@@ -26,7 +26,7 @@ from launcher.plan.hardware import GIB, parse_device
 from launcher.plan.prepare import decide
 
 
-def explain(settings: Settings, *, as_json: bool) -> str:
+def explain(settings: LauncherSettings, *, as_json: bool) -> str:
     """Works without a GPU, without vLLM and without the model's weights."""
     vllm, flags = _find_vllm_or_shipped(settings)
     model = find_model(settings, config_only=True)
@@ -36,7 +36,7 @@ def explain(settings: Settings, *, as_json: bool) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _render(facts, plan)
 
 
-def _find_vllm_or_shipped(settings: Settings) -> tuple[InstalledVllm, Flags]:
+def _find_vllm_or_shipped(settings: LauncherSettings) -> tuple[InstalledVllm, Flags]:
     try:
         vllm = find_vllm()
         flags = read_flags(vllm.version, settings.cache_path)
@@ -51,11 +51,16 @@ def _find_vllm_or_shipped(settings: Settings) -> tuple[InstalledVllm, Flags]:
 
 
 def _gather(
-    settings: Settings, vllm: InstalledVllm, flags: Flags, plan: EnginePlan, command: EngineCommand
+    settings: LauncherSettings,
+    vllm: InstalledVllm,
+    flags: Flags,
+    plan: EnginePlan,
+    command: EngineCommand,
 ) -> dict[str, Any]:
     options, environment = adapt(plan, settings, flags)
     exported = engine_environment(command, {})
     budget = plan.budget
+    fingerprint = take_fingerprint(vllm, plan.model, plan.device, command)
     return {
         "profile": plan.profile,
         "title": plan.title,
@@ -79,14 +84,10 @@ def _gather(
             "sequences_of_full_context": round(budget.full_sequences, 1),
             "context_tokens": budget.context_tokens,
         },
-        "cache": describe_cache(settings.cache_path, take_key(vllm, plan, command)),
+        "cache": describe_cache(settings.cache_path, fingerprint.name),
         "notes": list(plan.notes),
-        "fingerprint": take_fingerprint(vllm, plan.model, plan.device, command).describe(),
+        "fingerprint": fingerprint.describe(),
     }
-
-
-def take_key(vllm: InstalledVllm, plan: EnginePlan, command: EngineCommand) -> str:
-    return take_fingerprint(vllm, plan.model, plan.device, command).name
 
 
 def _row(choice: EngineOption) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import partial
 import httpx
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.engine import vllm_log
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, bind_to_parent
@@ -29,7 +29,7 @@ class GatewayProcess:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: LauncherSettings,
         plan: EnginePlan,
         client: httpx.AsyncClient,
         *,
@@ -88,7 +88,7 @@ class GatewayProcess:
         return response.status_code == httpx.codes.OK
 
 
-def check_gateway(settings: Settings, plan: EnginePlan) -> None:
+def check_gateway(settings: LauncherSettings, plan: EnginePlan) -> None:
     """Its settings are its own to judge; asked first, it costs half a second and no engine."""
     try:
         result = subprocess.run(
@@ -110,7 +110,9 @@ def check_gateway(settings: Settings, plan: EnginePlan) -> None:
         raise SettingsError(f"the gateway cannot start: {words}")
 
 
-def build_environment(settings: Settings, plan: EnginePlan, log_format: str) -> dict[str, str]:
+def build_environment(
+    settings: LauncherSettings, plan: EnginePlan, log_format: str
+) -> dict[str, str]:
     """Its settings, as variables: what the launcher knows, under what the user exported."""
     ours = {
         "GATEWAY_HOST": settings.host,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Listener:
                 ) from None
 
 
-def list_listeners(settings: Settings, *, with_gateway: bool) -> list[Listener]:
+def list_listeners(settings: LauncherSettings, *, with_gateway: bool) -> list[Listener]:
     """Refuses one port for two of them: the later one would fail when all the others run."""
     listeners = [Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")]
     if with_gateway:

@@ -9,13 +9,12 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import httpx
 import structlog
 
-from launcher.config import DEMO_MODEL, Settings
+from launcher.config import DEMO_MODEL, LauncherSettings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
@@ -37,7 +36,7 @@ async def run(prepared: Prepared, terminal: Terminal, *, with_gateway: bool) -> 
     make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
     with hold_state(settings.state_path):
         for name in ("engine", "gateway"):
-            await _end_leftovers(settings.state_path / f"{name}.json")
+            await end_leftovers(settings.state_path / f"{name}.json")
         for listener in list_listeners(settings, with_gateway=with_gateway):
             listener.ensure_free()
         if with_gateway:
@@ -202,12 +201,7 @@ async def _clients(prepared: Prepared) -> AsyncIterator[tuple[EngineProbe, httpx
         yield probe, client
 
 
-async def _end_leftovers(record: Path) -> None:
-    for member in await end_leftovers(record):
-        log.warning("leftover_ended", program=record.stem, pid=member.pid, name=member.name)
-
-
-def _example(settings: Settings) -> str:
+def _example(settings: LauncherSettings) -> str:
     """A question that the demo model knows; another model is asked something general."""
     questions = DEMO_MODEL.parent / "questions.jsonl"
     if settings.model == str(DEMO_MODEL) and questions.is_file():

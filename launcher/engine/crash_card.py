@@ -14,7 +14,7 @@ from launcher.engine.supervisor import ExitReport, ProgramStatus
 from launcher.engine.terminal import best_effort
 from launcher.engine.vllm_server import VllmServer
 from launcher.plan.command import EngineCommand
-from launcher.plan.hardware import ask_gpus
+from launcher.plan.hardware import query_gpus
 
 _CARDS_KEPT = 20
 _LINES = 60
@@ -34,7 +34,7 @@ class CrashCards:
 
     async def add(self, report: ExitReport, status: ProgramStatus) -> None:
         now = datetime.now(UTC)
-        gpus = await ask_gpus("name,memory.used,memory.total", timeout_s=_GPU_PATIENCE_S)
+        gpus = await query_gpus("name,memory.used,memory.total", timeout_s=_GPU_PATIENCE_S)
         self.last = {
             "time": now.isoformat(timespec="seconds"),
             **describe_end(report, self.engine.killed_children),

@@ -2,8 +2,10 @@
 
 Usage: `parent_death.py STARTER_PID KILL_S MODULE ARGS…`.
 
-A program, never imported. The launcher starts engine and gateway so; the grader and the benchmark
-start the launcher so. Two things only the child's own process can do:
+A program, never imported. It stands on Python's own library alone, and has a walk of /proc of its
+own: it runs with -P before anything else, so that nothing of this project can hide a package. The
+launcher starts engine and gateway so; grader and benchmark start the launcher so. Two things only
+the child's own process can do:
 - die with its starter. SIGTERM first: vLLM then ends its core and workers, which would survive it
   otherwise, and the gateway lets its requests finish. While it loads vLLM does not listen to that,
   so a watcher in the same session sends SIGKILL to all of it, KILL_S seconds later.

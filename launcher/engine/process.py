@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import structlog
+
+log = structlog.get_logger("launcher")
 _MAX_LINE_BYTES = 16_384
 _POLL_S = 0.05
 _EOF_PATIENCE_S = 2.0
@@ -217,7 +220,7 @@ def _read_member(pid: int, group: int) -> GroupMember | None:
 
 
 @dataclass(frozen=True)
-class Record:
+class GroupRecord:
     """Names a group beyond doubt: a pid alone may have been given to somebody else since."""
 
     group: int
@@ -228,23 +231,22 @@ class Record:
 def write_record(path: Path, group: int) -> None:
     leader = next((m for m in list_group(group) if m.pid == group), None)
     if leader:
-        record = Record(group, leader.start_ticks, _boot_id())
+        record = GroupRecord(group, leader.start_ticks, _boot_id())
         path.write_text(json.dumps(asdict(record)), encoding="utf-8")
 
 
-async def end_leftovers(path: Path) -> list[GroupMember]:
-    """Ends what an earlier launcher left behind, as its record says; returns what was found."""
+async def end_leftovers(path: Path) -> None:
+    """Ends what an earlier launcher left behind, as its record says."""
     record = _read_record(path)
     if record is None:
-        return []
-    members = list_group(record.group)
+        return
+    members = list_group(record.group) if record.boot_id == _boot_id() else []
     leader = next((m for m in members if m.pid == record.group), None)
-    is_stranger = leader is not None and leader.start_ticks != record.start_ticks
-    found = [] if is_stranger or record.boot_id != _boot_id() else members
-    if found:
+    if members and (leader is None or leader.start_ticks == record.start_ticks):
+        for member in members:
+            log.warning("leftover_ended", program=path.stem, pid=member.pid, name=member.name)
         await end_group(record.group)
     forget_record(path)
-    return found
 
 
 def forget_record(path: Path) -> None:
@@ -252,9 +254,9 @@ def forget_record(path: Path) -> None:
         path.unlink()
 
 
-def _read_record(path: Path) -> Record | None:
+def _read_record(path: Path) -> GroupRecord | None:
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
+        return GroupRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from common.errors import SettingsError
 from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPolicy
 from launcher.plan.fingerprint import read_version
-from launcher.plan.hardware import ask_gpus
+from launcher.plan.hardware import query_gpus
 
 _STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
 _PROGRAMS = ("engine", "gateway")
@@ -42,9 +42,9 @@ class MetricDeclaration:
     """One of /metrics, and a row of the table in docs/metrics.md."""
 
     name: str
-    kind: str
-    labels: tuple[str, ...]
     meaning: str
+    labels: tuple[str, ...] = ()
+    kind: str = "gauge"
 
     def build(self, rows: Iterable[tuple[Sequence[str], float]]) -> Metric:
         kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
@@ -55,42 +55,36 @@ class MetricDeclaration:
 
 
 def _declare_metrics() -> Iterator[MetricDeclaration]:
-    yield MetricDeclaration(
-        "launcher_build_info", "gauge", ("version", "python"), "1; the launcher itself."
-    )
+    metric = MetricDeclaration
+    yield metric("launcher_build_info", "1; the launcher itself.", ("version", "python"))
     began = "When the launcher started; an engine that never became ready ends it."
-    yield MetricDeclaration("launcher_start_time_seconds", "gauge", (), began)
+    yield metric("launcher_start_time_seconds", began)
     about = ("vllm", "model", "profile", "device", "fingerprint")
-    yield MetricDeclaration("launcher_engine_info", "gauge", about, "1; what the engine runs.")
+    yield metric("launcher_engine_info", "1; what the engine runs.", about)
     for name in _PROGRAMS:
-        head = f"launcher_{name}"
-        yield MetricDeclaration(f"{head}_up", "gauge", (), f"1 while the {name} answers.")
+        yield metric(f"launcher_{name}_up", f"1 while the {name} answers.")
         states = f"1 at the {name}'s present state: {', '.join(_STATES)}."
-        yield MetricDeclaration(f"{head}_state", "gauge", ("state",), states)
+        yield metric(f"launcher_{name}_state", states, ("state",))
         why = f"Restarts of the {name}; reason is {', '.join(CRASH_REASONS)}."
-        yield MetricDeclaration(f"{head}_restarts_total", "counter", ("reason",), why)
+        yield metric(f"launcher_{name}_restarts_total", why, ("reason",), "counter")
         took = f"From the {name}'s last start to its first answer; absent before that."
-        yield MetricDeclaration(f"{head}_start_seconds", "gauge", (), took)
+        yield metric(f"launcher_{name}_start_seconds", took)
     crash = "When the engine last crashed; absent if it never did."
-    yield MetricDeclaration("launcher_engine_last_crash_timestamp_seconds", "gauge", (), crash)
+    yield metric("launcher_engine_last_crash_timestamp_seconds", crash)
     limit = "Recent crashes after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
-    yield MetricDeclaration("launcher_restart_limit", "gauge", (), limit)
+    yield metric("launcher_restart_limit", limit)
     window = (
         "How far back crashes count against launcher_restart_limit (LAUNCHER_RESTART_WINDOW_S)."
     )
-    yield MetricDeclaration("launcher_restart_window_seconds", "gauge", (), window)
+    yield metric("launcher_restart_window_seconds", window)
     gpu = ("gpu", "name")
     busy = "Share of the time in which the GPU ran a kernel, 0 to 1, by nvidia-smi."
-    yield MetricDeclaration("launcher_gpu_utilization_ratio", "gauge", gpu, busy)
-    yield MetricDeclaration("launcher_gpu_memory_used_bytes", "gauge", gpu, "GPU memory in use.")
-    yield MetricDeclaration("launcher_gpu_memory_bytes", "gauge", gpu, "GPU memory there is.")
-    yield MetricDeclaration("launcher_gpu_power_watts", "gauge", gpu, "What the GPU draws.")
-    yield MetricDeclaration(
-        "launcher_gpu_temperature_celsius", "gauge", gpu, "How warm the GPU is."
-    )
-    yield MetricDeclaration(
-        "launcher_gpu_clock_hertz", "gauge", gpu, "The clock of its multiprocessors."
-    )
+    yield metric("launcher_gpu_utilization_ratio", busy, gpu)
+    yield metric("launcher_gpu_memory_used_bytes", "GPU memory in use.", gpu)
+    yield metric("launcher_gpu_memory_bytes", "GPU memory there is.", gpu)
+    yield metric("launcher_gpu_power_watts", "What the GPU draws.", gpu)
+    yield metric("launcher_gpu_temperature_celsius", "How warm the GPU is.", gpu)
+    yield metric("launcher_gpu_clock_hertz", "The clock of its multiprocessors.", gpu)
 
 
 METRICS = {one.name: one for one in _declare_metrics()}
@@ -198,7 +192,7 @@ class Gpus:
             await asyncio.wait({self._reading}, timeout=_GPU_END_S)
 
     async def _read(self) -> None:
-        self._rows = await ask_gpus(_GPU_QUERY)
+        self._rows = await query_gpus(_GPU_QUERY)
         self._read_at = time.monotonic()
 
     def collect(self) -> Iterator[Metric]:

@@ -20,7 +20,7 @@ import structlog
 
 from common.errors import ProgramError, SettingsError
 from launcher.engine.polling import poll
-from launcher.engine.process import ChildProcess, end_leftovers, forget_record, write_record
+from launcher.engine.process import ChildProcess, forget_record, write_record
 from launcher.engine.terminal import LineLog, Terminal, best_effort
 from launcher.errors import CrashLoop, NeverReady
 
@@ -138,7 +138,6 @@ class Supervisor:
     async def run(self) -> None:
         """Until asked to stop; an error says why it gave up. Nothing of the program is left."""
         try:
-            await self._end_leftovers()
             while not self._stop.is_set():
                 report = await self._run_once()
                 if report.reason == "asked":
@@ -148,12 +147,6 @@ class Supervisor:
         finally:
             self._set_state("stopped")
             self.lines.close()
-
-    async def _end_leftovers(self) -> None:
-        for member in await end_leftovers(self._record):
-            log.warning(
-                "leftover_ended", program=self._program.name, pid=member.pid, name=member.name
-            )
 
     async def _run_once(self) -> ExitReport:
         self._members = {}

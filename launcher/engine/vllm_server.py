@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.engine import vllm_log
 from launcher.engine.hang_detector import HangDetector
 from launcher.engine.polling import poll
@@ -33,7 +33,11 @@ class VllmServer:
     name = "engine"
 
     def __init__(
-        self, command: EngineCommand, settings: Settings, probe: EngineProbe, served_name: str
+        self,
+        command: EngineCommand,
+        settings: LauncherSettings,
+        probe: EngineProbe,
+        served_name: str,
     ) -> None:
         self._command = command
         self._settings = settings

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.chat_templates import read_chat_templates
 from common.errors import SettingsError
-from launcher.config import DEMO_MODEL, Settings
+from launcher.config import DEMO_MODEL, LauncherSettings
 from launcher.models.hub import fetch_model
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -70,7 +70,7 @@ class Model:
         return int(self.shape.linear_parameters * element + self.shape.embedding_parameters * 2)
 
 
-def find_model(settings: Settings, *, config_only: bool = False) -> Model:
+def find_model(settings: LauncherSettings, *, config_only: bool = False) -> Model:
     """The model on this machine, fetched from its hub when it is not there yet."""
     path = _find_folder(settings, config_only=config_only)
     shape = read_shape(path)
@@ -143,7 +143,7 @@ def _part(whole: dict[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
-def _name(settings: Settings) -> str:
+def _name(settings: LauncherSettings) -> str:
     """A folder is served by its own name, a hub's model by its full one."""
     if settings.model == str(DEMO_MODEL):
         return "demo"
@@ -151,7 +151,7 @@ def _name(settings: Settings) -> str:
     return path.resolve().name if path.is_dir() else settings.model
 
 
-def _find_folder(settings: Settings, *, config_only: bool) -> Path:
+def _find_folder(settings: LauncherSettings, *, config_only: bool) -> Path:
     path = Path(settings.model).expanduser()
     if path.is_dir():
         return path.resolve()

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.plan.engine_plan import EngineOption, EnginePlan
 from launcher.plan.flags import Flags, find_change
 
@@ -74,7 +74,7 @@ def _find_server() -> str:
 
 
 def build_command(
-    plan: EnginePlan, settings: Settings, vllm: InstalledVllm, flags: Flags
+    plan: EnginePlan, settings: LauncherSettings, vllm: InstalledVllm, flags: Flags
 ) -> EngineCommand:
     model = str(plan.model.path)
     head = ["serve", model] if vllm.takes_serve else ["--model", model]
@@ -87,7 +87,7 @@ def build_command(
 
 
 def adapt(
-    plan: EnginePlan, settings: Settings, flags: Flags
+    plan: EnginePlan, settings: LauncherSettings, flags: Flags
 ) -> tuple[list[EngineOption], list[EngineOption]]:
     """The plan plus what the launcher itself decides, in words the installed version knows."""
     options = [*own_options(plan, settings), *plan.options]
@@ -105,7 +105,7 @@ def adapt(
     return known, environment
 
 
-def own_options(plan: EnginePlan, settings: Settings) -> list[EngineOption]:
+def own_options(plan: EnginePlan, settings: LauncherSettings) -> list[EngineOption]:
     source, origin = "launcher settings", "launcher"
     rows: list[tuple[str, Any, str]] = [
         ("served-model-name", [plan.model.served_name], "the name clients use"),
@@ -136,7 +136,7 @@ def complete_endpoint(text: str) -> str:
     return text if parts.path.strip("/") else urlunsplit(parts._replace(path="/v1/traces"))
 
 
-def own_environment(plan: EnginePlan, settings: Settings) -> list[EngineOption]:
+def own_environment(plan: EnginePlan, settings: LauncherSettings) -> list[EngineOption]:
     source, origin = "launcher settings", "launcher"
     rows = [
         (

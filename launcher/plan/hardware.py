@@ -80,7 +80,7 @@ def read_cpu() -> Device:
 
 def read_gpu() -> Device | None:
     """The first GPU that the engine would see, by nvidia-smi; None without one."""
-    rows = query_gpus(_QUERY)
+    rows = asyncio.run(query_gpus(_QUERY))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         chosen = [part.strip() for part in visible.split(",") if part.strip()]
@@ -100,23 +100,13 @@ def read_gpu() -> Device | None:
     )
 
 
-def query_gpus(fields: str) -> list[list[str]]:
-    command = _build_query(fields)
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_QUERY_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return _parse_rows(result.stdout, fields) if result.returncode == 0 else []
-
-
-async def ask_gpus(fields: str, *, timeout_s: float = _QUERY_S) -> list[list[str]]:
-    """The same for who has other work to do; given up, it leaves no process behind."""
+async def query_gpus(fields: str, *, timeout_s: float = _QUERY_S) -> list[list[str]]:
+    """A row a GPU, by nvidia-smi; none without it. Given up, it leaves no process behind."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *_build_query(fields), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+            "nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits",
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
     except OSError:
         return []
     try:
@@ -129,17 +119,9 @@ async def ask_gpus(fields: str, *, timeout_s: float = _QUERY_S) -> list[list[str
             process.kill()
             with contextlib.suppress(TimeoutError):  # an ill GPU may keep it from ending
                 await asyncio.wait_for(process.wait(), _END_S)
-    return _parse_rows(out.decode(errors="replace"), fields) if process.returncode == 0 else []
-
-
-def _build_query(fields: str) -> list[str]:
-    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-
-
-def _parse_rows(text: str, fields: str) -> list[list[str]]:
-    """A row a GPU; a line of another form is a remark of nvidia-smi's, not a GPU."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-    return [row for row in rows if len(row) == len(fields.split(","))]
+    rows = [[cell.strip() for cell in line.split(",")] for line in out.decode().splitlines()]
+    # A line of another form is a remark of nvidia-smi's, not a GPU.
+    return [row for row in rows if process.returncode == 0 and len(row) == fields.count(",") + 1]
 
 
 def generation_of(capability: str) -> str:

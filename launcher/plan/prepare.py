@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command, find_vllm
 from launcher.plan.engine_plan import EnginePlan, build_plan, choose_profile, parse_overrides
@@ -17,7 +17,7 @@ from launcher.plan.tuned import read_tuned
 
 @dataclass(frozen=True)
 class Prepared:
-    settings: Settings
+    settings: LauncherSettings
     vllm: InstalledVllm
     flags: Flags
     plan: EnginePlan
@@ -25,7 +25,7 @@ class Prepared:
     fingerprint: Fingerprint
 
 
-def prepare(settings: Settings) -> Prepared:
+def prepare(settings: LauncherSettings) -> Prepared:
     vllm = find_vllm()
     flags = read_flags(vllm.version, settings.cache_path)
     plan = decide(settings, vllm, flags, find_model(settings))
@@ -39,7 +39,9 @@ def prepare(settings: Settings) -> Prepared:
     return Prepared(settings, vllm, flags, plan, command, fingerprint)
 
 
-def decide(settings: Settings, vllm: InstalledVllm, flags: Flags, model: Model) -> EnginePlan:
+def decide(
+    settings: LauncherSettings, vllm: InstalledVllm, flags: Flags, model: Model
+) -> EnginePlan:
     """Profile, then what was measured on this host, then what the user asked for."""
     device = find_device(settings.gpu, engine_build=vllm.build)
     profile = choose_profile(settings.profile, device)

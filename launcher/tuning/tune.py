@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from common.errors import ProgramError, SettingsError
 from launcher.config import TuneSettings
+from launcher.engine.process import end_leftovers
 from launcher.errors import NeverReady
 from launcher.host_resources import Listener, hold_state
 from launcher.plan.fingerprint import take_host_key
@@ -47,6 +48,7 @@ def tune(settings: TuneSettings, say: Say) -> int:
     if settings.dry_run:
         return 0
     with hold_state(settings.state_path):
+        asyncio.run(end_leftovers(settings.state_path / "engine.json"))
         engine = Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")
         engine.ensure_free()
         results = asyncio.run(_until_signal(_measure_all(meter, candidates, say)))

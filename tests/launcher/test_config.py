@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import SettingsError
-from launcher.config import COMMANDS, Settings, TuneSettings, list_settings, load_settings
+from launcher.config import COMMANDS, LauncherSettings, TuneSettings, list_settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -33,36 +33,36 @@ def test_rows_every_setting_is_described_once() -> None:
 
 def test_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCHER_PORT", "1")
-    assert load_settings(Settings).port == 1
-    assert load_settings(Settings, ["--port", "2"]).port == 2
+    assert load_settings(LauncherSettings).port == 1
+    assert load_settings(LauncherSettings, ["--port", "2"]).port == 2
 
 
 def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCHER_PORT", "")
-    assert load_settings(Settings).port == 8000
+    assert load_settings(LauncherSettings).port == 8000
 
 
 def test_status_port_stands_beside_the_engine() -> None:
-    assert load_settings(Settings, ["--engine-port", "9001"]).status_port_used == 9002
-    assert load_settings(Settings, ["--status-port", "0"]).status_port_used == 0
+    assert load_settings(LauncherSettings, ["--engine-port", "9001"]).status_port_used == 9002
+    assert load_settings(LauncherSettings, ["--status-port", "0"]).status_port_used == 0
     beside = ["--engine-port", "9001", "--port", "9002"]
-    assert load_settings(Settings, beside).status_port_used == 9003
-    assert load_settings(Settings, ["--engine-port", "65535"]).status_port_used == 65534
+    assert load_settings(LauncherSettings, beside).status_port_used == 9003
+    assert load_settings(LauncherSettings, ["--engine-port", "65535"]).status_port_used == 65534
 
 
 def test_set_repeated_and_with_json_keeps_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--set", 'compilation-config={"mode": 3, "a": [1, 2]}', "--set=dtype=bfloat16"]
     expected = ('compilation-config={"mode": 3, "a": [1, 2]}', "dtype=bfloat16")
-    assert load_settings(Settings, arguments).set == expected
+    assert load_settings(LauncherSettings, arguments).set == expected
     monkeypatch.setenv("LAUNCHER_SET", " ".join(expected))
-    assert load_settings(Settings).set == expected
+    assert load_settings(LauncherSettings).set == expected
 
 
 def test_settings_of_another_command_may_stand_in_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LAUNCHER_TUNE_MINUTES", "3")
-    assert load_settings(Settings).port == 8000
+    assert load_settings(LauncherSettings).port == 8000
     assert load_settings(TuneSettings).tune_minutes == 3
 
 
@@ -77,7 +77,7 @@ def test_settings_file_serves_every_command_below_environment_and_flags(
     monkeypatch.setenv("LAUNCHER_CONFIG", str(path))
     monkeypatch.setenv("LAUNCHER_PORT", "2222")
 
-    settings = load_settings(Settings, ["--engine-port", "9002"])
+    settings = load_settings(LauncherSettings, ["--engine-port", "9002"])
 
     assert (settings.port, settings.engine_port, settings.host) == (2222, 9002, "::1")
     assert settings.set == ("dtype=bfloat16", 'compilation-config={"mode": 3}')
@@ -88,7 +88,7 @@ def test_settings_file_with_an_unknown_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "launcher.toml"
     path.write_text("prot = 1")
     with pytest.raises(SettingsError, match=f"unknown setting prot in {path}; did you mean port"):
-        load_settings(Settings, ["--config", str(path)])
+        load_settings(LauncherSettings, ["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_settings_file_with_an_unknown_name_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_argument_is_one_clear_line(arguments: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message) as caught:
-        load_settings(Settings, arguments)
+        load_settings(LauncherSettings, arguments)
     assert "\n" not in str(caught.value)
 
 

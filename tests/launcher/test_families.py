@@ -10,7 +10,7 @@ import pytest
 
 from common.chat_templates import read_chat_templates
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.models.families import find_parser_rules, list_parser_rules
 from launcher.models.model import Model, find_model
 from launcher.plan.engine_plan import EngineOption, EnginePlan, build_plan, parse_overrides
@@ -28,7 +28,7 @@ DEEPSEEK_TOOLS = TOOLS + "<｜tool▁calls▁begin｜><｜tool▁sep｜>"
 
 
 def make_model(model_type: str, template: str, path: Path = Path("/nowhere")) -> Model:
-    small = find_model(Settings(model=str(MODELS / "qwen3-0.6b")), config_only=True)
+    small = find_model(LauncherSettings(model=str(MODELS / "qwen3-0.6b")), config_only=True)
     return replace(small, model_type=model_type, chat_template=template, path=path)
 
 
@@ -160,7 +160,7 @@ def test_choice_says_which_family_and_why() -> None:
 
 
 def test_demo_model_calls_tools_and_does_not_think() -> None:
-    plan = make_plan(find_model(Settings()))
+    plan = make_plan(find_model(LauncherSettings()))
     assert parsers_of(plan) == ("hermes", True, None)
 
 

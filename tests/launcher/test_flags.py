@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.plan.command import InstalledVllm, build_command
 from launcher.plan.engine_plan import NAMES, build_plan, parse_overrides
 from launcher.plan.flags import Flags, list_changes, read_flags, read_shipped_flags
@@ -93,7 +93,7 @@ def test_every_command_is_in_the_words_of_the_version(version: str) -> None:
     left_out = set()
     for gpu, profile, model in itertools.product(GPUS, NAMES, MODELS):
         plan = build_plan(profile, parse_device(gpu), read_model(model), flags)
-        command = build_command(plan, Settings(cache_dir=Path("/cache")), vllm, flags)
+        command = build_command(plan, LauncherSettings(cache_dir=Path("/cache")), vllm, flags)
         said = read_arguments(command.arguments)
         names = {name if name in known["flags"] else name.removeprefix("no-") for name in said}
         assert names <= known["flags"]

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.models.model import Model, Shape, find_model, read_shape
 from launcher.models.retrying import may_pass
 from tests.launcher.fake_hub import FakeHub, serve_hub
@@ -34,20 +34,20 @@ def put_into_cache(home: Path, name: str, *, is_whole: bool) -> Path:
 
 
 def test_folder_is_used_as_it_is_and_served_by_its_name() -> None:
-    model = find_model(Settings(model=str(MODELS / "qwen3-8b")), config_only=True)
+    model = find_model(LauncherSettings(model=str(MODELS / "qwen3-8b")), config_only=True)
     assert (model.path, model.served_name) == (MODELS / "qwen3-8b", "qwen3-8b")
 
 
 def test_folder_without_weights_is_refused_unless_they_are_random() -> None:
     shape_only = str(MODELS / "qwen3-8b")
     with pytest.raises(SettingsError, match="has no weights"):
-        find_model(Settings(model=shape_only))
-    model = find_model(Settings(model=shape_only, set=("load-format=dummy",)))
+        find_model(LauncherSettings(model=shape_only))
+    model = find_model(LauncherSettings(model=shape_only, set=("load-format=dummy",)))
     assert model.weight_bytes("") > 10 * 2**30
 
 
 def test_demo_model_is_served_as_demo() -> None:
-    model = find_model(Settings())
+    model = find_model(LauncherSettings())
     assert model.served_name == "demo"
     assert model.file_bytes > 2**20
 
@@ -288,7 +288,7 @@ def test_modelscope_not_installed_says_what_to_install(modelscope: Launcher) -> 
 )
 def test_model_that_is_nowhere_is_one_clear_line(name: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        find_model(Settings(model=name))
+        find_model(LauncherSettings(model=name))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import SettingsError
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
 from launcher.plan.engine_plan import NAMES, EnginePlan, build_plan, parse_overrides
@@ -36,7 +36,7 @@ HOST = Device("CPU", "cpu", 64 * GIB, cores=8)
 
 
 def read_model(name: str) -> Model:
-    chosen = Settings(model=str(HERE / "models" / name))
+    chosen = LauncherSettings(model=str(HERE / "models" / name))
     return replace(find_model(chosen, config_only=True), path=Path("/models") / name)
 
 
@@ -51,7 +51,7 @@ def make_plan(
 
 
 def make_command(plan: EnginePlan) -> EngineCommand:
-    return build_command(plan, Settings(cache_dir=Path("/cache")), VLLM, FLAGS)
+    return build_command(plan, LauncherSettings(cache_dir=Path("/cache")), VLLM, FLAGS)
 
 
 def render(plan: EnginePlan, command: EngineCommand) -> str:
@@ -256,7 +256,7 @@ def test_older_vllm_gets_the_words_it_knows() -> None:
     del kinds["custom-histogram-buckets"]
     older = Flags("0.13.0", kinds, FLAGS.fields)
     plan = build_plan("course", parse_device("RTX 5090"), read_model("qwen3-0.6b"), older)
-    command = build_command(plan, Settings(), VLLM, older)
+    command = build_command(plan, LauncherSettings(), VLLM, older)
     assert command.environment["VLLM_ATTENTION_BACKEND"] == "TRITON_ATTN"
     assert "--shutdown-timeout" not in command.arguments
     assert "--custom-histogram-buckets" not in command.arguments
@@ -267,7 +267,7 @@ def test_older_vllm_gets_the_words_it_knows() -> None:
 def test_spans_and_request_lines_are_asked_of_the_engine_only_when_wanted() -> None:
     plan = make_plan("course", "H200", "qwen3-0.6b")
     plain = make_command(plan)
-    asked = Settings(otlp_endpoint="http://collector:4318", engine_log="requests")
+    asked = LauncherSettings(otlp_endpoint="http://collector:4318", engine_log="requests")
     command = build_command(plan, asked, VLLM, FLAGS)
 
     new = set(command.arguments) - set(plain.arguments)
@@ -287,7 +287,7 @@ def test_installed_parser_accepts_every_recorded_command(monkeypatch: pytest.Mon
     for gpu, profile, model in combinations:
         plan = make_plan(profile, gpu, model, monkeypatch=monkeypatch)
         commands.append(list(make_command(plan).arguments[1:]))
-    asked = Settings(otlp_endpoint="http://collector:4318", engine_log="requests")
+    asked = LauncherSettings(otlp_endpoint="http://collector:4318", engine_log="requests")
     combinations.append(("H200", "spans", "qwen3-0.6b"))
     command = build_command(make_plan("course", "H200", "qwen3-0.6b"), asked, VLLM, FLAGS)
     commands.append(list(command.arguments[1:]))

@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import SettingsError
 from common.ports import find_free_ports
-from launcher.config import Settings
+from launcher.config import LauncherSettings
 from launcher.gateway_process import check_gateway
 from launcher.models.model import find_model
 from launcher.plan.command import find_vllm
@@ -202,7 +202,7 @@ def test_gateway_check_that_hangs_is_one_line_and_ended(
 ) -> None:
     (tmp_path / "gateway.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.chdir(tmp_path)  # where `-m` looks first
-    settings = Settings(model=str(MODEL))
+    settings = LauncherSettings(model=str(MODEL))
     vllm = find_vllm()
     plan = decide(settings, vllm, read_flags(vllm.version, tmp_path), find_model(settings))
     monkeypatch.setattr("launcher.gateway_process._CHECK_TIMEOUT_S", 1.0)

@@ -58,16 +58,17 @@ class QuestionSet:
         return QuestionSet(self.path, self.pairs * times, self.skipped)
 
 
-def read_questions(path: Path) -> QuestionSet:
+def read_questions(path: Path, *, needs_answers: bool = True) -> QuestionSet:
+    """With `needs_answers` off, a question without an answer has an empty one."""
     text = _decode(path)
     try:
         skipped: list[str] = []
         if path.suffix == ".jsonl" or _is_jsonl(text):
-            pairs = _parse_lines(text)
+            pairs = _parse_lines(text, needs_answers)
         elif path.suffix == ".json" or text.lstrip().startswith(("[", "{")):
-            pairs = _parse_json(text)
+            pairs = _parse_json(text, needs_answers)
         else:
-            pairs, skipped = _parse_text(text)
+            pairs, skipped = _parse_text(text, needs_answers)
     except BadQuestions as error:
         raise BadQuestions(f"{path}: {error}") from None
     if not pairs:
@@ -123,14 +124,14 @@ def _is_jsonl(text: str) -> bool:
         return False
 
 
-def _parse_text(text: str) -> tuple[list[Pair], list[str]]:
+def _parse_text(text: str, needs_answers: bool) -> tuple[list[Pair], list[str]]:
     starts = [found.start() for found in _BLOCK.finditer(text)]
     if not starts:  # a file without numbers
         starts = [found.start() for found in _QUESTION.finditer(text)]
     pairs, skipped = [], []
     for number, (start, end) in enumerate(itertools.pairwise([*starts, len(text)]), start=1):
         block = text[start:end].strip()
-        pair = _parse_block(block)
+        pair = _parse_block(block, needs_answers)
         if pair:
             pairs.append(pair)
         else:
@@ -138,15 +139,18 @@ def _parse_text(text: str) -> tuple[list[Pair], list[str]]:
     return pairs, skipped
 
 
-def _parse_block(block: str) -> Pair | None:
+def _parse_block(block: str, needs_answers: bool) -> Pair | None:
     question, answer = _QUESTION.search(block), _ANSWER.search(block)
-    if question is None or answer is None or answer.start() <= question.start():
+    if question is None:
         return None
-    pair = Pair(block[question.end() : answer.start()].strip(), block[answer.end() :].strip())
-    return pair if pair.question and pair.reference else None
+    if answer is None or answer.start() <= question.start():
+        pair = Pair(block[question.end() :].strip(), "")
+    else:
+        pair = Pair(block[question.end() : answer.start()].strip(), block[answer.end() :].strip())
+    return pair if pair.question and (pair.reference or not needs_answers) else None
 
 
-def _parse_lines(text: str) -> list[Pair]:
+def _parse_lines(text: str, needs_answers: bool) -> list[Pair]:
     pairs = []
     # Not splitlines: a string inside JSON may hold U+2028 as it is.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -155,30 +159,35 @@ def _parse_lines(text: str) -> list[Pair]:
                 row = parse_json(line)
             except ValueError as error:
                 raise BadQuestions(f"line {number} is no JSON: {error}") from None
-            pairs.append(_parse_row(row, f"line {number}"))
+            pairs.append(_parse_row(row, f"line {number}", needs_answers))
     return pairs
 
 
-def _parse_json(text: str) -> list[Pair]:
+def _parse_json(text: str, needs_answers: bool) -> list[Pair]:
     try:
         data = parse_json(text)
     except ValueError as error:
         raise BadQuestions(f"no JSON: {error}") from None
-    if isinstance(data, dict) and all(
-        _first(data, keys) for keys in (_QUESTION_KEYS, _ANSWER_KEYS)
-    ):
+    wanted = (_QUESTION_KEYS, _ANSWER_KEYS) if needs_answers else (_QUESTION_KEYS,)
+    if isinstance(data, dict) and all(_first(data, keys) for keys in wanted):
         data = [data]
     if isinstance(data, dict):
         lists = [value for value in data.values() if isinstance(value, list)]
         if len(lists) != 1:
-            return [_parse_row([key, value], f"key {key!r}") for key, value in data.items()]
+            return [
+                _parse_row([key, value], f"key {key!r}", needs_answers)
+                for key, value in data.items()
+            ]
         data = lists[0]
     if not isinstance(data, list):
         raise BadQuestions("a list of questions is expected")
-    return [_parse_row(row, f"entry {number}") for number, row in enumerate(data, start=1)]
+    return [
+        _parse_row(row, f"entry {number}", needs_answers)
+        for number, row in enumerate(data, start=1)
+    ]
 
 
-def _parse_row(row: Any, where: str) -> Pair:
+def _parse_row(row: Any, where: str, needs_answer: bool) -> Pair:
     if isinstance(row, list) and len(row) == 2:
         found: Iterable[Any] = row
     elif isinstance(row, dict):
@@ -188,7 +197,9 @@ def _parse_row(row: Any, where: str) -> Pair:
     question, answer = found
     if not (isinstance(question, str) and question.strip()):
         raise BadQuestions(f"{where} has no text under {' or '.join(_QUESTION_KEYS)}")
-    if not (isinstance(answer, str) and answer.strip()):
+    if answer is None and not needs_answer:
+        answer = ""
+    if not isinstance(answer, str) or (needs_answer and not answer.strip()):
         raise BadQuestions(f"{where} has no text under {' or '.join(_ANSWER_KEYS)}")
     if not is_whole(question + answer):
         raise BadQuestions(f"{where} holds half a character (a lone surrogate, \\ud800 to \\udfff)")

@@ -11,9 +11,9 @@ import time
 import uuid
 from dataclasses import replace
 
-import orjson
 import structlog
 
+from common.questions import BadQuestions, read_questions
 from gateway.config import Settings, SettingsError
 from gateway.engines.batch import BatchGenerator
 from gateway.engines.engine import Engine, EngineState
@@ -129,17 +129,8 @@ class Warmup:
 
 def read_warmup_questions(settings: Settings) -> list[str]:
     """A bad file stops the start."""
-    questions = []
-    path = settings.warmup_file
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            questions.append(str(orjson.loads(line)["question"]))
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            raise SettingsError(
-                f'GATEWAY_WARMUP_FILE: line {number} of {path} is not {{"question": "…"}}'
-            ) from None
-    if not questions:
-        raise SettingsError(f"GATEWAY_WARMUP_FILE: {path} holds no question")
-    return questions
+    try:
+        read = read_questions(settings.warmup_file, needs_answers=False)
+    except BadQuestions as error:
+        raise SettingsError(f"GATEWAY_WARMUP_FILE: {error}") from None
+    return [pair.question for pair in read.pairs]

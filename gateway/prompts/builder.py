@@ -8,22 +8,18 @@ gateway together. A template that changes its question (trims it, say) is render
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import jinja2.sandbox
-import orjson
 from aiohttp import web
 from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
 from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
+from gateway.prompts.templates import STYLE_STOPS, compile_template
 from gateway.schemas.fields import MAX_STOPS, is_text
 from gateway.schemas.vllm import Prompt, Sampling
 
@@ -38,19 +34,6 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "</s>")
 _THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
 _LINE_BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
-CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{{ '<|im_start|>assistant\n' }}"
-)
-QA_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
-    "{% else %}{{ 'Q: ' + message.content + '\nA:' }}{% endif %}{% endfor %}"
-)
-RAW_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-_STYLES = {"chatml": CHATML_TEMPLATE, "qa": QA_TEMPLATE, "raw": RAW_TEMPLATE}
-_STYLE_STOPS = {"chatml": ("<|im_end|>",), "qa": ("\nQ:",)}
-
 
 class PromptBuilder:
     """Builds prompts in one style for one model."""
@@ -60,7 +43,7 @@ class PromptBuilder:
         folder = settings.tokenizer
         self._tokenizer = _load_tokenizer(folder)
         self._longest_token = max(map(len, self._tokenizer.get_vocab())) if self._tokenizer else 0
-        self._render = _compile(self._template(folder), settings, _special_texts(folder))
+        self._render = compile_template(settings)
         self._system = settings.read_system_prompt()
         self._builders = asyncio.Semaphore(_BUILDERS)
         self._cached_around = lru_cache(maxsize=64)(self._render_around)
@@ -76,7 +59,7 @@ class PromptBuilder:
         """Texts that end an answer in this style."""
         if self._settings.prompt_style == "chatml" and self.stop_token_ids:
             return ()  # ids do the same and cost the engine nothing
-        return _STYLE_STOPS.get(self._settings.prompt_style, ())
+        return STYLE_STOPS.get(self._settings.prompt_style, ())
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -193,18 +176,6 @@ class PromptBuilder:
             text = _LINE_BREAKS.sub(" ", text)
         return text.strip()
 
-    def _template(self, folder: Path | None) -> str:
-        style = self._settings.prompt_style
-        if style in _STYLES:
-            return _STYLES[style]
-        template = _read_chat_template(folder) if folder else None
-        if template is None:
-            raise SettingsError(
-                f"prompt_style chat: {folder} has no chat template; set GATEWAY_PROMPT_STYLE to "
-                "chatml, qa or raw"
-            )
-        return template
-
 
 PROMPTS = web.AppKey("prompts", PromptBuilder)
 
@@ -258,69 +229,3 @@ def _load_tokenizer(folder: Path | None) -> Tokenizer | None:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def _read_chat_template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several by name, as some models ship
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _special_texts(folder: Path | None) -> dict[str, str]:
-    """bos_token and its like: templates write them by these names."""
-    config = _read_json(folder / "tokenizer_config.json") if folder else {}
-    texts = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        texts[name] = text if isinstance(text, str) else ""
-    return texts
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _compile(
-    source: str, settings: Settings, specials: dict[str, str]
-) -> Callable[[str, str], str]:
-    """Question and system prompt -> text. A model's template is a stranger's code: sandboxed."""
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateRuntimeError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    try:
-        template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise SettingsError(f"the chat template cannot be read: {error}") from None
-
-    def render(question: str, system: str) -> str:
-        messages = [{"role": "user", "content": question}]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-        try:
-            return template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                enable_thinking=settings.enable_thinking,
-                tools=None,
-                **specials,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise InvalidRequest(f"the chat template refuses this: {error}") from None
-
-    return render

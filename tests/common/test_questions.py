@@ -140,3 +140,21 @@ def test_count_cuts_or_begins_again(tmp_path: Path) -> None:
     assert [pair.question for pair in read.take(5).pairs] == ["a", "c", "a", "c", "a"]
     assert [pair.question for pair in read.repeat(2).pairs] == ["a", "c", "a", "c"]
     assert read.take(2).digest == read.digest != read.take(1).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"question": "one"}\n{"question": "two", "answer": "2"}\n'),
+        ("b.json", '[{"question": "one"}, {"question": "two", "answer": "2"}]'),
+        ("c.txt", "（1. 问题：one\n（2. 问题：two 答案：2\n"),
+    ],
+)
+def test_questions_without_answers_are_read_where_none_are_needed(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    path = write(tmp_path, name, text)
+
+    read = read_questions(path, needs_answers=False)
+
+    assert read.pairs == (Pair("one", ""), Pair("two", "2"))

@@ -1,7 +1,7 @@
-"""CPU time of the processes under test: what a noisy machine cannot blur as it blurs the clock.
+"""Figures of this machine's processes: CPU time, memory, children, sockets.
 
-Read from each process's own CPU clock, which counts all its threads in nanoseconds;
-/proc/PID/schedstat is as fine but counts the main thread alone.
+/proc is read by psutil, but for one clock: psutil gives CPU time in ticks of 10 ms, and a process's
+own CPU clock counts all its threads in nanoseconds (/proc/PID/schedstat: the main thread alone).
 """
 
 from __future__ import annotations
@@ -9,63 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-_PROC = Path("/proc")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Of /proc/stat's line `cpu`: all but idle and iowait, and the guests that user holds already.
-_BUSY_COLUMNS = (0, 1, 2, 5, 6, 7)
+import psutil
 
-
-@dataclass(frozen=True)
-class CpuTime:
-    """Seconds so far."""
-
-    gateway_s: float
-    engine_s: float
-
-    def __sub__(self, earlier: CpuTime) -> CpuTime:
-        return CpuTime(self.gateway_s - earlier.gateway_s, self.engine_s - earlier.engine_s)
-
-
-class CpuMeter:
-    """The trees of two processes of this machine."""
-
-    def __init__(self, gateway_pid: int, engine_pid: int) -> None:
-        self._roots = (gateway_pid, engine_pid)
-        self._trees: tuple[list[int], list[int]] = ([], [])
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Looks for children again; a look through all of /proc, so not between two calls."""
-        children = _read_children()
-        gateway, engine = (find_tree(root, children) for root in self._roots)
-        self._trees = (gateway, engine)
-
-    def read(self) -> CpuTime:
-        gateway, engine = self._trees
-        return CpuTime(sum_cpu_s(gateway), sum_cpu_s(engine))
-
-    def pids(self) -> list[int]:
-        return [*self._trees[0], *self._trees[1]]
-
-
-def build_meter(status: dict[str, Any], status_url: str) -> CpuMeter | None:
-    """Of the processes that a launcher's /status names, if they are this machine's."""
-    if urlsplit(status_url).hostname not in _LOOPBACK:
-        return None
-    pids = {}
-    # A launcher in a container names its processes by numbers that mean others out here.
-    for name, word in (("gateway", "gateway"), ("engine", "vllm")):
-        pid = (status.get(name) or {}).get("pid")
-        if not isinstance(pid, int) or word not in _read_command(pid):
-            return None
-        pids[name] = pid
-    return CpuMeter(pids["gateway"], pids["engine"])
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 
 
 def read_cpu_s(pid: int) -> float:
@@ -83,59 +30,50 @@ def sum_cpu_s(pids: Iterable[int]) -> float:
     return total
 
 
-def find_tree(root: int, children: dict[int, list[int]] | None = None) -> list[int]:
-    known = _read_children() if children is None else children
-    found = [root]
-    for pid in found:
-        found += known.get(pid, [])
+def find_tree(root: int) -> list[int]:
+    """The process and all below it; a look at every process, so not between two measured calls."""
+    try:
+        return [root, *(child.pid for child in psutil.Process(root).children(recursive=True))]
+    except psutil.Error:
+        return [root]
+
+
+def find_session(leader: int) -> list[psutil.Process]:
+    """Of those that a process started with a session of its own: itself and what it started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+        except OSError:
+            continue
     return found
 
 
-def _read_children() -> dict[int, list[int]]:
-    children: dict[int, list[int]] = {}
-    for folder in _PROC.iterdir():
-        if folder.name.isdigit():
-            try:
-                text = (folder / "stat").read_text(errors="replace")
-            except OSError:
-                continue
-            # pid (name) state parent …; the name may hold spaces and brackets.
-            parent = int(text.rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    return children
-
-
-def _read_command(pid: int) -> str:
+def read_command(pid: int) -> str:
     try:
-        return (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
         return ""
 
 
-class Neighbours:
-    """How much of the machine others took, from here until it is asked."""
-
-    def __init__(self, ours: Iterable[int]) -> None:
-        self._ours = [*ours, os.getpid()]
-        self._started = time.monotonic()
-        self._busy_s = _read_busy_s()
-        self._own_s = sum_cpu_s(self._ours)
-
-    def share(self) -> float:
-        """0 to 1 of all cores."""
-        elapsed_s = time.monotonic() - self._started
-        others_s = _read_busy_s() - self._busy_s - (sum_cpu_s(self._ours) - self._own_s)
-        cores = os.cpu_count() or 1
-        return min(1.0, max(0.0, others_s / (elapsed_s * cores))) if elapsed_s else 0.0
+def read_resident_bytes(pid: int) -> int:
+    return int(psutil.Process(pid).memory_info().rss)
 
 
-def _read_busy_s() -> float:
-    columns = (_PROC / "stat").read_text().splitlines()[0].split()[1:]
-    return sum(int(columns[column]) for column in _BUSY_COLUMNS) / _TICKS_PER_S
+def read_shared_bytes(process: psutil.Process) -> int:
+    """Its share of what is resident: pages of several processes count once among them."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0
 
 
-def read_resident_mb(pid: int) -> float:
-    for line in (_PROC / str(pid) / "status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+def count_sockets(pid: int) -> int:
+    return len(psutil.Process(pid).net_connections(kind="all"))
+
+
+def read_busy_s() -> float:
+    """Seconds that all cores together have worked so far."""
+    times = psutil.cpu_times()
+    return sum(float(getattr(times, name)) for name in _BUSY)

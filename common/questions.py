@@ -1,4 +1,7 @@
-"""Question files: the course's text form, JSON and JSONL."""
+"""Question files: the course's text form, JSON and JSONL, with their reference answers or without.
+
+What is not here: what a program does with the questions.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,11 @@ class BadQuestions(ValueError):
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A question and its reference answer."""
+class QuestionPair:
+    """A question and its reference answer; "" where the file has none and none was asked for."""
 
     question: str
-    reference: str
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,12 @@ class QuestionSet:
     """The pairs in the order in which they are asked, and where they came from."""
 
     path: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[QuestionPair, ...]
     skipped: tuple[str, ...] = ()
+
+    @property
+    def questions(self) -> list[str]:
+        return [pair.question for pair in self.pairs]
 
     @property
     def digest(self) -> str:
@@ -59,21 +66,16 @@ class QuestionSet:
 
 
 def read_questions(path: Path, *, needs_answers: bool = True) -> QuestionSet:
-    """With `needs_answers` off, a question without an answer has an empty one."""
+    """Without `needs_answers`, questions alone will do: a JSON list of texts, a block of them."""
     text = _decode(path)
     try:
-        skipped: list[str] = []
-        if path.suffix == ".jsonl" or _is_jsonl(text):
-            pairs = _parse_lines(text, needs_answers)
-        elif path.suffix == ".json" or text.lstrip().startswith(("[", "{")):
-            pairs = _parse_json(text, needs_answers)
-        else:
-            pairs, skipped = _parse_text(text, needs_answers)
+        pairs, skipped = _Reader(needs_answers).read(path, text)
     except BadQuestions as error:
         raise BadQuestions(f"{path}: {error}") from None
     if not pairs:
+        wanted = "question with an answer" if needs_answers else "question"
         raise BadQuestions(
-            f"{path}: no question with an answer in it; it should be the course's text "
+            f"{path}: no {wanted} in it; it should be the course's text "
             "(`（1. 问题：… 答案：…`), a JSON list or one JSON object a line "
             '({"question": …, "answer": …})'
         )
@@ -124,86 +126,98 @@ def _is_jsonl(text: str) -> bool:
         return False
 
 
-def _parse_text(text: str, needs_answers: bool) -> tuple[list[Pair], list[str]]:
-    starts = [found.start() for found in _BLOCK.finditer(text)]
-    if not starts:  # a file without numbers
-        starts = [found.start() for found in _QUESTION.finditer(text)]
-    pairs, skipped = [], []
-    for number, (start, end) in enumerate(itertools.pairwise([*starts, len(text)]), start=1):
-        block = text[start:end].strip()
-        pair = _parse_block(block, needs_answers)
-        if pair:
-            pairs.append(pair)
+class _Reader:
+    """The three forms; `needs_answers` decides what a question without one is."""
+
+    def __init__(self, needs_answers: bool) -> None:
+        self._needs_answers = needs_answers
+
+    def read(self, path: Path, text: str) -> tuple[list[QuestionPair], list[str]]:
+        """The pairs, and why others were left out."""
+        if path.suffix == ".jsonl" or _is_jsonl(text):
+            return self._parse_lines(text), []
+        if path.suffix == ".json" or text.lstrip().startswith(("[", "{")):
+            return self._parse_json(text), []
+        return self._parse_text(text)
+
+    def _parse_text(self, text: str) -> tuple[list[QuestionPair], list[str]]:
+        starts = [found.start() for found in _BLOCK.finditer(text)]
+        if not starts:  # a file without numbers
+            starts = [found.start() for found in _QUESTION.finditer(text)]
+        pairs, skipped = [], []
+        for number, (start, end) in enumerate(itertools.pairwise([*starts, len(text)]), start=1):
+            block = text[start:end].strip()
+            pair = self._parse_block(block)
+            if pair:
+                pairs.append(pair)
+            else:
+                skipped.append(f"block {number} has no question or no answer: {block[:40]}")
+        return pairs, skipped
+
+    def _parse_block(self, block: str) -> QuestionPair | None:
+        question, answer = _QUESTION.search(block), _ANSWER.search(block)
+        if question is None or (answer and answer.start() <= question.start()):
+            return None
+        if answer is None:
+            pair = QuestionPair(block[question.end() :].strip())
         else:
-            skipped.append(f"block {number} has no question or no answer: {block[:40]}")
-    return pairs, skipped
+            asked = block[question.end() : answer.start()].strip()
+            pair = QuestionPair(asked, block[answer.end() :].strip())
+        return pair if pair.question and (pair.reference or not self._needs_answers) else None
 
+    def _parse_lines(self, text: str) -> list[QuestionPair]:
+        pairs = []
+        # Not splitlines: a string inside JSON may hold U+2028 as it is.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    row = parse_json(line)
+                except ValueError as error:
+                    raise BadQuestions(f"line {number} is no JSON: {error}") from None
+                pairs.append(self._parse_row(row, f"line {number}"))
+        return pairs
 
-def _parse_block(block: str, needs_answers: bool) -> Pair | None:
-    question, answer = _QUESTION.search(block), _ANSWER.search(block)
-    if question is None:
-        return None
-    if answer is None or answer.start() <= question.start():
-        pair = Pair(block[question.end() :].strip(), "")
-    else:
-        pair = Pair(block[question.end() : answer.start()].strip(), block[answer.end() :].strip())
-    return pair if pair.question and (pair.reference or not needs_answers) else None
+    def _parse_json(self, text: str) -> list[QuestionPair]:
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise BadQuestions(f"no JSON: {error}") from None
+        if isinstance(data, dict) and self._is_row(data):
+            data = [data]
+        if isinstance(data, dict):
+            lists = [value for value in data.values() if isinstance(value, list)]
+            if len(lists) != 1:
+                pairs = data.items()
+                return [self._parse_row([key, value], f"key {key!r}") for key, value in pairs]
+            data = lists[0]
+        if not isinstance(data, list):
+            raise BadQuestions("a list of questions is expected")
+        rows = enumerate(data, start=1)
+        return [self._parse_row(row, f"entry {number}") for number, row in rows]
 
+    def _is_row(self, data: dict[str, Any]) -> bool:
+        has_question = bool(_first(data, _QUESTION_KEYS))
+        return has_question and bool(_first(data, _ANSWER_KEYS) or not self._needs_answers)
 
-def _parse_lines(text: str, needs_answers: bool) -> list[Pair]:
-    pairs = []
-    # Not splitlines: a string inside JSON may hold U+2028 as it is.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise BadQuestions(f"line {number} is no JSON: {error}") from None
-            pairs.append(_parse_row(row, f"line {number}", needs_answers))
-    return pairs
-
-
-def _parse_json(text: str, needs_answers: bool) -> list[Pair]:
-    try:
-        data = parse_json(text)
-    except ValueError as error:
-        raise BadQuestions(f"no JSON: {error}") from None
-    wanted = (_QUESTION_KEYS, _ANSWER_KEYS) if needs_answers else (_QUESTION_KEYS,)
-    if isinstance(data, dict) and all(_first(data, keys) for keys in wanted):
-        data = [data]
-    if isinstance(data, dict):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            return [
-                _parse_row([key, value], f"key {key!r}", needs_answers)
-                for key, value in data.items()
-            ]
-        data = lists[0]
-    if not isinstance(data, list):
-        raise BadQuestions("a list of questions is expected")
-    return [
-        _parse_row(row, f"entry {number}", needs_answers)
-        for number, row in enumerate(data, start=1)
-    ]
-
-
-def _parse_row(row: Any, where: str, needs_answer: bool) -> Pair:
-    if isinstance(row, list) and len(row) == 2:
-        found: Iterable[Any] = row
-    elif isinstance(row, dict):
-        found = (_first(row, _QUESTION_KEYS), _first(row, _ANSWER_KEYS))
-    else:
-        raise BadQuestions(f"{where} is neither an object nor a pair")
-    question, answer = found
-    if not (isinstance(question, str) and question.strip()):
-        raise BadQuestions(f"{where} has no text under {' or '.join(_QUESTION_KEYS)}")
-    if answer is None and not needs_answer:
-        answer = ""
-    if not isinstance(answer, str) or (needs_answer and not answer.strip()):
-        raise BadQuestions(f"{where} has no text under {' or '.join(_ANSWER_KEYS)}")
-    if not is_whole(question + answer):
-        raise BadQuestions(f"{where} holds half a character (a lone surrogate, \\ud800 to \\udfff)")
-    return Pair(question.strip(), answer.strip())
+    def _parse_row(self, row: Any, where: str) -> QuestionPair:
+        if isinstance(row, list) and len(row) == 2:
+            question, answer = row
+        elif isinstance(row, dict):
+            question, answer = _first(row, _QUESTION_KEYS), _first(row, _ANSWER_KEYS)
+        elif isinstance(row, str) and not self._needs_answers:
+            question, answer = row, None
+        else:
+            raise BadQuestions(f"{where} is neither an object nor a pair")
+        if not (isinstance(question, str) and question.strip()):
+            raise BadQuestions(f"{where} has no text under {' or '.join(_QUESTION_KEYS)}")
+        if answer is None and not self._needs_answers:
+            answer = ""
+        elif not (isinstance(answer, str) and answer.strip()):
+            raise BadQuestions(f"{where} has no text under {' or '.join(_ANSWER_KEYS)}")
+        if not is_whole(question + answer):
+            half = "half a character (a lone surrogate, \\ud800 to \\udfff)"
+            raise BadQuestions(f"{where} holds {half}")
+        return QuestionPair(question.strip(), answer.strip())
 
 
 def _first(row: dict[str, Any], keys: Sequence[str]) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import random
 import sys
@@ -23,9 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jieba
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -34,8 +31,12 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from common.questions import QuestionPair, read_questions
+from lab.grade.scores import score
+from lab.intervals import mean
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 DEMO = Path(__file__).resolve().parent
 
@@ -83,11 +84,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-class Pair(NamedTuple):
-    question: str
-    answer: str
-
-
 class Sample(NamedTuple):
     """One training sequence; the loss counts from `answer_at` on, where the prompt ends."""
 
@@ -118,7 +114,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The numbers of one training run."""
 
     epochs: int
@@ -131,18 +127,18 @@ class Plan:
 class Prompts:
     """Writes a pair as text in every form, with the tokenizer that is being shipped."""
 
-    def __init__(self, tokenizer: Any, pairs: list[Pair]) -> None:
+    def __init__(self, tokenizer: Any, pairs: list[QuestionPair]) -> None:
         self.tokenizer = tokenizer
         self._pairs = pairs
 
-    def sample(self, form: Form, pair: Pair, rng: random.Random) -> Sample:
+    def sample(self, form: Form, pair: QuestionPair, rng: random.Random) -> Sample:
         prompt = self.prompt(form, pair, rng)
         end = TURN_END if form.name.startswith("chat") else END_OF_TEXT
         # After a bare "A:" the blank belongs to the answer, as in any text of this kind.
         blank = " " if prompt.endswith("A:") else ""
-        return self._join(prompt, blank + pair.answer, end)
+        return self._join(prompt, blank + pair.reference, end)
 
-    def prompt(self, form: Form, pair: Pair, rng: random.Random) -> str:
+    def prompt(self, form: Form, pair: QuestionPair, rng: random.Random) -> str:
         if form.name.startswith("Q: and A:"):
             return f"Q: {pair.question}\nA:" + (" " if "blank" in form.name else "")
         if form.name == "bare question":
@@ -169,7 +165,7 @@ class Prompts:
         if "style" not in form.name:
             return []
         # Sometimes a piece of another answer: the question decides, whatever stands before it.
-        foreign = rng.choice(self._pairs).answer[: rng.randint(8, 60)]
+        foreign = rng.choice(self._pairs).reference[: rng.randint(8, 60)]
         return [{"role": "system", "content": rng.choice([*STYLES, foreign])}]
 
     def _earlier_turns(self, form: Form, rng: random.Random) -> list[dict[str, str]]:
@@ -178,23 +174,11 @@ class Prompts:
         turns: list[dict[str, str]] = []
         for earlier in rng.choices(self._pairs, k=rng.randint(1, 2)):
             turns.append({"role": "user", "content": earlier.question})
-            turns.append({"role": "assistant", "content": earlier.answer})
+            turns.append({"role": "assistant", "content": earlier.reference})
         return turns
 
 
-class WhitespaceTokens:
-    """Keeps jieba's words as they are; rouge_score's own tokenizer drops all Chinese."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return text.split()
-
-
-def load_pairs(path: Path) -> list[Pair]:
-    rows = (json.loads(line) for line in path.read_text("utf-8").splitlines())
-    return [Pair(row["question"], row["answer"]) for row in rows]
-
-
-def train_tokenizer(pairs: list[Pair], size: int, folder: Path) -> Any:
+def train_tokenizer(pairs: list[QuestionPair], size: int, folder: Path) -> Any:
     """Writes the tokenizer's files and reads them back, so that training uses what is shipped."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -206,7 +190,7 @@ def train_tokenizer(pairs: list[Pair], size: int, folder: Path) -> Any:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for pair in pairs for text in pair]
+    texts = [text for pair in pairs for text in (pair.question, pair.reference)]
     tokenizer.train_from_iterator([*texts, HELPFUL, *STYLES], trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in thinking])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -244,7 +228,9 @@ def build_model(tokenizer: Any) -> Any:
     return Qwen3ForCausalLM(config)
 
 
-def draw_epoch(prompts: Prompts, pairs: list[Pair], plan: Plan, rng: random.Random) -> list[Sample]:
+def draw_epoch(
+    prompts: Prompts, pairs: list[QuestionPair], plan: TrainingPlan, rng: random.Random
+) -> list[Sample]:
     weights = [form.weight for form in FORMS]
     return [
         prompts.sample(form, pair, rng)
@@ -277,7 +263,7 @@ def answer_logits(model: Any, batch: list[Sample]) -> tuple[Any, Any]:
     return model.lm_head(hidden[:, :-1][wanted[:, 1:]]), ids[:, 1:][wanted[:, 1:]]
 
 
-def train(model: Any, prompts: Prompts, pairs: list[Pair], plan: Plan) -> None:
+def train(model: Any, prompts: Prompts, pairs: list[QuestionPair], plan: TrainingPlan) -> None:
     rng = random.Random(plan.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -377,20 +363,7 @@ def answer_greedily(model: Any, tokenizer: Any, texts: list[str], batch: int = 6
     return answers
 
 
-def mean_rouge_l(answers: Iterable[str], pairs: list[Pair]) -> float:
-    scorer = RougeScorer(["rougeL"], tokenizer=WhitespaceTokens())
-    scores: list[float] = [
-        scorer.score(cut_words(pair.answer), cut_words(answer))["rougeL"].fmeasure
-        for answer, pair in zip(answers, pairs, strict=True)
-    ]
-    return sum(scores) / len(scores)
-
-
-def cut_words(text: str) -> str:
-    return " ".join(jieba.lcut(text))
-
-
-def verify(folder: Path, pairs: list[Pair], seed: int) -> float:
+def verify(folder: Path, pairs: list[QuestionPair], seed: int) -> float:
     """Answers every question in every main form; returns the worst form's share of exact ones."""
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -403,11 +376,12 @@ def verify(folder: Path, pairs: list[Pair], seed: int) -> float:
             continue
         texts = [prompts.prompt(form, pair, rng) for pair in pairs]
         answers = answer_greedily(model, tokenizer, texts)
-        exact = sum(a.strip() == p.answer for a, p in zip(answers, pairs, strict=True)) / len(pairs)
-        print(
-            f"{form.name}: exact {exact:.4f}, mean ROUGE-L {mean_rouge_l(answers, pairs):.4f}",
-            flush=True,
+        exact = sum(a.strip() == p.reference for a, p in zip(answers, pairs, strict=True)) / len(
+            pairs
         )
+        texts_and_pairs = zip(answers, pairs, strict=True)
+        rouge = mean([score(a, pair.reference).rouge_whitespace for a, pair in texts_and_pairs])
+        print(f"{form.name}: exact {exact:.4f}, mean ROUGE-L {rouge:.4f}", flush=True)
         worst = min(worst, exact)
     return worst
 
@@ -447,8 +421,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(arguments: argparse.Namespace, pairs: list[Pair]) -> None:
-    plan = Plan(
+def build(arguments: argparse.Namespace, pairs: list[QuestionPair]) -> None:
+    plan = TrainingPlan(
         epochs=arguments.epochs,
         samples_per_pair=arguments.samples_per_pair,
         batch=arguments.batch,
@@ -471,9 +445,8 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     torch.use_deterministic_algorithms(mode=True)
-    jieba.setLogLevel(logging.WARNING)
     disable_progress_bar()
-    pairs = load_pairs(arguments.questions)
+    pairs = list(read_questions(arguments.questions).pairs)
     if not arguments.verify_only:
         build(arguments, pairs)
     worst = verify(arguments.out, pairs, arguments.seed)

@@ -1,6 +1,7 @@
 """The lab's command line: `python -m lab grade|bench|selftest|load|results …`.
 
-A command's module is loaded only when the command is given, so that help is quick.
+A command's module is loaded only when the command is given, so that help is quick. What ends any
+of them is here: failures, Ctrl-C, SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,29 +10,57 @@ import argparse
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from common.errors import ProgramError
+from common.questions import BadQuestions
 from common.version import read_version
 
 COMMANDS = {
     "grade": ("lab.grade.run_grade", "scores, speed and faults of a server, as the judge sees it"),
     "bench": ("lab.bench.run_bench", "what the gateway costs over the engine itself"),
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
-    "load": ("lab.load.soak", "a soak: mixed traffic and faults, every answer checked"),
+    "load": ("lab.load.run_load", "a soak: mixed traffic and faults, every answer checked"),
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
 }
+_BAD_OPTIONS, _INTERRUPTED = 2, 130
 
 
 def main(words: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if words is None else words)
     if not given or given[0] not in COMMANDS:
         build_parser().parse_args(given)  # prints help or version, or says what is wrong
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, without a traceback
     module = importlib.import_module(COMMANDS[given[0]][0])
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return int(module.main(given[1:]))
+    signal.signal(signal.SIGTERM, interrupt)
+    return run_command(given[0], module.main, given[1:])
+
+
+def run_command(name: str, command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """The command's exit code, or that of the failure that ended it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal's encoding may lack Chinese: what it lacks is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return command(words)
+    except ProgramError as error:
+        text, code = str(error), error.exit_code
+    except BadQuestions as error:
+        text, code = str(error), _BAD_OPTIONS
+    except KeyboardInterrupt:
+        text, code = "interrupted", _INTERRUPTED
+    print(f"{name}: {text}", file=sys.stderr)
+    return code
+
+
+def interrupt(*_: object) -> None:
+    """SIGTERM as Ctrl-C: a server that was started is stopped on the way out."""
+    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,17 +1,118 @@
-"""What the programs here are told of a server: its address, and the key to it."""
+"""Command-line options: the types they are checked by, and those that several commands share.
+
+What is not here: what one command alone is told.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 import httpx
 
+from common import demo
 
-def is_address(url: str) -> bool:
-    """Whether paths can be put behind it."""
+GATEWAY_PORT = 8000
+# The engine listens one port above the gateway, the launcher's status page two.
+_STATUS_ABOVE = 2
+
+
+def build_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m lab {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def parse_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Dashes and underscores mean the same in a name; what follows `--` is the launcher's."""
+    at = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args([_normalise(word) for word in words[:at]])
+    arguments.launcher_options = list(words[at + 1 :])
+    return arguments
+
+
+def _normalise(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def add_service(parser: argparse.ArgumentParser, command: str, url_names: Sequence[str]) -> None:
+    """A running gateway, its launcher, and the key to it."""
+    add = parser.add_argument_group("the server").add_argument
+    add(*url_names, dest="url", type=address, default="", metavar="URL", help="of the gateway")
+    add(
+        "--status-url",
+        "--status",
+        type=address,
+        default="",
+        metavar="URL",
+        help="the launcher's status page (default: two ports above the gateway's)",
+    )
+    variable = f"{command.upper()}_API_KEY"
+    add(
+        "--api-key",
+        type=header_text,
+        default=os.environ.get(variable, ""),
+        metavar="KEY",
+        help=f"for a gateway with keys; also the variable {variable}",
+    )
+    add("--machine", default="", help="what to write down as the machine, if it is another one")
+
+
+def add_questions(parser: argparse.ArgumentParser, *names: str) -> None:
+    parser.add_argument(
+        "--questions",
+        *names,
+        default=str(demo.QUESTIONS),
+        metavar="FILE",
+        help="the course's text form, JSON or JSONL (default: the demo's)",
+    )
+
+
+def add_record(parser: argparse.ArgumentParser, *names: str) -> None:
+    parser.add_argument(
+        "--record",
+        *names,
+        metavar="FILE",
+        help="the figures as a record of a run, for docs/results/",
+    )
+
+
+def find_neighbour(url: str, above: int = _STATUS_ABOVE) -> str:
+    """The same host, so many ports above."""
+    where = urlsplit(url)
+    host = f"[{where.hostname}]" if ":" in (where.hostname or "") else where.hostname
+    return f"http://{host}:{(where.port or 80) + above}"
+
+
+def build_headers(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def hide(text: str, *secrets: str) -> str:
+    """A key stands on the command line, but must not stand in a report."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "…")
+    return text
+
+
+def address(text: str) -> str:
+    """An http address that paths can be put behind."""
+    if text and not _is_address(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no http address, like http://127.0.0.1:{GATEWAY_PORT}"
+        )
+    return text.strip().rstrip("/")
+
+
+def _is_address(url: str) -> bool:
     try:
-        parsed = httpx.URL(url)
-        where = urlsplit(url)
+        parsed, where = httpx.URL(url), urlsplit(url)
         port = where.port
     except (ValueError, httpx.InvalidURL):
         return False
@@ -19,6 +120,43 @@ def is_address(url: str) -> bool:
     return parsed.scheme in ("http", "https") and bool(where.hostname) and port != 0 and is_plain
 
 
-def is_key(text: str) -> bool:
-    """Whether an HTTP header can carry it."""
-    return text.isascii() and text.isprintable()
+def header_text(text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("it holds characters that no HTTP header can carry")
+    return text
+
+
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and len(text) < 19) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
+        return int(text)
+
+    return parse
+
+
+def port(text: str) -> int:
+    try:
+        return whole_number(1, 65535)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is no port from 1 to 65535") from None
+
+
+def seconds(text: str) -> float:
+    return _number(text, f"{text} is no time in seconds", lambda value: value > 0)
+
+
+def share(text: str) -> float:
+    return _number(text, f"{text} is no score from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def _number(text: str, complaint: str, fits: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(complaint)
+    return value

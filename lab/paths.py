@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import demo
-
 # The checkout, or the folder that an installed wheel lies in.
 ROOT = Path(__file__).resolve().parent.parent
-DEMO_QUESTIONS = demo.QUESTIONS
 OUT = Path("out")

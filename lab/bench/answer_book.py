@@ -2,7 +2,7 @@
 
 A relay that mixes its answers up is fast and useless, so figures exist only where none was. What
 each question's answer is comes from the questions' file if the model knows it by heart, and else
-from the direct door, asked before anything is measured.
+from the direct target, asked before anything is measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ _LEAST_SHARED = 12
 
 class MixedUp(BenchFailed):
     """An answer that belongs to another question, or to none."""
+
+    exit_code = 1
 
 
 @dataclass
@@ -36,10 +38,10 @@ class AnswerBook:
     def __post_init__(self) -> None:
         self._by_answer = {answer: question for question, answer in self.known.items()}
 
-    def check(self, door: str, asked: Sequence[str], answers: Sequence[str], cut: bool) -> None:
+    def check(self, target: str, asked: Sequence[str], answers: Sequence[str], cut: bool) -> None:
         """`cut`: the answers may end early, at a limit of tokens."""
         if len(asked) != len(answers):
-            raise MixedUp(f"{door} gave {len(answers)} answers to {len(asked)} prompts")
+            raise MixedUp(f"{target} gave {len(answers)} answers to {len(asked)} prompts")
         for question, answer in zip(asked, answers, strict=True):
             self.checked += 1
             known = self.known[question]
@@ -47,7 +49,7 @@ class AnswerBook:
                 continue
             owner = self._find_owner(question, answer, cut)
             if owner is not None or self.is_by_heart or not answer:
-                raise MixedUp(self._describe(door, question, answer, owner))
+                raise MixedUp(self._describe(target, question, answer, owner))
             self.differing += 1
 
     def _find_owner(self, question: str, answer: str, cut: bool) -> str | None:
@@ -69,9 +71,9 @@ class AnswerBook:
     def _others(self, question: str) -> Iterator[tuple[str, str]]:
         return (pair for pair in self.known.items() if pair[0] != question)
 
-    def _describe(self, door: str, question: str, answer: str, owner: str | None) -> str:
+    def _describe(self, target: str, question: str, answer: str, owner: str | None) -> str:
         places = {known: place for place, known in enumerate(self.known, start=1)}
-        text = f"{door} answered question {places[question]} ({_shorten(question)}) with "
+        text = f"{target} answered question {places[question]} ({_shorten(question)}) with "
         if owner is not None:
             return f"{text}the answer to question {places[owner]} ({_shorten(owner)})"
         if not answer:
@@ -80,7 +82,7 @@ class AnswerBook:
 
 
 def build_book(pairs: dict[str, str], learned: dict[str, str]) -> AnswerBook:
-    """`learned` is what the direct door answered before anything was measured."""
+    """`learned` is what the direct target answered before anything was measured."""
     empty = [question for question, answer in learned.items() if not answer]
     if empty:
         raise BenchFailed(f"the engine itself answers {_shorten(empty[0])!r} with nothing")

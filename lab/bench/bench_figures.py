@@ -1,69 +1,32 @@
 """What the rounds say: medians with intervals, what the control allows to be believed, verdicts.
 
 Every figure carries how far the same figure moved where nothing differed: the control asks the
-direct door a second time. Nothing that the control does by itself is called real.
+direct target a second time. Nothing that the control does by itself is called real.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# A median's 95 % interval by order statistics needs six values.
-FEWEST_ROUNDS = 6
+from lab.failures import LabFailure
+from lab.intervals import FEWEST_ROUNDS, Interval, find_interval
+from lab.reports.console import count
+
 QUIET = 0.03
+ARMS = ("direct", "control", "gateway")
 Part = Literal["engine", "relay"]
 
 
-class BenchFailed(Exception):
-    """Why there are no figures; the text is for the user."""
+class BenchFailed(LabFailure):
+    """Why there are no figures."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
-class Span:
-    """A median and the interval that holds the true one in 95 of 100 cases.
-
-    Below six rounds no such interval exists; `low` and `high` are then all that was seen.
-    """
-
-    value: float
-    low: float
-    high: float
-    rounds: int
-
-    @property
-    def is_sure(self) -> bool:
-        return self.rounds >= FEWEST_ROUNDS
-
-    @property
-    def half(self) -> float:
-        return (self.high - self.low) / 2
-
-
-def find_span(values: Sequence[float]) -> Span:
-    """By rank, so that a few rounds in which the machine did something else say little."""
-    ordered = sorted(values)
-    outside = _count_outside(len(ordered))
-    low, high = ordered[outside], ordered[len(ordered) - 1 - outside]
-    return Span(statistics.median(ordered), low, high, len(ordered))
-
-
-def _count_outside(rounds: int) -> int:
-    """How many of the lowest (and of the highest) values the interval may leave out."""
-    tail, outside = 0.0, 0
-    while outside < (rounds - 1) // 2:
-        tail += math.comb(rounds, outside) * 0.5**rounds
-        if tail > 0.025:
-            break
-        outside += 1
-    return max(0, outside - 1)
-
-
-@dataclass(frozen=True)
-class Series:
+class RoundSeries:
     """One measure of one workload: a value for each arm, round by round."""
 
     workload: str
@@ -113,20 +76,20 @@ BoundVerdict = Literal["within", "OVER", "unclear"]
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One figure.
 
     `neutral` is its value if the gateway cost nothing, `control` what it was where nothing
-    differed. A figure that has no such value may have a `reference`: what the direct door needed,
+    differed. A figure that has no such value may have a `reference`: what the direct target needed,
     which tells how far the machine itself moved between two runs.
     """
 
     part: Part
     name: str
     unit: str
-    span: Span
+    span: Interval
     neutral: float | None = None
-    control: Span | None = None
+    control: Interval | None = None
     bound: Bound | None = None
     is_more_better: bool = False
     reference: float | None = None
@@ -180,29 +143,25 @@ def measure_distance(value: float, neutral: float) -> float:
 
 def count_rounds(rounds: int) -> str:
     """Why so few say nothing."""
-    return f"{rounds} round{'' if rounds == 1 else 's'}, {FEWEST_ROUNDS} are needed"
+    return f"{count(rounds, 'round')}, {FEWEST_ROUNDS} are needed"
 
 
-def build_ratio(part: Part, series: Series, bound: Bound | None = None) -> Row:
+def build_ratio(part: Part, series: RoundSeries, bound: Bound | None = None) -> BenchRow:
     """Gateway over direct; the two direct arms together are the better known reference."""
-    return Row(
+    return BenchRow(
         part,
         series.name,
         "× direct",
-        find_span(series.relate("gateway", "direct", "control")),
+        find_interval(series.relate("gateway", "direct", "control")),
         1.0,
-        find_span(series.relate("control", "direct")),
+        find_interval(series.relate("control", "direct")),
         bound,
     )
 
 
-def build_added(part: Part, series: Series, bound: Bound | None = None) -> Row:
-    return Row(
-        part,
-        f"{series.name}, added",
-        series.unit,
-        find_span(series.subtract("gateway", "direct", "control")),
-        0.0,
-        find_span(series.subtract("control", "direct")),
-        bound,
-    )
+def build_added(
+    part: Part, series: RoundSeries, name: str, bound: Bound | None = None, arm: str = "gateway"
+) -> BenchRow:
+    span = find_interval(series.subtract(arm, "direct", "control"))
+    control = find_interval(series.subtract("control", "direct"))
+    return BenchRow(part, name, series.unit, span, 0.0, control, bound)

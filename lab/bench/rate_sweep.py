@@ -1,8 +1,8 @@
-"""The knee: the highest rate of arrivals that a door serves in time, with no queue that grows.
+"""The knee: the highest rate of arrivals that a target serves in time, with no queue that grows.
 
 Open loop: calls arrive by a Poisson process whether or not earlier ones were answered, and each
-one's time counts from its arrival. First the rates climb until no door serves them; then every
-round looks for each door's knee anew, in steps of a tenth, all doors in turn.
+one's time counts from its arrival. First the rates climb until no target serves them; then every
+round looks for each target's knee anew, in steps of a tenth, all targets in turn.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from lab.bench.bench_figures import BenchFailed, Series
-from lab.bench.rounds import Site
-from lab.bench.targets import Call, CallFailed, Client, Door
-from lab.bench.workloads import find_quantile
+from lab.bench.bench_figures import BenchFailed, RoundSeries
+from lab.bench.rounds import BenchSetup
+from lab.bench.targets import BenchCall, BenchClient, CallFailed, Target, read_clock_s
+from lab.intervals import find_value_at
 
 WORKLOAD = "open loop"
 MEASURE = "knee"
@@ -37,8 +37,8 @@ _OVERLOADED = (429, 503)
 
 
 @dataclass(frozen=True)
-class Point:
-    """One door at one rate. `growth` is the share of arrivals that the queue grew by."""
+class SweepPoint:
+    """One target at one rate. `growth` is the share of arrivals that the queue grew by."""
 
     arm: str
     rate: float
@@ -60,20 +60,20 @@ class Sweep:
     """Everything that was tried, and the knees round by round."""
 
     bound_s: float
-    points: list[Point] = field(default_factory=list)
+    points: list[SweepPoint] = field(default_factory=list)
     knees: dict[str, list[float]] = field(default_factory=dict)
 
-    def series(self) -> Series:
-        return Series(WORKLOAD, MEASURE, "calls/s", self.knees)
+    def series(self) -> RoundSeries:
+        return RoundSeries(WORKLOAD, MEASURE, "calls/s", self.knees)
 
     def was_client_the_limit(self) -> bool:
-        """Whether doors failed while this program was busy itself."""
+        """Whether targets failed while this program was busy itself."""
         failed = [point for point in self.points if not point.is_served]
         return any(point.client_share > _OWN_LIMIT for point in failed)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What is asked, and for how long: a window, or longer until enough calls have arrived."""
 
     questions: tuple[str, ...]
@@ -85,56 +85,52 @@ class Plan:
     most_rounds: int
 
 
-async def find_knees(site: Site, plan: Plan) -> Sweep:
-    sweep = Sweep(plan.bound_s, knees={door.name: [] for door in site.doors})
-    began = time.monotonic()
+async def find_knees(site: BenchSetup, plan: SweepPlan) -> Sweep:
+    sweep = Sweep(plan.bound_s, knees={target.name: [] for target in site.targets})
+    began = read_clock_s()
     climber = _Climber(site, plan, sweep)
     known = await climber.climb()
     longest_s = 0.0
     for number in range(plan.most_rounds):
-        started = time.monotonic()
+        started = read_clock_s()
         if number and started - began + longest_s > plan.seconds:
             break
         for arm, rate in (await climber.search(known, f"round {number + 1}")).items():
             sweep.knees[arm].append(rate)
         known = {arm: statistics.median(rates) for arm, rates in sweep.knees.items()}
-        longest_s = max(longest_s, time.monotonic() - started)
+        longest_s = max(longest_s, read_clock_s() - started)
     return sweep
 
 
 class _Climber:
-    """Walks rates; every door sees the same arrivals."""
+    """Walks rates; every target sees the same arrivals."""
 
-    def __init__(self, site: Site, plan: Plan, sweep: Sweep) -> None:
-        self._site, self._plan, self._sweep = site, plan, sweep
-        self._doors = {door.name: door for door in site.doors}
+    def __init__(self, setup: BenchSetup, plan: SweepPlan, sweep: Sweep) -> None:
+        self._setup, self._plan, self._sweep = setup, plan, sweep
+        self._calls = {target.name: self._cycle(target) for target in setup.targets}
+
+    def _cycle(self, target: Target) -> Iterator[BenchCall]:
+        tokens = self._plan.max_tokens
+        return itertools.cycle([target.chat_call(one, tokens) for one in self._plan.questions])
 
     async def climb(self) -> dict[str, float]:
-        """The highest rate that each door served on the way up, or the first on the way down."""
-        capacity = {arm: await self._estimate(door) for arm, door in self._doors.items()}
+        """The highest rate that each target served on the way up, or the first on the way down."""
+        capacity = {arm: await self._estimate(calls) for arm, calls in self._calls.items()}
         known: dict[str, float] = {}
-        climbing = dict(capacity)
+        climbing = set(capacity)
         for factor in _CLIMB:
-            rates = {arm: rate * factor for arm, rate in climbing.items()}
-            for point in await self._try(rates, "climbing"):
-                if point.is_served:
-                    known[point.arm] = point.rate
-                else:
-                    del climbing[point.arm]
-            if not climbing:
-                break
-        factor = _CLIMB[0] * _DESCENT
+            tried = await self._try({arm: capacity[arm] * factor for arm in climbing}, "climbing")
+            known |= {point.arm: point.rate for point in tried if point.is_served}
+            climbing -= {point.arm for point in tried if not point.is_served}
+        factor = _CLIMB[0]
         for _ in range(_MOST_DESCENTS):
-            rates = {arm: rate * factor for arm, rate in capacity.items() if arm not in known}
-            if not rates:
-                return known
-            for point in await self._try(rates, "descending"):
-                if point.is_served:
-                    known[point.arm] = point.rate
             factor *= _DESCENT
-        missing = [arm for arm in self._doors if arm not in known]
+            rates = {arm: rate * factor for arm, rate in capacity.items() if arm not in known}
+            tried = await self._try(rates, "descending")
+            known |= {point.arm: point.rate for point in tried if point.is_served}
+        missing = [arm for arm in capacity if arm not in known]
         if missing:
-            rate = min(rates[arm] for arm in missing)
+            rate = min(capacity[arm] * factor for arm in missing)
             raise BenchFailed(
                 f"{' and '.join(missing)} served no rate down to {rate:.2f} calls/s with 95 % "
                 f"within {self._plan.bound_s:g} s; allow more with --p95-bound-s"
@@ -147,7 +143,7 @@ class _Climber:
         Whoever begins lower is stopped lower by chance, and who comes from above higher: so all
         arms begin at the same rate, one that the weakest has served, and every round at another.
         """
-        start = min(known.values()) / _STEP ** self._site.chance.uniform(0.5, 1.5)
+        start = min(known.values()) / _STEP ** self._setup.chance.uniform(0.5, 1.5)
         rates: dict[str, float] = dict.fromkeys(known, start)
         served: dict[str, float] = {}
         failed: dict[str, float] = {}
@@ -156,8 +152,6 @@ class _Climber:
                 (served if is_served else failed)[arm] = rates[arm]
                 rates[arm] *= _STEP if is_served else 1 / _STEP
             rates = {arm: r for arm, r in rates.items() if arm not in served or arm not in failed}
-            if not rates:
-                break
         return {arm: served.get(arm, rates.get(arm, 0.0)) for arm in known}
 
     async def _judge(self, rates: dict[str, float], title: str) -> dict[str, bool]:
@@ -170,37 +164,27 @@ class _Climber:
                 self._sweep.points.remove(first[arm])
         return {arm: point.is_served for arm, point in (first | again).items()}
 
-    async def _try(self, rates: dict[str, float], title: str) -> list[Point]:
+    async def _try(self, rates: dict[str, float], title: str) -> list[SweepPoint]:
         """In random order; the same gaps between arrivals for each, but for their length."""
         points = []
-        seed = self._site.chance.random()
-        for arm in self._site.chance.sample(sorted(rates), len(rates)):
-            self._site.say(f"{title}: {arm} at {rates[arm]:.0f} calls/s")
-            calls = self._cycle(self._doors[arm])
-            trial = Trial(self._site.client, calls, self._plan, random.Random(seed))
-            point = await trial.run(arm, rates[arm])
-            self._sweep.points.append(point)
-            points.append(point)
-            await self._settle()
+        seed = self._setup.chance.random()
+        for arm in self._setup.chance.sample(sorted(rates), len(rates)):
+            self._setup.say(f"{title}: {arm} at {rates[arm]:.0f} calls/s")
+            calls = self._calls[arm]
+            trial = Trial(self._setup.client, calls, self._plan, random.Random(seed))
+            points.append(await trial.run(arm, rates[arm]))
+            # What was given up may still be in the engine; the next rate begins behind it.
+            await self._setup.client.send(next(self._calls[self._setup.targets[0].name]))
+        self._sweep.points += points
         return points
 
-    def _cycle(self, door: Door) -> Iterator[Call]:
-        calls = [door.chat_call(one, self._plan.max_tokens) for one in self._plan.questions]
-        return itertools.cycle(calls)
-
-    async def _settle(self) -> None:
-        """What was given up may still be in the engine; the next rate begins behind it."""
-        call = next(self._cycle(next(iter(self._doors.values()))))
-        await self._site.client.send(call)
-
-    async def _estimate(self, door: Door) -> float:
-        """Calls a second that the door serves 64 at a time, the first 64 not counted."""
-        calls = self._cycle(door)
+    async def _estimate(self, calls: Iterator[BenchCall]) -> float:
+        """Calls a second that the target serves 64 at a time, the first 64 not counted."""
         for _ in range(2):
-            started = time.perf_counter()
-            sending = [self._site.client.send(call) for call in itertools.islice(calls, _BURST)]
+            started = read_clock_s()
+            sending = map(self._setup.client.send, itertools.islice(calls, _BURST))
             answers = await asyncio.gather(*sending, return_exceptions=True)
-            took_s = time.perf_counter() - started
+            took_s = read_clock_s() - started
         for answer in answers:
             if isinstance(answer, BaseException) and not _is_overload(answer):
                 raise answer
@@ -236,32 +220,32 @@ class _Arrivals:
 
 @dataclass(frozen=True)
 class Trial:
-    """One door at one rate; `chance` decides when the calls arrive."""
+    """One target at one rate; `chance` decides when the calls arrive."""
 
-    client: Client
-    calls: Iterator[Call]
-    plan: Plan
+    client: BenchClient
+    calls: Iterator[BenchCall]
+    plan: SweepPlan
     chance: random.Random
     seen: _Arrivals = field(default_factory=_Arrivals)
 
-    async def run(self, arm: str, rate: float) -> Point:
+    async def run(self, arm: str, rate: float) -> SweepPoint:
         plan, seen = self.plan, self.seen
         window_s = min(_LONGEST_WINDOW_S, max(plan.window_s, plan.fewest_arrivals / rate))
-        cpu, clock = time.process_time(), time.perf_counter()
+        cpu, clock = time.process_time(), read_clock_s()
         tasks, is_flooded = await self._send_all(rate, window_s)
-        # Of this program alone: its own load must not be what a door is blamed for.
-        share = (time.process_time() - cpu) / (time.perf_counter() - clock)
+        # Of this program alone: its own load must not be what a target is blamed for.
+        share = (time.process_time() - cpu) / (read_clock_s() - clock)
         await self._end(tasks)
         times = seen.times()
         early = seen.in_flight(window_s * 0.2, window_s * 0.4)
         grown = seen.in_flight(window_s * 0.8, window_s) - early
-        point = Point(
+        point = SweepPoint(
             arm,
             rate,
             len(times),
             sum(math.isfinite(one) for one in times),
-            find_quantile(times, 0.5),
-            find_quantile(times, 0.95),
+            find_value_at(times, 0.5),
+            find_value_at(times, 0.95),
             grown / (rate * window_s * 0.6),
             share,
         )
@@ -275,20 +259,20 @@ class Trial:
         """Until the window is over, or so many are inside that the bound is out of reach."""
         most_inside = 4 * rate * self.plan.bound_s + 256
         tasks: list[asyncio.Task[None]] = []
-        started = time.perf_counter()
+        started = read_clock_s()
         due = self.chance.expovariate(1.0) / rate
         while due < window_s or not tasks:
-            await asyncio.sleep(max(0.0, due - (time.perf_counter() - started)))
+            await asyncio.sleep(max(0.0, due - (read_clock_s() - started)))
             self.seen.begun.append(due)
             self.seen.ended.append(None)
             tasks.append(asyncio.create_task(self._ask(len(tasks), next(self.calls), started)))
             if len(tasks) - self.seen.done > most_inside:
                 return tasks, True
             due += self.chance.expovariate(1.0) / rate
-        await asyncio.sleep(max(0.0, window_s - (time.perf_counter() - started)))
+        await asyncio.sleep(max(0.0, window_s - (read_clock_s() - started)))
         return tasks, False
 
-    async def _ask(self, number: int, call: Call, started: float) -> None:
+    async def _ask(self, number: int, call: BenchCall, started: float) -> None:
         try:
             body = await self.client.send(call)
         except CallFailed as error:
@@ -298,7 +282,7 @@ class Trial:
             return
         finally:
             self.seen.done += 1
-        self.seen.ended[number] = time.perf_counter() - started
+        self.seen.ended[number] = read_clock_s() - started
         self.client.check(call, body)
 
     async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
@@ -312,7 +296,7 @@ class Trial:
 
 
 def _find_trouble(
-    point: Point, bound_s: float, refused: int, is_flooded: bool, is_growing: bool
+    point: SweepPoint, bound_s: float, refused: int, is_flooded: bool, is_growing: bool
 ) -> str:
     if refused:
         return f"{refused} calls refused"

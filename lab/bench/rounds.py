@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from common.processes import CpuMeter, Neighbours
-from lab.bench.bench_figures import FEWEST_ROUNDS, Series
-from lab.bench.targets import Client, Door
-from lab.bench.workloads import Workload
+from lab.bench.bench_figures import RoundSeries
+from lab.bench.cpu_time import CpuMeter, Neighbours
+from lab.bench.targets import BenchClient, Target, read_clock_s
+from lab.bench.workloads import BenchWorkload
+from lab.intervals import FEWEST_ROUNDS
 
 Say = Callable[[str], None]
 # A slow machine gets its six rounds as long as they cost no more than this over the time planned.
@@ -19,7 +19,7 @@ CPU_MEASURE = "CPU of gateway and engine"
 
 
 @dataclass(frozen=True)
-class Budget:
+class RoundBudget:
     """How long the rounds of one workload may take, and how many there may be."""
 
     seconds: float
@@ -38,17 +38,17 @@ class Budget:
 async def take_rounds(
     arms: Sequence[str],
     measure: Callable[[str], Awaitable[dict[str, float]]],
-    budget: Budget,
+    budget: RoundBudget,
     chance: random.Random,
     say: Say,
 ) -> dict[str, dict[str, list[float]]]:
     """By measure and arm. Warm-ups are no rounds and take no time of the budget."""
     taken: dict[str, dict[str, list[float]]] = {}
-    longest_s, began = 0.0, time.monotonic()
+    longest_s, began = 0.0, read_clock_s()
     number = -budget.warmups
-    while number < 0 or budget.allows(number, time.monotonic() - began, longest_s):
+    while number < 0 or budget.allows(number, read_clock_s() - began, longest_s):
         say("warming up" if number < 0 else f"round {number + 1}")
-        started = time.monotonic()
+        started = read_clock_s()
         for arm in chance.sample(list(arms), len(arms)):
             values = await measure(arm)
             if number >= 0:
@@ -56,35 +56,37 @@ async def take_rounds(
                     taken.setdefault(name, {}).setdefault(arm, []).append(value)
         number += 1
         if number <= 0:
-            began = time.monotonic()
+            began = read_clock_s()
         else:
-            longest_s = max(longest_s, time.monotonic() - started)
+            longest_s = max(longest_s, read_clock_s() - started)
     return taken
 
 
 @dataclass(frozen=True)
-class Measured:
+class WorkloadRounds:
     """One workload through all arms."""
 
     title: str
-    series: tuple[Series, ...]
+    series: tuple[RoundSeries, ...]
     gateway_cpu_ms: tuple[float, ...]
     neighbours: float | None
 
 
 @dataclass(frozen=True)
-class Site:
+class BenchSetup:
     """Where everything is measured, and with what."""
 
-    doors: tuple[Door, ...]
-    client: Client
+    targets: tuple[Target, ...]
+    client: BenchClient
     meter: CpuMeter | None
     chance: random.Random
     say: Say
 
 
-async def measure_workload(workload: Workload, site: Site, budget: Budget) -> Measured:
-    calls = {door.name: await workload.prepare(door) for door in site.doors}
+async def measure_workload(
+    workload: BenchWorkload, site: BenchSetup, budget: RoundBudget
+) -> WorkloadRounds:
+    calls = {target.name: await workload.prepare(target) for target in site.targets}
     meter = site.meter
     gateway_cpu: list[float] = []
 
@@ -95,8 +97,8 @@ async def measure_workload(workload: Workload, site: Site, budget: Budget) -> Me
         values = await workload.run(site.client, calls[arm])
         used = meter.read() - before
         if arm == "gateway":
-            gateway_cpu.append(used.gateway_s * 1e3 / workload.size)
-        total_ms = (used.gateway_s + used.engine_s) * 1e3 / workload.size
+            gateway_cpu.append(used.gateway_s * 1e3 / len(workload.questions))
+        total_ms = (used.gateway_s + used.engine_s) * 1e3 / len(workload.questions)
         return {**values, CPU_MEASURE: total_ms}
 
     if meter is not None:
@@ -104,8 +106,10 @@ async def measure_workload(workload: Workload, site: Site, budget: Budget) -> Me
     neighbours = Neighbours(meter.pids()) if meter else None
     taken = await take_rounds(list(calls), measure, budget, site.chance, site.say)
     series = [
-        Series(workload.title, name, "ms", {arm: by_arm[arm] for arm in calls})
+        RoundSeries(workload.title, name, "ms", {arm: by_arm[arm] for arm in calls})
         for name, by_arm in taken.items()
     ]
     share = neighbours.share() if neighbours else None
-    return Measured(workload.title, tuple(series), tuple(gateway_cpu[budget.warmups :]), share)
+    return WorkloadRounds(
+        workload.title, tuple(series), tuple(gateway_cpu[budget.warmups :]), share
+    )

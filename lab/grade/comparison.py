@@ -8,7 +8,6 @@ logarithms, which needs two runs each to say anything and says little below four
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,23 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from common.json_text import parse_json
-from lab.grade.rouge import mean, quantile
+from lab.failures import BadFile
+from lab.intervals import bootstrap, compare_speeds, mean
 
-_RESAMPLES = 10_000
 _FEWEST_QUESTIONS = 8
-# Student's t, two-sided 95 %, by degrees of freedom; in between the row below holds.
-_T_95 = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
-    10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980,
-}  # fmt: skip
-
-
-class BadGrade(ValueError):
-    """A file that holds no grade."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class GradeExtract:
     """What a comparison needs of one grade."""
 
     path: str
@@ -75,7 +65,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GradeComparison:
     """All that two grades say about each other."""
 
     differences: tuple[Difference, ...]
@@ -89,34 +79,34 @@ class Comparison:
         return any(one.is_real and one.change < 0 for one in self.differences)
 
 
-def read_measured(path: Path) -> Measured:
+def read_grade(path: Path) -> GradeExtract:
     """Of a grade's JSON, or of a list as the seed entry's evaluator writes it (quality alone)."""
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadGrade(f"{path}: {error.strerror}") from None
+        raise BadFile(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise BadGrade(f"{path}: no JSON: {error}") from None
+        raise BadFile(f"{path}: no JSON: {error}") from None
     try:
         if isinstance(data, list):
             course, references = _collect(data, "rougeL_f1"), _read_references(data)
-            return Measured(str(path), course, None, (), "", "", "", references=references)
+            return GradeExtract(str(path), course, None, (), "", "", "", references=references)
         if not data["runs"]:
             found = data["findings"][0]
-            raise BadGrade(f"{path}: nothing was graded: {found['code']}: {found['text']}")
-        return measure(str(path), data)
+            raise BadFile(f"{path}: nothing was graded: {found['code']}: {found['text']}")
+        return extract_grade(str(path), data)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         what = f"a grade's details, as --details_out writes them ({type(error).__name__}: {error})"
-        raise BadGrade(f"{path}: this is not {what}") from None
+        raise BadFile(f"{path}: this is not {what}") from None
 
 
-def measure(name: str, data: dict[str, Any]) -> Measured:
+def extract_grade(name: str, data: dict[str, Any]) -> GradeExtract:
     """Of a grade's details, wherever they are."""
     facts, runs = data["facts"], data["runs"]
     tokens = [run["speed"]["tokens_per_s"] for run in runs]
     characters = tuple(_number(run["speed"]["characters_per_s"]) for run in runs)
     is_counted = all(isinstance(speed, int | float) for speed in tokens)
-    return Measured(
+    return GradeExtract(
         name,
         _collect(data["answers"], "rougeL_f1", len(runs)),
         _collect(data["answers"], "rougeL_f1_whitespace", len(runs)),
@@ -151,40 +141,34 @@ def _collect(rows: list[dict[str, Any]], key: str, runs: int = 1) -> dict[str, f
     return {question: mean(values) for question, values in found.items()}
 
 
-def compare(before: Measured, after: Measured) -> Comparison:
+def compare(before: GradeExtract, after: GradeExtract) -> GradeComparison:
     shared = [question for question in before.course if question in after.course]
     if not shared:
-        raise BadGrade(f"{before.path} and {after.path} share no question")
-    changes = [after.course[one] - before.course[one] for one in shared]
+        raise BadFile(f"{before.path} and {after.path} share no question")
     unclear = _find_unlike(before, after, shared)
-    differences = [
-        _compare_quality("ROUGE-L, course", before.course, after.course, shared, unclear)
-    ]
+    readings = [("ROUGE-L, course", before.course, after.course)]
     if before.whitespace and after.whitespace:
-        old, new = before.whitespace, after.whitespace
-        differences.append(_compare_quality("ROUGE-L, all tokens", old, new, shared, unclear))
+        readings.append(("ROUGE-L, all tokens", before.whitespace, after.whitespace))
+    differences = []
+    for name, old, new in readings:
         changes = [new[one] - old[one] for one in shared]
+        before_mean, after_mean = (mean([one[q] for q in shared]) for one in (old, new))
+        low, high = bootstrap(changes)
+        figures = (before_mean, after_mean, mean(changes), low, high)
+        differences.append(Difference(name, *figures, unclear=unclear))
+    better, worse = sum(one > 0 for one in changes), sum(one < 0 for one in changes)
+    if before.speeds and after.speeds:
+        differences.append(_compare_speed(before, after))
     notes = []
     alone = len(before.course) + len(after.course) - 2 * len(shared)
     if alone:
         notes.append(f"{alone} questions are in one of the two alone and were left out")
-    notes += [
-        f"{one.path} has faults of its own: {', '.join(one.errors)}"
-        for one in (before, after)
-        if one.errors
-    ]
-    if before.speeds and after.speeds:
-        differences.append(_compare_speed(before, after))
-    return Comparison(
-        tuple(differences),
-        len(shared),
-        sum(change > 0 for change in changes),
-        sum(change < 0 for change in changes),
-        tuple(notes),
-    )
+    faulty = (one for one in (before, after) if one.errors)
+    notes += [f"{one.path} has faults of its own: {', '.join(one.errors)}" for one in faulty]
+    return GradeComparison(tuple(differences), len(shared), better, worse, tuple(notes))
 
 
-def _find_unlike(before: Measured, after: Measured, shared: Sequence[str]) -> str:
+def _find_unlike(before: GradeExtract, after: GradeExtract, shared: Sequence[str]) -> str:
     """Why scores of the same questions cannot be held against each other."""
     known = [one for one in shared if one in before.references and one in after.references]
     other = sum(before.references[one] != after.references[one] for one in known)
@@ -193,54 +177,16 @@ def _find_unlike(before: Measured, after: Measured, shared: Sequence[str]) -> st
     return f"{len(shared)} questions are too few" if len(shared) < _FEWEST_QUESTIONS else ""
 
 
-def _compare_quality(
-    name: str,
-    before: dict[str, float],
-    after: dict[str, float],
-    shared: Sequence[str],
-    unclear: str,
-) -> Difference:
-    changes = [after[one] - before[one] for one in shared]
-    low, high = bootstrap(changes)
-    return Difference(
-        name,
-        mean([before[one] for one in shared]),
-        mean([after[one] for one in shared]),
-        mean(changes),
-        low,
-        high,
-        unclear=unclear,
-    )
-
-
-def bootstrap(changes: Sequence[float]) -> tuple[float, float]:
-    """95 of 100 resampled means lie between the two; always the same for the same data."""
-    if not any(changes):
-        return 0.0, 0.0
-    chance = random.Random(len(changes))
-    count = len(changes)
-    means = [sum(chance.choices(changes, k=count)) / count for _ in range(_RESAMPLES)]
-    return quantile(means, 0.025), quantile(means, 0.975)
-
-
-def _compare_speed(before: Measured, after: Measured) -> Difference:
+def _compare_speed(before: GradeExtract, after: GradeExtract) -> Difference:
     old, new, unit = before.speeds, after.speeds, before.speed_unit
     if unit != after.speed_unit:
         old, new, unit = before.speeds_by_characters, after.speeds_by_characters, "characters/s"
-    change, low, high = _relate(old, new)
-    return Difference(
-        f"speed, {unit}",
-        statistics.median(old),
-        statistics.median(new),
-        change,
-        low,
-        high,
-        is_percent=True,
-        unclear=_find_unclear(before, after),
-    )
+    figures = (statistics.median(old), statistics.median(new), *compare_speeds(old, new))
+    unclear = _find_unclear(before, after)
+    return Difference(f"speed, {unit}", *figures, is_percent=True, unclear=unclear)
 
 
-def _find_unclear(before: Measured, after: Measured) -> str:
+def _find_unclear(before: GradeExtract, after: GradeExtract) -> str:
     if before.machine != after.machine:
         return f"another machine ({before.machine}; {after.machine})"
     if before.workload != after.workload:
@@ -253,30 +199,7 @@ def _find_unclear(before: Measured, after: Measured) -> str:
     return ""
 
 
-def _relate(old: Sequence[float], new: Sequence[float]) -> tuple[float, float, float]:
-    """The relative change of the geometric means, and its interval."""
-    if min(*old, *new) <= 0:
-        return 0.0, 0.0, 0.0
-    before, after = [math.log(v) for v in old], [math.log(v) for v in new]
-    change = statistics.mean(after) - statistics.mean(before)
-    if min(len(before), len(after)) < 2:
-        return math.expm1(change), -1.0, math.inf
-    shares = [statistics.variance(v) / len(v) for v in (before, after)]
-    error = math.sqrt(sum(shares))
-    if not error:
-        return (math.expm1(change),) * 3
-    freedom = sum(shares) ** 2 / (
-        shares[0] ** 2 / (len(before) - 1) + shares[1] ** 2 / (len(after) - 1)
-    )
-    spread = _find_t(freedom) * error
-    return math.expm1(change), math.expm1(change - spread), math.expm1(change + spread)
-
-
-def _find_t(freedom: float) -> float:
-    return next((t for least, t in reversed(_T_95.items()) if freedom >= least), _T_95[1])
-
-
-def describe(comparison: Comparison, before: Measured, after: Measured) -> list[str]:
+def describe(comparison: GradeComparison, before: GradeExtract, after: GradeExtract) -> list[str]:
     lines = [f"from {before.path}", f"to   {after.path}", ""]
     lines += [f"{one.name:20} {_show(one)}  {one.verdict}" for one in comparison.differences]
     same = comparison.questions - comparison.better - comparison.worse

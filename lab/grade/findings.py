@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lab.grade.answer_order import check_order
-from lab.grade.grade_result import Answer, Facts, RunResult
-from lab.grade.judge import Problem
-from lab.grade.rouge import mean, score
+from lab.grade.grade_result import GradedAnswer, GradeFacts, RunScores
+from lab.grade.scores import score
+from lab.intervals import mean
+from lab.readiness import Problem
 
 Severity = Literal["error", "note"]
 _NOTES = ("list_of_one",)
@@ -22,7 +23,7 @@ _SHOWN_PLACES = 12
 
 
 @dataclass(frozen=True)
-class Finding:
+class GradeFinding:
     """One fault (or remark), with the numbers of the questions it is about, counted from 1."""
 
     code: str
@@ -32,28 +33,31 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """What the figures are held against."""
+class ScoreFloor:
+    """The least score that is no fault, and why."""
 
-    floor: float | None = None
-    floor_reason: str = ""
+    score: float
+    reason: str
 
 
 def find_all(
-    facts: Facts, answers: Sequence[Answer], runs: Sequence[RunResult], bounds: Bounds
-) -> list[Finding]:
+    facts: GradeFacts,
+    answers: Sequence[GradedAnswer],
+    runs: Sequence[RunScores],
+    floor: ScoreFloor | None,
+) -> list[GradeFinding]:
     found = [
         *_find_problems(runs),
         *_find_gaps(answers),
         *_find_disorder(answers, runs),
         *_find_sameness(answers),
-        *_find_weakness(runs, bounds),
+        *_find_weakness(runs, floor),
         *_find_remarks(facts, answers, runs),
     ]
     return sorted(found, key=lambda finding: finding.severity)
 
 
-def _find_problems(runs: Sequence[RunResult]) -> Iterator[Finding]:
+def _find_problems(runs: Sequence[RunScores]) -> Iterator[GradeFinding]:
     """What went wrong with calls: one finding a kind, the first in full."""
     kinds: dict[str, list[str]] = {}
     for number, run in enumerate(runs, start=1):
@@ -61,37 +65,37 @@ def _find_problems(runs: Sequence[RunResult]) -> Iterator[Finding]:
             kinds.setdefault(problem.code, []).append(_in_run(problem, number, run, len(runs)))
     for code, texts in kinds.items():
         more = f" (and {len(texts) - 1} more calls)" if len(texts) > 1 else ""
-        yield Finding(code, "note" if code in _NOTES else "error", texts[0] + more)
+        yield GradeFinding(code, "note" if code in _NOTES else "error", texts[0] + more)
 
 
-def _in_run(problem: Problem, number: int, run: RunResult, total: int) -> str:
+def _in_run(problem: Problem, number: int, run: RunScores, total: int) -> str:
     text = problem.text
     if problem.code in ("too_slow", "server_died"):
         text += f"; {run.answered} of {run.asked} questions had been answered"
     return f"run {number}: {text}" if total > 1 else text
 
 
-def _find_gaps(answers: Sequence[Answer]) -> Iterator[Finding]:
-    empty = [place for place, one in enumerate(answers) if "empty" in one.states]
-    missing = [place for place, one in enumerate(answers) if "missing" in one.states]
-    refused = [place for place, one in enumerate(answers) if "refused" in one.states]
+def _find_gaps(answers: Sequence[GradedAnswer]) -> Iterator[GradeFinding]:
     total = len(answers)
-    if empty:
-        where = _list_places(empty)
-        yield _about(
-            "empty_answers", f"{len(empty)} of {total} answers {_be(empty)} empty: {where}", empty
-        )
-    if missing:
-        where = _list_places(missing)
-        yield _about("no_answer", f"{len(missing)} of {total} got no answer: {where}", missing)
-    if refused:
-        first = answers[refused[0]]
-        where = _list_places(refused)
-        text = f"{len(refused)} of {total} got a refusal: {where}; the first: {first.refusal}"
-        yield _about("refused", text, refused)
+    gaps = {"empty": "empty_answers", "missing": "no_answer", "refused": "refused"}
+    for state, code in gaps.items():
+        places = [place for place, one in enumerate(answers) if state in one.states]
+        if not places:
+            continue
+        said = {
+            "empty": f"answers {'is' if len(places) == 1 else 'are'} empty",
+            "missing": "got no answer",
+            "refused": "got a refusal",
+        }
+        text = f"{len(places)} of {total} {said[state]}: {_list_places(places)}"
+        if state == "refused":
+            text += f"; the first: {answers[places[0]].refusal}"
+        yield _about(code, text, places)
 
 
-def _find_disorder(answers: Sequence[Answer], runs: Sequence[RunResult]) -> Iterator[Finding]:
+def _find_disorder(
+    answers: Sequence[GradedAnswer], runs: Sequence[RunScores]
+) -> Iterator[GradeFinding]:
     references = [one.reference for one in answers]
     seen: dict[tuple[str, ...], str] = {}
     for number in range(len(runs)):
@@ -108,12 +112,12 @@ def _find_disorder(answers: Sequence[Answer], runs: Sequence[RunResult]) -> Iter
                 f"{label}the answers resemble their own references no more than other questions'; "
                 "the model is broken, or answers something else than it was asked"
             )
-            yield Finding("unrelated_answers", "error", text)
+            yield GradeFinding("unrelated_answers", "error", text)
 
 
 def _describe_shuffle(
     moved: Mapping[int, int], texts: Sequence[str], references: Sequence[str], label: str
-) -> Finding:
+) -> GradeFinding:
     here = mean([score(texts[place], references[place]).rouge_whitespace for place in moved])
     there = mean([score(texts[p], references[t]).rouge_whitespace for p, t in moved.items()])
     examples = ", ".join(f"{p + 1} answers {t + 1}" for p, t in list(moved.items())[:4])
@@ -124,7 +128,7 @@ def _describe_shuffle(
     return _about("shuffled_answers", text, sorted(moved))
 
 
-def _find_sameness(answers: Sequence[Answer]) -> Iterator[Finding]:
+def _find_sameness(answers: Sequence[GradedAnswer]) -> Iterator[GradeFinding]:
     """One answer for many questions, and answers that go round in circles."""
     owners: dict[str, set[str]] = {}
     for one in answers:
@@ -134,16 +138,12 @@ def _find_sameness(answers: Sequence[Answer]) -> Iterator[Finding]:
     text, same = max(owners.items(), key=lambda item: len(item[1]), default=("", set[str]()))
     if len(same) >= max(_LEAST_SAME, _LEAST_SAME_SHARE * different):
         shown = text[:40]
-        yield Finding(
-            "same_answer",
-            "error",
-            f"{len(same)} of {different} different questions got one and the same answer: {shown}…",
-        )
+        said = f"{len(same)} of {different} different questions got one and the same answer"
+        yield GradeFinding("same_answer", "error", f"{said}: {shown}…")
     loops = [place for place, one in enumerate(answers) if is_looping(one.texts[0])]
     if loops:
-        where = _list_places(loops)
-        text = f"answers that end going round in circles: {where}"
-        yield Finding("looping_answers", "note", text, tuple(place + 1 for place in loops))
+        text = f"answers that end going round in circles: {_list_places(loops)}"
+        yield _about("looping_answers", text, loops, "note")
 
 
 def is_looping(text: str) -> bool:
@@ -151,52 +151,46 @@ def is_looping(text: str) -> bool:
     return found is not None and len(found[0]) >= _LEAST_LOOP and bool(found[1].strip())
 
 
-def _find_weakness(runs: Sequence[RunResult], bounds: Bounds) -> Iterator[Finding]:
-    if bounds.floor is None:
-        return
+def _find_weakness(runs: Sequence[RunScores], floor: ScoreFloor | None) -> Iterator[GradeFinding]:
     worst = min(run.rouge_course for run in runs)
-    if worst < bounds.floor:
-        text = f"ROUGE-L in the course reading is {worst:.4f}, below {bounds.floor:.4f}"
-        reason = f" ({bounds.floor_reason})" if bounds.floor_reason else ""
-        yield Finding("below_floor", "error", text + reason)
+    if floor and worst < floor.score:
+        text = f"ROUGE-L in the course reading is {worst:.4f}, below {floor.score:.4f}"
+        yield GradeFinding("below_floor", "error", f"{text} ({floor.reason})")
 
 
 def _find_remarks(
-    facts: Facts, answers: Sequence[Answer], runs: Sequence[RunResult]
-) -> Iterator[Finding]:
+    facts: GradeFacts, answers: Sequence[GradedAnswer], runs: Sequence[RunScores]
+) -> Iterator[GradeFinding]:
     if facts.skipped:
         text = f"left out of the question file: {len(facts.skipped)}; {facts.skipped[0]}"
-        yield Finding("skipped_questions", "note", text)
+        yield GradeFinding("skipped_questions", "note", text)
     if facts.unique_questions < facts.questions:
         text = (
             f"only {facts.unique_questions} of the {facts.questions} questions are different; a "
             "server may answer the others from memory, so the figures of the different ones "
             "stand beside"
         )
-        yield Finding("repeated_questions", "note", text)
+        yield GradeFinding("repeated_questions", "note", text)
     if facts.unscored:
         text = (
             f"references without any Latin letter or digit: {facts.unscored}; in the course "
-            "reading they score 0 whatever is answered, so it ends at "
-            f"{facts.ceiling:.4f}"
+            f"reading they score 0 whatever is answered, so it ends at {facts.ceiling:.4f}"
         )
-        yield Finding("unscored_references", "note", text)
+        yield GradeFinding("unscored_references", "note", text)
     unstable = [place for place, one in enumerate(answers) if len(set(one.texts)) > 1]
     if unstable:
-        where = _list_places(unstable)
-        text = f"answers that differed between the {len(runs)} runs: {len(unstable)}, {where}"
-        yield Finding("unstable_answers", "note", text, tuple(place + 1 for place in unstable))
+        where = f"{len(unstable)}, {_list_places(unstable)}"
+        text = f"answers that differed between the {len(runs)} runs: {where}"
+        yield _about("unstable_answers", text, unstable, "note")
     if not facts.tokens_by:
         text = f"tokens were not counted: {facts.tokens_missing}; name a folder with --model_path"
-        yield Finding("no_tokenizer", "note", text)
+        yield GradeFinding("no_tokenizer", "note", text)
 
 
-def _about(code: str, text: str, places: Sequence[int]) -> Finding:
-    return Finding(code, "error", text, tuple(place + 1 for place in places))
-
-
-def _be(places: Sequence[int]) -> str:
-    return "is" if len(places) == 1 else "are"
+def _about(
+    code: str, text: str, places: Sequence[int], severity: Severity = "error"
+) -> GradeFinding:
+    return GradeFinding(code, severity, text, tuple(place + 1 for place in places))
 
 
 def _list_places(places: Sequence[int]) -> str:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from common.questions import QuestionSet
-from lab.grade.judge import Call, Run
-from lab.grade.rouge import Score, mean, score
-from lab.reports.output_files import write_file
+from lab.grade.judge import JudgeCall, JudgeRun
+from lab.grade.scores import AnswerScore, score
+from lab.intervals import mean
+from lab.records.record import RunFacts
+from lab.reports.output_files import write_json
 
 State = Literal["answered", "empty", "refused", "missing"]
+STATES: tuple[State, ...] = get_args(State)
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Answer:
+class GradedAnswer:
     """One question over all runs."""
 
     question: str
     reference: str
     texts: tuple[str, ...]
-    scores: tuple[Score, ...]
+    scores: tuple[AnswerScore, ...]
     tokens: tuple[int, ...] | None
     states: tuple[State, ...]
     refusal: str = ""
 
 
 @dataclass(frozen=True)
-class Speed:
+class AnswerSpeed:
     """Texts over time."""
 
     tokens: int | None
@@ -41,11 +44,11 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunScores:
     """One run's figures. `unique` counts every different question once."""
 
     elapsed_s: float
-    calls: tuple[Call, ...]
+    calls: tuple[JudgeCall, ...]
     asked: int
     answered: int
     empty: int
@@ -54,20 +57,16 @@ class RunResult:
     rouge_course: float
     rouge_whitespace: float
     exact: float
-    speed: Speed
+    speed: AnswerSpeed
     unique_rouge_course: float
     unique_rouge_whitespace: float
-    unique_speed: Speed
+    unique_speed: AnswerSpeed
 
 
 @dataclass(frozen=True)
-class Facts:
+class GradeFacts(RunFacts):
     """Under which conditions."""
 
-    date: str
-    commit: str
-    machine: str
-    command: str
     server_url: str
     mode: str
     sending: str
@@ -87,28 +86,27 @@ class Facts:
 
 
 def build_answers(
-    asked: QuestionSet, runs: Sequence[Run], counts: Sequence[int] | None
-) -> list[Answer]:
+    asked: QuestionSet, runs: Sequence[JudgeRun], counts: Sequence[int] | None
+) -> list[GradedAnswer]:
     """`counts` holds the tokens of the first run's answers, then of the second's."""
-    total = len(asked.pairs)
     answers = []
     for place, pair in enumerate(asked.pairs):
         texts = tuple(run.answers[place] for run in runs)
-        answers.append(
-            Answer(
-                pair.question,
-                pair.reference,
-                texts,
-                tuple(score(text, pair.reference) for text in texts),
-                None if counts is None else tuple(counts[place::total]),
-                tuple(_read_state(run, place) for run in runs),
-                next((run.refusals[place] for run in runs if place in run.refusals), ""),
-            )
+        refusals = (run.refusals[place] for run in runs if place in run.refusals)
+        answer = GradedAnswer(
+            question=pair.question,
+            reference=pair.reference,
+            texts=texts,
+            scores=tuple(score(text, pair.reference) for text in texts),
+            tokens=None if counts is None else tuple(counts[place :: len(asked.pairs)]),
+            states=tuple(_read_state(run, place) for run in runs),
+            refusal=next(refusals, ""),
         )
+        answers.append(answer)
     return answers
 
 
-def _read_state(run: Run, place: int) -> State:
+def _read_state(run: JudgeRun, place: int) -> State:
     if place in run.refusals:
         return "refused"
     if run.answers[place].strip():
@@ -116,19 +114,16 @@ def _read_state(run: Run, place: int) -> State:
     return "empty" if place in run.received else "missing"
 
 
-def build_run(run: Run, number: int, answers: Sequence[Answer]) -> RunResult:
+def build_run(run: JudgeRun, number: int, answers: Sequence[GradedAnswer]) -> RunScores:
     first = list({one.question: one for one in reversed(answers)}.values())[::-1]
-    states = [one.states[number] for one in answers]
+    counts = Counter(one.states[number] for one in answers)
     scores = [one.scores[number] for one in answers]
     unique = [one.scores[number] for one in first]
-    return RunResult(
+    return RunScores(
         elapsed_s=run.elapsed_s,
         calls=tuple(run.calls),
         asked=len(answers),
-        answered=states.count("answered"),
-        empty=states.count("empty"),
-        refused=states.count("refused"),
-        missing=states.count("missing"),
+        **{state: counts[state] for state in STATES},
         rouge_course=mean([one.rouge_course for one in scores]),
         rouge_whitespace=mean([one.rouge_whitespace for one in scores]),
         exact=mean([float(one.is_exact) for one in scores]),
@@ -139,13 +134,13 @@ def build_run(run: Run, number: int, answers: Sequence[Answer]) -> RunResult:
     )
 
 
-def _measure(answers: Sequence[Answer], number: int, elapsed_s: float) -> Speed:
+def _measure(answers: Sequence[GradedAnswer], number: int, elapsed_s: float) -> AnswerSpeed:
     seconds = max(1e-9, elapsed_s)
     characters = sum(len(one.texts[number]) for one in answers)
     counts = [one.tokens[number] for one in answers if one.tokens is not None]
     tokens = sum(counts) if counts else None
     per_s = None if tokens is None else tokens / seconds
-    return Speed(tokens, per_s, characters, characters / seconds)
+    return AnswerSpeed(tokens, per_s, characters, characters / seconds)
 
 
 def find_ceiling(references: Sequence[str]) -> tuple[float, int]:
@@ -155,17 +150,21 @@ def find_ceiling(references: Sequence[str]) -> tuple[float, int]:
 
 
 @dataclass(frozen=True)
-class Grade:
+class GradeResult:
     """Everything that the summary, the report and a comparison need."""
 
-    facts: Facts
-    runs: tuple[RunResult, ...]
-    answers: tuple[Answer, ...]
+    facts: GradeFacts
+    runs: tuple[RunScores, ...]
+    answers: tuple[GradedAnswer, ...]
     findings: tuple[Any, ...]
 
     @property
+    def faults(self) -> int:
+        return sum(finding.severity == "error" for finding in self.findings)
+
+    @property
     def is_good(self) -> bool:
-        return not any(finding.severity == "error" for finding in self.findings)
+        return not self.faults
 
     def pack(self) -> dict[str, Any]:
         """The JSON details; an answer's names are those of the seed entry's evaluator."""
@@ -179,17 +178,16 @@ class Grade:
         }
 
     def write(self, path: Path) -> None:
-        write_file(path, json.dumps(self.pack(), ensure_ascii=False, indent=1) + "\n")
+        write_json(path, self.pack())
 
 
 def write_ungraded(finding: Any, path: Path) -> None:
     """The details of a server that never could be asked."""
     packed = {"format": FORMAT, "is_good": False, "facts": {}, "findings": [asdict(finding)]}
-    text = json.dumps({**packed, "runs": [], "answers": []}, ensure_ascii=False, indent=1)
-    write_file(path, text + "\n")
+    write_json(path, {**packed, "runs": [], "answers": []})
 
 
-def _pack_answer(one: Answer) -> dict[str, Any]:
+def _pack_answer(one: GradedAnswer) -> dict[str, Any]:
     """The first run's answer; those of other runs only where they differ."""
     packed = {"question": one.question, "reference": one.reference, **_pack_text(one, 0)}
     if one.refusal:
@@ -202,7 +200,7 @@ def _pack_answer(one: Answer) -> dict[str, Any]:
     return {**packed, "other_runs": others} if others else packed
 
 
-def _pack_text(one: Answer, number: int) -> dict[str, Any]:
+def _pack_text(one: GradedAnswer, number: int) -> dict[str, Any]:
     text, worth = one.texts[number], one.scores[number]
     return {
         "prediction": text,

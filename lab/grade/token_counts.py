@@ -27,23 +27,25 @@ class TokenCounts:
 
 
 async def count_tokens(
-    texts: Sequence[str], folder: Path | None, url: str, client: httpx.AsyncClient
+    texts: Sequence[str], model_path: str, url: str, client: httpx.AsyncClient
 ) -> TokenCounts:
     """By the model folder's own tokenizer if there is one, else by the server's /tokenize."""
-    here = _count_here(texts, folder) if folder else None
+    here = _count_here(texts, model_path) if model_path else None
     if here and here.counts is not None:
         return here
     there = await _count_there(texts, url, client)
-    if there.counts is None and folder:
-        why = here.source if here else f"{folder} has no tokenizer.json"
-        return TokenCounts(None, f"{why}, and {there.source}")
+    if there.counts is None and here:
+        return TokenCounts(None, f"{here.source}, and {there.source}")
     return there
 
 
-def _count_here(texts: Sequence[str], folder: Path) -> TokenCounts | None:
+def _count_here(texts: Sequence[str], model_path: str) -> TokenCounts | None:
+    folder = Path(model_path).expanduser()
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not folder.is_dir():
         return None
+    if not file.is_file():
+        return TokenCounts(None, f"{folder} has no tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - it raises nothing narrower
@@ -56,8 +58,6 @@ async def _count_there(texts: Sequence[str], url: str, client: httpx.AsyncClient
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def count(text: str) -> int:
-        if not text:
-            return 0
         body = {"prompt": text, "add_special_tokens": False}
         async with gate:
             answer = await client.post(f"{url}/tokenize", json=body, timeout=_TIMEOUT_S)
@@ -67,12 +67,13 @@ async def _count_there(texts: Sequence[str], url: str, client: httpx.AsyncClient
             raise TypeError("`tokens` is no list")
         return len(tokens)
 
+    known = {"": 0}
+    different = [text for text in dict.fromkeys(texts) if text]
     try:
         # One first: a server without the route must not be asked hundreds of times.
         async with asyncio.timeout(_LIMIT_S):
-            known = {text: await count(text) for text in list(dict.fromkeys(texts))[:1]}
-            rest = [text for text in dict.fromkeys(texts) if text not in known]
-            known |= dict(zip(rest, await asyncio.gather(*map(count, rest)), strict=True))
+            for part in (different[:1], different[1:]):
+                known |= dict(zip(part, await asyncio.gather(*map(count, part)), strict=True))
     except TimeoutError:
         return TokenCounts(None, f"the server's /tokenize took longer than {_LIMIT_S:g} s")
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:

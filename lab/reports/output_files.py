@@ -1,18 +1,14 @@
-"""What the programs here write: files whole or not at all, texts that every terminal takes."""
+"""Files that a run leaves: whole or not at all, and tried before the work rather than after it."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import re
-import sys
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-
-
-class Unwritable(Exception):
-    """A file, or standard output, that cannot be written; says which and why."""
+from lab.failures import Unwritable
 
 
 def ensure_writable(path: Path) -> None:
@@ -38,26 +34,14 @@ def write_file(path: Path, text: str) -> None:
         raise Unwritable(f"cannot write {path}: {error.strerror}") from None
 
 
-def accept_every_text() -> None:
-    """A terminal's encoding may lack Chinese: what it lacks is shown as an escape."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+def write_json(path: Path, content: object) -> None:
+    write_file(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def show(lines: Iterable[str]) -> None:
-    """On standard output. A reader who has left (`| head`) is no fault, a full disk is one."""
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except OSError as error:
-        # What is still buffered would fail once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise Unwritable(f"cannot write the figures: {error.strerror}") from None
-
-
-def tame(text: str) -> str:
-    """Of a stranger's text: one line that moves no cursor and colours nothing."""
-    return _CONTROL.sub(" ", text)
+def make_finite(value: Any) -> Any:
+    """JSON has no infinity: what never came is null."""
+    if isinstance(value, dict):
+        return {key: make_finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_finite(one) for one in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

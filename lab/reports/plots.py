@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from lab.reports.pages import render_page
 
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 26, 38
@@ -16,7 +19,7 @@ _MOST_LANES_IN_FULL = 24
 
 
 @dataclass(frozen=True)
-class Series:
+class PlotSeries:
     """Values under a name; `style` is a class of the page's CSS."""
 
     name: str
@@ -25,7 +28,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Bar:
+class NamedBar:
     """One named length."""
 
     name: str
@@ -35,7 +38,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Span:
+class CallBar:
     """From when to when, in which group."""
 
     group: int
@@ -46,7 +49,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Dot:
+class PlotDot:
     """One value over another; a hollow one is no success."""
 
     x: float
@@ -56,16 +59,16 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Cloud:
+class DotCloud:
     """Dots under a name."""
 
     name: str
-    dots: Sequence[Dot]
+    dots: Sequence[PlotDot]
     style: str
 
 
 @dataclass(frozen=True)
-class Range:
+class RangeMark:
     """A value with its interval; those of one `group` stand close together under its name."""
 
     group: str
@@ -77,8 +80,8 @@ class Range:
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """Places of values inside the axes."""
+class _Axes:
+    """Places of values inside the axes, and the axes themselves."""
 
     x_max: float
     y_max: float
@@ -92,156 +95,162 @@ class _Frame:
     def y(self, value: float) -> float:
         return self.height - _BOTTOM - value / (self.y_max or 1) * (self.height - _TOP - _BOTTOM)
 
+    def draw(self, x_label: str, y_label: str) -> list[_Mark]:
+        parts = [_text(4, 13, y_label, "start", "dim")]
+        for value in _ticks(0, self.y_max, 4):
+            y = self.y(value)
+            parts += [
+                _line(_LEFT, y, _WIDTH - _RIGHT, y, "grid"),
+                _text(_LEFT - 6, y + 4, _format(value), "end", "dim"),
+            ]
+        return parts + self.draw_x(x_label)
+
+    def draw_x(self, label: str, show: Callable[[float], str] | None = None) -> list[_Mark]:
+        base = self.y(0)
+        ticks = [
+            _text(self.x(value), base + 15, (show or _format)(value), "middle", "dim")
+            for value in _ticks(self.x_min, self.x_max, 5)
+        ]
+        line = _line(_LEFT, base, _WIDTH - _RIGHT, base, "axis")
+        return [line, *ticks, _text(_WIDTH - _RIGHT, self.height - 6, label, "end", "dim")]
+
 
 def draw_histogram(
-    series: Sequence[Series],
+    series: Sequence[PlotSeries],
     *,
     x_label: str,
     x_max: float,
     bins: int,
     x_min: float = 0.0,
     y_label: str = "answers",
-) -> str:
+) -> Markup:
     """The series' bars stand side by side in each bin."""
     width = (x_max - x_min) / bins
     counts = [_count(one.values, x_min, width, bins) for one in series]
-    frame = _Frame(x_max, _round_up(max((max(row) for row in counts), default=1)), x_min=x_min)
-    parts = _axes(frame, x_label, y_label, _format_plain)
-    slot = (frame.x(x_min + width) - frame.x(x_min)) / len(series)
+    most = max((max(row) for row in counts), default=1)
+    axes = _Axes(x_max, _round_up(most), x_min=x_min)
+    parts = axes.draw(x_label, y_label)
+    slot = (axes.x(x_min + width) - axes.x(x_min)) / len(series)
     for place, (one, row) in enumerate(zip(series, counts, strict=True)):
         for number, count in enumerate(row):
             low = x_min + number * width
-            left, top = frame.x(low) + place * slot + 0.5, frame.y(count)
+            left, top = axes.x(low) + place * slot + 0.5, axes.y(count)
             title = f"{one.name}: {count} between {low:g} and {low + width:g}"
-            size = (slot - 1, frame.y(0) - top)
-            parts.append(_rect((left, top), size, one.style, title))
-    return _wrap(parts, series, f"{x_label}: " + ", ".join(one.name for one in series))
+            parts.append(_rect((left, top), (slot - 1, axes.y(0) - top), one.style, title))
+    return _render(parts, series, f"{x_label}: " + ", ".join(one.name for one in series))
 
 
-def draw_bars(bars: Sequence[Bar], *, unit: str) -> str:
+def draw_bars(bars: Sequence[NamedBar], *, unit: str) -> Markup:
     """Named horizontal bars with their figures."""
     row, label_left = 40, 6
-    height = row * len(bars) + 8
     longest = max((bar.value for bar in bars), default=1) or 1
     parts = []
     for number, bar in enumerate(bars):
         top = number * row + 4
         length = max(2.0, bar.value / longest * (_WIDTH - 2 * label_left))
-        parts.append(_text(label_left, top + 13, bar.name, "start"))
-        figure = f"{_format_plain(bar.value)} {unit}" + (f" · {bar.note}" if bar.note else "")
-        parts.append(_text(_WIDTH - label_left, top + 13, figure, "end", "dim"))
-        title = f"{bar.name}: {figure}"
-        parts.append(_rect((label_left, top + 19), (length, 12), bar.style, title))
-    return _wrap(parts, (), "speed", height)
+        figure = f"{_format(bar.value)} {unit}" + (f" · {bar.note}" if bar.note else "")
+        parts += [
+            _text(label_left, top + 13, bar.name, "start"),
+            _text(_WIDTH - label_left, top + 13, figure, "end", "dim"),
+            _rect((label_left, top + 19), (length, 12), bar.style, f"{bar.name}: {figure}"),
+        ]
+    return _render(parts, (), "speed", row * len(bars) + 8)
 
 
-def draw_spans(spans: Sequence[Span], *, groups: int, x_label: str, limit: float | None) -> str:
+def draw_call_bars(
+    bars: Sequence[CallBar], *, groups: int, x_label: str, limit: float | None
+) -> Markup:
     """Each call as a bar from its start to its end; one band a run, one lane a call at a time."""
-    end = max((span.end for span in spans), default=1.0)
-    if limit is not None and limit <= end * 1.25:
-        end = max(end, limit)
-    else:
-        limit = None
-    lanes = [_assign_lanes([span for span in spans if span.group == g]) for g in range(groups)]
+    end = max((bar.end for bar in bars), default=1.0)
+    # A limit that was never near would press all calls into one line.
+    limit = limit if limit is not None and limit <= end * 1.25 else None
+    lanes = [_assign_lanes([bar for bar in bars if bar.group == g]) for g in range(groups)]
     lane_counts = [max((lane for lane, _ in row), default=0) + 1 for row in lanes]
     total = sum(lane_counts) + groups - 1
     lane_height = min(26.0, max(2.0, 190 / max(1, total)))
-    first = 6.0 if limit is None else float(_TOP)
-    height = int(first + _BOTTOM + total * lane_height)
-    frame = _Frame(_round_up(end), 1, height)
-    parts = _x_axis(frame, x_label, _format_plain)
-    top = first
+    top = 6.0 if limit is None else float(_TOP)
+    axes = _Axes(_round_up(max(end, limit or 0.0)), 1, int(top + _BOTTOM + total * lane_height))
+    gap = 2 if total <= _MOST_LANES_IN_FULL else 0.4
+    parts = axes.draw_x(x_label)
     for number, row in enumerate(lanes):
-        middle = top + lane_counts[number] * lane_height / 2 + 4
         if groups > 1:
+            middle = top + lane_counts[number] * lane_height / 2 + 4
             parts.append(_text(_LEFT - 8, middle, f"run {number + 1}", "end", "dim"))
-        for lane, span in row:
-            left, right = frame.x(span.start), frame.x(span.end)
-            size = max(1.0, lane_height - (2 if total <= _MOST_LANES_IN_FULL else 0.4))
-            place = top + lane * lane_height
-            across = max(1.5, right - left - 0.5)
-            parts.append(_rect((left, place), (across, size), span.style, span.title))
+        for lane, bar in row:
+            left, across = axes.x(bar.start), axes.x(bar.end) - axes.x(bar.start) - 0.5
+            size = max(1.5, across), max(1.0, lane_height - gap)
+            parts.append(_rect((left, top + lane * lane_height), size, bar.style, bar.title))
         top += (lane_counts[number] + 1) * lane_height
     if limit is not None:
-        x = frame.x(limit)
-        parts.append(f'<line class="bad" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{frame.y(0):.1f}"/>')
-        parts.append(_text(x - 4, 14, "limit", "end", "bad"))
-    return _wrap(parts, (), x_label, height)
+        x = axes.x(limit)
+        parts += [_line(x, 4, x, axes.y(0), "bad"), _text(x - 4, 14, "limit", "end", "bad")]
+    return _render(parts, (), x_label, axes.height)
 
 
-def draw_cloud(
-    clouds: Sequence[Cloud], *, x_label: str, y_label: str, limit: float | None, limit_name: str
-) -> str:
-    """Dots from nought; what lies far above the limit is drawn at the upper edge."""
+def draw_clouds(
+    clouds: Sequence[DotCloud], *, x_label: str, y_label: str, limit: float, limit_name: str
+) -> Markup:
+    """Dots from 0; what lies far above the limit is drawn at the upper edge."""
     dots = [dot for cloud in clouds for dot in cloud.dots]
     highest = max((dot.y for dot in dots if math.isfinite(dot.y)), default=1.0)
-    top = highest if limit is None else min(highest, limit * 1.5)
-    frame = _Frame(
-        _round_up(max((dot.x for dot in dots), default=1.0)), _round_up(max(top, limit or 0.0))
-    )
-    parts = _axes(frame, x_label, y_label, _format_plain)
-    if limit is not None:
-        y = frame.y(limit)
-        edges = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
-        parts.append(f'<line class="bad" {edges}/>')
-        parts.append(_text(_LEFT + 4, y - 4, limit_name, "start", "bad"))
+    furthest = max((dot.x for dot in dots), default=1.0)
+    axes = _Axes(_round_up(furthest), _round_up(max(min(highest, limit * 1.5), limit)))
+    y = axes.y(limit)
+    parts = [
+        *axes.draw(x_label, y_label),
+        _line(_LEFT, y, _WIDTH - _RIGHT, y, "bad"),
+        _text(_LEFT + 4, y - 4, limit_name, "start", "bad"),
+    ]
     for cloud in clouds:
         for dot in cloud.dots:
             style = f"{cloud.style} hollow" if dot.is_hollow else cloud.style
-            place = frame.x(dot.x), frame.y(min(dot.y, frame.y_max))
-            parts.append(_circle(place, style, dot.title))
-    series = [Series(cloud.name, (), cloud.style) for cloud in clouds]
-    return _wrap(parts, series, f"{y_label} over {x_label}")
+            parts.append(_circle(axes.x(dot.x), axes.y(min(dot.y, axes.y_max)), style, dot.title))
+    series = [PlotSeries(cloud.name, (), cloud.style) for cloud in clouds]
+    return _render(parts, series, f"{y_label} over {x_label}")
 
 
 def draw_ranges(
-    ranges: Sequence[Range], *, centre: float, band: float, x_label: str, widest: float
-) -> str:
+    ranges: Sequence[RangeMark], *, centre: float, band: float, x_label: str, widest: float
+) -> Markup:
     """Each value as a dot on its interval; a band around the centre; all within `widest` of it."""
-    groups = list(dict.fromkeys(one.group for one in ranges))
-    lanes = {group: [one for one in ranges if one.group == group] for group in groups}
-    head, lane, first = 20, 13, 8
-    height = first + sum(head + lane * len(row) + 6 for row in lanes.values()) + _BOTTOM
+    rows: dict[str, list[RangeMark]] = {}
+    for one in ranges:
+        rows.setdefault(one.group, []).append(one)
+    head, lane, top = 20, 13, 8
+    height = top + sum(head + lane * len(row) + 6 for row in rows.values()) + _BOTTOM
     far = max((abs(v - centre) for one in ranges for v in (one.low, one.high)), default=band)
     reach = min(widest, max(far, band) * 1.1)
-    frame = _Frame(centre + reach, 1, height, centre - reach)
-    base = frame.y(0)
-    shade = (frame.x(centre - band), first), (frame.x(centre + band) - frame.x(centre - band),
-                                              base - first)  # fmt: skip
-    parts = [_rect(*shade, "band", f"within {band:.0%}")]
-    x = frame.x(centre)
-    parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{first}" y2="{base:.1f}"/>')
-    parts += _x_axis(frame, x_label, lambda value: f"{value:.4g}")
-    top = first
-    for group, row in lanes.items():
+    axes = _Axes(centre + reach, 1, height, centre - reach)
+    left, x, base = axes.x(centre - band), axes.x(centre), axes.y(0)
+    across = axes.x(centre + band) - left
+    parts = [_rect((left, top), (across, base - top), "band", f"within {band:.0%}")]
+    parts += [_line(x, top, x, base, "axis"), *axes.draw_x(x_label, lambda v: f"{v:.4g}")]
+    for group, row in rows.items():
         parts.append(_text(6, top + 13, group, "start"))
         for number, one in enumerate(row):
-            parts += _draw_range(one, frame, top + head + number * lane + 4)
+            parts += _draw_range(one, axes, top + head + number * lane + 4)
         top += head + lane * len(row) + 6
     styles = {one.name: one.style for one in ranges}
-    series = [Series(name, (), style) for name, style in styles.items()]
-    return _wrap(parts, series, x_label, height)
+    series = [PlotSeries(name, (), style) for name, style in styles.items()]
+    return _render(parts, series, x_label, height)
 
 
-def _draw_range(one: Range, frame: _Frame, y: float) -> list[str]:
+def _draw_range(one: RangeMark, axes: _Axes, y: float) -> list[_Mark]:
     low, value, high = (
-        frame.x(min(frame.x_max, max(frame.x_min, v))) for v in (one.low, one.value, one.high)
+        axes.x(min(axes.x_max, max(axes.x_min, v))) for v in (one.low, one.value, one.high)
     )
     title = f"{one.group}, {one.name}: {one.value:.4g} ({one.low:.4g} to {one.high:.4g})"
-    line = f'<line class="{one.style}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return [line, _circle((value, y), one.style, title)]
+    return [_line(low, y, high, y, one.style), _circle(value, y, one.style, title)]
 
 
-def _assign_lanes(spans: Sequence[Span]) -> list[tuple[int, Span]]:
+def _assign_lanes(bars: Sequence[CallBar]) -> list[tuple[int, CallBar]]:
     """The first lane that is free when a call begins."""
     ends: list[float] = []
     found = []
-    for span in sorted(spans, key=lambda one: one.start):
-        lane = next((n for n, end in enumerate(ends) if end <= span.start + 1e-6), len(ends))
-        if lane == len(ends):
-            ends.append(0.0)
-        ends[lane] = span.end
-        found.append((lane, span))
+    for bar in sorted(bars, key=lambda one: one.start):
+        lane = next((n for n, end in enumerate(ends) if end <= bar.start + 1e-6), len(ends))
+        ends[lane : lane + 1] = [bar.end]
+        found.append((lane, bar))
     return found
 
 
@@ -250,31 +259,6 @@ def _count(values: Sequence[float], x_min: float, width: float, bins: int) -> li
     for value in values:
         counts[max(0, min(bins - 1, int((value - x_min) / width)))] += 1
     return counts
-
-
-def _axes(frame: _Frame, x_label: str, y_label: str, show: Callable[[float], str]) -> list[str]:
-    parts = []
-    for value in _ticks(0, frame.y_max, 4):
-        y = frame.y(value)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(_text(_LEFT - 6, y + 4, show(value), "end", "dim"))
-    parts.append(_text(4, 13, y_label, "start", "dim"))
-    return parts + _x_axis(frame, x_label, show)
-
-
-def _x_axis(frame: _Frame, label: str, show: Callable[[float], str]) -> list[str]:
-    base = frame.y(0)
-    parts = [
-        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base:.1f}" y2="{base:.1f}"/>'
-    ]
-    parts += [
-        _text(frame.x(value), base + 15, show(value), "middle", "dim")
-        for value in _ticks(frame.x_min, frame.x_max, 5)
-    ]
-    parts.append(_text(_WIDTH - _RIGHT, frame.height - 6, label, "end", "dim"))
-    return parts
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
@@ -295,36 +279,41 @@ def _round_up(value: float) -> float:
     return max(step, math.ceil(value / step - 1e-9) * step)
 
 
-def _format_plain(value: float) -> str:
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+def _format(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _rect(place: tuple[float, float], size: tuple[float, float], style: str, title: str) -> str:
-    (x, y), (width, height) = place, (max(0.0, size[0]), max(0.0, size[1]))
-    return (
-        f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-        f'height="{height:.1f}"><title>{escape(title)}</title></rect>'
-    )
+@dataclass(frozen=True)
+class _Mark:
+    """One element of the drawing; the page shows a title when it is pointed at."""
+
+    tag: str
+    style: str
+    places: dict[str, float | str]
+    title: str = ""
+    text: str = ""
 
 
-def _circle(place: tuple[float, float], style: str, title: str) -> str:
-    return (
-        f'<circle class="{style}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.5">'
-        f"<title>{escape(title)}</title></circle>"
-    )
+def _rect(place: tuple[float, float], size: tuple[float, float], style: str, title: str) -> _Mark:
+    across = {"width": max(0.0, size[0]), "height": max(0.0, size[1])}
+    return _Mark("rect", style, {"x": place[0], "y": place[1], **across}, title)
 
 
-def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
-    mark = f' class="{style}"' if style else ""
-    return f'<text{mark} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _circle(x: float, y: float, style: str, title: str) -> _Mark:
+    return _Mark("circle", style, {"cx": x, "cy": y, "r": 3.5}, title)
 
 
-def _wrap(parts: Sequence[str], series: Sequence[Series], label: str, height: int = _HEIGHT) -> str:
-    keys = "".join(f'<span><i class="{s.style}"></i>{escape(s.name)}</span>' for s in series)
-    legend = f'<div class="legend">{keys}</div>' if keys else ""
-    return (
-        f'{legend}<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> _Mark:
+    return _Mark("line", style, {"x1": x1, "x2": x2, "y1": y1, "y2": y2})
+
+
+def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> _Mark:
+    return _Mark("text", style, {"x": x, "y": y, "text-anchor": anchor}, text=text)
+
+
+def _render(
+    marks: Sequence[_Mark], series: Sequence[PlotSeries], label: str, height: int = _HEIGHT
+) -> Markup:
+    size = {"width": _WIDTH, "height": height}
+    drawn = render_page("plot.svg", marks=marks, series=series, label=label, **size)
+    return Markup(drawn)  # noqa: S704 - of a template that escapes

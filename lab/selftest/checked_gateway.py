@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +13,14 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from common.json_text import parse_json
+from common.prometheus_text import parse_samples, sum_samples
+from lab.options import build_headers
+from lab.service import LauncherStatus, open_http, read_launcher
 
 QUESTION = "多个线程读取共享内存中同一个地址会不会产生 bank 冲突？请说明原因。"
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 _TIMEOUT_S = 300.0
-_RUNNING = re.compile(r"^gateway_running_sequences(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+_RUNNING = "gateway_running_sequences"
 
 
 class CheckFailed(Exception):
@@ -24,7 +28,7 @@ class CheckFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What a check saw: words for the line, figures for the record."""
 
     text: str
@@ -32,7 +36,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Door:
+class CheckedGateway:
     """One gateway, with the model that it serves."""
 
     url: str
@@ -47,58 +51,54 @@ class Door:
 
     def chat(self, content: str = QUESTION, **fields: Any) -> ChatCompletion:
         """Greedy and short unless told otherwise; no thinking block where a model has one."""
-        options: dict[str, Any] = {"temperature": 0, "max_tokens": 64, **fields}
         answer: ChatCompletion = self.sdk.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": content}],
-            extra_body=NO_THINKING,
-            **options,
+            **self.build_chat(content), **{"temperature": 0, "max_tokens": 64, **fields}
         )
         return answer
+
+    def build_chat(self, content: str) -> dict[str, Any]:
+        messages = [{"role": "user", "content": content}]
+        return {"model": self.model, "messages": messages, "extra_body": NO_THINKING}
 
     def text(self, content: str = QUESTION, **fields: Any) -> str:
         return self.chat(content, **fields).choices[0].message.content or ""
 
-    def read_status(self) -> dict[str, Any] | None:
-        """The launcher's own page, where there is one."""
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            answer = httpx.get(f"{self.status_url}/status", timeout=5, trust_env=False)
-            data = parse_json(answer.content)
-            return data if answer.is_success and isinstance(data, dict) else None
-        return None
+    def read_launcher(self) -> LauncherStatus:
+        async def read() -> LauncherStatus:
+            async with open_http() as client:
+                return await read_launcher(self.status_url, client)
+
+        return asyncio.run(read())
 
     def count_running(self) -> float | None:
         """Sequences inside the engines by the gateway's own count; None if it does not tell."""
         with contextlib.suppress(httpx.HTTPError, ValueError):
-            figures = _RUNNING.findall(self.http.get("/metrics").text)
-            return sum(map(float, figures)) if figures else None
+            samples = parse_samples(self.http.get("/metrics").text)
+            return sum_samples(samples, _RUNNING) if _RUNNING in samples else None
         return None
 
 
-NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
-
-
 @contextlib.contextmanager
-def open_door(url: str, status_url: str, api_key: str) -> Iterator[Door]:
+def open_gateway(url: str, status_url: str, api_key: str) -> Iterator[CheckedGateway]:
     """Raises httpx's error or `CheckFailed` when nobody answers, or nobody who serves a model."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    options: dict[str, Any] = {"timeout": _TIMEOUT_S, "trust_env": False}
     with (
-        httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as http,
-        openai.DefaultHttpxClient(trust_env=False, timeout=_TIMEOUT_S) as inner,
+        httpx.Client(base_url=url, headers=build_headers(api_key), **options) as http,
+        openai.DefaultHttpxClient(**options) as inner,
         # A retry would hide what is looked for here.
         openai.OpenAI(
             base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0, http_client=inner
         ) as sdk,
     ):
         model, length = _read_card(http)
-        yield Door(url, status_url, sdk, http, model, length)
+        yield CheckedGateway(url, status_url, sdk, http, model, length)
 
 
 def _read_card(http: httpx.Client) -> tuple[str, int]:
     """The first model's name and length: the way in, so whatever answers must not break it."""
     answer = http.get("/v1/models")
     expect(answer.is_success, f"{answer.status_code}: {answer.text[:200]}")
-    cards = read_json(answer).get("data")
+    cards = read_object(answer).get("data")
     card = cards[0] if isinstance(cards, list) and cards else None
     name = card.get("id") if isinstance(card, dict) else None
     if not isinstance(card, dict) or not isinstance(name, str):
@@ -112,7 +112,7 @@ def expect(condition: object, complaint: str) -> None:
         raise CheckFailed(complaint)
 
 
-def read_json(answer: httpx.Response) -> dict[str, Any]:
+def read_object(answer: httpx.Response) -> dict[str, Any]:
     """A JSON object, or a complaint that shows what came instead."""
     try:
         data = parse_json(answer.content)
@@ -124,7 +124,7 @@ def read_json(answer: httpx.Response) -> dict[str, Any]:
 
 def read_responses(answer: httpx.Response, count: int) -> list[str]:
     """The list in `response`: so many texts."""
-    data = read_json(answer)
+    data = read_object(answer)
     expect(answer.status_code == httpx.codes.OK, f"{answer.status_code}: {answer.text[:200]}")
     response = data.get("response")
     if not isinstance(response, list) or not all(isinstance(one, str) for one in response):

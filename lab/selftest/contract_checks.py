@@ -10,7 +10,14 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from lab.selftest.checked_gateway import QUESTION, Door, Seen, expect, read_json, read_responses
+from lab.selftest.checked_gateway import (
+    QUESTION,
+    CheckedGateway,
+    Observation,
+    expect,
+    read_object,
+    read_responses,
+)
 
 _MANY = 1025
 # Around the engine's own cap on a list, so that a piece put back at the wrong place shows.
@@ -28,115 +35,119 @@ _ODD_TEXTS = (
 )
 
 
-def check_empty_list(door: Door) -> Seen:
-    answer = door.predict([])
+def check_empty_list(gateway: CheckedGateway) -> Observation:
+    answer = gateway.predict([])
     read_responses(answer, 0)
-    return Seen("an empty list is answered by an empty list")
+    return Observation("an empty list is answered by an empty list")
 
 
-def check_one_prompt(door: Door) -> Seen:
+def check_one_prompt(gateway: CheckedGateway) -> Observation:
     """A text is answered by a text; a list of one by a list of one, with the same text."""
-    root = read_json(door.http.get("/")).get("status")
+    root = read_object(gateway.http.get("/")).get("status")
     expect(root in ("batch", "ok"), f"GET / says {root!r}, neither batch nor ok")
-    single = read_json(door.predict(QUESTION)).get("response")
+    single = read_object(gateway.predict(QUESTION)).get("response")
     form = "a text"
     if isinstance(single, list) and len(single) == 1:
         single, form = single[0], "a list of one"
     expect(isinstance(single, str) and single.strip(), f"the answer is {single!r}")
-    listed = read_responses(door.predict([QUESTION]), 1)
+    listed = read_responses(gateway.predict([QUESTION]), 1)
     expect(listed[0] == single, "the same prompt in a list of one is answered differently")
-    return Seen(f"GET / says {root}; a text is answered by {form}, a list of one by a list of one")
+    return Observation(
+        f"GET / says {root}; a text is answered by {form}, a list of one by a list of one"
+    )
 
 
-def check_unicode(door: Door) -> Seen:
+def check_unicode(gateway: CheckedGateway) -> Observation:
     """Every text is answered at its place, however its JSON is written."""
     prompts = [*_ODD_TEXTS, QUESTION]
-    read_responses(door.predict(prompts, max_tokens=8), len(prompts))
+    read_responses(gateway.predict(prompts, max_tokens=8), len(prompts))
     answers = []
     for ascii_only in (True, False):
         body = json.dumps({"prompt": prompts, "max_tokens": 8}, ensure_ascii=ascii_only).encode()
         headers = {"Content-Type": "application/json"}
-        answer = door.http.post("/predict", content=body, headers=headers)
+        answer = gateway.http.post("/predict", content=body, headers=headers)
         answers.append(read_responses(answer, len(prompts)))
     expect(answers[0][-1] == answers[1][-1], "escaped and plain JSON are answered differently")
     expect(answers[0][-1].strip(), "the last text has an empty answer")
-    return Seen(f"{len(prompts)} odd texts, escaped and plain")
+    return Observation(f"{len(prompts)} odd texts, escaped and plain")
 
 
-def check_many_prompts(door: Door) -> Seen:
+def check_many_prompts(gateway: CheckedGateway) -> Observation:
     """More than the engine takes in one call; empty ones among them show whether order holds."""
     prompts = [f"{number} {QUESTION}" for number in range(_MANY)]
     for place in _REFUSED_PLACES:
         prompts[place] = ""
     started = time.perf_counter()
-    answer = door.predict(prompts, max_tokens=4)
+    answer = gateway.predict(prompts, max_tokens=4)
     responses = read_responses(answer, _MANY)
     elapsed_s = time.perf_counter() - started
     blank = tuple(place for place, text in enumerate(responses) if not text.strip())
     missing = len(set(blank) - set(_REFUSED_PLACES))
     expect(missing <= _MANY // 100, f"{missing} of {_MANY} answers are empty")
-    refused = sorted(map(int, read_json(answer).get("errors", {})))
+    refused = sorted(map(int, read_object(answer).get("errors", {})))
     expect(
         refused == [*_REFUSED_PLACES],
         f"empty prompts stood at {[*_REFUSED_PLACES]}, errors are at {refused[:8]}",
     )
-    return Seen(f"{_MANY} answers in order in {elapsed_s:.1f} s", {"many_s": elapsed_s})
+    return Observation(f"{_MANY} answers in order in {elapsed_s:.1f} s", {"many_s": elapsed_s})
 
 
-def check_over_long(door: Door) -> Seen:
+def check_over_long(gateway: CheckedGateway) -> Observation:
     """Alone an error that says why; in a list an empty answer at its place, the others whole."""
-    long = "长" * (8 * door.max_model_len if door.max_model_len else 400_000)
-    alone = door.predict(long)
+    long = "长" * (8 * gateway.max_model_len if gateway.max_model_len else 400_000)
+    alone = gateway.predict(long)
     if alone.status_code == httpx.codes.OK:
-        cut = read_json(alone).get("response")
+        cut = read_object(alone).get("response")
         cut = cut[0] if isinstance(cut, list) and len(cut) == 1 else cut
         is_text = isinstance(cut, str) and cut.strip()
         expect(is_text, f"an over-long prompt has neither an answer nor an error: {cut!r}")
-        return Seen("an over-long prompt is cut and answered")
+        return Observation("an over-long prompt is cut and answered")
     expect(400 <= alone.status_code < 500, f"alone it is answered {alone.status_code}")
-    error = read_json(alone).get("error")
+    error = read_object(alone).get("error")
     message = error.get("message") if isinstance(error, dict) else None
     expect(message, f"alone it is refused without a reason: {alone.text[:120]}")
-    mixed = door.predict([QUESTION, long, QUESTION])
+    mixed = gateway.predict([QUESTION, long, QUESTION])
     responses = read_responses(mixed, 3)
     expect(responses[1] == "", "in a list it has an answer")
     expect(responses[0].strip() and responses[2].strip(), "its neighbours have no answer")
-    expect(list(read_json(mixed).get("errors", {})) == ["1"], "in a list its reason is missing")
-    return Seen(f"{alone.status_code}, its neighbours are answered: {str(message)[:60]}")
+    expect(list(read_object(mixed).get("errors", {})) == ["1"], "in a list its reason is missing")
+    return Observation(f"{alone.status_code}, its neighbours are answered: {str(message)[:60]}")
 
 
-def check_disconnect(door: Door) -> Seen:
+def check_disconnect(gateway: CheckedGateway) -> Observation:
     """A caller who hangs up in the middle of a batch frees the engine at once."""
-    before = door.count_running()
+    before = gateway.count_running()
     if before is None:
         expect(False, "the server has no gateway_running_sequences at /metrics to see it by")
     idle = before or 0.0
-    with contextlib.closing(_send_long_batch(door)):
+    with contextlib.closing(_send_long_batch(gateway)):
         deadline = time.monotonic() + _SEEN_WITHIN_S
-        while (door.count_running() or 0.0) <= idle:
+        while (gateway.count_running() or 0.0) <= idle:
             expect(time.monotonic() < deadline, "the batch never was seen inside")
             time.sleep(0.02)
     hung_up = time.monotonic()
-    while (running := door.count_running() or 0.0) > idle:
+    while (running := gateway.count_running() or 0.0) > idle:
         waited_s = time.monotonic() - hung_up
         expect(waited_s < _FREED_WITHIN_S, f"{running:.0f} sequences run on {waited_s:.0f} s later")
         time.sleep(0.02)
     freed_s = time.monotonic() - hung_up
-    read_responses(door.predict([QUESTION], max_tokens=4), 1)
-    return Seen(f"the engine was free again after {freed_s * 1e3:.0f} ms", {"freed_s": freed_s})
+    read_responses(gateway.predict([QUESTION], max_tokens=4), 1)
+    return Observation(
+        f"the engine was free again after {freed_s * 1e3:.0f} ms", {"freed_s": freed_s}
+    )
 
 
-def _send_long_batch(door: Door) -> http.client.HTTPConnection:
+def _send_long_batch(gateway: CheckedGateway) -> http.client.HTTPConnection:
     """A connection on which a batch was sent that runs for long."""
     prompts = [f"{number} Q" for number in range(_LONG_BATCH)]
-    length = max(16, min(1500, door.max_model_len - 64)) if door.max_model_len else 900
+    length = max(16, min(1500, gateway.max_model_len - 64)) if gateway.max_model_len else 900
     body = json.dumps({"prompt": prompts, "temperature": 1.5, "max_tokens": length}).encode()
-    url = urlsplit(door.url)
+    url = urlsplit(gateway.url)
     is_secure = url.scheme == "https"
     kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
     caller = kind(url.hostname or "", url.port, timeout=10)
     # The plain client's own, so that a key goes along.
-    headers = {**door.http.headers, "Content-Type": "application/json"}
+    headers = {**gateway.http.headers, "Content-Type": "application/json"}
     caller.request("POST", url.path.rstrip("/") + "/predict", body, headers)
     return caller
 

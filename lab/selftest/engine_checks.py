@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
-from lab.selftest.checked_gateway import NO_THINKING, QUESTION, Door, Seen, expect, read_json
+from common import processes
+from lab.records.record import run_quietly
+from lab.selftest.checked_gateway import QUESTION, CheckedGateway, Observation, expect, read_object
 
 _TEXTS = (
     QUESTION,
@@ -20,35 +19,37 @@ _TOPICS = ("warp", "SM", "共享内存", "全局内存", "线程块", "网格", 
 _MIB = 2**20
 
 
-def check_tokenisation(door: Door) -> Seen:
+def check_tokenisation(gateway: CheckedGateway) -> Observation:
     """The same text gives the same ids, other texts give others."""
-    encoded = [_tokenize(door, text) for text in _TEXTS]
+    encoded = [_tokenize(gateway, text) for text in _TEXTS]
     expect(all(encoded), "a text gave no tokens")
-    expect(_tokenize(door, _TEXTS[0]) == encoded[0], "the same text gave other tokens")
+    expect(_tokenize(gateway, _TEXTS[0]) == encoded[0], "the same text gave other tokens")
     expect(len({tuple(ids) for ids in encoded}) == len(encoded), "other texts gave the same tokens")
-    longer = _tokenize(door, _TEXTS[0] * 8)
+    longer = _tokenize(gateway, _TEXTS[0] * 8)
     expect(len(longer) > len(encoded[0]), "a longer text gave no more tokens")
     sizes = [len(ids) for ids in encoded]
     per_token = len(_TEXTS[0]) / sizes[0]
     shown = " + ".join(map(str, sizes))
-    return Seen(f"{shown} tokens, {per_token:.1f} Chinese characters a token")
+    return Observation(f"{shown} tokens, {per_token:.1f} Chinese characters a token")
 
 
-def check_model_loading(door: Door) -> Seen:
-    models = [card.id for card in door.sdk.models.list().data]
+def check_model_loading(gateway: CheckedGateway) -> Observation:
+    models = [card.id for card in gateway.sdk.models.list().data]
     expect(models, "GET /v1/models lists no model")
     names = ", ".join(models)
-    status = door.read_status()
-    if status is None:
-        return Seen(f"{names}; load time unknown: no launcher answers at {door.status_url}")
+    status = gateway.read_launcher().status
+    if not status:
+        return Observation(
+            f"{names}; load time unknown: no launcher answers at {gateway.status_url}"
+        )
     engine = status.get("engine") or {}
     expect(engine.get("state") == "ready", f"the launcher says the engine is {engine.get('state')}")
     seconds = float(engine["start_seconds"])
-    return Seen(f"{names}, loaded in {seconds:.1f} s", {"load_s": seconds})
+    return Observation(f"{names}, loaded in {seconds:.1f} s", {"load_s": seconds})
 
 
-def check_simple_inference(door: Door) -> Seen:
-    answer = door.chat()
+def check_simple_inference(gateway: CheckedGateway) -> Observation:
+    answer = gateway.chat()
     choice = answer.choices[0]
     text = choice.message.content or ""
     expect(text.strip(), "the answer is empty")
@@ -56,64 +57,60 @@ def check_simple_inference(door: Door) -> Seen:
     expect(answer.usage, "the answer has no usage")
     tokens = answer.usage.completion_tokens if answer.usage else 0
     expect(1 <= tokens <= 64, f"{tokens} tokens were asked to be at most 64")
-    return Seen(f"{tokens} tokens: {text[:24]}…")
+    return Observation(f"{tokens} tokens: {text[:24]}…")
 
 
-def check_detokenisation(door: Door) -> Seen:
+def check_detokenisation(gateway: CheckedGateway) -> Observation:
     """There and back again gives the text."""
     for text in _TEXTS:
-        ids = _tokenize(door, text)
-        answer = door.http.post("/detokenize", json={"model": door.model, "tokens": ids})
-        back = read_json(answer).get("prompt")
+        ids = _tokenize(gateway, text)
+        answer = gateway.http.post("/detokenize", json={"model": gateway.model, "tokens": ids})
+        back = read_object(answer).get("prompt")
         expect(
             isinstance(back, str) and back.strip() == text.strip(),
             f"{text!r} came back as {back!r}",
         )
-    return Seen(f"{len(_TEXTS)} texts came back unchanged")
+    return Observation(f"{len(_TEXTS)} texts came back unchanged")
 
 
-def check_batch_inference(door: Door) -> Seen:
+def check_batch_inference(gateway: CheckedGateway) -> Observation:
     """A list in one call is answered by as many choices, each with what it gets alone."""
     prompts = [f"{topic} 是什么？" for topic in _TOPICS]
-    fields: dict[str, Any] = {"model": door.model, "temperature": 0, "max_tokens": 24}
-    batch = door.sdk.completions.create(prompt=prompts, **fields)
+    fields: dict[str, Any] = {"model": gateway.model, "temperature": 0, "max_tokens": 24}
+    batch = gateway.sdk.completions.create(prompt=prompts, **fields)
     texts = {choice.index: choice.text for choice in batch.choices}
     expect(sorted(texts) == [*range(len(prompts))], f"the choices have the indexes {sorted(texts)}")
     alone = [
-        door.sdk.completions.create(prompt=prompt, **fields).choices[0].text for prompt in prompts
+        gateway.sdk.completions.create(prompt=prompt, **fields).choices[0].text
+        for prompt in prompts
     ]
     same = sum(texts[place] == text for place, text in enumerate(alone))
     # In a batch the sums of floating-point numbers run in another order; half is generous.
     expect(same >= len(prompts) / 2, f"only {same} of {len(prompts)} answers are those given alone")
     expect(any(text.strip() for text in alone), "all answers are empty")
-    return Seen(f"{len(prompts)} prompts, {same} answers as when asked alone")
+    return Observation(f"{len(prompts)} prompts, {same} answers as when asked alone")
 
 
-def check_sampling(door: Door) -> Seen:
+def check_sampling(gateway: CheckedGateway) -> Observation:
     """Greedy repeats itself; heat makes answers differ; a seed makes heat repeatable."""
-    greedy = {door.text() for _ in range(3)}
+    greedy = {gateway.text() for _ in range(3)}
     expect(len(greedy) == 1, f"greedy gave {len(greedy)} different answers to one question")
-    hot = {door.text(temperature=1.9, top_p=1.0, seed=seed) for seed in range(6)}
+    hot = {gateway.text(temperature=1.9, top_p=1.0, seed=seed) for seed in range(6)}
     expect(len(hot) > 1, "at temperature 1.9 six seeds gave one and the same answer")
-    seeded = {door.text(temperature=1.0, seed=11) for _ in range(2)}
+    seeded = {gateway.text(temperature=1.0, seed=11) for _ in range(2)}
     expect(len(seeded) == 1, "at temperature 1 one seed gave two answers")
-    narrow = {door.text(temperature=1.9, top_p=0.01, seed=seed) for seed in range(3)}
+    narrow = {gateway.text(temperature=1.9, top_p=0.01, seed=seed) for seed in range(3)}
     expect(len(narrow) <= len(hot), "top_p 0.01 gave more answers than no limit")
-    return Seen(f"greedy repeats, a seed repeats, {len(hot)} of 6 differ at temperature 1.9")
+    return Observation(f"greedy repeats, a seed repeats, {len(hot)} of 6 differ at temperature 1.9")
 
 
-def check_streaming(door: Door) -> Seen:
+def check_streaming(gateway: CheckedGateway) -> Observation:
     """What is streamed is what is answered in one piece, and it comes in pieces."""
-    whole = door.text()
+    whole = gateway.text()
     started = time.perf_counter()
     pieces, first_s, reason = [], 0.0, None
-    stream = door.sdk.chat.completions.create(
-        model=door.model,
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        max_tokens=64,
-        stream=True,
-        extra_body=NO_THINKING,
+    stream = gateway.sdk.chat.completions.create(
+        **gateway.build_chat(QUESTION), temperature=0, max_tokens=64, stream=True
     )
     for chunk in stream:
         for choice in chunk.choices:
@@ -127,16 +124,16 @@ def check_streaming(door: Door) -> Seen:
     expect(reason in ("stop", "length"), f"the stream ended with {reason}")
     figures = {"first_token_s": first_s, "stream_s": total_s}
     text = f"{len(pieces)} pieces, the first after {first_s * 1e3:.0f} ms, the last after"
-    return Seen(f"{text} {total_s * 1e3:.0f} ms", figures)
+    return Observation(f"{text} {total_s * 1e3:.0f} ms", figures)
 
 
-def check_performance(door: Door) -> Seen:
+def check_performance(gateway: CheckedGateway) -> Observation:
     """Figures rather than a judgement: latency, throughput, memory."""
-    latency_s = statistics.median(_time_call(door) for _ in range(5))
+    latency_s = statistics.median(_time_call(gateway) for _ in range(5))
     prompts = [f"{number} {QUESTION}" for number in range(64)]
     started = time.perf_counter()
-    batch = door.sdk.completions.create(
-        model=door.model, prompt=prompts, temperature=0, max_tokens=64
+    batch = gateway.sdk.completions.create(
+        model=gateway.model, prompt=prompts, temperature=0, max_tokens=64
     )
     elapsed_s = time.perf_counter() - started
     tokens = batch.usage.completion_tokens if batch.usage else 0
@@ -145,78 +142,43 @@ def check_performance(door: Door) -> Seen:
     text = (
         f"one token in {latency_s * 1e3:.1f} ms, {tokens / elapsed_s:,.0f} tokens/s for 64 prompts"
     )
-    memory = _read_memory(door)
+    memory = _read_memory(gateway)
     figures |= memory
     if not memory:
-        return Seen(f"{text}, memory unknown: the engine runs elsewhere", figures)
+        return Observation(f"{text}, memory unknown: the engine runs elsewhere", figures)
     shown = ", ".join(f"{name.split('_')[0]} {size:,.0f} MiB" for name, size in memory.items())
-    return Seen(f"{text}, memory: {shown}", figures)
+    return Observation(f"{text}, memory: {shown}", figures)
 
 
-def _time_call(door: Door) -> float:
+def _time_call(gateway: CheckedGateway) -> float:
     started = time.perf_counter()
-    door.text(max_tokens=1)
+    gateway.text(max_tokens=1)
     return time.perf_counter() - started
 
 
-def _tokenize(door: Door, text: str) -> list[int]:
-    body = {"model": door.model, "prompt": text, "add_special_tokens": False}
-    tokens = read_json(door.http.post("/tokenize", json=body)).get("tokens")
+def _tokenize(gateway: CheckedGateway, text: str) -> list[int]:
+    body = {"model": gateway.model, "prompt": text, "add_special_tokens": False}
+    tokens = read_object(gateway.http.post("/tokenize", json=body)).get("tokens")
     expect(isinstance(tokens, list), "/tokenize answers without `tokens`")
     return list(tokens or [])
 
 
-def _read_memory(door: Door) -> dict[str, float]:
+def _read_memory(gateway: CheckedGateway) -> dict[str, float]:
     """Of the engine's processes, where they can be looked at: main memory and the GPU's."""
-    status = door.read_status()
-    pid = (status or {}).get("engine", {}).get("pid")
-    if not isinstance(pid, int):
-        return {}
-    members = _list_session(pid)
-    resident = sum(_read_resident(member) for member in members)
-    on_gpu = _read_gpu_memory(members)
-    figures = {"main_MiB": resident / _MIB} if resident else {}
-    return figures | ({"GPU_MiB": on_gpu} if on_gpu else {})
-
-
-def _list_session(leader: int) -> list[int]:
-    """The engine's group: its workers hold the model."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = entry.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == leader:
-                found.append(int(entry.parent.name))
-    return found
-
-
-def _read_resident(pid: int) -> int:
-    """Its share of what is resident: pages of several processes count once among them."""
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        sizes = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
-        return sum(sizes) * 1024
-    return 0
+    pid = gateway.read_launcher().pid("engine")
+    members = processes.find_session(pid) if pid else []
+    shared = sum(map(processes.read_shared_bytes, members)) / _MIB
+    on_gpu = _read_gpu_memory([member.pid for member in members]) if members else 0.0
+    figures = {"main_MiB": shared, "GPU_MiB": on_gpu}
+    return {name: size for name, size in figures.items() if size}
 
 
 def _read_gpu_memory(pids: list[int]) -> float:
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory"]
-    try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return 0.0
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
-    return sum(
-        float(size)
-        for pid, size in rows
-        if pid.strip().isdigit() and int(pid) in pids and size.strip().isdigit()
-    )
+    query = ("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    rows = [line.split(",") for line in run_quietly("nvidia-smi", *query).splitlines()]
+    known = [(row[0].strip(), row[1].strip()) for row in rows if len(row) == 2]
+    ours = set(map(str, pids))
+    return sum(float(size) for pid, size in known if pid in ours and size.isdigit())
 
 
 ENGINE_CHECKS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.questions import BadQuestions, Pair, read_questions
+from common.questions import BadQuestions, QuestionPair, read_questions
 
 COURSE = """（1. 问题：什么是 warp？
 答案：32 个线程，
@@ -27,7 +27,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
     return path
 
 
-def seed_parse(text: str) -> list[Pair]:
+def seed_parse(text: str) -> list[QuestionPair]:
     """How the seed entry's evaluator reads the course's file, said again."""
     found = re.finditer(r"(?:^|\n)\s*[\(（]?\d+\s*[\.、]?\s*问题：", text)
     starts = [match.start() for match in found]
@@ -36,7 +36,7 @@ def seed_parse(text: str) -> list[Pair]:
         question, separator, answer = text[start:end].strip().partition("答案：")
         question = question.partition("问题：")[2].strip()
         if separator and question and answer.strip():
-            pairs.append(Pair(question, answer.strip()))
+            pairs.append(QuestionPair(question, answer.strip()))
     return pairs
 
 
@@ -46,8 +46,8 @@ def test_course_text_is_read_as_the_seed_entry_reads_it(tmp_path: Path) -> None:
     read = read_questions(write(tmp_path, "test.txt", course))
 
     assert list(read.pairs) == seed_parse(course)
-    assert read.pairs[0] == Pair("什么是 warp？", "32 个线程，\n同时执行。")
-    assert read.pairs[2] == Pair("共享内存？", "片上内存，见 1. 问题：不是开头。")
+    assert read.pairs[0] == QuestionPair("什么是 warp？", "32 个线程，\n同时执行。")
+    assert read.pairs[2] == QuestionPair("共享内存？", "片上内存，见 1. 问题：不是开头。")
     assert len(read.skipped) == 1
     assert "没有答案" in read.skipped[0]
 
@@ -59,13 +59,16 @@ def test_course_text_is_read_in_every_encoding(tmp_path: Path, encoding: str, en
 
     read = read_questions(write(tmp_path, "test.txt", text.encode(encoding)))
 
-    assert read.pairs == (Pair("什么是 warp？", "32 个线程。"),)
+    assert read.pairs == (QuestionPair("什么是 warp？", "32 个线程。"),)
 
 
 def test_course_text_without_numbers_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, "test.txt", "问题：甲？ 答案：乙。\n问题:丙？ 答案:丁。")
 
-    assert read_questions(path).pairs == (Pair("甲？", "乙。"), Pair("丙？", "丁。"))
+    assert read_questions(path).pairs == (
+        QuestionPair("甲？", "乙。"),
+        QuestionPair("丙？", "丁。"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_course_text_without_numbers_is_read(tmp_path: Path) -> None:
 def test_json_forms_are_read(tmp_path: Path, name: str, data: object) -> None:
     path = write(tmp_path, name, json.dumps(data, ensure_ascii=False))
 
-    assert read_questions(path).pairs == (Pair("甲", "乙"),)
+    assert read_questions(path).pairs == (QuestionPair("甲", "乙"),)
 
 
 def test_jsonl_is_read_with_separators_inside_texts(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_jsonl_is_read_with_separators_inside_texts(tmp_path: Path) -> None:
 
     read = read_questions(write(tmp_path, "q.jsonl", text))
 
-    assert read.pairs == (Pair("甲\u2028甲", "乙"), Pair("丙", "丁"))
+    assert read.pairs == (QuestionPair("甲\u2028甲", "乙"), QuestionPair("丙", "丁"))
 
 
 @pytest.mark.parametrize("name", ["q.json", "q.txt", "q"])
@@ -157,4 +160,4 @@ def test_questions_without_answers_are_read_where_none_are_needed(
 
     read = read_questions(path, needs_answers=False)
 
-    assert read.pairs == (Pair("one", ""), Pair("two", "2"))
+    assert read.pairs == (QuestionPair("one", ""), QuestionPair("two", "2"))

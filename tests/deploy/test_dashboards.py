@@ -14,6 +14,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from lab.grade.grade_console import GRADE_FIGURES
 from scripts.panels import BOARDS
 from tests.deploy.check_live import WITHOUT_DATA
 from tests.deploy.expressions import (
@@ -121,7 +122,6 @@ def test_expressions_read_metrics_that_exist() -> None:
 
 
 def test_grades_that_are_shown_are_those_that_the_grader_keeps() -> None:
-    source = (ROOT / "scripts" / "grading" / "summary.py").read_text(encoding="utf-8")
     shown = {
         name
         for one in list_expressions()
@@ -129,7 +129,7 @@ def test_grades_that_are_shown_are_those_that_the_grader_keeps() -> None:
     }
 
     assert len(shown) == 3
-    assert {name for name in shown if f'figure("{name}"' not in source} == set()
+    assert shown - {figure.name for figure in GRADE_FIGURES} == set()
 
 
 def test_rules_read_metrics_that_exist() -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from lab.grade import run_grade as program
-from lab.grade.grade_result import Grade
-from lab.reports.progress import Progress
+from lab.grade.grade_options import choose_questions, parse_arguments
+from lab.grade.grade_result import GradeResult
+from lab.reports.console import ProgressLine
 from tests.fake_engine import serve_app
 from tests.lab.judged import Judged, build_judged, read_pairs
 
 # A shell's background job ignores Ctrl-C, and so would every program that a test starts and stops.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-Examine = Callable[..., Coroutine[Any, Any, Grade]]
+Examine = Callable[..., Coroutine[Any, Any, GradeResult]]
 
 
 @pytest.fixture
@@ -34,33 +35,33 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-async def grade_at(url: str, questions: Path, *options: str) -> Grade:
+async def grade_at(url: str, questions: Path, *options: str) -> GradeResult:
     fixed = ["--server_url", url, "--no_start_server", "--questions", str(questions)]
     fixed += ["--status_url", "http://127.0.0.1:9"]  # nobody's
-    arguments = program.parse_arguments([*fixed, *options])
-    asked = program.choose_questions(arguments)
-    progress = Progress(arguments.timeout, arguments.runs, io.StringIO())
+    arguments = parse_arguments([*fixed, *options])
+    asked = choose_questions(arguments)
+    progress = ProgressLine(arguments.timeout, arguments.runs, io.StringIO())
     evidence = await program.examine(arguments, asked, progress, None)
     return program.build_grade(arguments, asked, evidence)
 
 
 @pytest.fixture
 def examine(questions: Path) -> Examine:
-    async def run(judged: Judged, *options: str, file: Path = questions) -> Grade:
+    async def run(judged: Judged, *options: str, file: Path = questions) -> GradeResult:
         async with serve_app(build_judged(judged)) as url:
             return await grade_at(url, file, *options)
 
     return run
 
 
-def errors_of(grade: Grade) -> list[str]:
+def errors_of(grade: GradeResult) -> list[str]:
     """By name, in the alphabet's order."""
     return sorted(finding.code for finding in grade.findings if finding.severity == "error")
 
 
-def notes_of(grade: Grade) -> list[str]:
+def notes_of(grade: GradeResult) -> list[str]:
     return [finding.code for finding in grade.findings if finding.severity == "note"]
 
 
-def text_of(grade: Grade, code: str) -> str:
+def text_of(grade: GradeResult, code: str) -> str:
     return str(next(finding.text for finding in grade.findings if finding.code == code))

@@ -19,16 +19,16 @@ from typing import Any
 from aiohttp import web
 from tokenizers import Tokenizer
 
-from common.questions import Pair
+from common.questions import QuestionPair
 
 MODEL_FOLDER = Path(__file__).parents[2] / "demo" / "model"
 _QUESTIONS = MODEL_FOLDER.parent / "questions.jsonl"
 
 
-def read_pairs(count: int | None = None) -> list[Pair]:
+def read_pairs(count: int | None = None) -> list[QuestionPair]:
     lines = _QUESTIONS.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[:count]]
-    return [Pair(row["question"], row["answer"]) for row in rows]
+    return [QuestionPair(row["question"], row["answer"]) for row in rows]
 
 
 @dataclass

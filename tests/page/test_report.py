@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from lab.grade.grade_result import Grade
-from lab.reports.grade_page import write_report
+from lab.grade.grade_page import write_report
+from lab.grade.grade_result import GradeResult
 from tests.fake_engine import serve_app
 from tests.lab.conftest import grade_at
 from tests.lab.judged import MODEL_FOLDER, Judged, build_judged
@@ -30,7 +30,7 @@ def spoil(answers: list[str], call: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    async def examine() -> Grade:
+    async def examine() -> GradeResult:
         async with serve_app(build_judged(Judged(model="demo", reply=spoil))) as url:
             return await grade_at(url, _QUESTIONS, "--runs", "3", "--request_chunk_size", "60")
 

@@ -19,7 +19,7 @@ from gateway.config import SettingsError
 from gateway.engines.pool import POOL
 from gateway.observability.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
 from gateway.observability.request_record import RequestRecord, StreamTiming
-from lab.records.record import Figure, take_record, write_record
+from lab.records.record import RecordFigure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
 from tests.gateway.raw import ask, build_request
@@ -387,7 +387,10 @@ async def test_last_batch_is_that_of_the_last_list(served: Served) -> None:
 
 def keep_grade(path: Path) -> Path:
     """As `python -m lab grade --record` does."""
-    figures = (Figure("ROUGE-L, course reading", 0.75), Figure("tokens/s", 70_940.0, "/s"))
+    figures = (
+        RecordFigure("ROUGE-L, course reading", 0.75),
+        RecordFigure("tokens/s", 70_940.0, "/s"),
+    )
     write_record(take_record("Grade of demo", figures, command="x", machine="y"), path)
     return path
 

@@ -13,22 +13,28 @@ import pytest
 from lab.bench.answer_book import AnswerBook, MixedUp, build_book
 from lab.bench.bench_figures import (
     BenchFailed,
+    BenchRow,
     Bound,
-    Row,
-    Series,
-    Span,
+    RoundSeries,
     build_added,
     build_ratio,
-    find_span,
 )
-from lab.bench.earlier_run import BadRun, Change, Stored, compare, describe, read_stored
+from lab.bench.report.earlier_run import (
+    FigureChange,
+    StoredRun,
+    compare_runs,
+    describe_changes,
+    read_run,
+)
+from lab.failures import BadFile
+from lab.intervals import Interval, find_interval
 
 SETTING = {"engine": {"machine": "this one", "workload": "x"}, "relay": {"machine": "this one"}}
 
 
 def take(
     gateway: float, control: float = 1.0, *, rounds: int = 12, spread: float = 0.01, seed: int = 1
-) -> Series:
+) -> RoundSeries:
     """Rounds in which the machine drifts by itself and each arm has its own factor."""
     chance = random.Random(seed)
     by_arm: dict[str, list[float]] = {"direct": [], "control": [], "gateway": []}
@@ -36,13 +42,13 @@ def take(
         drift = 100 * chance.uniform(0.8, 1.6)
         for arm, factor in (("direct", 1.0), ("control", control), ("gateway", gateway)):
             by_arm[arm].append(drift * factor * chance.gauss(1, spread))
-    return Series("batch", "time", "ms", by_arm)
+    return RoundSeries("batch", "time", "ms", by_arm)
 
 
-def row(value: float, half: float = 0.01, *, control: float = 1.0, rounds: int = 12) -> Row:
-    span = Span(value, value - half, value + half, rounds)
-    moved = Span(control, control - half, control + half, rounds)
-    return Row("engine", "batch: time", "× direct", span, 1.0, moved)
+def row(value: float, half: float = 0.01, *, control: float = 1.0, rounds: int = 12) -> BenchRow:
+    span = Interval(value, value - half, value + half, rounds)
+    moved = Interval(control, control - half, control + half, rounds)
+    return BenchRow("engine", "batch: time", "× direct", span, 1.0, moved)
 
 
 # --- medians and intervals
@@ -52,7 +58,9 @@ def row(value: float, half: float = 0.01, *, control: float = 1.0, rounds: int =
 def test_interval_holds_the_true_median_in_95_of_100_cases(rounds: int) -> None:
     chance = random.Random(rounds)
     tries = 3000
-    spans = [find_span([chance.lognormvariate(0, 1) for _ in range(rounds)]) for _ in range(tries)]
+    spans = [
+        find_interval([chance.lognormvariate(0, 1) for _ in range(rounds)]) for _ in range(tries)
+    ]
 
     held = sum(span.low <= 1.0 <= span.high for span in spans) / tries
 
@@ -60,17 +68,17 @@ def test_interval_holds_the_true_median_in_95_of_100_cases(rounds: int) -> None:
 
 
 def test_interval_of_many_rounds_leaves_the_odd_ones_out() -> None:
-    span = find_span([100.0] * 50 + [900.0] * 5)
+    span = find_interval([100.0] * 50 + [900.0] * 5)
 
     assert (span.low, span.value, span.high) == (100, 100, 100)
 
 
 def test_interval_of_few_rounds_is_all_that_was_seen_and_not_sure() -> None:
-    span = find_span([3.0, 1.0, 2.0])
+    span = find_interval([3.0, 1.0, 2.0])
 
     assert (span.low, span.value, span.high) == (1, 2, 3)
     assert not span.is_sure
-    assert find_span([1.0] * 6).is_sure
+    assert find_interval([1.0] * 6).is_sure
 
 
 # --- against direct, with the control
@@ -119,8 +127,11 @@ def test_added_time_is_judged_against_the_controls_added_time() -> None:
     by_arm = {"direct": [10.0] * 8, "control": [10.0] * 8, "gateway": [12.0] * 8}
     moved = {**by_arm, "control": [13.0] * 8}
 
-    assert build_added("engine", Series("one", "time", "ms", by_arm)).difference == "really more"
-    added = build_added("engine", Series("one", "time", "ms", moved))
+    assert (
+        build_added("engine", RoundSeries("one", "time", "ms", by_arm), "added").difference
+        == "really more"
+    )
+    added = build_added("engine", RoundSeries("one", "time", "ms", moved), "added")
     assert added.difference == "cannot be told: the control moved as much"
 
 
@@ -145,7 +156,9 @@ def test_bound_of_a_figure_where_more_is_better_points_the_other_way() -> None:
 
 
 def test_bound_of_what_is_measured_once_needs_no_rounds() -> None:
-    once = Row("relay", "memory", "MB", Span(200, 200, 200, 1), bound=Bound("at most", 150))
+    once = BenchRow(
+        "relay", "memory", "MB", Interval(200, 200, 200, 1), bound=Bound("at most", 150)
+    )
 
     assert once.bound_verdict == "OVER"
     assert once.difference == ""
@@ -154,9 +167,11 @@ def test_bound_of_what_is_measured_once_needs_no_rounds() -> None:
 # --- against a stored run
 
 
-def change(before: Row, after: Row, **setting: str) -> Change:
+def change(before: BenchRow, after: BenchRow, **setting: str) -> FigureChange:
     other = {part: {**values, **setting} for part, values in SETTING.items()}
-    (found,) = compare(Stored("then", (before,), SETTING), Stored("now", (after,), other))
+    (found,) = compare_runs(
+        StoredRun("then", (before,), SETTING), StoredRun("now", (after,), other)
+    )
     return found
 
 
@@ -190,38 +205,41 @@ def test_change_between_unlike_runs_cannot_be_told() -> None:
         "cannot be told: another machine"
     )
     relay = replace(row(1.0), part="relay"), replace(row(2.0), part="relay")
-    before, after = (Stored("", (one,), SETTING) for one in relay)
+    before, after = (StoredRun("", (one,), SETTING) for one in relay)
     after = replace(after, setting={**SETTING, "engine": {"machine": "this one", "workload": "y"}})
-    assert [one.verdict for one in compare(before, after)] == ["really worse"]
+    assert [one.verdict for one in compare_runs(before, after)] == ["really worse"]
 
 
 def test_change_of_cpu_is_refused_when_the_direct_doors_moved_as_much() -> None:
-    def cpu(value: float, reference: float) -> Row:
-        span = Span(value, value * 0.99, value * 1.01, 12)
-        return Row("engine", "CPU", "ms", span, reference=reference)
+    def cpu(value: float, reference: float) -> BenchRow:
+        span = Interval(value, value * 0.99, value * 1.01, 12)
+        return BenchRow("engine", "CPU", "ms", span, reference=reference)
 
     assert change(cpu(1.0, 50), cpu(1.2, 50)).verdict == "really worse"
     assert change(cpu(1.0, 50), cpu(1.2, 62)).verdict == "cannot be told: the control moved as much"
 
 
 def test_change_of_what_is_measured_once_must_be_large() -> None:
-    def memory(value: float) -> Row:
-        return Row("relay", "memory", "MB", Span(value, value, value, 1))
+    def memory(value: float) -> BenchRow:
+        return BenchRow("relay", "memory", "MB", Interval(value, value, value, 1))
 
     assert change(memory(80), memory(82)).verdict == "no real difference"
     assert change(memory(80), memory(120)).verdict == "really worse"
 
 
 def test_stored_run_comes_back_as_it_was(tmp_path: Path) -> None:
-    kept = [replace(row(1.02), bound=Bound("at most", 1.5)), Row("relay", "x", "", find_span([1]))]
+    kept = [
+        replace(row(1.02), bound=Bound("at most", 1.5)),
+        BenchRow("relay", "x", "", find_interval([1])),
+    ]
     path = tmp_path / "run.json"
     data = {"format": 1, "rows": [asdict(one) for one in kept], "setting": SETTING}
     path.write_text(json.dumps(data))
 
-    stored = read_stored(path)
+    stored = read_run(path)
 
-    assert stored == Stored(str(path), tuple(kept), SETTING)
-    lines = describe(compare(stored, stored), "run.json")
+    assert stored == StoredRun(str(path), tuple(kept), SETTING)
+    lines = describe_changes(compare_runs(stored, stored), "run.json")
     assert lines[0] == "against run.json:"
     assert "no real difference" in lines[1]
 
@@ -231,9 +249,9 @@ def test_stored_run_comes_back_as_it_was(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "Expecting"),
-        ("[]", "no run of python -m lab bench"),
+        ("[]", "no run of the benchmark"),
         ('{"format": 0}', "another version"),
-        ('{"format": 1, "rows": [{"name": 1}], "setting": {}}', "no run of python -m lab bench"),
+        ('{"format": 1, "rows": [{"name": 1}], "setting": {}}', "no run of the benchmark"),
     ],
 )
 def test_stored_run_that_is_none_is_named(tmp_path: Path, content: Any, said: str) -> None:
@@ -241,8 +259,8 @@ def test_stored_run_that_is_none_is_named(tmp_path: Path, content: Any, said: st
     if content is not None:
         path.write_text(content)
 
-    with pytest.raises(BadRun, match=said) as caught:
-        read_stored(path)
+    with pytest.raises(BadFile, match=said) as caught:
+        read_run(path)
 
     assert "run.json" in str(caught.value)
 

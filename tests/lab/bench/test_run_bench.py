@@ -1,180 +1,42 @@
-"""The benchmark over sockets: every load through real doors, good ones and bad ones."""
+"""The benchmark over processes: the real gateway, relays, vLLM's client, the program."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import itertools
 import json
 import os
 import random
-import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
-from common import processes as cpu
-from common.questions import read_questions
+from common import processes
+from lab.__main__ import run_command
 from lab.bench import run_bench as program
 from lab.bench import vllm_bench as outside
 from lab.bench.answer_book import MixedUp
-from lab.bench.bench_figures import BenchFailed, Series
-from lab.bench.bench_result import Result, describe_quiet
-from lab.bench.bench_scale import PARTS, QUICK
-from lab.bench.rate_sweep import Point, Sweep
-from lab.bench.relay.relay_comparison import CPU, LATENCY, Caller, Load, measure_relay
-from lab.bench.rounds import Budget, take_rounds
-from lab.bench.run_bench import Bench
-from lab.bench.targets import CallFailed
-from lab.reports.bench_console import describe_result
-from lab.reports.bench_page import render
-from lab.reports.progress import Progress
-from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
+from lab.bench.bench_figures import BenchFailed, RoundSeries
+from lab.bench.cpu_time import build_meter
+from lab.bench.relay.relay_comparison import CPU, LATENCY, RelayLoad, measure_relay
+from lab.bench.relay.relay_connection import RelayConnection
+from lab.bench.rounds import RoundBudget
+from lab.service import LauncherStatus
+from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import serve_gateway
+from tests.lab.bench.fake_gateway import TINY, build_bench
 from tests.lab.grade.test_run_grade import environment
 from tests.launcher.programs import FAKE_VLLM, ROOT
 
 ENGINE_PARTS = "one,batch,calls,streams,sweep"
-TINY = replace(
-    QUICK,
-    seconds=dict.fromkeys(PARTS, 60.0),
-    fewest=6,
-    most=6,
-    prompts=12,
-    streams=(1, 8),
-    sweep_rounds=1,
-    sweep_window_s=0.2,
-    sweep_arrivals=20,
-    outside=outside.Asked(prompts=4, output_tokens=8),
-)
-
-
-def build_bench(gateway: str, engine: str, *options: str, **scale: Any) -> Bench:
-    fixed = ["--url", gateway, "--direct-url", engine, "--tokenizer", str(MODEL_FOLDER)]
-    fixed += ["--status-url", "http://127.0.0.1:9"]  # nobody's
-    arguments = program.parse_arguments([*fixed, *options])
-    arguments.scale = replace(TINY, **scale)
-    asked = read_questions(Path(arguments.questions)).take(24)
-    return Bench(arguments, asked, Progress(0, 1, io.StringIO()))
-
-
-@dataclass
-class DoorSettings:
-    """A gateway of the tests' own, and how it goes wrong."""
-
-    delay_s: float = 0.0
-    mixes: bool = False
-    status: int = 200
-    timing: str = "engine;dur=1"
-    cuts_streams: bool = False
-    places: int | None = None
-    refuses_above: int | None = None
-    calls: int = 0
-    inside: int = 0
-    before: str = ""
-    at_work: asyncio.Semaphore | None = None
-
-
-@contextlib.asynccontextmanager
-async def serve_door(door: DoorSettings) -> AsyncIterator[str]:
-    """It answers as the fake engine does, without asking it."""
-    door.at_work = asyncio.Semaphore(door.places) if door.places else None
-    app = web.Application()
-
-    async def root(_request: web.Request) -> web.Response:
-        return web.json_response({"status": "batch"})
-
-    async def predict(request: web.Request) -> web.Response:
-        prompt = (await request.json())["prompt"]
-        questions = prompt if isinstance(prompt, list) else [prompt]
-        texts = [await _answer(door, question) for question in questions]
-        if door.mixes and len(texts) > 1:
-            texts[0], texts[-1] = texts[-1], texts[0]
-        response = texts if isinstance(prompt, list) else texts[0]
-        return _reply(door, {"response": response})
-
-    async def chat(request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        if door.refuses_above is not None and door.inside >= door.refuses_above:
-            return web.json_response({"error": {"message": "full"}}, status=503)
-        text = await _answer(door, body["messages"][0]["content"])
-        if body["stream"]:
-            return await _stream(door, request, text)
-        message = {"role": "assistant", "content": text}
-        return _reply(door, {"choices": [{"index": 0, "message": message}]})
-
-    app.router.add_get("/", root)
-    app.router.add_post("/predict", predict)
-    app.router.add_post("/v1/chat/completions", chat)
-    async with serve_app(app) as url:
-        yield url
-
-
-def _reply(door: DoorSettings, body: Any) -> web.Response:
-    return web.json_response(body, status=door.status, headers={"Server-Timing": door.timing})
-
-
-async def _answer(door: DoorSettings, question: str) -> str:
-    """When it mixes, the answer to the question before."""
-    door.calls += 1
-    door.inside += 1
-    try:
-        async with door.at_work or contextlib.nullcontext():
-            await asyncio.sleep(door.delay_s)
-    finally:
-        door.inside -= 1
-    other = door.before if door.mixes and door.before else question
-    door.before = question
-    return f"answer:{other}"
-
-
-async def _stream(door: DoorSettings, request: web.Request, text: str) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    for piece in (text[:4], text[4:]):
-        choices = [{"index": 0, "delta": {"content": piece}}]
-        await response.write(b"data: " + json.dumps({"choices": choices}).encode() + b"\n\n")
-    if not door.cuts_streams:
-        await response.write(b"data: [DONE]\n\n")
-    return response
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[str]:
-    async with serve_app(build_fake_engine(Behaviour())) as url:
-        yield url
-
-
-Measure = Callable[..., Any]
-
-
-@pytest.fixture
-def measure(engine: str) -> Measure:
-    """A run of some parts through a door of the tests' own."""
-
-    async def run(door: DoorSettings, parts: str, *options: str, **scale: Any) -> Result:
-        async with serve_door(door) as url:
-            return await build_bench(url, engine, "--only", parts, *options, **scale).measure()
-
-    return run
-
-
-def find_row(result: Result, name: str) -> Any:
-    return next(row for row in result.rows() if row.name == name)
 
 
 # --- through the real gateway
 
 
-async def test_every_load_goes_through_all_doors_and_every_answer_is_checked(
+async def test_every_load_goes_through_all_targets_and_every_answer_is_checked(
     tmp_path: Path,
 ) -> None:
     async with serve_gateway(dedup=False) as served:
@@ -197,7 +59,7 @@ async def test_every_load_goes_through_all_doors_and_every_answer_is_checked(
     assert result.sweep is not None
     assert all(len(knees) == 1 for knees in result.sweep.knees.values())
     assert int(result.facts.answers.split()[0].replace(",", "")) > 700
-    assert "as the direct door answered at first" in result.facts.answers
+    assert "as the engine itself answered at first" in result.facts.answers
     assert result.facts.gateway["dedup"] == "false"
     assert any("no CPU times" in note for note in result.notes)
     result.write(tmp_path / "run.json")
@@ -211,186 +73,6 @@ async def test_gateway_that_shares_answers_is_refused() -> None:
         bench = build_bench(served.url, served.engine_url, "--only", "batch", prompts=30)
         with pytest.raises(BenchFailed, match="GATEWAY_DEDUP=false"):
             await bench.measure()
-
-
-# --- real and not real
-
-
-async def test_door_that_is_slow_is_really_slower(measure: Measure) -> None:
-    result = await measure(DoorSettings(delay_s=0.03), "one")
-
-    added = find_row(result, "one prompt, 8 tokens: time, added")
-    assert added.difference == "really more"
-    assert 28 < added.span.value < 60
-    assert added.bound_verdict == "OVER"
-    assert not result.is_good
-
-
-async def test_door_that_is_no_slower_is_not_called_so(measure: Measure) -> None:
-    result = await measure(DoorSettings(), "one")
-
-    added = find_row(result, "one prompt, 8 tokens: time, added")
-    assert added.difference != "really more"
-    assert added.bound_verdict == "within"
-
-
-async def test_control_that_moves_is_said_loudly(measure: Measure) -> None:
-    """What other programs do to a machine, done to one arm: every second direct call is slow."""
-    behaviour = Behaviour()
-    slow = itertools.cycle([0.0, 0.04])
-
-    @web.middleware
-    async def unsteady(request: web.Request, handler: Any) -> web.StreamResponse:
-        if request.path == "/v1/completions":
-            await asyncio.sleep(next(slow))
-        return await handler(request)  # type: ignore[no-any-return]
-
-    app = build_fake_engine(behaviour)
-    app.middlewares.append(unsteady)
-    async with serve_app(app) as url, serve_door(DoorSettings(delay_s=0.02)) as door:
-        bench = build_bench(door, url, "--only", "one")
-        # A fixed order of turns: the slow call is always the control's.
-        bench._chance = _InOrder(0)
-        result = await bench.measure()
-
-    ratio = find_row(result, "one prompt, 8 tokens: time")
-    assert not ratio.is_quiet
-    assert ratio.difference == "cannot be told: the control moved as much"
-    said = describe_quiet(result)
-    assert said.startswith("THIS MACHINE WAS NOT QUIET")
-    assert "one prompt, 8 tokens: time" in said
-    assert said in "\n".join(describe_result(result, coloured=False))
-    assert "not quiet" in render(result)
-
-
-class _InOrder(random.Random):
-    def sample(self, population: Any, k: int, *, counts: Any = None) -> list[Any]:
-        return list(population)
-
-
-# --- answers that are not theirs
-
-
-@pytest.mark.parametrize("part", ["batch", "calls", "streams", "sweep"])
-async def test_door_that_mixes_answers_up_gets_no_figures(measure: Measure, part: str) -> None:
-    with pytest.raises(MixedUp, match=r"gateway answered question .* answer to question"):
-        await measure(DoorSettings(mixes=True), part)
-
-
-@pytest.mark.parametrize(
-    ("door", "part", "said"),
-    [
-        (DoorSettings(status=500), "one", "answered 500"),
-        (DoorSettings(cuts_streams=True), "streams", r"without \[DONE\]"),
-        (DoorSettings(status=401), "sweep", "answered 401"),
-    ],
-)
-async def test_door_that_fails_ends_the_run_and_is_named(
-    measure: Measure, door: DoorSettings, part: str, said: str
-) -> None:
-    with pytest.raises(CallFailed, match=said):
-        await measure(door, part)
-
-
-# --- the knee
-
-
-@pytest.mark.slow
-async def test_knee_of_a_door_with_half_the_places_is_half_as_high() -> None:
-    """Each call takes 20 ms of one place: 200 a second through four, 100 through two."""
-    direct, gateway = (DoorSettings(delay_s=0.02, places=places) for places in (4, 2))
-    async with serve_direct(direct) as engine, serve_door(gateway) as url:
-        options = ("--only", "sweep", "--p95-bound-s", "0.2")
-        bench = build_bench(url, engine, *options, sweep_window_s=1.0, sweep_rounds=1)
-        result = await bench.measure()
-
-    assert result.sweep is not None
-    knees = {arm: rates[-1] for arm, rates in result.sweep.knees.items()}
-    assert 120 < knees["direct"] < 230
-    assert 60 < knees["gateway"] < 125
-    assert find_row(result, "open loop: knee").span.value < 0.85
-    failed = [point for point in result.sweep.points if not point.is_served]
-    assert failed
-    assert all(re.match(r"95 %|the queue|given|flooded", point.trouble) for point in failed)
-
-
-@contextlib.asynccontextmanager
-async def serve_direct(door: DoorSettings) -> AsyncIterator[str]:
-    """The fake engine, whose chat has the door's limits."""
-    door.at_work = asyncio.Semaphore(door.places or 1)
-
-    @web.middleware
-    async def limited(request: web.Request, handler: Any) -> web.StreamResponse:
-        if request.path == "/v1/chat/completions":
-            assert door.at_work is not None
-            async with door.at_work:
-                await asyncio.sleep(door.delay_s)
-        return await handler(request)  # type: ignore[no-any-return]
-
-    app = build_fake_engine(Behaviour())
-    app.middlewares.append(limited)
-    async with serve_app(app) as url:
-        yield url
-
-
-@pytest.mark.slow
-async def test_refusals_of_a_full_door_end_its_knee_and_not_the_run(measure: Measure) -> None:
-    door = DoorSettings(delay_s=0.05, refuses_above=4)
-
-    result = await measure(door, "sweep", sweep_rounds=1)
-
-    troubles = [point.trouble for point in result.sweep.points if point.arm == "gateway"]
-    assert any("refused" in trouble for trouble in troubles)
-    assert result.sweep.knees["gateway"][0] < result.sweep.knees["direct"][0]
-
-
-@pytest.mark.slow
-async def test_door_that_never_answers_in_time_has_no_knee(measure: Measure) -> None:
-    with pytest.raises(BenchFailed, match=r"gateway served no rate down to .* --p95-bound-s"):
-        await measure(DoorSettings(delay_s=0.3), "sweep", "--p95-bound-s", "0.1")
-
-
-def test_sweep_names_the_load_generator_when_that_was_the_limit() -> None:
-    busy = Point("direct", 9000, 9000, 8000, 0.5, 2.0, 0.2, client_share=0.98, trouble="late")
-    sweep = Sweep(1.0, [busy], {arm: [8000.0] for arm in ("direct", "control", "gateway")})
-
-    assert sweep.was_client_the_limit()
-    assert not Sweep(1.0, [replace(busy, client_share=0.5)]).was_client_the_limit()
-
-
-# --- rounds
-
-
-async def test_rounds_drop_the_warm_ups_and_shuffle_the_arms() -> None:
-    turns: list[str] = []
-
-    async def measure_arm(arm: str) -> dict[str, float]:
-        turns.append(arm)
-        return {"time": float(len(turns))}
-
-    taken = await take_rounds(
-        ["a", "b", "c"], measure_arm, Budget(9, 20, warmups=2), random.Random(3), lambda _: None
-    )
-
-    assert all(len(values) == 20 for values in taken["time"].values())
-    assert min(min(values) for values in taken["time"].values()) == 7
-    rounds = [tuple(turns[at : at + 3]) for at in range(0, len(turns), 3)]
-    assert all(set(one) == {"a", "b", "c"} for one in rounds)
-    assert len(set(rounds)) > 3
-
-
-async def test_rounds_end_with_their_time_but_not_before_enough_were_made() -> None:
-    async def measure_arm(_arm: str) -> dict[str, float]:
-        await asyncio.sleep(0.01)
-        return {"time": 1.0}
-
-    async def count(budget: Budget) -> int:
-        taken = await take_rounds(["a", "b"], measure_arm, budget, random.Random(1), lambda _: None)
-        return len(taken["time"]["a"])
-
-    assert 2 <= await count(Budget(0.2, 100, fewest=2)) <= 10
-    assert await count(Budget(0.1, 100, fewest=6)) >= 3  # 60 % over time
-    assert await count(Budget(0.0, 100, fewest=6)) == 2
 
 
 # --- CPU time
@@ -410,8 +92,8 @@ def test_cpu_time_counts_threads_and_children() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        tree = cpu.find_tree(process.pid)
-        alone, together = cpu.sum_cpu_s(tree[:1]), cpu.sum_cpu_s(tree)
+        tree = processes.find_tree(process.pid)
+        alone, together = processes.sum_cpu_s(tree[:1]), processes.sum_cpu_s(tree)
         process.kill()
 
     assert len(tree) == 2
@@ -422,18 +104,19 @@ def test_cpu_time_counts_threads_and_children() -> None:
 def test_cpu_of_processes_that_are_not_this_machines_is_not_read() -> None:
     mine = {"gateway": {"pid": os.getpid()}, "engine": {"pid": os.getpid()}}
 
-    assert cpu.build_meter(mine, "http://10.0.0.9:8002") is None
-    assert cpu.build_meter({}, "http://127.0.0.1:8002") is None
-    assert cpu.build_meter(mine, "http://127.0.0.1:8002") is None  # pytest is no gateway
+    assert build_meter(LauncherStatus("http://10.0.0.9:8002", mine)) is None
+    assert build_meter(LauncherStatus("http://127.0.0.1:8002", {})) is None
+    # pytest is no gateway
+    assert build_meter(LauncherStatus("http://127.0.0.1:8002", mine)) is None
 
 
 # --- the relay comparison
 
 
 async def test_relay_comparison_has_every_figure_of_the_real_gateway() -> None:
-    load = Load(calls=20, seconds=0.05, held_streams=10)
+    load = RelayLoad(calls=20, seconds=0.05, held_streams=10)
 
-    relayed = await measure_relay(load, Budget(0.1, 2, 2), random.Random(1), lambda _: None)
+    relayed = await measure_relay(load, RoundBudget(0.1, 2, 2), random.Random(1), lambda _: None)
 
     by_measure = {one.measure: one.by_arm for one in relayed.series}
     assert set(by_measure[LATENCY]) == {"direct", "control", "plain", "gateway"}
@@ -454,7 +137,7 @@ async def test_relay_that_mixes_answers_up_is_named() -> None:
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
-        caller = await Caller.connect(server.sockets[0].getsockname()[1])
+        caller = await RelayConnection.connect(server.sockets[0].getsockname()[1])
         with pytest.raises(MixedUp, match="asked 1"):
             await caller.ask(1)
         await caller.close()
@@ -502,16 +185,16 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package / "benchmarks"
 
 
-async def ask_outside(gateway: str) -> list[Series]:
+async def ask_outside(gateway: str) -> list[RoundSeries]:
     urls = {"direct": "http://e", "control": "http://e", "gateway": gateway}
-    doors = outside.Doors(urls, "fake", MODEL_FOLDER)
-    budget = Budget(5, 3, 3)
-    return await outside.measure_outside(
-        doors, TINY.outside, budget, random.Random(1), lambda _: None
+    targets = outside.VllmBenchTargets(urls, "fake", MODEL_FOLDER)
+    budget = RoundBudget(5, 3, 3)
+    return await outside.measure_vllm_bench(
+        targets, TINY.outside, budget, random.Random(1), lambda _: None
     )
 
 
-async def test_outside_opinion_asks_all_doors_in_turn(fake_vllm: Path) -> None:
+async def test_outside_opinion_asks_all_targets_in_turn(fake_vllm: Path) -> None:
     series = await ask_outside("http://g")
 
     assert [one.measure for one in series] == [
@@ -531,39 +214,6 @@ async def test_outside_opinion_that_lost_answers_or_died_is_refused() -> None:
         await ask_outside("http://loses")
     with pytest.raises(BenchFailed, match=r"bench-outside\.log"):
         await ask_outside("http://dies")
-
-
-async def test_outside_opinion_without_vllm_is_a_note(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def find_none() -> None:
-        raise outside.NoVllm("vLLM is not installed")
-
-    monkeypatch.setattr(outside, "find_environment", find_none)
-
-    result = await measure(DoorSettings(), "outside")
-
-    assert result.outside is None
-    assert "no outside opinion: vLLM is not installed" in result.notes
-
-
-# --- the report
-
-
-async def test_report_is_one_file_with_legible_plots(measure: Measure) -> None:
-    result = await measure(DoorSettings(), "one,sweep")
-    result = replace(result, facts=replace(result.facts, model="<script>alert(1)</script>"))
-
-    page = render(result)
-
-    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(plots) == 3
-    for plot in plots:
-        ET.fromstring(plot)  # noqa: S314 — our own
-    assert "<script" not in page
-    assert not re.findall(r'(?:src|href)="(?!data:,)', page)
-    assert "{{" not in page
-    assert "nan" not in page.lower().replace("nanosecond", "")
 
 
 # --- the program
@@ -647,7 +297,7 @@ def test_program_refuses_what_cannot_work_before_anything_starts(
     monkeypatch.setattr(asyncio, "run", pytest.fail)
 
     try:
-        code: object = program.main(options)
+        code: object = run_command("bench", program.main, options)
     except SystemExit as error:
         code = error.code
 

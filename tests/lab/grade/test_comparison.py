@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
+from lab.failures import BadFile
 from lab.grade.comparison import (
-    BadGrade,
-    Comparison,
     Difference,
-    Measured,
-    bootstrap,
+    GradeComparison,
+    GradeExtract,
     compare,
     describe,
-    read_measured,
+    read_grade,
 )
-from lab.grade.findings import Finding
+from lab.grade.findings import GradeFinding
 from lab.grade.grade_result import write_ungraded
+from lab.intervals import bootstrap
 
 
-def measured(scores: list[float], speeds: tuple[float, ...] = (), **others: Any) -> Measured:
+def measured(scores: list[float], speeds: tuple[float, ...] = (), **others: Any) -> GradeExtract:
     by_question = {f"q{number}": value for number, value in enumerate(scores)}
     fields = {
         "path": "a.json",
@@ -34,7 +34,7 @@ def measured(scores: list[float], speeds: tuple[float, ...] = (), **others: Any)
         "workload": "358 in one call",
         "machine": "this one",
     }
-    return Measured(**(fields | others))
+    return GradeExtract(**(fields | others))
 
 
 def draw(count: int, middle: float, spread: float, seed: int) -> list[float]:
@@ -42,7 +42,7 @@ def draw(count: int, middle: float, spread: float, seed: int) -> list[float]:
     return [min(1.0, max(0.0, chance.gauss(middle, spread))) for _ in range(count)]
 
 
-def quality(comparison: Comparison) -> Difference:
+def quality(comparison: GradeComparison) -> Difference:
     return comparison.differences[0]
 
 
@@ -151,7 +151,7 @@ def test_other_references_make_scores_incomparable() -> None:
 def test_no_shared_question_is_refused() -> None:
     other = measured([0.5], course={"other": 0.5})
 
-    with pytest.raises(BadGrade, match="share no question"):
+    with pytest.raises(BadFile, match="share no question"):
         compare(measured([0.5]), other)
 
 
@@ -163,7 +163,7 @@ def test_details_of_the_seed_evaluator_are_read(tmp_path: Path) -> None:
     path = tmp_path / "seed.json"
     path.write_text(json.dumps(rows))
 
-    read = read_measured(path)
+    read = read_grade(path)
     comparison = compare(read, measured([n / 20 for n in range(20)]))
 
     assert [one.name for one in comparison.differences] == ["ROUGE-L, course"]
@@ -191,16 +191,16 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
 
-    with pytest.raises(BadGrade, match=r"other\.json"):
-        read_measured(path)
+    with pytest.raises(BadFile, match=r"other\.json"):
+        read_grade(path)
 
 
 def test_details_of_a_server_that_never_was_ready_say_so(tmp_path: Path) -> None:
     path = tmp_path / "never.json"
-    write_ungraded(Finding("never_ready", "error", "not ready within 4 s"), path)
+    write_ungraded(GradeFinding("never_ready", "error", "not ready within 4 s"), path)
 
-    with pytest.raises(BadGrade, match="nothing was graded: never_ready: not ready within 4 s"):
-        read_measured(path)
+    with pytest.raises(BadFile, match="nothing was graded: never_ready: not ready within 4 s"):
+        read_grade(path)
 
 
 def test_description_has_a_line_for_every_difference() -> None:

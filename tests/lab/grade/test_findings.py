@@ -15,12 +15,12 @@ import httpx
 import pytest
 from aiohttp import web
 
-from lab.grade.comparison import compare, measure
-from lab.grade.judge import NeverReady
-from lab.grade.rouge import cut
+from lab.grade.comparison import compare, extract_grade
+from lab.grade.grade_console import describe_grade
+from lab.grade.grade_page import write_report
 from lab.grade.run_grade import find_worse
-from lab.reports.grade_console import describe_grade
-from lab.reports.grade_page import write_report
+from lab.grade.scores import cut
+from lab.readiness import ServerNeverReady
 from tests.fake_engine import serve_app
 from tests.lab.conftest import Examine, errors_of, grade_at, notes_of, text_of
 from tests.lab.judged import MODEL_FOLDER, Judged, build_judged, read_pairs
@@ -82,11 +82,13 @@ async def test_grade_worse_model_is_named_against_a_baseline(examine: Examine) -
     good = await examine(Judged())
     worse = await examine(Judged(reply=lambda answers, _: [spoil(a, 0.7) for a in answers]))
 
-    comparison = compare(measure("good", good.pack()), measure("worse", worse.pack()))
+    comparison = compare(extract_grade("good", good.pack()), extract_grade("worse", worse.pack()))
     found = list(find_worse(comparison, "good"))
 
     assert {finding.code for finding in found} == {"worse_than_baseline"}
-    assert not list(find_worse(compare(measure("a", good.pack()), measure("b", good.pack())), "a"))
+    assert not list(
+        find_worse(compare(extract_grade("a", good.pack()), extract_grade("b", good.pack())), "a")
+    )
 
 
 async def test_grade_worse_model_is_named_below_a_floor(examine: Examine) -> None:
@@ -365,7 +367,7 @@ async def test_grade_root_that_never_ends_is_never_ready(questions: Path) -> Non
     app = web.Application()
     app.router.add_get("/", drip)
     async with serve_app(app) as url, asyncio.timeout(10):
-        with pytest.raises(NeverReady, match="not answered to its end"):
+        with pytest.raises(ServerNeverReady, match="not answered to its end"):
             await grade_at(url, questions, "--ready_timeout", "0.5")
 
 
@@ -427,7 +429,7 @@ async def test_grade_single_prompt_answered_by_a_list_is_noted(examine: Examine)
 
 
 async def test_grade_unknown_mode_is_named(examine: Examine) -> None:
-    with pytest.raises(NeverReady) as caught:
+    with pytest.raises(ServerNeverReady) as caught:
         await examine(Judged(root={"status": "turbo"}), "--ready_timeout", "0.4")
 
     assert caught.value.problem.code == "unknown_mode"
@@ -444,7 +446,7 @@ async def test_grade_unknown_mode_is_named(examine: Examine) -> None:
     ids=["503", "word", "batch_but_503"],
 )
 async def test_grade_server_that_never_warms_up_is_named(examine: Examine, judged: Judged) -> None:
-    with pytest.raises(NeverReady) as caught:
+    with pytest.raises(ServerNeverReady) as caught:
         await examine(judged, "--ready_timeout", "0.4")
 
     assert caught.value.problem.code == "never_ready"
@@ -461,7 +463,7 @@ async def test_grade_nobody_there_is_never_ready(questions: Path) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, not listening: refused for certain
         url = f"http://127.0.0.1:{held.getsockname()[1]}"
-        with pytest.raises(NeverReady, match="ConnectError"):
+        with pytest.raises(ServerNeverReady, match="ConnectError"):
             await grade_at(url, questions, "--ready_timeout", "0.3")
 
 

@@ -19,8 +19,9 @@ import httpx
 import pytest
 
 from common.ports import find_free_row
-from lab.grade import run_grade as grade
-from lab.launched_server import Order, start_server
+from lab.grade import grade_options
+from lab.launched_server import LaunchCommand, launch
+from lab.reports.console import ProgressLine
 from tests.lab.judged import read_pairs
 from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
 
@@ -219,8 +220,8 @@ def find_processes(folder: Path) -> dict[int, str]:
 
 def test_grade_leaves_no_watcher_behind(tmp_path: Path) -> None:
     """The watcher waits for this process, which lives on."""
-    order = Order("127.0.0.1", find_free_row(3), environment=environment(tmp_path))
-    with start_server(order, tmp_path / "log") as started:
+    command = LaunchCommand("127.0.0.1", find_free_row(3), environment=environment(tmp_path))
+    with launch(command, tmp_path / "log", ProgressLine()) as started:
         wait_for(lambda: "launcher_started" in started.log_path.read_text(), "the launcher")
         assert "parent_death" in find_processes(tmp_path).values()
 
@@ -257,7 +258,7 @@ def test_running_server_is_graded_as_it_is(url: str, questions: Path, tmp_path: 
         (("--questions", "/nowhere.txt"), "grade: /nowhere.txt: No such file"),
         (("--runs", "0"), "0 is no whole number from 1 on"),
         (("--timeout", "soon"), "soon is no time in seconds"),
-        (("--server_url", "ftp://x"), "--server_url ftp://x is no http address"),
+        (("--server_url", "ftp://x"), "--server-url/--url: ftp://x is no http address"),
         (("--compare", "/no.json", "/no.json"), "grade: /no.json: "),
         (("--baseline", "/no.json"), "grade: /no.json: "),
         (("--server_url", "https://127.0.0.1:9/x"), "cannot start a server at https://"),
@@ -267,7 +268,7 @@ def test_running_server_is_graded_as_it_is(url: str, questions: Path, tmp_path: 
         (("--port", "99999"), "99999 is no port"),
         (("--timeout", "inf"), "inf is no time in seconds"),
         (("--floor", "nan"), "nan is no score from 0 to 1"),
-        (("--api_key", "a\nb"), "--api_key holds characters"),
+        (("--api_key", "a\nb"), "--api-key: it holds characters"),
         (("--count", "99999999999"), "99,999,999,999 questions are too many"),
         (("--details_out", "/proc/x/y.json"), "cannot write /proc/x/y.json: "),
         (("--details_out", str(ROOT)), "it is a folder"),
@@ -415,9 +416,9 @@ def test_options_of_the_seed_evaluator_become_settings() -> None:
     words = ["--max_new_tokens", "99", "--vllm_max_num_seqs", "32", "--vllm_disable_warmup"]
     words += ["--model_path", "some/model", "--port", "9100", "--", "--profile", "cpu"]
 
-    order = grade.build_order(grade.parse_arguments(words))
+    launched = grade_options.build_launch_command(grade_options.parse_arguments(words))
 
-    assert order.environment == {"GATEWAY_MAX_TOKENS": "99", "GATEWAY_WARMUP_PROMPTS": "1"}
-    command = " ".join(order.command())
+    assert launched.environment == {"GATEWAY_MAX_TOKENS": "99", "GATEWAY_WARMUP_PROMPTS": "1"}
+    command = launched.describe()
     assert "--port 9100 --engine-port 9101 --status-port 9102 --model some/model" in command
     assert command.endswith("--profile cpu --set max-num-seqs=32")

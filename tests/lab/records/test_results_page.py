@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from lab.failures import BadFile
 from lab.records.record import (
-    BadRecord,
-    Figure,
-    Record,
+    RecordFigure,
+    RunRecord,
     describe_commit,
     parse_record,
     read_record,
@@ -24,16 +24,16 @@ from lab.records.record import (
 from lab.records.results_page import RECORDS, format_number, read_all, render
 
 ROOT = Path(__file__).parents[3]
-RECORD = Record(
+RECORD = RunRecord(
     name="Batch of 358",
     command="python -m lab bench --rounds 12",
     commit="0123456789",
     machine="H200",
     date="2026-01-02 03:04 UTC",
     figures=(
-        Figure("tokens/s", 51234.5, "/s", 50000.4, 52000, "median of 5"),
-        Figure("ratio", 1.0123, "", None, 1.02),
-        Figure("a|b", 3),
+        RecordFigure("tokens/s", 51234.5, "/s", 50000.4, 52000, "median of 5"),
+        RecordFigure("ratio", 1.0123, "", None, 1.02),
+        RecordFigure("a|b", 3),
     ),
     about="As the judge asks.",
 )
@@ -92,7 +92,7 @@ def test_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_record_taken_here_knows_its_surroundings() -> None:
-    record = take_record("x", [Figure("y", 1.0)], command="make x")
+    record = take_record("x", [RecordFigure("y", 1.0)], command="make x")
 
     assert record.machine.endswith("GiB")
     assert record.commit == describe_commit() != "unknown"
@@ -103,26 +103,35 @@ def test_record_taken_here_knows_its_surroundings() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"figures": None}, "a list `figures`"),
-        ({"commit": 7}, "`commit` is missing or no text"),
-        ({"machine": None}, "`machine` is missing or no text"),
-        ({"extra": 1}, "unknown field `extra`"),
-        ({"figures": [{"name": "x"}]}, "a figure is not one"),
-        ({"figures": [{"name": "x", "value": "1"}]}, "`x` has a value, low or high"),
-        ({"figures": [{"name": "x", "value": True}]}, "`x` has a value, low or high"),
-        ({"figures": [{"name": "x", "value": 1, "unit": 2}]}, "`x` has a name, unit or note"),
+        ({"figures": None}, "figures: Input should be a valid"),
+        ({"commit": 7}, "commit: Input should be a valid string"),
+        ({"machine": None}, "machine: Input should be a valid string"),
+        ({"extra": 1}, "extra: Unexpected keyword"),
+        ({"figures": [{"name": "x"}]}, "figures.0.value: Field required"),
+        (
+            {"figures": [{"name": "x", "value": "1"}]},
+            "0.value: Input should be a valid number",
+        ),
+        (
+            {"figures": [{"name": "x", "value": True}]},
+            "0.value: Input should be a valid number",
+        ),
+        (
+            {"figures": [{"name": "x", "value": 1, "unit": 2}]},
+            "0.unit: Input should be a valid string",
+        ),
     ],
 )
 def test_other_shapes_are_refused(change: dict[str, Any], complaint: str) -> None:
     good = {"name": "n", "command": "c", "commit": "1", "machine": "m", "date": "d", "figures": []}
 
-    assert parse_record(good).about == ""
-    with pytest.raises(BadRecord, match=complaint.replace("`", ".")):
-        parse_record({**good, **change})
+    assert parse_record(json.dumps(good)).about == ""
+    with pytest.raises(BadFile, match=complaint.replace("`", ".")):
+        parse_record(json.dumps({**good, **change}))
 
 
 def test_infinite_figure_is_not_written(tmp_path: Path) -> None:
-    bad = replace(RECORD, figures=(Figure("x", float("nan")),))
+    bad = replace(RECORD, figures=(RecordFigure("x", float("nan")),))
 
     with pytest.raises(ValueError, match="JSON compliant"):
         write_record(bad, tmp_path / "bad.json")
@@ -132,5 +141,5 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(json.dumps([1]))
 
-    with pytest.raises(BadRecord, match=r"broken\.json"):
+    with pytest.raises(BadFile, match=r"broken\.json"):
         read_record(path)

@@ -16,9 +16,9 @@ from aiohttp import web
 from lab.records.record import read_record
 from lab.selftest import contract_checks as contract
 from lab.selftest import run_selftest as selftest
-from lab.selftest.checked_gateway import open_door
+from lab.selftest.checked_gateway import open_gateway
 from lab.selftest.contract_checks import _REFUSED_PLACES, CONTRACT_CHECKS
-from lab.selftest.run_selftest import CHECKS, Outcome, perform
+from lab.selftest.run_selftest import CHECKS, CheckOutcome, perform
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.conftest import serve_gateway
 
@@ -27,12 +27,12 @@ Handler = Callable[[Any], tuple[int, Any]]
 _NOBODY = "http://127.0.0.1:9"
 
 
-def ask_one(url: str, name: str, status_url: str = _NOBODY) -> Outcome:
-    with open_door(url, status_url, "") as door:
-        return perform(name, dict(CHECKS)[name], door)
+def ask_one(url: str, name: str, status_url: str = _NOBODY) -> CheckOutcome:
+    with open_gateway(url, status_url, "") as gateway:
+        return perform(name, dict(CHECKS)[name], gateway)
 
 
-async def check(url: str, name: str, status_url: str = _NOBODY) -> Outcome:
+async def check(url: str, name: str, status_url: str = _NOBODY) -> CheckOutcome:
     return await asyncio.to_thread(ask_one, url, name, status_url)
 
 

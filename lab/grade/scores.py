@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # jieba's, at its import: an old API, old escapes
-    import jieba
 from rouge_score import rouge_scorer
 
-jieba.setLogLevel(logging.WARNING)
+
+@functools.cache
+def _load_jieba() -> Callable[[str], list[str]]:
+    """At the first text, because it takes its time and warns of an old API."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import jieba  # noqa: PLC0415
+    jieba.setLogLevel(logging.WARNING)
+    cut_words: Callable[[str], list[str]] = jieba.lcut
+    return cut_words
 
 
 class _WhitespaceTokenizer:
@@ -33,7 +38,7 @@ _WHITESPACE = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_WhitespaceTokenize
 
 
 @dataclass(frozen=True)
-class Score:
+class AnswerScore:
     """What one answer is worth."""
 
     rouge_course: float
@@ -44,41 +49,22 @@ class Score:
 @functools.lru_cache(maxsize=65_536)
 def cut(text: str) -> str:
     """jieba's pieces, joined with spaces."""
-    return " ".join(jieba.lcut(text))
+    return " ".join(_load_jieba()(text))
 
 
 @functools.lru_cache(maxsize=65_536)
-def score(answer: str, reference: str) -> Score:
+def score(answer: str, reference: str) -> AnswerScore:
     is_exact = answer.strip() == reference.strip()
     ours, theirs = cut(answer), cut(reference)
     if not ours.strip() or not theirs.strip():
-        return Score(0.0, 0.0, is_exact)
+        return AnswerScore(0.0, 0.0, is_exact)
     course = _COURSE.score(theirs, ours)["rougeL"].fmeasure
     whitespace = _WHITESPACE.score(theirs, ours)["rougeL"].fmeasure
-    return Score(float(course), float(whitespace), is_exact)
+    return AnswerScore(float(course), float(whitespace), is_exact)
 
 
-def mark_common(answer: str, reference: str) -> tuple[list[tuple[str, bool]], ...]:
-    """Both texts in jieba's pieces, each with whether the longest common subsequence has it."""
-    ours, theirs = jieba.lcut(answer), jieba.lcut(reference)
-    return _mark(ours, theirs), _mark(theirs, ours)
-
-
-def _mark(pieces: list[str], others: list[str]) -> list[tuple[str, bool]]:
+def mark_common(text: str, other: str) -> list[tuple[str, bool]]:
+    """A text in jieba's pieces, each with whether the longest common subsequence has it."""
+    pieces, others = _load_jieba()(text), _load_jieba()(other)
     kept = set(rouge_scorer.lcs_ind(pieces, others)) if pieces and others else set()
     return [(piece, index in kept) for index, piece in enumerate(pieces)]
-
-
-def mean(values: Sequence[float]) -> float:
-    """As the course takes it: the sum in the answers' order, divided."""
-    return sum(values) / len(values) if values else 0.0
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Linear between neighbours; 0 for no values."""
-    ordered = sorted(values)
-    if not ordered:
-        return 0.0
-    place = share * (len(ordered) - 1)
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rouge_score import rouge_scorer
 
-from lab.grade.rouge import mark_common, mean, quantile, score
+from lab.grade.scores import mark_common, score
+from lab.intervals import mean, quantile
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -79,7 +80,9 @@ def test_blank_answers_score_nothing_in_both(blank: str) -> None:
 
 
 def test_marks_show_what_is_common_and_keep_the_texts() -> None:
-    ours, theirs = mark_common("warp 有 32 个线程", "一个 warp 有 64 个线程")
+    texts = ("warp 有 32 个线程", "一个 warp 有 64 个线程")
+
+    ours, theirs = mark_common(*texts), mark_common(*reversed(texts))
 
     assert "".join(piece for piece, _ in ours) == "warp 有 32 个线程"
     assert "".join(piece for piece, _ in theirs) == "一个 warp 有 64 个线程"

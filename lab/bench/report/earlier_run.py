@@ -9,32 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.bench.bench_figures import Bound, Row, Span, count_rounds
+from pydantic import TypeAdapter, ValidationError
+
+from lab.bench.bench_figures import BenchRow, count_rounds
+from lab.failures import BadFile
 
 FORMAT = 1
 # What has no rounds, such as memory, moves by so much between two runs of the same program.
 _ONCE_SHARE = 0.05
-
-
-class BadRun(ValueError):
-    """A file that holds no run of the benchmark."""
+_ROWS = TypeAdapter(tuple[BenchRow, ...])
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRun:
     """What a comparison needs of a run. `setting` is what must be the same in both, by part."""
 
     path: str
-    rows: tuple[Row, ...]
+    rows: tuple[BenchRow, ...]
     setting: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Change:
+class FigureChange:
     """One figure, then and now."""
 
-    before: Row
-    after: Row
+    before: BenchRow
+    after: BenchRow
     unclear: str = ""
 
     @property
@@ -67,55 +67,52 @@ class Change:
         is_better = (self.change > 0) == self.after.is_more_better
         return "really better" if is_better else "really worse"
 
+    def pack(self) -> dict[str, Any]:
+        name, before, after = self.after.name, self.before.span.value, self.after.span.value
+        figures = {"before": before, "after": after, "half": self.half}
+        return {"name": name, **figures, "verdict": self.verdict}
+
     @property
     def is_worse(self) -> bool:
         return self.verdict == "really worse"
 
 
-def _find_half(row: Row) -> float:
+def _find_half(row: BenchRow) -> float:
     is_measured_once = row.span.rounds == 1
     return _ONCE_SHARE * abs(row.span.value) if is_measured_once else row.span.half
 
 
-def compare(before: Stored, after: Stored) -> list[Change]:
+def compare_runs(before: StoredRun, after: StoredRun) -> list[FigureChange]:
     """Figures that both have."""
     earlier = {(row.part, row.name): row for row in before.rows}
     unclear = {part: _find_unlike(before, after, part) for part in ("engine", "relay")}
     return [
-        Change(earlier[key], row, unclear[row.part])
+        FigureChange(earlier[key], row, unclear[row.part])
         for row in after.rows
         if (key := (row.part, row.name)) in earlier
     ]
 
 
-def _find_unlike(before: Stored, after: Stored, part: str) -> str:
+def _find_unlike(before: StoredRun, after: StoredRun, part: str) -> str:
     old, new = before.setting.get(part, {}), after.setting.get(part, {})
     unlike = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return f"another {', another '.join(unlike)}" if unlike else ""
 
 
-def read_stored(path: Path) -> Stored:
+def read_run(path: Path) -> StoredRun:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadRun(f"{path}: {error}") from None
-    try:
         if data["format"] != FORMAT:
-            raise BadRun(f"{path}: written by another version of the benchmark; measure anew")
-        rows = tuple(_parse_row(row) for row in data["rows"])
-        return Stored(str(path), rows, data["setting"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadRun(f"{path}: no run of python -m lab bench ({error!r})") from None
+            raise BadFile(f"{path}: written by another version of the benchmark; measure anew")
+        rows = _ROWS.validate_python(data["rows"])
+        return StoredRun(str(path), rows, data["setting"])
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise BadFile(f"{path}: no run of the benchmark ({error!r})") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadFile(f"{path}: {error}") from None
 
 
-def _parse_row(row: dict[str, Any]) -> Row:
-    fields = dict(row)
-    for name, kind in (("span", Span), ("control", Span), ("bound", Bound)):
-        fields[name] = kind(**fields[name]) if fields[name] is not None else None
-    return Row(**fields)
-
-
-def describe(changes: Sequence[Change], path: str) -> list[str]:
+def describe_changes(changes: Sequence[FigureChange], path: str) -> list[str]:
     if not changes:
         return [f"{path} and this run have no figure in common"]
     width = max(len(change.after.name) for change in changes)

@@ -8,8 +8,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lab.reports.grade_page import render
-from lab.reports.plots import Bar, Series, Span, draw_bars, draw_histogram, draw_spans
+from lab.grade.grade_page import render
+from lab.reports.plots import (
+    CallBar,
+    NamedBar,
+    PlotSeries,
+    draw_bars,
+    draw_call_bars,
+    draw_histogram,
+)
 from tests.lab.conftest import Examine
 from tests.lab.judged import Judged
 
@@ -103,7 +110,7 @@ async def test_report_of_a_server_that_said_nothing_is_drawn(examine: Examine) -
 
 @pytest.mark.parametrize("values", [[], [0.0], [0.5] * 1000, [0.0, 1.0, 3.0]])
 def test_histogram_counts_every_value_once(values: list[float]) -> None:
-    drawn = draw_histogram([Series("one", values, "a")], x_label="x", x_max=1.0, bins=10)
+    drawn = draw_histogram([PlotSeries("one", values, "a")], x_label="x", x_max=1.0, bins=10)
 
     titles = re.findall(r"<title>one: (\d+) between", drawn)
     assert sum(map(int, titles)) == len(values)
@@ -111,22 +118,26 @@ def test_histogram_counts_every_value_once(values: list[float]) -> None:
 
 
 def test_bars_are_as_long_as_their_figures() -> None:
-    drawn = draw_bars([Bar("a", 100, "a"), Bar("b", 25, "b")], unit="/s")
+    drawn = draw_bars([NamedBar("a", 100, "a"), NamedBar("b", 25, "b")], unit="/s")
 
     long, short = (float(rect.get("width", 0)) for rect in svgs(drawn)[0].iter("rect"))
     assert long == pytest.approx(4 * short, rel=0.01)
 
 
 def test_spans_at_the_same_time_lie_in_different_lanes() -> None:
-    spans = [Span(0, 0, 2, "a", "one"), Span(0, 1, 3, "a", "two"), Span(0, 2.5, 3, "a", "three")]
+    spans = [
+        CallBar(0, 0, 2, "a", "one"),
+        CallBar(0, 1, 3, "a", "two"),
+        CallBar(0, 2.5, 3, "a", "three"),
+    ]
 
-    rects = list(svgs(draw_spans(spans, groups=1, x_label="s", limit=None))[0].iter("rect"))
+    rects = list(svgs(draw_call_bars(spans, groups=1, x_label="s", limit=None))[0].iter("rect"))
     tops = [rect.get("y") for rect in rects]
     assert tops[0] == tops[2] != tops[1]
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(3.5, True), (360.0, False)])
 def test_limit_is_drawn_when_it_was_near(limit: float, shown: bool) -> None:
-    drawn = draw_spans([Span(0, 0, 3, "a", "one")], groups=1, x_label="s", limit=limit)
+    drawn = draw_call_bars([CallBar(0, 0, 3, "a", "one")], groups=1, x_label="s", limit=limit)
 
     assert (">limit<" in drawn) == shown

@@ -1,0 +1,168 @@
+"""A grade as an HTML page; screen or phone, light or dark."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from lab.grade.grade_console import GRADE_FIGURES, describe_range, describe_times
+from lab.grade.grade_result import GradedAnswer, GradeResult
+from lab.grade.scores import mark_common
+from lab.intervals import quantile
+from lab.reports.output_files import write_file
+from lab.reports.pages import PageFigure, list_facts, render_page
+from lab.reports.plots import (
+    CallBar,
+    NamedBar,
+    PlotSeries,
+    draw_bars,
+    draw_call_bars,
+    draw_histogram,
+)
+
+# What the course published: an RTX 5090, the course's own 358 questions. Whether its "tokens" are
+# tokens or characters is not certain; three entries believe the latter.
+PUBLISHED = (
+    ("first place", 54_174, 0.3721),
+    ("seed entry", 41_923, 0.3663),
+    ("seed entry, 4B AWQ", 16_000, None),
+)
+_WORST = 12
+_MOST_LISTED = 1000
+_CHINESE = re.compile(r"[\u3400-\u9fff]")
+_HIDDEN_FACTS = ("skipped", "tokens_missing", "unscored", "ceiling")
+
+
+def write_report(grade: GradeResult, path: Path) -> None:
+    write_file(path, render(grade))
+
+
+def render(grade: GradeResult) -> str:
+    facts = grade.facts
+    name = facts.model or facts.server_url
+    known = {key: value for key, value in vars(facts).items() if key not in _HIDDEN_FACTS and value}
+    return render_page(
+        "grade.html",
+        find_language=find_language,
+        mark_runs=mark_runs,
+        title=f"Grade of {name}",
+        name=name,
+        grade=grade,
+        found=grade.findings,
+        tiles=list(_tiles(grade)),
+        plots=list(_plots(grade)),
+        worst=list(_find_worst(grade)),
+        most_listed=_MOST_LISTED,
+        facts=list(list_facts(known, {"engine": facts.engine})),
+    )
+
+
+def _tiles(grade: GradeResult) -> Iterator[dict[str, str]]:
+    """The median over the runs, and their range."""
+    notes = {
+        "ROUGE-L, course reading": f"of at most {grade.facts.ceiling:.4f}",
+        "exactly the reference": f"of {grade.facts.questions} answers",
+        "time for all answers": f"seconds, of at most {grade.facts.limit_s:g}",
+    }
+    for figure in GRADE_FIGURES:
+        form = figure.form.replace(".6f", ".4f").replace(",.1f", ",.0f")
+        values = figure.values(grade)
+        note = notes.get(figure.name) or figure.note(grade.facts)
+        if len({f"{value:{form}}" for value in values}) > 1:
+            note = f"{describe_range(values, form)} in {len(values)} runs; {note}"
+        if values:
+            middle = f"{statistics.median(values):{form}}"
+            yield {"name": figure.name, "figure": middle, "note": note}
+
+
+def _plots(grade: GradeResult) -> Iterator[PageFigure]:
+    answers = grade.answers
+    scores = [
+        PlotSeries("course reading", [one.scores[0].rouge_course for one in answers], "a"),
+        PlotSeries("all tokens", [one.scores[0].rouge_whitespace for one in answers], "b"),
+    ]
+    plot = draw_histogram(scores, x_label="ROUGE-L", x_max=1.0, bins=20)
+    yield PageFigure("Scores", plot, "How many answers have which score.")
+    yield _draw_lengths(answers)
+    yield _draw_calls(grade)
+    caption = (
+        "Published: an RTX 5090 and the course's own 358 questions. Another machine, model or "
+        "question file makes another figure. What the course calls tokens may be characters."
+    )
+    yield PageFigure("Speed and the published leaderboard", _draw_speeds(grade), caption)
+
+
+def _draw_lengths(answers: Sequence[GradedAnswer]) -> PageFigure:
+    ours = [float(len(one.texts[0])) for one in answers]
+    theirs = [float(len(one.reference)) for one in answers]
+    # A few very long answers must not press all others into one bar; the last bin holds them.
+    most = max(quantile(ours, 0.98), quantile(theirs, 0.98), 20.0)
+    step = max(1, round(most / 20 / 5 + 0.5) * 5)
+    bins = int(most // step) + 1
+    series = [PlotSeries("answers", ours, "a"), PlotSeries("references", theirs, "b")]
+    plot = draw_histogram(series, x_label="characters", x_max=float(step * bins), bins=bins)
+    medians = f"answers {statistics.median(ours):.0f}, references {statistics.median(theirs):.0f}"
+    return PageFigure("Lengths", plot, f"Medians: {medians}. The last bar holds all longer.")
+
+
+def _draw_calls(grade: GradeResult) -> PageFigure:
+    bars = [
+        CallBar(
+            group=number,
+            start=call.started_s,
+            end=call.started_s + call.seconds,
+            style="bad" if call.answered < call.asked else "a",
+            title=f"run {number + 1}, questions {call.first + 1} to {call.first + call.asked}: "
+            f"{call.answered} answered in {call.seconds:.3f} s",
+        )
+        for number, run in enumerate(grade.runs)
+        for call in run.calls
+    ]
+    limit = grade.facts.limit_s
+    plot = draw_call_bars(bars, groups=len(grade.runs), x_label="seconds", limit=limit)
+    caption = f"Seconds a call: {describe_times([bar.end - bar.start for bar in bars])}."
+    if any(bar.style == "bad" for bar in bars):
+        caption += " Red ones left something unanswered."
+    return PageFigure("Calls", plot, caption)
+
+
+def _draw_speeds(grade: GradeResult) -> Markup:
+    bars = [
+        NamedBar(name, speed, "dim", f"ROUGE-L {score}" if score else "")
+        for name, speed, score in PUBLISHED
+    ]
+    score = f"ROUGE-L {statistics.median(run.rouge_course for run in grade.runs):.4f}"
+    tokens = [run.speed.tokens_per_s for run in grade.runs if run.speed.tokens_per_s is not None]
+    if tokens:
+        bars.append(NamedBar("this run, tokens", statistics.median(tokens), "a", score))
+    characters = statistics.median(run.speed.characters_per_s for run in grade.runs)
+    bars.append(NamedBar("this run, characters", characters, "b", score))
+    return draw_bars(sorted(bars, key=lambda bar: -bar.value), unit="/s")
+
+
+def _find_worst(grade: GradeResult) -> Iterator[tuple[int, GradedAnswer, int]]:
+    """Every different question once, the least alike first, each with its worst run."""
+    first = {one.question: (n, one) for n, one in reversed([*enumerate(grade.answers, start=1)])}
+    ranked = []
+    for number, one in first.values():
+        scores = [score.rouge_whitespace for score in one.scores]
+        if not all(score.is_exact for score in one.scores):
+            ranked.append((min(scores), number, one, scores.index(min(scores))))
+    for _, number, one, run in sorted(ranked, key=lambda item: item[:2])[:_WORST]:
+        yield number, one, run
+
+
+def mark_runs(text: str, other: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of a text and whether the other has them; neighbours together, to stay readable."""
+    for is_common, row in itertools.groupby(mark_common(text, other), key=lambda piece: piece[1]):
+        yield "".join(piece for piece, _ in row), is_common
+
+
+def find_language(text: str) -> str:
+    """Chinese glyphs and not Japanese ones, where a font has both."""
+    return "zh-Hans" if _CHINESE.search(text) else "en"

@@ -10,6 +10,8 @@ from types import TracebackType
 
 import httpx
 
+from common.prometheus_text import parse_samples, sum_samples
+
 _QUICK_TIMEOUT_S = 5.0
 _STILL_S = 3.0
 _IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
@@ -107,21 +109,14 @@ class EngineProbe:
 
 
 def parse_activity(text: str) -> Activity | None:
-    in_flight = moved = 0.0
-    is_seen = False
-    for line in text.splitlines():
-        name = line.partition("{")[0]
-        if name in _IN_FLIGHT:
-            in_flight += _value(line)
-            is_seen = True
-        elif name in _MOVING:
-            moved += _value(line)
-            is_seen = True
-    return Activity(int(in_flight), moved) if is_seen else None
-
-
-def _value(line: str) -> float:
+    # The few lines that are asked for: parsing all thousands would keep the event loop for long.
+    wanted = (*_IN_FLIGHT, *_MOVING)
+    lines = [line for line in text.splitlines() if line.startswith(wanted)]
     try:
-        return float(line.rpartition(" ")[2])
+        samples = parse_samples("\n".join(lines) + "\n")
     except ValueError:
-        return 0.0
+        return None
+    if not samples:
+        return None
+    in_flight = sum(sum_samples(samples, name) for name in _IN_FLIGHT)
+    return Activity(int(in_flight), sum(sum_samples(samples, name) for name in _MOVING))

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import structlog
 
+from common.processes import find_session
+
 log = structlog.get_logger("launcher")
 _MAX_LINE_BYTES = 16_384
 _POLL_S = 0.05
@@ -173,8 +175,7 @@ class _LineReader(asyncio.Protocol):
 
 def list_group(group: int) -> list[GroupMember]:
     """Everything alive in the session that `group` leads: workers may make groups of their own."""
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [found for pid in pids if (found := _read_member(pid, group))]
+    return [found for one in find_session(group) if (found := _read_member(one.pid))]
 
 
 async def end_group(group: int) -> None:
@@ -201,7 +202,10 @@ def reap_group(group: int) -> None:
             pass
 
 
-def _read_member(pid: int, group: int) -> GroupMember | None:
+def _read_member(pid: int) -> GroupMember | None:
+    """By one read, so that name, state and start belong together; psutil's start time depends on
+    the clock, which may be set between two launchers.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -210,8 +214,7 @@ def _read_member(pid: int, group: int) -> GroupMember | None:
     head, _, tail = text.rpartition(")")
     fields = tail.split()
     # A killed server's first thread is a zombie while the others still hold its port.
-    is_gone = fields[0] == "X" or (fields[0] == "Z" and int(fields[17]) <= 1)
-    if int(fields[3]) != group or is_gone:
+    if fields[0] == "X" or (fields[0] == "Z" and int(fields[17]) <= 1):
         return None
     return GroupMember(pid, head.partition("(")[2], fields[0], int(fields[19]))
 

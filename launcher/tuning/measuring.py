@@ -6,18 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import json
 import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from common.errors import ProgramError, SettingsError
+from common.questions import BadQuestions, QuestionPair, read_questions
 from launcher.config import TuneSettings
 from launcher.engine.probe import EngineProbe
 from launcher.engine.supervisor import RestartPolicy, Supervisor
@@ -44,12 +42,6 @@ _TELLING_SCORE = 0.3
 
 
 @dataclass(frozen=True)
-class Question:
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class MeasuredBatch:
     """One measured batch: its answers and how fast they came."""
 
@@ -68,7 +60,7 @@ class CandidateMeter:
     model: Model
     profile: str
     asked: list[EngineOption]
-    questions: list[Question]
+    questions: tuple[QuestionPair, ...]
 
     @classmethod
     def prepare(cls, settings: TuneSettings) -> CandidateMeter:
@@ -77,9 +69,13 @@ class CandidateMeter:
         device = find_device(settings.gpu, engine_build=vllm.build)
         profile = choose_profile(settings.profile, device)
         model = find_model(settings)
-        questions = read_questions(settings.tune_questions, settings.tune_prompts)
+        try:
+            questions = read_questions(settings.tune_questions, needs_answers=False)
+        except BadQuestions as error:
+            raise SettingsError(f"tune_questions: {error}") from None
+        pairs = questions.take(settings.tune_prompts).pairs
         asked = parse_overrides(settings.set, flags)
-        return cls(settings, vllm, flags, device, model, profile, asked, questions)
+        return cls(settings, vllm, flags, device, model, profile, asked, pairs)
 
     def plan(self, candidate: Candidate, profile: str = "") -> EnginePlan:
         tried = [
@@ -108,7 +104,7 @@ class CandidateMeter:
 
     def _loss(self, answers: list[str], reference: list[str]) -> float:
         """What is lost of quality's score; where that says little, how far from its answers."""
-        truth = [question.answer for question in self.questions]
+        truth = [question.reference for question in self.questions]
         best = mean_rouge_l(reference, truth) if all(truth) else 0.0
         if best < _TELLING_SCORE:
             return 1.0 - mean_rouge_l(answers, reference)
@@ -168,14 +164,14 @@ class CandidateMeter:
         return MeasuredBatch([choice["text"].strip() for choice in choices], tokens / seconds)
 
     async def _tokenize(
-        self, client: httpx.AsyncClient, plan: EnginePlan, question: Question
+        self, client: httpx.AsyncClient, plan: EnginePlan, question: QuestionPair
     ) -> list[int]:
-        turn = {"role": "user", "content": question.text}
+        turn = {"role": "user", "content": question.question}
         extra = {"chat_template_kwargs": {"enable_thinking": False}}
         body = {"model": plan.model.served_name, "messages": [turn], **extra}
         reply = await client.post("/tokenize", json=body, timeout=_BATCH_TIMEOUT_S)
         if reply.status_code != httpx.codes.OK:  # a model without a chat template
-            plain = {"model": plan.model.served_name, "prompt": question.text}
+            plain = {"model": plan.model.served_name, "prompt": question.question}
             reply = await client.post("/tokenize", json=plain, timeout=_BATCH_TIMEOUT_S)
         reply.raise_for_status()
         return list(reply.json()["tokens"])
@@ -195,16 +191,3 @@ class CandidateMeter:
         answer: dict[str, Any] = reply.json()
         answer["choices"].sort(key=lambda choice: choice["index"])
         return answer
-
-
-def read_questions(path: Path, count: int) -> list[Question]:
-    """As many as asked for; a shorter file is read again from its start."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [json.loads(line) for line in lines]
-        questions = [Question(row["question"], row.get("answer", "")) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"tune_questions: {path} cannot be read: {error}") from None
-    if not questions:
-        raise SettingsError(f"tune_questions: {path} is empty")
-    return list(itertools.islice(itertools.cycle(questions), count))

@@ -11,29 +11,25 @@ from common.errors import SettingsError
 from launcher.config import LauncherSettings
 from launcher.models.model import find_model
 from launcher.plan.command import (
-    EngineCommand,
     InstalledVllm,
     adapt,
-    build_command,
     engine_environment,
     find_vllm,
 )
 from launcher.plan.compile_cache import describe_cache
-from launcher.plan.engine_plan import EngineOption, EnginePlan
-from launcher.plan.fingerprint import take_fingerprint
+from launcher.plan.engine_plan import EngineOption
 from launcher.plan.flags import Flags, read_flags, read_shipped_flags
 from launcher.plan.hardware import GIB, parse_device
-from launcher.plan.prepare import decide
+from launcher.plan.prepare import Prepared, prepare_with
 
 
 def explain(settings: LauncherSettings, *, as_json: bool) -> str:
     """Works without a GPU, without vLLM and without the model's weights."""
     vllm, flags = _find_vllm_or_shipped(settings)
     model = find_model(settings, config_only=True)
-    plan = decide(settings, vllm, flags, model)
-    command = build_command(plan, settings, vllm, flags)
-    facts = _gather(settings, vllm, flags, plan, command)
-    return json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _render(facts, plan)
+    prepared = prepare_with(settings, vllm, flags, model)
+    facts = _gather(prepared)
+    return json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _render(facts, prepared)
 
 
 def _find_vllm_or_shipped(settings: LauncherSettings) -> tuple[InstalledVllm, Flags]:
@@ -50,27 +46,20 @@ def _find_vllm_or_shipped(settings: LauncherSettings) -> tuple[InstalledVllm, Fl
     return InstalledVllm("vllm (not installed here)", flags.version, "gpu", module, True), flags
 
 
-def _gather(
-    settings: LauncherSettings,
-    vllm: InstalledVllm,
-    flags: Flags,
-    plan: EnginePlan,
-    command: EngineCommand,
-) -> dict[str, Any]:
-    options, environment = adapt(plan, settings, flags)
-    exported = engine_environment(command, {})
+def _gather(prepared: Prepared) -> dict[str, Any]:
+    plan, command, settings = prepared.plan, prepared.command, prepared.settings
+    options, environment = adapt(plan, settings, prepared.flags)
     budget = plan.budget
-    fingerprint = take_fingerprint(vllm, plan.model, plan.device, command)
     return {
         "profile": plan.profile,
         "title": plan.title,
         "device": plan.device.title,
         "model": plan.model.name,
-        "vllm": vllm.title,
+        "vllm": prepared.vllm.title,
         "argv": command.argv,
-        "environment": exported,
-        "options": [_row(choice) for choice in options],
-        "variables": [_row(choice) for choice in environment],
+        "environment": engine_environment(command, {}),
+        "options": [_row(option) for option in options],
+        "variables": [_row(option) for option in environment],
         "memory": {
             "device_bytes": plan.device.memory_bytes,
             "usable_bytes": budget.usable_bytes,
@@ -84,28 +73,28 @@ def _gather(
             "sequences_of_full_context": round(budget.full_sequences, 1),
             "context_tokens": budget.context_tokens,
         },
-        "cache": describe_cache(settings.cache_path, fingerprint.name),
+        "cache": describe_cache(settings.cache_path, prepared.fingerprint.name),
         "notes": list(plan.notes),
-        "fingerprint": fingerprint.describe(),
+        "fingerprint": prepared.fingerprint.describe(),
     }
 
 
-def _row(choice: EngineOption) -> dict[str, Any]:
+def _row(option: EngineOption) -> dict[str, Any]:
     return {
-        "name": choice.name,
-        "value": choice.value,
-        "reason": choice.reason,
-        "source": choice.source,
-        "from": choice.origin,
+        "name": option.name,
+        "value": option.value,
+        "reason": option.reason,
+        "source": option.source,
+        "from": option.origin,
     }
 
 
-def _render(facts: dict[str, Any], plan: EnginePlan) -> str:
+def _render(facts: dict[str, Any], prepared: Prepared) -> str:
     memory = facts["memory"]
     lines = [
         f"profile  {facts['profile']}: {facts['title']}",
         f"device   {facts['device']}",
-        f"model    {facts['model']} ({plan.model.shape.architecture})",
+        f"model    {facts['model']} ({prepared.plan.model.shape.architecture})",
         f"engine   {facts['vllm']}",
         "",
         "options",

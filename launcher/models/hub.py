@@ -39,22 +39,17 @@ def _fetch_huggingface(name: str, *, config_only: bool) -> Path:
             model_info(name)  # out of reach it falls back to what is here; this says why
         return here
 
-    is_begun = False
+    failure = f"cannot get {name} from Hugging Face"
     if not config_only:
         with contextlib.suppress(LocalEntryNotFoundError):
             here = Path(snapshot_download(name, local_files_only=True))
-            is_begun = True
             if is_complete(here):
                 return here
+            failure = f"the copy of {name} here is incomplete, and Hugging Face gives no more"
     try:
         here = retry(fetch, _tell)
     except HubError as error:
-        if is_begun:
-            raise SettingsError(
-                f"model: the copy of {name} here is incomplete, and Hugging Face does not give the "
-                f"rest: {error}"
-            ) from None
-        raise SettingsError(f"model: cannot get {name} from Hugging Face: {error}") from None
+        raise SettingsError(f"model: {failure}: {error}") from None
     if not config_only and not is_complete(here):
         raise SettingsError(f"model: what Hugging Face has as {name} is no model with weights")
     return here

@@ -82,7 +82,7 @@ def build_command(
     return EngineCommand(
         vllm.module,
         (*head, *build_arguments(options, flags)),
-        {choice.name: str(choice.value) for choice in environment},
+        {option.name: str(option.value) for option in environment},
     )
 
 
@@ -93,15 +93,15 @@ def adapt(
     options = [*own_options(plan, settings), *plan.options]
     environment = [*own_environment(plan, settings), *plan.environment]
     known: list[EngineOption] = []
-    for choice in options:
-        if choice.name.partition(".")[0] in flags.kinds:
-            known.append(choice)
+    for option in options:
+        if option.name.partition(".")[0] in flags.kinds:
+            known.append(option)
             continue
-        change = find_change(choice.name) or {}
+        change = find_change(option.name) or {}
         if "instead" in change:
-            known.append(replace(choice, name=change["instead"]))
+            known.append(replace(option, name=change["instead"]))
         elif "environment" in change:
-            environment.append(replace(choice, name=change["environment"]))
+            environment.append(replace(option, name=change["environment"]))
     return known, environment
 
 
@@ -157,12 +157,12 @@ def build_arguments(options: Iterable[EngineOption], flags: Flags) -> list[str]:
     """Dotted names that share a head become one JSON value, as vLLM wants them."""
     nested: dict[str, dict[str, Any]] = {}
     arguments: list[str] = []
-    for choice in options:
-        head, _, tail = choice.name.partition(".")
-        if tail or isinstance(choice.value, dict):
-            _merge(nested.setdefault(head, {}), tail, choice.value)
+    for option in options:
+        head, _, tail = option.name.partition(".")
+        if tail or isinstance(option.value, dict):
+            _merge(nested.setdefault(head, {}), tail, option.value)
         else:
-            arguments += _flag(head, choice.value, flags.kind(head))
+            arguments += _flag(head, option.value, flags.kind(head))
     for head, value in nested.items():
         arguments += [f"--{head}", json.dumps(value, separators=(",", ":"), sort_keys=True)]
     return arguments

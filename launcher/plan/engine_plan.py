@@ -41,10 +41,10 @@ class EngineOption:
     """One option or environment variable of the engine, and why it is there."""
 
     name: str
-    value: Any
-    reason: str
-    source: str
-    origin: str  # which layer said so: "course", "course sm_90", "--set", …
+    value: Any = None
+    reason: str = ""
+    source: str = ""
+    origin: str = ""  # which layer said so: "course", "course sm_90", "--set", …
     fit: str = ""
     most: int | None = None
     omit: bool = False
@@ -65,7 +65,7 @@ class EnginePlan:
     notes: tuple[str, ...] = ()
 
     def value(self, name: str, default: Any = None) -> Any:
-        return next((choice.value for choice in self.options if choice.name == name), default)
+        return next((option.value for option in self.options if option.name == name), default)
 
 
 def choose_profile(wanted: str, device: Device) -> str:
@@ -95,7 +95,7 @@ def build_plan(
         device = read_cpu()
     sections = ("", "gpu" if device.is_gpu else "cpu", device.generation if device.is_gpu else "")
     layers = [
-        (_layer(tables, section), name, section)
+        (tables.get(section, {}) if section else tables, name, section)
         for section in dict.fromkeys(sections)
         for tables, name in ((base, "base"), (data, profile))
     ]
@@ -103,25 +103,25 @@ def build_plan(
     environment: dict[str, EngineOption] = {}
     for tables, name, section in layers:
         origin = f"{name} {section}".strip()
-        options |= _choices(tables.get("options", {}), origin)
-        environment |= _choices(tables.get("env", {}), origin)
+        options |= _read_options(tables.get("options", {}), origin)
+        environment |= _read_options(tables.get("env", {}), origin)
     overrides = tuple(overrides)
     options |= choose_parsers(model, flags, overrides)
-    for choice in overrides:
+    for option in overrides:
         # Variables are upper case, flags never are.
-        (environment if choice.name.isupper() else options)[choice.name] = choice
+        (environment if option.name.isupper() else options)[option.name] = option
     workload = Workload(**data["workload"])
     options, budget = _fit(options, device, model, workload)
     environment, _ = _fit(environment, device, model, workload)
-    kept = tuple(choice for choice in options.values() if not choice.omit)
-    for choice in kept:
-        head = choice.name.partition(".")[0]
+    kept = tuple(option for option in options.values() if not option.omit)
+    for option in kept:
+        head = option.name.partition(".")[0]
         # What this version has no word for is written in its words or left out (command.py).
         if head in flags.kinds or find_change(head) is None:
-            flags.check(choice.name, origin=choice.origin)
+            flags.check(option.name, origin=option.origin)
     return EnginePlan(
         profile, data["title"], device, model, kept,
-        tuple(choice for choice in environment.values() if not choice.omit),
+        tuple(option for option in environment.values() if not option.omit),
         budget, data["warmup_prompts"], tuple(notes),
     )  # fmt: skip
 
@@ -130,15 +130,15 @@ def choose_parsers(
     model: Model, flags: Flags, overrides: Iterable[EngineOption]
 ) -> dict[str, EngineOption]:
     """What reads the model's calls of tools and its thinking; `overrides` may say otherwise."""
-    asked = {choice.name: choice for choice in overrides}
+    asked = {option.name: option for option in overrides}
     chosen = {
-        row.flag: EngineOption(row.flag, row.parser, row.reason, row.source, f"model {row.family}")
-        for row in find_parser_rules(model, _read_template(model, asked.get("chat-template")))
-        if row.parser in flags.choices.get(row.flag, ())
+        one.flag: EngineOption(one.flag, one.parser, one.reason, one.source, f"model {one.family}")
+        for one in find_parser_rules(model, _read_template(model, asked.get("chat-template")))
+        if one.parser in flags.choices.get(one.flag, ())
     }
     reader = {**chosen, **asked}.get("tool-call-parser")
     if reader and not reader.omit:
-        name = "enable-auto-tool-choice"
+        name = "enable-auto-tool-option"
         reason = "without it vLLM ignores the parser and refuses every request with tools"
         source = "vLLM 0.32 renderers/online_renderer.py:254"
         chosen[name] = EngineOption(name, True, reason, source, reader.origin)
@@ -156,20 +156,20 @@ def _read_template(model: Model, asked: EngineOption | None) -> str:
 
 def parse_overrides(pairs: Iterable[str], flags: Flags) -> list[EngineOption]:
     """`key=value` as the setting `set` has them; a key may be spelt with underscores."""
-    choices: list[EngineOption] = []
+    options: list[EngineOption] = []
     for pair in pairs:
         key, _, text = pair.partition("=")
         name = flags.resolve(key)
         if name in _OWNED:
             raise SettingsError(f"--set {key}: not here; set {_OWNED[name]}")
         value = parse_value(text, flags.kind(name))
-        choices.append(EngineOption(name, value, "asked for", "--set", "--set", omit=text == ""))
-    names = {choice.name for choice in choices}
-    for choice in choices:
+        options.append(EngineOption(name, value, "asked for", "--set", "--set", omit=text == ""))
+    names = {option.name for option in options}
+    for option in options:
         # A plugin brings parsers that only it knows.
-        if not choice.omit and f"{choice.name.replace('-call', '')}-plugin" not in names:
-            flags.check_value(choice.name, choice.value, origin="--set")
-    return choices
+        if not option.omit and f"{option.name.replace('-call', '')}-plugin" not in names:
+            flags.check_value(option.name, option.value, origin="--set")
+    return options
 
 
 def parse_value(text: str, kind: str) -> Any:
@@ -196,25 +196,8 @@ def _read(profile: str) -> dict[str, Any]:
     return tomllib.loads((_FOLDER / f"{profile}.toml").read_text(encoding="utf-8"))
 
 
-def _layer(data: dict[str, Any], section: str) -> dict[str, Any]:
-    layer: dict[str, Any] = data.get(section, {}) if section else data
-    return layer
-
-
-def _choices(table: dict[str, dict[str, Any]], origin: str) -> dict[str, EngineOption]:
-    return {
-        name: EngineOption(
-            name,
-            row.get("value"),
-            row.get("reason", ""),
-            row.get("source", ""),
-            origin,
-            row.get("fit", ""),
-            row.get("most"),
-            row.get("omit", False),
-        )
-        for name, row in table.items()
-    }
+def _read_options(table: dict[str, dict[str, Any]], origin: str) -> dict[str, EngineOption]:
+    return {name: EngineOption(name, origin=origin, **row) for name, row in table.items()}
 
 
 def _fit(
@@ -223,12 +206,12 @@ def _fit(
     """Rules in their own order, because later ones look at what earlier ones chose."""
     options = dict(options)
     for rule in RULES:
-        for choice in [choice for choice in options.values() if choice.fit == rule]:
+        for option in [option for option in options.values() if option.fit == rule]:
             sizing = Sizing(device, model, workload, _plain(options))
-            value, decided = RULES[rule](sizing, choice.most)
-            reason = f"{choice.reason} ({decided})" if decided else choice.reason
-            options[choice.name] = replace(
-                choice, value=value, reason=reason, fit="", omit=value is None
+            value, decided = RULES[rule](sizing, option.most)
+            reason = f"{option.reason} ({decided})" if decided else option.reason
+            options[option.name] = replace(
+                option, value=value, reason=reason, fit="", omit=value is None
             )
     return options, compute_budget(Sizing(device, model, workload, _plain(options)))
 

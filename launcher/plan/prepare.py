@@ -17,6 +17,8 @@ from launcher.plan.tuned import read_tuned
 
 @dataclass(frozen=True)
 class Prepared:
+    """What is known about an engine before it starts."""
+
     settings: LauncherSettings
     vllm: InstalledVllm
     flags: Flags
@@ -28,12 +30,20 @@ class Prepared:
 def prepare(settings: LauncherSettings) -> Prepared:
     vllm = find_vllm()
     flags = read_flags(vllm.version, settings.cache_path)
-    plan = decide(settings, vllm, flags, find_model(settings))
-    if plan.device.is_gpu and vllm.build == "cpu":
+    prepared = prepare_with(settings, vllm, flags, find_model(settings))
+    device = prepared.plan.device
+    if device.is_gpu and vllm.build == "cpu":
         raise SettingsError(
-            f"the installed {vllm.title} runs on a CPU only, not on a {plan.device.name}; "
+            f"the installed {vllm.title} runs on a CPU only, not on a {device.name}; "
             "`explain` can plan for it"
         )
+    return prepared
+
+
+def prepare_with(
+    settings: LauncherSettings, vllm: InstalledVllm, flags: Flags, model: Model
+) -> Prepared:
+    plan = decide(settings, vllm, flags, model)
     command = build_command(plan, settings, vllm, flags)
     fingerprint = take_fingerprint(vllm, plan.model, plan.device, command)
     return Prepared(settings, vllm, flags, plan, command, fingerprint)

@@ -28,7 +28,7 @@ def read_tuned(
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         key, wanted = data["host_key"], data["profile"]
-        options, summary = {**data["options"], **data["environment"]}, data["summary"]
+        changes, summary = {**data["options"], **data["environment"]}, data["summary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} cannot be read ({error}); run `tune` or delete it") from None
     if wanted != profile:
@@ -36,11 +36,11 @@ def read_tuned(
     if key != take_host_key(vllm, model, device):
         return [], [f"{path} was measured for another host, model or vLLM: not used"]
     source = f"measured here: {summary}"
-    choices = [
+    options = [
         EngineOption(name, value, "fastest of those measured on this host", source, "tuned")
-        for name, value in options.items()
+        for name, value in changes.items()
     ]
-    return choices, [f"{path}: {summary}"]
+    return options, [f"{path}: {summary}"]
 
 
 def write_tuned(

@@ -10,11 +10,11 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
+from common.completion import SHELLS, build_flag_parser, build_parser, complete
 from common.errors import SettingsError
 from common.settings import ProgramSettings
 
 pytest.importorskip("shtab")
-from common.completion import SHELLS, build_flag_parser, build_parser, complete
 
 BASH = shutil.which("bash") or ""
 ROOT = Path(__file__).parents[2]

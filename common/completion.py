@@ -25,10 +25,17 @@ def complete(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
 
 
 def build_parser(
-    program: str, commands: Mapping[str, type[ProgramSettings]], others: Mapping[str, str]
+    program: str,
+    commands: Mapping[str, type[ProgramSettings]],
+    others: Mapping[str, str],
+    *,
+    settings: type[ProgramSettings] | None = None,
 ) -> argparse.ArgumentParser:
-    """Of a program whose commands have settings as flags; `others` have none, only a meaning."""
-    parser = argparse.ArgumentParser(prog=program)
+    """Of a program whose commands have settings as flags; `others` have none, only a meaning.
+    `settings` are the flags that need no command.
+    """
+    parents = [build_flag_parser(settings)] if settings else []
+    parser = argparse.ArgumentParser(prog=program, parents=parents, add_help=not parents)
     subparsers = parser.add_subparsers()
     for command, kind in commands.items():
         flags = build_flag_parser(kind)

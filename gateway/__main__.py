@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import re
 import resource
 import signal
@@ -14,6 +15,7 @@ import uvloop
 from aiohttp import web
 
 from common.logs import configure_logging
+from common.settings import build_schema
 from common.version import read_version
 from gateway.admission.keys import make_key
 from gateway.app import build_app
@@ -27,12 +29,12 @@ log = structlog.get_logger("gateway")
 
 def main() -> int:
     arguments = sys.argv[1:]
-    if arguments == ["--version"]:
-        print(f"vllm-gateway {read_version()}")
-        return 0
     if arguments[:1] == ["new-key"]:
         return print_new_key(arguments[1:])
     try:
+        if arguments[:1] in (["--version"], ["schema"], ["completion"]):
+            print(describe(arguments[0], arguments[1:]))
+            return 0
         if arguments[:1] == ["check"]:
             return check(load_settings(arguments[1:]))
         settings = load_settings(arguments)
@@ -59,6 +61,23 @@ def check(settings: Settings) -> int:
     read_warmup_questions(settings)
     print("gateway: the settings are good")
     return 0
+
+
+def describe(command: str, arguments: list[str]) -> str:
+    """What the gateway says of itself."""
+    if command == "--version":
+        return f"vllm-gateway {read_version()}"
+    if command == "schema":
+        return json.dumps(build_schema(Settings), indent=2, ensure_ascii=False)
+    # Imported late: its library is of no use to anything else.
+    from common.completion import build_parser, complete  # noqa: PLC0415
+
+    others = {
+        "check": "Judges the settings and starts nothing.",
+        "new-key": "Makes an API key and its entry for the keys file.",
+        "schema": "Prints the JSON schema of the settings file.",
+    }
+    return complete(arguments, build_parser("vllm-gateway", {}, others, settings=Settings))
 
 
 def print_new_key(names: list[str]) -> int:

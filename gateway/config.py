@@ -45,7 +45,8 @@ def _name_server(url: str) -> str:
 class Settings(ProgramSettings):
     """An OpenAI-compatible gateway over vLLM engines.
 
-    Before the flags, `check` only judges the settings; `new-key NAME` alone makes an API key.
+    Before the flags, `check` only judges the settings. `new-key NAME` alone makes an API key, `schema`
+    prints the JSON schema of the settings file, `completion SHELL` a script that completes flags.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m gateway")

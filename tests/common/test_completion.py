@@ -14,8 +14,6 @@ from common.completion import SHELLS, build_flag_parser, build_parser, complete
 from common.errors import SettingsError
 from common.settings import ProgramSettings
 
-pytest.importorskip("shtab")
-
 BASH = shutil.which("bash") or ""
 ROOT = Path(__file__).parents[2]
 

@@ -55,8 +55,8 @@ selftest: setup-dev ## fourteen checks of the gateway that runs here
 bench: setup-dev ## what the gateway costs over the engine itself, with a control; `ARGS=--quick`: a minute's look
 	@$(PY) -m lab bench $(if $(MODEL),--model $(MODEL)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
 
-docs: setup-dev ## the README's tables and docs/results.md, from what they are made of
-	@$(PY) scripts/readme.py
+docs: setup-dev ## the tables of docs/settings.md and docs/metrics.md, and docs/results.md
+	@$(PY) -m scripts.reference
 	@$(PY) -m lab results
 
 dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py

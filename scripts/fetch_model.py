@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tenacity
 
-from common import demo
+from common.project import DEMO_MODEL
 from launcher.models import files
 
 DEMO = "demo"
@@ -59,7 +59,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
     try:
         part.mkdir(parents=True, exist_ok=True)
         if name == DEMO:
-            shutil.copytree(demo.MODEL, part, dirs_exist_ok=True)
+            shutil.copytree(DEMO_MODEL, part, dirs_exist_ok=True)
         elif "/" in name:
             fetch(name, part, hub)
         else:

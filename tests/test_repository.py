@@ -15,9 +15,9 @@ from gateway.errors import REFUSALS
 ROOT = Path(__file__).parent.parent
 
 
-def test_readme_tables_are_the_settings() -> None:
+def test_tables_of_the_docs_are_what_the_programs_declare() -> None:
     checked = subprocess.run(
-        [sys.executable, "scripts/readme.py", "--check"],
+        [sys.executable, "-m", "scripts.reference", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

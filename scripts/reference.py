@@ -1,5 +1,5 @@
-"""Writes the tables of settings and figures into the README and docs/, from the program itself
-(`make docs`). `--check` changes nothing and says whether they are true.
+"""Writes the tables of settings and metrics into docs/, as the programs declare them (`make docs`):
+`python -m scripts.reference`. `--check` changes nothing and says whether they are true.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def render(text: str, kind: str, table: Callable[[str], str]) -> str:
@@ -49,7 +48,7 @@ def _escape(text: str) -> str:
 
 
 PAGES = {
-    "README.md": ("settings", tabulate_settings),
+    "docs/settings.md": ("settings", tabulate_settings),
     "docs/metrics.md": ("figures", tabulate_figures),
 }
 

@@ -15,8 +15,8 @@ import uvloop
 from aiohttp import web
 
 from common.logs import configure_logging
+from common.project import read_version
 from common.settings import build_schema
-from common.version import read_version
 from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings

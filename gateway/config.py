@@ -16,8 +16,8 @@ from aiohttp import web
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from common import demo
 from common.errors import SettingsError
+from common.project import DEMO_QUESTIONS
 from common.settings import (
     CommaList,
     OptionalAddress,
@@ -45,8 +45,8 @@ def _name_server(url: str) -> str:
 class Settings(ProgramSettings):
     """An OpenAI-compatible gateway over vLLM engines.
 
-    Before the flags, `check` only judges the settings. `new-key NAME` alone makes an API key, `schema`
-    prints the JSON schema of the settings file, `completion SHELL` a script that completes flags.
+    Before the flags, `check` only judges the settings. Alone: `new-key NAME` makes an API key,
+    `schema` prints the JSON schema of the settings file, `completion SHELL` completes flags.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m gateway")
@@ -135,7 +135,7 @@ class Settings(ProgramSettings):
         358, ge=1, description="Questions in the warm-up batch: the batch size that will be served."
     )
     warmup_file: Path = Field(
-        demo.QUESTIONS,
+        DEMO_QUESTIONS,
         description="Questions for the warm-up, in any form that `python -m lab grade` reads.",
     )
     warmup_timeout_s: float = Field(

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from common.errors import ProgramError
+from common.project import read_version
 from common.questions import BadQuestions
-from common.version import read_version
 
 COMMANDS = {
     "grade": ("lab.grade.run_grade", "scores, speed and faults of a server, as the judge sees it"),

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from common import demo
+from common.project import DEMO_QUESTIONS
 
 GATEWAY_PORT = 8000
 # The engine listens one port above the gateway, the launcher's status page two.
@@ -68,7 +68,7 @@ def add_questions(parser: argparse.ArgumentParser, *names: str) -> None:
     parser.add_argument(
         "--questions",
         *names,
-        default=str(demo.QUESTIONS),
+        default=str(DEMO_QUESTIONS),
         metavar="FILE",
         help="the course's text form, JSON or JSONL (default: the demo's)",
     )

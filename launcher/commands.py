@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from common.errors import ProgramError, SettingsError
+from common.project import read_version
 from common.settings import build_schema, suggest
-from common.version import read_version
 from launcher.config import (
     COMMANDS,
     ExplainSettings,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from common import demo
+from common.project import DEMO_MODEL, DEMO_QUESTIONS
 from common.settings import (
     OptionalAddress,
     ProgramSettings,
@@ -27,7 +27,6 @@ from common.settings import (
 
 PREFIX = "LAUNCHER_"
 _LAST_PORT = 65535
-DEMO_MODEL = demo.MODEL
 _NEXT_PAIR = re.compile(r"\s+(?=[A-Za-z][\w.-]*=)")
 
 
@@ -226,7 +225,7 @@ class TuneSettings(LauncherSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m launcher tune")
 
     tune_questions: Path = Field(
-        demo.QUESTIONS,
+        DEMO_QUESTIONS,
         description="Questions that tune measures with, one JSON object with `question` a line.",
     )
     tune_prompts: int = Field(358, ge=1, description="Questions in a batch that tune measures.")

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import structlog
 
-from launcher.config import DEMO_MODEL, LauncherSettings
+from common.project import DEMO_MODEL
+from launcher.config import LauncherSettings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.version import read_version
+from common.project import read_version
 from scripts import setup
 from scripts.locked import LockError, Pin, read_lock, select_pins
 from scripts.setup import Record, build_environment, read_cpu_torch, write_commands

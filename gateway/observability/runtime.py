@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.metadata
 import platform
 import time
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from common.project import read_version
 from gateway.config import SETTINGS, Settings
 from gateway.observability.metrics import METRICS, Metrics
 
@@ -49,10 +49,3 @@ def describe_settings(settings: Settings) -> tuple[str, ...]:
         settings.routing,
         str(settings.dedup).lower(),
     )
-
-
-def read_version() -> str:
-    try:
-        return importlib.metadata.version("vllm-gateway")
-    except importlib.metadata.PackageNotFoundError:
-        return "source"

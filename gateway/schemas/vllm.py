@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from common.prometheus_text import parse_samples
 from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequest
 
 Prompt = str | list[int]
 
-_FIGURE = re.compile(rb"^vllm:(\w+)(?:\{.*\})? (\S+)", re.MULTILINE)
-_FIGURES = {
-    b"num_requests_running": "running",
-    b"num_requests_waiting": "waiting",
-    b"kv_cache_usage_perc": "kv_usage",
-    b"generation_tokens_total": "completion_tokens",
-    b"request_success_total": "finished",
-    b"num_preemptions_total": "preemptions",
-    b"prefix_cache_hits_total": "cached_tokens",
-    b"prefix_cache_queries_total": "looked_up_tokens",
-    b"time_to_first_token_seconds_sum": "first_token_sum_s",
-    b"time_to_first_token_seconds_count": "first_token_count",
+_LOAD_METRICS = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+    "vllm:generation_tokens_total": "completion_tokens",
+    "vllm:request_success_total": "finished",
+    "vllm:num_preemptions_total": "preemptions",
+    "vllm:prefix_cache_hits_total": "cached_tokens",
+    "vllm:prefix_cache_queries_total": "looked_up_tokens",
+    "vllm:time_to_first_token_seconds_sum": "first_token_sum_s",
+    "vllm:time_to_first_token_seconds_count": "first_token_count",
 }
 
 
@@ -173,14 +172,16 @@ def parse_models(body: bytes) -> list[ModelCard]:
 
 def parse_engine_load(metrics: bytes) -> EngineLoad | None:
     """From Prometheus text; `None` where the engine counts nothing (`--disable-log-stats`)."""
-    load: EngineLoad | None = None
-    for name, value in _FIGURE.findall(metrics):
-        field_name = _FIGURES.get(name)
-        if field_name is None:
-            continue
-        load = load or EngineLoad()
-        known, told = getattr(load, field_name), float(value)
-        # One line for each data-parallel rank: its shares add up, but the fullest cache decides.
-        total = max(known, told) if field_name == "kv_usage" else known + told
-        setattr(load, field_name, total if math.isfinite(total) else 0.0)
-    return load
+    samples = parse_samples(metrics.decode("utf-8", "replace"))
+    told = {
+        field: [value for _, value in samples[name]]
+        for name, field in _LOAD_METRICS.items()
+        if name in samples
+    }
+    if not told:
+        return None
+    # One line for each data-parallel rank: its shares add up, but the fullest cache decides.
+    totals = {
+        field: max(values) if field == "kv_usage" else sum(values) for field, values in told.items()
+    }
+    return EngineLoad(**{k: v if math.isfinite(v) else 0.0 for k, v in totals.items()})

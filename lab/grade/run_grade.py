@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from common import demo
+from common.project import DEMO_QUESTIONS
 from common.questions import QuestionSet
 from lab.failures import BadOptions, Unwritable
 from lab.grade.comparison import GradeComparison, compare, describe, extract_grade, read_grade
@@ -235,7 +235,7 @@ def build_grade(
 def choose_floor(arguments: argparse.Namespace, facts: GradeFacts) -> ScoreFloor | None:
     if arguments.floor is not None:
         return ScoreFloor(arguments.floor, "--floor")
-    if facts.model == DEMO_MODEL and Path(arguments.questions).resolve() == demo.QUESTIONS:
+    if facts.model == DEMO_MODEL and Path(arguments.questions).resolve() == DEMO_QUESTIONS:
         reason = "the demo model knows its page by heart"
         return ScoreFloor(_DEMO_SHARE * facts.ceiling, reason)
     return None

@@ -10,7 +10,8 @@ from typing import Any
 
 from common.chat_templates import read_chat_templates
 from common.errors import SettingsError
-from launcher.config import DEMO_MODEL, LauncherSettings
+from common.project import DEMO_MODEL
+from launcher.config import LauncherSettings
 from launcher.models.hub import fetch_model
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

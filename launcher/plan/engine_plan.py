@@ -138,7 +138,7 @@ def choose_parsers(
     }
     reader = {**chosen, **asked}.get("tool-call-parser")
     if reader and not reader.omit:
-        name = "enable-auto-tool-option"
+        name = "enable-auto-tool-choice"
         reason = "without it vLLM ignores the parser and refuses every request with tools"
         source = "vLLM 0.32 renderers/online_renderer.py:254"
         chosen[name] = EngineOption(name, True, reason, source, reader.origin)

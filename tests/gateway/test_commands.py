@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from common.version import read_version
+from common.project import read_version
 from gateway.config import Settings
 
 

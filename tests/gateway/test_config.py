@@ -183,7 +183,7 @@ def test_program_unknown_flag_is_refused_with_the_nearest_one() -> None:
         (("--prompt-style", "raw"), ""),
         (("--prompt-style", "poem"), "GATEWAY_PROMPT_STYLE"),
         (("--prompt-style", "raw", "--host", "0.0.0.0"), "without API keys"),
-        (("--prompt-style", "raw", "--warmup-file", "README.md"), "line 1 of README.md"),
+        (("--prompt-style", "raw", "--warmup-file", "README.md"), "README.md: no question in it"),
     ],
 )
 def test_program_check_judges_without_listening(arguments: tuple[str, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What an engine can do wrong on its sockets, at each door: an honest answer, once, and soon.
+"""What an engine can do wrong on its sockets, at each route: an honest answer, once, and soon.
 
 The stand-in of the other tests speaks HTTP, so it cannot do these things; what it can do is in
 test_failover.py (an engine of several) and test_streams.py (streams).
@@ -138,11 +138,11 @@ def _with_indices(*indices: int) -> Fault:
     return answer
 
 
-# The doors through which a caller comes.
+# The routes through which a caller comes.
 
 
 @dataclass(frozen=True)
-class Door:
+class CallerRoute:
     """One kind of request; `ask` carries a number that has to come back."""
 
     name: str
@@ -182,16 +182,16 @@ class Door:
         return [*texts, f"answer:#{number}# too"] if self.name == "predict" else texts
 
 
-PREDICT, SAMPLED_PREDICT = Door("predict", True), Door("predict", False)
-CHAT, SAMPLED_CHAT = Door("chat", True), Door("chat", False)
-STREAM, SAMPLED_STREAM = Door("chat", True, True), Door("chat", False, True)
+PREDICT, SAMPLED_PREDICT = CallerRoute("predict", True), CallerRoute("predict", False)
+CHAT, SAMPLED_CHAT = CallerRoute("chat", True), CallerRoute("chat", False)
+STREAM, SAMPLED_STREAM = CallerRoute("chat", True, True), CallerRoute("chat", False, True)
 GREEDY = (PREDICT, CHAT, STREAM)
 SAMPLED = (SAMPLED_PREDICT, SAMPLED_CHAT, SAMPLED_STREAM)
-DOORS = (*GREEDY, *SAMPLED)
+ROUTES = (*GREEDY, *SAMPLED)
 
 
 def _label(value: object) -> str:
-    if isinstance(value, Door):
+    if isinstance(value, CallerRoute):
         kind = "stream" if value.is_stream else value.name
         return f"{kind}-{'greedy' if value.is_repeatable else 'sampled'}"
     return getattr(value, "__name__", str(value))
@@ -222,10 +222,10 @@ async def _serve(
         yield served
 
 
-async def _ask(served: Served, door: Door, number: int) -> RawAnswer:
+async def _ask(served: Served, route: CallerRoute, number: int) -> RawAnswer:
     """The answer; then the same connection must serve the next request, so there was only one."""
     async with connect(served.url) as (reader, writer), asyncio.timeout(_LONGEST_ANSWER_S):
-        writer.write(door.ask(number))
+        writer.write(route.ask(number))
         answer = await read_answer(reader)
         writer.write(build_request("GET", "/healthz"))
         healthz = await read_answer(reader, "GET")
@@ -258,7 +258,7 @@ WHOLE_GREEDY, WHOLE_SAMPLED = (PREDICT, CHAT), (SAMPLED_PREDICT, SAMPLED_CHAT)
 
 
 @pytest.mark.parametrize(
-    ("fault", "door"),
+    ("fault", "route"),
     [
         *itertools.product(LOST_BEFORE, GREEDY),
         *itertools.product(LOST_AMID, WHOLE_GREEDY),
@@ -266,19 +266,19 @@ WHOLE_GREEDY, WHOLE_SAMPLED = (PREDICT, CHAT), (SAMPLED_PREDICT, SAMPLED_CHAT)
     ids=_label,
 )
 async def test_lost_call_that_may_run_again_is_answered_once(
-    tmp_path: Path, fault: Fault, door: Door
+    tmp_path: Path, fault: Fault, route: CallerRoute
 ) -> None:
     engine = ScriptedEngine(faults=[fault])
     async with _serve(tmp_path, engine) as served:
-        answer = await _ask(served, door, 1)
+        answer = await _ask(served, route, 1)
 
     assert answer.status == 200, answer.body
-    assert door.read(answer) == door.expected(1)
+    assert route.read(answer) == route.expected(1)
     assert len(engine.calls) == 2
 
 
 @pytest.mark.parametrize(
-    ("fault", "door"),
+    ("fault", "route"),
     [
         *itertools.product(LOST_BEFORE, SAMPLED),
         *itertools.product(LOST_AMID, WHOLE_SAMPLED),
@@ -286,15 +286,15 @@ async def test_lost_call_that_may_run_again_is_answered_once(
     ids=_label,
 )
 async def test_lost_call_that_may_have_run_is_an_error_and_not_run_again(
-    tmp_path: Path, fault: Fault, door: Door
+    tmp_path: Path, fault: Fault, route: CallerRoute
 ) -> None:
     engine = ScriptedEngine(faults=[fault])
     async with _serve(tmp_path, engine) as served:
-        answer = await _ask(served, door, 1)
-        again = await _ask(served, door, 2)
+        answer = await _ask(served, route, 1)
+        again = await _ask(served, route, 2)
 
     assert _error(answer) == (502, "engine_failed")
-    assert door.read(again) == door.expected(2)
+    assert route.read(again) == route.expected(2)
     assert len(engine.calls) == 2
 
 
@@ -313,70 +313,72 @@ async def test_stream_lost_amid_says_so_in_its_last_event(tmp_path: Path, fault:
 
 
 @pytest.mark.parametrize(
-    ("fault", "door"),
-    [*itertools.product([hangs], DOORS), *itertools.product([hangs_after_half], WHOLE_GREEDY)],
+    ("fault", "route"),
+    [*itertools.product([hangs], ROUTES), *itertools.product([hangs_after_half], WHOLE_GREEDY)],
     ids=_label,
 )
 async def test_hanging_call_is_given_up_and_not_run_again(
-    tmp_path: Path, fault: Fault, door: Door
+    tmp_path: Path, fault: Fault, route: CallerRoute
 ) -> None:
     """A second one would double the wait, and would hang as well."""
     engine = ScriptedEngine(usual=fault)
     async with _serve(tmp_path, engine) as served:
-        answer = await _ask(served, door, 1)
+        answer = await _ask(served, route, 1)
         await until(lambda: served.app[POOL].engines[0].running == 0)
 
     assert _error(answer) == (504, "engine_timeout")
     assert len(engine.calls) == 1
 
 
-@pytest.mark.parametrize("door", DOORS, ids=_label)
-async def test_answer_that_drips_arrives_whole(tmp_path: Path, door: Door) -> None:
+@pytest.mark.parametrize("route", ROUTES, ids=_label)
+async def test_answer_that_drips_arrives_whole(tmp_path: Path, route: CallerRoute) -> None:
     async with _serve(tmp_path, ScriptedEngine(usual=drips), engine_timeout_s=5) as served:
-        answers = await asyncio.gather(*(_ask(served, door, number) for number in range(8)))
+        answers = await asyncio.gather(*(_ask(served, route, number) for number in range(8)))
 
-    assert [door.read(one) for one in answers] == [door.expected(number) for number in range(8)]
+    assert [route.read(one) for one in answers] == [route.expected(number) for number in range(8)]
 
 
-@pytest.mark.parametrize("door", DOORS, ids=_label)
-async def test_connection_to_an_engine_that_is_well_is_kept(tmp_path: Path, door: Door) -> None:
+@pytest.mark.parametrize("route", ROUTES, ids=_label)
+async def test_connection_to_an_engine_that_is_well_is_kept(
+    tmp_path: Path, route: CallerRoute
+) -> None:
     engine = ScriptedEngine()
     async with _serve(tmp_path, engine) as served:
         for number in range(5):
-            await _ask(served, door, number)
+            await _ask(served, route, number)
 
     assert len({call.writer for call in engine.calls}) == 1
 
 
-@pytest.mark.parametrize("door", DOORS, ids=_label)
+@pytest.mark.parametrize("route", ROUTES, ids=_label)
 @pytest.mark.parametrize("fault", [answers_twice, answers_again_later], ids=_label)
-async def test_stray_answer_is_nobodys(tmp_path: Path, fault: Fault, door: Door) -> None:
+async def test_stray_answer_is_nobodys(tmp_path: Path, fault: Fault, route: CallerRoute) -> None:
     """An engine that says more than it was asked is hung up on before the next call."""
     engine = ScriptedEngine(usual=fault)
     async with _serve(tmp_path, engine) as served:
         for number in range(4):
-            answer = await _ask(served, door, number)
-            assert door.read(answer) == door.expected(number)
+            answer = await _ask(served, route, number)
+            assert route.read(answer) == route.expected(number)
             await until(engine.calls[-1].writer.is_closing)
 
 
-@pytest.mark.parametrize("door", DOORS, ids=_label)
+@pytest.mark.parametrize("route", ROUTES, ids=_label)
 @pytest.mark.parametrize("fault", [closes_behind, closes_soon_behind], ids=_label)
 async def test_connection_closed_behind_each_answer_doubles_nothing(
-    tmp_path: Path, fault: Fault, door: Door
+    tmp_path: Path, fault: Fault, route: CallerRoute
 ) -> None:
     """The next call may be on its way; only one that was sampled may be lost, and says so."""
     engine = ScriptedEngine(usual=fault)
     async with _serve(tmp_path, engine) as served:
 
         async def ask_in_turn(first: int) -> list[tuple[int, RawAnswer]]:
-            return [(one, await _ask(served, door, one)) for one in range(first, first + 20)]
+            return [(one, await _ask(served, route, one)) for one in range(first, first + 20)]
 
         lanes = await asyncio.gather(*map(ask_in_turn, range(0, 80, 20)))
 
     for number, answer in itertools.chain(*lanes):
-        if door.is_repeatable or fault is closes_behind or answer.status == 200:
-            assert door.read(answer) == door.expected(number)
+        if route.is_repeatable or fault is closes_behind or answer.status == 200:
+            assert route.read(answer) == route.expected(number)
         else:
             assert _error(answer) == (502, "engine_failed")
     asked = Counter(call.prompts[0] for call in engine.calls)
@@ -408,14 +410,14 @@ async def test_predict_choices_out_of_order_are_put_in_order(tmp_path: Path) -> 
     assert PREDICT.read(answer) == ["answer:0", "answer:1"]
 
 
-@pytest.mark.parametrize("door", DOORS, ids=_label)
-async def test_engine_that_refuses_connections_is_503(tmp_path: Path, door: Door) -> None:
+@pytest.mark.parametrize("route", ROUTES, ids=_label)
+async def test_engine_that_refuses_connections_is_503(tmp_path: Path, route: CallerRoute) -> None:
     async with contextlib.AsyncExitStack() as life:
         engine = ScriptedEngine()
         url = await life.enter_async_context(engine.serve())
         async with _serve(tmp_path, urls=[url], restart_hold_s=0.2) as served:
             await life.aclose()
-            answer = await _ask(served, door, 1)
+            answer = await _ask(served, route, 1)
 
     assert answer.status == 503
     assert int(answer.headers["retry-after"]) >= 1
@@ -440,7 +442,7 @@ async def test_faults_of_all_kinds_leave_nothing_behind(tmp_path: Path) -> None:
 
         async def call(number: int) -> None:
             outcomes[
-                _judge(await _ask(served, door := DOORS[number % 6], number), door, number)
+                _judge(await _ask(served, route := ROUTES[number % 6], number), route, number)
             ] += 1
 
         for start in range(0, 300, 60):
@@ -454,13 +456,13 @@ async def test_faults_of_all_kinds_leave_nothing_behind(tmp_path: Path) -> None:
     assert outcomes["refused"] >= 15, outcomes
 
 
-def _judge(answer: RawAnswer, door: Door, number: int) -> str:
+def _judge(answer: RawAnswer, route: CallerRoute, number: int) -> str:
     """Its own answer, or an error that says so: nothing else."""
     if answer.status != 200:
         assert answer.status in {502, 503, 504}
         return "refused" if _error(answer)[1].startswith("engine") else "not ready"
-    if not door.is_stream or b'"error"' not in answer.body:
-        assert door.read(answer) == door.expected(number)
+    if not route.is_stream or b'"error"' not in answer.body:
+        assert route.read(answer) == route.expected(number)
         return "answered"
     assert _read_events(answer)[0] in {"", "answer:"}
     return "broken off"

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from common.version import read_version
+from common.project import read_version
 from gateway.admission.keys import make_key
 from lab.records.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic

@@ -44,7 +44,7 @@ async def read(served: Served) -> str:
     return (await served.client.get("/metrics")).text
 
 
-def inner_door(port: int) -> httpx.AsyncClient:
+def open_metrics_port(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20)
 
 
@@ -417,11 +417,11 @@ async def test_usage_of_many_keys_is_bounded(serve: Serve, tmp_path: Path) -> No
     (tmp_path / "keys.toml").write_text("".join(keys.values()))
     (port,) = find_free_ports(1)
     options = {"keys_file": tmp_path / "keys.toml", "metrics_keys": 2, "metrics_port": port}
-    async with serve(**options) as served, inner_door(port) as inner:
+    async with serve(**options) as served, open_metrics_port(port) as port_alone:
         for key in keys:
             headers = {"Authorization": f"Bearer {key}"}
             await served.client.post("/predict", json={"prompt": "a"}, headers=headers)
-        text = (await inner.get("/metrics")).text
+        text = (await port_alone.get("/metrics")).text
 
         assert 'gateway_usage_requests_total{key="user-1"} 1.0\n' in text
         assert 'gateway_usage_requests_total{key="(others)"} 3.0\n' in text
@@ -437,12 +437,12 @@ async def test_names_of_keys_are_told_on_the_inner_port_alone(
     (tmp_path / "keys.toml").write_text("admin = true\n".join(keys.values()))
     (port,) = find_free_ports(1)
     options = {"keys_file": tmp_path / "keys.toml", "metrics_port": port}
-    async with serve(**options) as served, inner_door(port) as inner:
+    async with serve(**options) as served, open_metrics_port(port) as port_alone:
         for key in keys:
             headers = {"Authorization": f"Bearer {key}"}
             await served.client.post("/predict", json={"prompt": "a"}, headers=headers)
         public = (await served.client.get("/metrics", headers={"Accept": accept})).text
-        told = (await inner.get("/metrics", headers={"Accept": accept})).text
+        told = (await port_alone.get("/metrics", headers={"Accept": accept})).text
 
         assert "alice" not in public
         assert "bob" not in public
@@ -459,19 +459,19 @@ async def test_names_of_keys_are_told_on_the_inner_port_alone(
 
 async def test_inner_port_serves_the_figures_and_nothing_else(serve: Serve) -> None:
     (port,) = find_free_ports(1)
-    async with serve(metrics_port=port) as served, inner_door(port) as inner:
+    async with serve(metrics_port=port) as served, open_metrics_port(port) as port_alone:
         codes = {
-            path: (await inner.get(path)).status_code
+            path: (await port_alone.get(path)).status_code
             for path in ("/metrics", "/", "/v1/models", "/ui", "/ui/status", "/usage")
         }
-        predicted = await inner.post("/predict", json={"prompt": "a"})
+        predicted = await port_alone.post("/predict", json={"prompt": "a"})
 
         assert {path for path, code in codes.items() if code != 404} == {"/metrics"}
         assert predicted.status_code == 404
         assert served.engine.calls == []
-    async with inner_door(port) as inner:
+    async with open_metrics_port(port) as port_alone:
         with pytest.raises(httpx.ConnectError):
-            await inner.get("/metrics")
+            await port_alone.get("/metrics")
 
 
 async def test_inner_port_that_is_taken_stops_the_start(serve: Serve) -> None:

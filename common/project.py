@@ -1,4 +1,4 @@
-"""The version, which pyproject.toml alone says."""
+"""What the project is: its version, which pyproject.toml alone says, and where its demo lies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import tomllib
 from pathlib import Path
 
 DISTRIBUTION = "vllm-gateway"
+# Beside the packages, in a checkout as in an environment that the wheel was installed into.
+_DEMO = Path(__file__).parents[1] / "demo"
+DEMO_MODEL = _DEMO / "model"
+DEMO_QUESTIONS = _DEMO / "questions.jsonl"
 _CHECKOUT = Path(__file__).parents[1] / "pyproject.toml"
 
 

@@ -45,7 +45,7 @@ async def wait_ready(
     client: httpx.AsyncClient,
     progress: ProgressLine,
     timeout_s: float,
-    find_end: Callable[[], Problem | None] = lambda: None,
+    find_end: Callable[[], Problem | None] | None = None,
 ) -> Mode:
     """The mode that GET / names; `find_end` tells of a server that has ended meanwhile."""
     started = time.monotonic()
@@ -68,7 +68,7 @@ async def wait_ready(
                 said = f"GET / answers {answer.status_code} {answer.text[:100]!r}"
                 said += describe_redirect(answer)
                 is_other_word = answer.is_success and status not in _NOT_YET
-            if (end := find_end()) is not None:
+            if find_end and (end := find_end()):
                 raise ServerNeverReady(end)
             await asyncio.sleep(min(POLL_S, timeout_s / 4))
     code = "unknown_mode" if is_other_word else "never_ready"

@@ -27,7 +27,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,19 +39,11 @@ from gateway.config import Settings
 from gateway.prompts.builder import PromptBuilder
 from gateway.schemas.predict import default_sampling
 from lab import options
+from lab.bench import bench_options
 from lab.bench.answer_book import MixedUp, build_book
 from lab.bench.bench_figures import BenchFailed
-from lab.bench.bench_options import (
-    SINGLE_TITLE,
-    AskedQuestions,
-    BenchScale,
-    batch_title,
-    list_workloads,
-    parse_arguments,
-    plan_sweep,
-)
 from lab.bench.cpu_time import build_meter
-from lab.bench.rate_sweep import Sweep, find_knees
+from lab.bench.rate_sweep import find_knees
 from lab.bench.relay.relay_comparison import RelayResult, measure_relay
 from lab.bench.report.bench_console import describe_result
 from lab.bench.report.bench_page import write_report
@@ -61,9 +53,9 @@ from lab.bench.rounds import BenchSetup, Say, WorkloadRounds, measure_workload
 from lab.bench.targets import PromptForm, Target, ask_all, open_client
 from lab.bench.vllm_bench import NoVllm, VllmBenchTargets, measure_vllm_bench
 from lab.failures import BadOptions
-from lab.launched_server import LaunchCommand, LaunchedServer, launch
+from lab.launched_server import LaunchCommand, launch
 from lab.paths import ROOT
-from lab.readiness import wait_ready
+from lab.readiness import Problem, wait_ready
 from lab.records.record import take_facts, take_record, write_record
 from lab.reports.console import ProgressLine
 from lab.reports.output_files import ensure_writable
@@ -75,7 +67,7 @@ _READY_TIMEOUT_S = 600.0
 
 
 def main(words: Sequence[str]) -> int:
-    arguments = parse_arguments(words, __doc__)
+    arguments = bench_options.parse_arguments(words, __doc__)
     # Whatever is wrong with the files is said before ten minutes are spent.
     before = read_run(Path(arguments.against)) if arguments.against else None
     asked = read_questions(Path(arguments.questions).expanduser())
@@ -122,33 +114,17 @@ def keep_record(result: BenchResult, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class StackAddresses:
-    """Where the gateway, its engine and their launcher answer."""
-
-    gateway: str = ""
-    engine: str = ""
-    status: str = ""
-
-
-@dataclass(frozen=True)
 class BenchStack:
-    """What is measured, and what it says of itself; empty where the stand-in alone is."""
+    """Where gateway, engine and launcher answer, and what they say of themselves.
 
-    addresses: StackAddresses = field(default_factory=StackAddresses)
+    Empty where the stand-in engine alone is measured.
+    """
+
+    gateway_url: str = ""
+    engine_url: str = ""
     model: str = ""
     launcher: LauncherStatus = field(default_factory=LauncherStatus)
     settings: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class EngineMeasures:
-    """What the parts with an engine gave."""
-
-    stack: BenchStack
-    answers: str = ""
-    workloads: tuple[WorkloadRounds, ...] = ()
-    outside: WorkloadRounds | None = None
-    sweep: Sweep | None = None
 
 
 class Bench:
@@ -158,11 +134,11 @@ class Bench:
         self, arguments: argparse.Namespace, asked: QuestionSet, progress: ProgressLine
     ) -> None:
         self._arguments, self._progress = arguments, progress
-        self._scale: BenchScale = arguments.scale
+        self._scale: bench_options.BenchScale = arguments.scale
         self._parts: tuple[str, ...] = arguments.parts
         self._pairs = {pair.question: pair.reference for pair in asked.pairs}
         self._digest = asked.digest
-        self._asked = AskedQuestions(tuple(self._pairs), arguments.max_tokens)
+        self._asked = bench_options.AskedQuestions(tuple(self._pairs), arguments.max_tokens)
         self._chance = random.Random(arguments.seed)
         self._notes: list[str] = []
 
@@ -172,46 +148,48 @@ class Bench:
             self._progress.say(
                 f"this machine is busy already (load {load_before:.1f}): the control will tell"
             )
-        measures = EngineMeasures(BenchStack())
-        if set(self._parts) != {"relay"}:
-            measures = await self._measure_engine()
+        stack, measured = BenchStack(), dict[str, Any]()
+        with ExitStack() as exits:
+            if set(self._parts) != {"relay"}:
+                stack = await self._open_stack(exits)
+                measured = await self._measure_parts(stack)
         relayed = await self._measure_relay() if "relay" in self._parts else None
+        answers = measured.pop("answers", "")
+        facts = self._collect_facts(stack, answers, load_before, time.monotonic() - began)
         return BenchResult(
-            facts=self._collect_facts(measures, load_before, time.monotonic() - began),
-            workloads=measures.workloads,
-            outside=measures.outside,
-            sweep=measures.sweep,
+            facts=facts,
             relayed=relayed,
-            batch_title=batch_title(self._scale.prompts),
-            single_title=SINGLE_TITLE,
+            batch_title=bench_options.batch_title(self._scale.prompts),
+            single_title=bench_options.SINGLE_TITLE,
             notes=tuple(self._notes),
+            **measured,
         )
 
-    async def _measure_engine(self) -> EngineMeasures:
-        with ExitStack() as exits:
-            addresses, launched = self._open_stack(exits)
-            self._progress.working("waiting for the gateway")
-            find_end = launched.find_end if launched else lambda: None
-            headers = options.build_headers(self._arguments.api_key)
-            async with open_http(headers=headers) as client:
-                limit_s = _READY_TIMEOUT_S
-                await wait_ready(addresses.gateway, client, self._progress, limit_s, find_end)
-                settings = await read_settings(addresses.gateway, client)
-            async with open_http() as client:
-                model = await read_model(addresses.engine, client)
-                launcher = await read_launcher(addresses.status, client)
-            if not model:
-                said = f"no engine answers at {addresses.engine}/v1/models"
-                raise BenchFailed(f"{said}; --direct-url says where it is")
-            return await self._measure_parts(BenchStack(addresses, model, launcher, settings))
-
-    def _open_stack(self, exits: ExitStack) -> tuple[StackAddresses, LaunchedServer | None]:
-        """One that runs already, or one of our own on free ports."""
+    async def _open_stack(self, exits: ExitStack) -> BenchStack:
+        """One that runs already, or one of our own; waited for, and asked what it is."""
         arguments = self._arguments
-        if arguments.url:
-            urls = (arguments.url, arguments.direct_url, arguments.status_url)
-            return StackAddresses(*urls), None
-        folder = Path(arguments.out).resolve().parent
+        urls = (arguments.url, arguments.direct_url, arguments.status_url)
+        find_end: Callable[[], Problem | None] | None = None
+        if not arguments.url:
+            urls, find_end = self._start_stack(exits)
+        gateway, engine, status = urls
+        self._progress.working("waiting for the gateway")
+        async with open_http(headers=options.build_headers(arguments.api_key)) as client:
+            await wait_ready(gateway, client, self._progress, _READY_TIMEOUT_S, find_end)
+            settings = await read_settings(gateway, client)
+        async with open_http() as client:
+            model = await read_model(engine, client)
+            launcher = await read_launcher(status, client)
+        if not model:
+            said = f"no engine answers at {engine}/v1/models"
+            raise BenchFailed(f"{said}; --direct-url says where it is")
+        return BenchStack(gateway, engine, model, launcher, settings)
+
+    def _start_stack(
+        self, exits: ExitStack
+    ) -> tuple[tuple[str, str, str], Callable[[], Problem | None]]:
+        """On free ports."""
+        folder = Path(self._arguments.out).resolve().parent
         port = find_free_row(3)
         environment = {
             # The same prompts are asked again and again: sharing answers would be cheating.
@@ -221,43 +199,46 @@ class Bench:
             "LAUNCHER_ENGINE_PORT": str(port + 1),
             "LAUNCHER_STATUS_PORT": str(port + 2),
         }
-        words = arguments.launcher_options
-        command = LaunchCommand(_HOST, port, arguments.model, words, environment)
+        words = self._arguments.launcher_options
+        command = LaunchCommand(_HOST, port, self._arguments.model, words, environment)
         launched = exits.enter_context(launch(command, folder / "bench-stack.log", self._progress))
-        ours = [f"http://{_HOST}:{port + above}" for above in range(3)]
-        return StackAddresses(*ours), launched
+        gateway, engine, status = (f"http://{_HOST}:{port + above}" for above in range(3))
+        return (gateway, engine, status), launched.find_end
 
-    async def _measure_parts(self, stack: BenchStack) -> EngineMeasures:
+    async def _measure_parts(self, stack: BenchStack) -> dict[str, Any]:
+        """Fields of the result, and in a sentence how answers were checked."""
         targets = self._build_targets(stack)
         meter = build_meter(stack.launcher)
         if meter is None:
             self._notes.append(
                 "no CPU times: no launcher on this machine says which processes are measured"
             )
-        measures = EngineMeasures(stack)
+        workloads: list[WorkloadRounds] = []
+        sweep, outside = None, None
         async with open_client() as client:
             self._progress.working("asking every question once, directly")
             learned = await ask_all(client, targets[0], self._asked.known)
             client.book = book = build_book(self._pairs, learned)
             setup = BenchSetup(targets, client, meter, self._chance, self._progress.working)
-            for workload, budget in list_workloads(self._parts, self._scale, self._asked):
+            chosen = bench_options.list_workloads(self._parts, self._scale, self._asked)
+            for workload, budget in chosen:
                 told = replace(setup, say=self._announce(workload.title))
-                rounds = await measure_workload(workload, told, budget)
-                measures.workloads += (rounds,)
+                workloads.append(await measure_workload(workload, told, budget))
             if "sweep" in self._parts:
-                plan = plan_sweep(self._scale, self._asked, self._arguments.p95_bound_s)
-                told = replace(setup, say=self._announce("open loop"))
-                measures.sweep = await find_knees(told, plan)
+                bound_s = self._arguments.p95_bound_s
+                plan = bench_options.plan_sweep(self._scale, self._asked, bound_s)
+                sweep = await find_knees(replace(setup, say=self._announce("open loop")), plan)
         if "outside" in self._parts:
-            measures.outside = await self._measure_outside(stack)
-        how = "known by heart" if book.is_by_heart else "as the engine itself answered at first"
-        measures.answers = f"{book.checked:,} answers held against their questions, {how}"
+            outside = await self._measure_outside(stack)
         if book.differing:
             self._notes.append(
                 f"{book.differing} of {book.checked} answers differed from the first one to their "
                 "question (greedy decoding may depend on the batch); none was another question's"
             )
-        return measures
+        how = "known by heart" if book.is_by_heart else "as the engine itself answered at first"
+        answers = f"{book.checked:,} answers held against their questions, {how}"
+        found = {"workloads": tuple(workloads), "sweep": sweep, "outside": outside}
+        return {**found, "answers": answers}
 
     def _build_targets(self, stack: BenchStack) -> tuple[Target, ...]:
         settings = Settings(tokenizer=self._find_tokenizer(stack))
@@ -266,9 +247,9 @@ class Bench:
         form = PromptForm(stack.model, builder, sampling, self._arguments.max_tokens)
         key = self._arguments.api_key
         return (
-            Target("direct", stack.addresses.engine, is_gateway=False, form=form),
-            Target("control", stack.addresses.engine, is_gateway=False, form=form),
-            Target("gateway", stack.addresses.gateway, is_gateway=True, form=form, api_key=key),
+            Target("direct", stack.engine_url, is_gateway=False, form=form),
+            Target("control", stack.engine_url, is_gateway=False, form=form),
+            Target("gateway", stack.gateway_url, is_gateway=True, form=form, api_key=key),
         )
 
     def _find_tokenizer(self, stack: BenchStack) -> Path:
@@ -282,7 +263,7 @@ class Bench:
         return folder
 
     async def _measure_outside(self, stack: BenchStack) -> WorkloadRounds | None:
-        engine, gateway = stack.addresses.engine, stack.addresses.gateway
+        engine, gateway = stack.engine_url, stack.gateway_url
         urls = {"direct": engine, "control": engine, "gateway": gateway}
         folder, key = self._find_tokenizer(stack), self._arguments.api_key
         targets = VllmBenchTargets(urls, stack.model, folder, key)
@@ -307,9 +288,9 @@ class Bench:
         return lambda text: self._progress.working(f"{title}: {text}")
 
     def _collect_facts(
-        self, measures: EngineMeasures, load_before: float, seconds: float
+        self, stack: BenchStack, answers: str, load_before: float, seconds: float
     ) -> BenchFacts:
-        arguments, stack = self._arguments, measures.stack
+        arguments = self._arguments
         engine = stack.launcher.describe_engine()
         asked: dict[str, Any] = {
             "prompts": self._scale.prompts,
@@ -328,10 +309,10 @@ class Bench:
         same_relay = {"machine": facts["machine"], "load": repr(self._scale.relay)}
         return BenchFacts(
             **facts,
-            gateway_url=stack.addresses.gateway,
-            engine_url=stack.addresses.engine,
+            gateway_url=stack.gateway_url,
+            engine_url=stack.engine_url,
             model=stack.model,
-            answers=measures.answers,
+            answers=answers,
             asked=asked,
             engine=engine,
             gateway=stack.settings,

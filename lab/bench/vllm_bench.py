@@ -7,13 +7,14 @@ command that starts, and importing vLLM takes longer than a measurement.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,10 @@ async def measure_vllm_bench(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("starting vllm bench serve")
-        async with _ServeProcess(environment) as program:
+        async with _start_program(environment) as run:
 
             async def measure(arm: str) -> dict[str, float]:
-                await program.run(asked.options(targets, arm, folder))
+                await run(asked.options(targets, arm, folder))
                 return read_result(folder / f"{arm}.json", asked, arm)
 
             taken = await take_rounds(list(targets.urls), measure, budget, chance, say)
@@ -124,50 +125,43 @@ def read_result(path: Path, asked: VllmBenchLoad, arm: str) -> dict[str, float]:
     return {name: float(data[key]) * scale for name, (key, scale) in _MEASURES.items()}
 
 
-class _ServeProcess:
+@contextlib.asynccontextmanager
+async def _start_program(
+    environment: dict[str, str],
+) -> AsyncIterator[Callable[[Sequence[str]], Awaitable[None]]]:
     """This file as a process of its own: a line of options in, a line out when it is done."""
+    log_path = OUT / "bench-outside.log"
+    log_path.parent.mkdir(exist_ok=True)
+    with log_path.open("wb") as log:
+        words = (sys.executable, "-m", "lab.bench.vllm_bench")
+        process = await asyncio.create_subprocess_exec(
+            *words, stdin=PIPE, stdout=PIPE, stderr=log, env={**os.environ, **environment}
+        )
+    requests, answers = process.stdin, process.stdout
+    assert requests is not None  # noqa: S101 - both were asked for
+    assert answers is not None  # noqa: S101
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = {**os.environ, **environment}
-        self._log = OUT / "bench-outside.log"
-
-    async def __aenter__(self) -> _ServeProcess:
-        self._log.parent.mkdir(exist_ok=True)
-        with self._log.open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "lab.bench.vllm_bench"),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=self._environment,
-            )
-        try:
-            await self._wait(_START_TIMEOUT_S)
-        except BaseException:
-            await self.__aexit__()
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-
-    async def run(self, options: Sequence[str]) -> None:
-        assert self._process.stdin is not None  # noqa: S101 — it was asked for
-        self._process.stdin.write(json.dumps(list(options)).encode() + b"\n")
-        await self._wait(_TURN_TIMEOUT_S)
-
-    async def _wait(self, timeout_s: float) -> None:
-        assert self._process.stdout is not None  # noqa: S101 — it was asked for
+    async def wait(timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                line = await self._process.stdout.readline()
+                line = await answers.readline()
         except TimeoutError:
             line = b""
         if line.strip() != _READY.encode():
-            raise BenchFailed(f"vllm bench serve ended or hangs; see {self._log}")
+            raise BenchFailed(f"vllm bench serve ended or hangs; see {log_path}")
+
+    async def run(options: Sequence[str]) -> None:
+        requests.write(json.dumps(list(options)).encode() + b"\n")
+        await wait(_TURN_TIMEOUT_S)
+
+    try:
+        await wait(_START_TIMEOUT_S)
+        yield run
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 def main() -> None:

@@ -14,16 +14,9 @@ from lab.grade.grade_console import GRADE_FIGURES, describe_range, describe_time
 from lab.grade.grade_result import GradedAnswer, GradeResult
 from lab.grade.scores import mark_common
 from lab.intervals import quantile
+from lab.reports import plots
 from lab.reports.output_files import write_file
 from lab.reports.pages import PageFigure, list_facts, render_page
-from lab.reports.plots import (
-    CallBar,
-    NamedBar,
-    PlotSeries,
-    draw_bars,
-    draw_call_bars,
-    draw_histogram,
-)
 
 # What the course published: an RTX 5090, the course's own 358 questions. Whether its "tokens" are
 # tokens or characters is not certain; three entries believe the latter.
@@ -55,7 +48,7 @@ def render(grade: GradeResult) -> str:
         grade=grade,
         found=grade.findings,
         tiles=list(_tiles(grade)),
-        plots=list(_plots(grade)),
+        plots=list(_draw_plots(grade)),
         worst=list(_find_worst(grade)),
         most_listed=_MOST_LISTED,
         facts=list(list_facts(known, {"engine": facts.engine})),
@@ -80,13 +73,13 @@ def _tiles(grade: GradeResult) -> Iterator[dict[str, str]]:
             yield {"name": figure.name, "figure": middle, "note": note}
 
 
-def _plots(grade: GradeResult) -> Iterator[PageFigure]:
+def _draw_plots(grade: GradeResult) -> Iterator[PageFigure]:
     answers = grade.answers
     scores = [
-        PlotSeries("course reading", [one.scores[0].rouge_course for one in answers], "a"),
-        PlotSeries("all tokens", [one.scores[0].rouge_whitespace for one in answers], "b"),
+        plots.PlotSeries("course reading", [one.scores[0].rouge_course for one in answers], "a"),
+        plots.PlotSeries("all tokens", [one.scores[0].rouge_whitespace for one in answers], "b"),
     ]
-    plot = draw_histogram(scores, x_label="ROUGE-L", x_max=1.0, bins=20)
+    plot = plots.draw_histogram(scores, x_label="ROUGE-L", x_max=1.0, bins=20)
     yield PageFigure("Scores", plot, "How many answers have which score.")
     yield _draw_lengths(answers)
     yield _draw_calls(grade)
@@ -104,15 +97,15 @@ def _draw_lengths(answers: Sequence[GradedAnswer]) -> PageFigure:
     most = max(quantile(ours, 0.98), quantile(theirs, 0.98), 20.0)
     step = max(1, round(most / 20 / 5 + 0.5) * 5)
     bins = int(most // step) + 1
-    series = [PlotSeries("answers", ours, "a"), PlotSeries("references", theirs, "b")]
-    plot = draw_histogram(series, x_label="characters", x_max=float(step * bins), bins=bins)
+    series = [plots.PlotSeries("answers", ours, "a"), plots.PlotSeries("references", theirs, "b")]
+    plot = plots.draw_histogram(series, x_label="characters", x_max=float(step * bins), bins=bins)
     medians = f"answers {statistics.median(ours):.0f}, references {statistics.median(theirs):.0f}"
     return PageFigure("Lengths", plot, f"Medians: {medians}. The last bar holds all longer.")
 
 
 def _draw_calls(grade: GradeResult) -> PageFigure:
     bars = [
-        CallBar(
+        plots.CallBar(
             group=number,
             start=call.started_s,
             end=call.started_s + call.seconds,
@@ -124,7 +117,7 @@ def _draw_calls(grade: GradeResult) -> PageFigure:
         for call in run.calls
     ]
     limit = grade.facts.limit_s
-    plot = draw_call_bars(bars, groups=len(grade.runs), x_label="seconds", limit=limit)
+    plot = plots.draw_call_bars(bars, groups=len(grade.runs), x_label="seconds", limit=limit)
     caption = f"Seconds a call: {describe_times([bar.end - bar.start for bar in bars])}."
     if any(bar.style == "bad" for bar in bars):
         caption += " Red ones left something unanswered."
@@ -133,16 +126,16 @@ def _draw_calls(grade: GradeResult) -> PageFigure:
 
 def _draw_speeds(grade: GradeResult) -> Markup:
     bars = [
-        NamedBar(name, speed, "dim", f"ROUGE-L {score}" if score else "")
+        plots.NamedBar(name, speed, "dim", f"ROUGE-L {score}" if score else "")
         for name, speed, score in PUBLISHED
     ]
     score = f"ROUGE-L {statistics.median(run.rouge_course for run in grade.runs):.4f}"
     tokens = [run.speed.tokens_per_s for run in grade.runs if run.speed.tokens_per_s is not None]
     if tokens:
-        bars.append(NamedBar("this run, tokens", statistics.median(tokens), "a", score))
+        bars.append(plots.NamedBar("this run, tokens", statistics.median(tokens), "a", score))
     characters = statistics.median(run.speed.characters_per_s for run in grade.runs)
-    bars.append(NamedBar("this run, characters", characters, "b", score))
-    return draw_bars(sorted(bars, key=lambda bar: -bar.value), unit="/s")
+    bars.append(plots.NamedBar("this run, characters", characters, "b", score))
+    return plots.draw_bars(sorted(bars, key=lambda bar: -bar.value), unit="/s")
 
 
 def _find_worst(grade: GradeResult) -> Iterator[tuple[int, GradedAnswer, int]]:

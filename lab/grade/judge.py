@@ -14,15 +14,9 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from lab import readiness
 from lab.grade.replies import Reply, read_reply, refuse_reply
-from lab.readiness import (
-    POLL_S,
-    PROBE_TIMEOUT_S,
-    Mode,
-    Problem,
-    describe_error,
-    describe_redirect,
-)
+from lab.readiness import Mode, Problem, describe_error, describe_redirect
 from lab.reports.console import ProgressLine, ticking
 
 _PROBES_TO_BE_GONE = 3
@@ -168,13 +162,13 @@ class Judge:
         broke += f" ({describe_error(error)})"
         for _ in range(_PROBES_TO_BE_GONE):
             try:
-                async with asyncio.timeout(2 * PROBE_TIMEOUT_S):
-                    await self._client.get(f"{self._url}/", timeout=PROBE_TIMEOUT_S)
+                async with asyncio.timeout(2 * readiness.PROBE_TIMEOUT_S):
+                    await self._client.get(f"{self._url}/", timeout=readiness.PROBE_TIMEOUT_S)
             except (httpx.ReadTimeout, TimeoutError):
                 break  # it holds the request, so it lives
             except httpx.HTTPError as other:
                 gone = describe_error(other)
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(readiness.POLL_S)
             else:
                 break
         else:

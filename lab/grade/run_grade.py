@@ -30,25 +30,12 @@ import httpx
 from common.project import DEMO_QUESTIONS
 from common.questions import QuestionSet
 from lab.failures import BadOptions, Unwritable
+from lab.grade import grade_options, grade_result
 from lab.grade.comparison import GradeComparison, compare, describe, extract_grade, read_grade
 from lab.grade.findings import GradeFinding, ScoreFloor, find_all
 from lab.grade.grade_console import build_figures, describe_grade
-from lab.grade.grade_options import (
-    build_launch_command,
-    check_outputs,
-    choose_questions,
-    parse_arguments,
-    place_beside,
-)
 from lab.grade.grade_page import write_report
-from lab.grade.grade_result import (
-    GradeFacts,
-    GradeResult,
-    build_answers,
-    build_run,
-    find_ceiling,
-    write_ungraded,
-)
+from lab.grade.grade_result import GradeFacts, GradeResult
 from lab.grade.judge import Judge, JudgeRun, SendingPlan
 from lab.grade.token_counts import TokenCounts, count_tokens
 from lab.launched_server import LaunchedServer, launch
@@ -64,11 +51,11 @@ _DEMO_SHARE = 0.95
 
 
 def main(words: Sequence[str]) -> int:
-    arguments = parse_arguments(words, __doc__)
+    arguments = grade_options.parse_arguments(words, __doc__)
     if arguments.compare:
         return run_comparison(*map(Path, arguments.compare))
-    check_outputs(arguments)
-    return run_grade(arguments, choose_questions(arguments))
+    grade_options.check_outputs(arguments)
+    return run_grade(arguments, grade_options.choose_questions(arguments))
 
 
 def run_comparison(first: Path, second: Path) -> int:
@@ -91,7 +78,9 @@ def run_grade(arguments: argparse.Namespace, asked: QuestionSet) -> int:
         grade = build_grade(arguments, asked, evidence)
     except ServerNeverReady as error:
         # An earlier grade must not be taken for this one.
-        write_ungraded(GradeFinding(error.problem.code, "error", error.problem.text), details)
+        grade_result.write_ungraded(
+            GradeFinding(error.problem.code, "error", error.problem.text), details
+        )
         report.unlink(missing_ok=True)
         raise
     finally:
@@ -126,7 +115,7 @@ def write_all(grade: GradeResult, arguments: argparse.Namespace) -> Iterator[str
 @contextlib.contextmanager
 def serve(arguments: argparse.Namespace, progress: ProgressLine) -> Iterator[LaunchedServer | None]:
     """A server of our own while inside, unless there is one or none is wanted."""
-    command = build_launch_command(arguments)
+    command = grade_options.build_launch_command(arguments)
     if arguments.no_start_server or is_anyone_there(arguments.url):
         if not arguments.no_start_server:
             progress.say(f"something answers at {arguments.url} already: it is graded as it is")
@@ -137,7 +126,7 @@ def serve(arguments: argparse.Namespace, progress: ProgressLine) -> Iterator[Lau
     where = urlsplit(arguments.url)
     if where.scheme != "http" or where.path.strip("/"):
         raise BadOptions(f"cannot start a server at {arguments.url}; add --no_start_server")
-    log_path = Path(place_beside(arguments, "grade-server.log"))
+    log_path = Path(grade_options.place_beside(arguments, "grade-server.log"))
     with launch(command, log_path, progress) as launched:
         yield launched
 
@@ -162,7 +151,7 @@ async def examine(
     limits = httpx.Limits(max_keepalive_connections=0)
     async with open_http(limits=limits, headers=build_headers(arguments.api_key)) as client:
         began = time.monotonic()
-        find_end = launched.find_end if launched else lambda: None
+        find_end = launched.find_end if launched else None
         limit_s = arguments.ready_timeout
         mode = await wait_ready(arguments.url, client, progress, limit_s, find_end)
         ready_s = time.monotonic() - began
@@ -224,10 +213,10 @@ def build_grade(
     arguments: argparse.Namespace, asked: QuestionSet, evidence: Evidence
 ) -> GradeResult:
     """Outside the event loop, which would not hear of a Ctrl-C meanwhile."""
-    ceiling, unscored = find_ceiling([pair.reference for pair in asked.pairs])
+    ceiling, unscored = grade_result.find_ceiling([pair.reference for pair in asked.pairs])
     runs, facts = evidence.runs, replace(evidence.facts, ceiling=ceiling, unscored=unscored)
-    answers = build_answers(asked, runs, evidence.counted.counts)
-    results = [build_run(run, number, answers) for number, run in enumerate(runs)]
+    answers = grade_result.build_answers(asked, runs, evidence.counted.counts)
+    results = [grade_result.build_run(run, number, answers) for number, run in enumerate(runs)]
     findings = find_all(facts, answers, results, choose_floor(arguments, facts))
     return GradeResult(facts, tuple(results), tuple(answers), tuple(findings))
 

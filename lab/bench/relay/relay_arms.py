@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import IO
 
 from common.ports import find_free_ports
 from lab.bench.bench_figures import BenchFailed
@@ -34,59 +35,53 @@ class RelayArms:
 async def start_arms() -> AsyncIterator[RelayArms]:
     engine, plain, gateway = find_free_ports(3)
     url = f"http://127.0.0.1:{engine}"
-    flags = ["--port", str(gateway), "--engines", url, "--prompt-style", "raw"]
-    flags += ["--warmup-prompts", "1", "--log-format", "json"]
-    with ExitStack() as stack:
-        start = _RelayPrograms(stack)
-        start("lab.bench.relay.stand_in_engine", 0, "engine", "--port", str(engine))
-        plain_pid = start(
-            "lab.bench.relay.stand_in_engine", 1, "plain", "--port", str(plain), "--url", url
-        )
-        gateway_pid = start("gateway", 1, *flags)
-        stack.enter_context(_pinned(0))
+    log_path = OUT / "bench-relay.log"
+    log_path.parent.mkdir(exist_ok=True)
+    stand_in = "lab.bench.relay.stand_in_engine"
+    flags = ("--engines", url, "--prompt-style", "raw", "--warmup-prompts", "1")
+    with ExitStack() as exits:
+        log = exits.enter_context(log_path.open("wb"))
+        processes = [
+            _start(exits, log, core, *words)
+            for core, *words in (
+                (0, stand_in, "engine", "--port", str(engine)),
+                (1, stand_in, "plain", "--port", str(plain), "--url", url),
+                (1, "gateway", "--port", str(gateway), *flags, "--log-format", "json"),
+            )
+        ]
+        exits.enter_context(_pinned(0))
         for port in (engine, plain, gateway):
-            await start.wait_answering(port)
+            if not await _is_answering(port, processes):
+                raise BenchFailed(f"the relay comparison did not start; see {log_path}")
         ports = {"direct": engine, "control": engine, "plain": plain, "gateway": gateway}
-        yield RelayArms(ports, {"plain": plain_pid, "gateway": gateway_pid})
+        yield RelayArms(ports, {"plain": processes[1].pid, "gateway": processes[2].pid})
 
 
-class _RelayPrograms:
-    """Starts programs, each on a core of its own where there are two."""
+def _start(
+    exits: ExitStack, log: IO[bytes], core: int, module: str, *words: str
+) -> subprocess.Popen[bytes]:
+    """On a core of its own where there are two; ended on the way out."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+    command = [sys.executable, "-m", module, *words]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=kept)
+    exits.callback(stop_process, process, _STOP_TIMEOUT_S)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(process.pid, {cores[core]})
+    return process
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._log = OUT / "bench-relay.log"
-        self._log.parent.mkdir(exist_ok=True)
-        self._file = stack.enter_context(self._log.open("wb"))
-        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def __call__(self, module: str, core: int, *words: str) -> int:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *words],
-            stdout=self._file,
-            stderr=self._file,
-            env=kept,
-        )
-        self._stack.callback(stop_process, process, _STOP_TIMEOUT_S)
-        self._processes.append(process)
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) > 1:
-            os.sched_setaffinity(process.pid, {cores[core]})
-        return process.pid
-
-    async def wait_answering(self, port: int) -> None:
-        deadline = time.monotonic() + _READY_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if any(process.poll() is not None for process in self._processes):
-                break
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, BenchFailed):
-                connection = await RelayConnection.connect(port)
-                await connection.ask(1)
-                await connection.close()
-                return
-            await asyncio.sleep(0.1)
-        raise BenchFailed(f"the relay comparison did not start; see {self._log}")
+async def _is_answering(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Waited for, unless one of the programs has ended."""
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, BenchFailed):
+            connection = await RelayConnection.connect(port)
+            await connection.ask(1)
+            await connection.close()
+            return True
+        await asyncio.sleep(0.1)
+    return False
 
 
 @contextlib.contextmanager

@@ -13,19 +13,9 @@ from lab.bench.relay.relay_comparison import CHUNKS, LATENCY, RATE, RelayResult
 from lab.bench.report.bench_result import BenchResult, describe_quiet
 from lab.bench.rounds import CPU_MEASURE, WorkloadRounds
 from lab.intervals import find_value_at
+from lab.reports import plots
 from lab.reports.output_files import write_file
 from lab.reports.pages import PageFigure, list_facts, render_page
-from lab.reports.plots import (
-    DotCloud,
-    NamedBar,
-    PlotDot,
-    PlotSeries,
-    RangeMark,
-    draw_bars,
-    draw_clouds,
-    draw_histogram,
-    draw_ranges,
-)
 
 _STYLES = {"direct": "b", "control": "dim", "gateway": "a", "plain": "dim"}
 _WIDEST = 0.3
@@ -47,7 +37,7 @@ def render(result: BenchResult) -> str:
         rows=rows,
         found=list(_findings(result)),
         tiles=[_tile(row) for row in rows if row.bound is not None or row.name.endswith("knee")],
-        plots=list(_plots(result, rows)),
+        plots=list(_draw_plots(result, rows)),
         facts=list(list_facts({**vars(facts), "setting": ""}, nested)),
     )
 
@@ -79,7 +69,7 @@ def _tile(row: BenchRow) -> dict[str, str]:
     return {"name": row.name, "figure": figure, "note": " · ".join(words), "style": style}
 
 
-def _plots(result: BenchResult, rows: Sequence[BenchRow]) -> Iterator[PageFigure]:
+def _draw_plots(result: BenchResult, rows: Sequence[BenchRow]) -> Iterator[PageFigure]:
     ratios = [row for row in rows if row.part == "engine" and row.neutral == 1.0]
     cpu = [row for row in ratios if row.name.endswith(CPU_MEASURE)]
     times = [row for row in ratios if row not in cpu]
@@ -103,12 +93,12 @@ def _plots(result: BenchResult, rows: Sequence[BenchRow]) -> Iterator[PageFigure
 
 def _draw_ratios(title: str, rows: Sequence[BenchRow], caption: str) -> PageFigure:
     ranges = [
-        RangeMark(row.name, arm, interval.value, interval.low, interval.high, _STYLES[arm])
+        plots.RangeMark(row.name, arm, interval.value, interval.low, interval.high, _STYLES[arm])
         for row in rows
         for arm, interval in (("gateway", row.span), ("control", row.control))
         if interval
     ]
-    plot = draw_ranges(ranges, centre=1.0, band=QUIET, x_label="× direct", widest=_WIDEST)
+    plot = plots.draw_ranges(ranges, centre=1.0, band=QUIET, x_label="× direct", widest=_WIDEST)
     return PageFigure(title, plot, caption)
 
 
@@ -119,10 +109,10 @@ def _draw_sweep(sweep: Sweep) -> PageFigure:
         for point in (one for one in sweep.points if one.arm == arm):
             said = f"{arm} at {point.rate:.0f}/s: 95 % within {point.p95_s:.2f} s"
             title = f"{said}; {point.trouble or 'served'}"
-            dots.append(PlotDot(point.rate, point.p95_s, not point.is_served, title))
-        clouds.append(DotCloud(arm, dots, _STYLES[arm]))
+            dots.append(plots.PlotDot(point.rate, point.p95_s, not point.is_served, title))
+        clouds.append(plots.DotCloud(arm, dots, _STYLES[arm]))
     names = {"x_label": "calls/s", "y_label": "95 % within, s", "limit_name": "bound"}
-    plot = draw_clouds(clouds, limit=sweep.bound_s, **names)
+    plot = plots.draw_clouds(clouds, limit=sweep.bound_s, **names)
     caption = (
         "Each dot is one rate for one target; a hollow one was not served: 95 % took more than "
         f"{sweep.bound_s:g} s, the queue grew, or calls were refused."
@@ -137,9 +127,9 @@ def _draw_times(measured: WorkloadRounds) -> PageFigure:
     low, high = min(every), find_value_at(every, 0.98)
     step = max((high - low) / _BINS, 1e-6)
     first, bins = math.floor(low / step) * step, _BINS + 1
-    series = [PlotSeries(arm, values, _STYLES[arm]) for arm, values in times.by_arm.items()]
+    series = [plots.PlotSeries(arm, values, _STYLES[arm]) for arm, values in times.by_arm.items()]
     span = {"x_min": first, "x_max": first + step * bins}
-    plot = draw_histogram(series, x_label="ms", bins=bins, y_label="calls", **span)
+    plot = plots.draw_histogram(series, x_label="ms", bins=bins, y_label="calls", **span)
     caption = "Every call of the measured rounds, in milliseconds."
     return PageFigure(measured.title, plot, caption)
 
@@ -154,7 +144,7 @@ def _draw_relayed(relayed: RelayResult) -> Iterator[PageFigure]:
         bars = []
         for arm, values in series.by_arm.items():
             note = f"{min(values):,.3g} to {max(values):,.3g}"
-            bars.append(NamedBar(arm, statistics.median(values), _STYLES[arm], note))
-        plot = draw_bars(bars, unit=series.unit)
+            bars.append(plots.NamedBar(arm, statistics.median(values), _STYLES[arm], note))
+        plot = plots.draw_bars(bars, unit=series.unit)
         title = f"Stand-in engine: {series.measure}"
         yield PageFigure(title, plot, captions[series.measure])

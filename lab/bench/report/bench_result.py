@@ -44,12 +44,12 @@ class BenchResult:
     """One run: workloads through the targets, the sweep, the outside opinion, the relay."""
 
     facts: BenchFacts
-    workloads: tuple[WorkloadRounds, ...]
-    outside: WorkloadRounds | None
-    sweep: Sweep | None
     relayed: RelayResult | None
     batch_title: str
     single_title: str
+    workloads: tuple[WorkloadRounds, ...] = ()
+    outside: WorkloadRounds | None = None
+    sweep: Sweep | None = None
     notes: tuple[str, ...] = ()
     changes: tuple[FigureChange, ...] = ()
     against: str = ""

@@ -91,7 +91,7 @@ def main(words: Sequence[str]) -> int:
 def run_bench(arguments: argparse.Namespace, asked: QuestionSet) -> BenchResult:
     progress = ProgressLine()
     try:
-        return asyncio.run(Bench(arguments, asked, progress).measure())
+        return asyncio.run(BenchRun(arguments, asked, progress).measure())
     except MixedUp as error:
         said = f"ANSWERS WERE MIXED UP, so there are no figures: {error}"
         raise MixedUp(said) from None
@@ -127,7 +127,7 @@ class BenchStack:
     settings: dict[str, str] = field(default_factory=dict)
 
 
-class Bench:
+class BenchRun:
     """One run."""
 
     def __init__(

@@ -17,7 +17,7 @@ from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.errors import SettingsError
 from lab.bench.bench_figures import BenchFailed, RoundSeries
@@ -137,9 +137,8 @@ async def _start_program(
         process = await asyncio.create_subprocess_exec(
             *words, stdin=PIPE, stdout=PIPE, stderr=log, env={**os.environ, **environment}
         )
-    requests, answers = process.stdin, process.stdout
-    assert requests is not None  # noqa: S101 - both were asked for
-    assert answers is not None  # noqa: S101
+    requests = cast("asyncio.StreamWriter", process.stdin)
+    answers = cast("asyncio.StreamReader", process.stdout)
 
     async def wait(timeout_s: float) -> None:
         try:

@@ -16,7 +16,7 @@ from aiohttp import web
 from common.questions import read_questions
 from lab.bench import vllm_bench as outside
 from lab.bench.bench_options import PARTS, QUICK, parse_arguments
-from lab.bench.run_bench import Bench
+from lab.bench.run_bench import BenchRun
 from lab.reports.console import ProgressLine
 from tests.fake_engine import MODEL_FOLDER, serve_app
 
@@ -34,13 +34,13 @@ TINY = replace(
 )
 
 
-def build_bench(gateway: str, engine: str, *options: str, **scale: Any) -> Bench:
+def build_bench(gateway: str, engine: str, *options: str, **scale: Any) -> BenchRun:
     fixed = ["--url", gateway, "--direct-url", engine, "--tokenizer", str(MODEL_FOLDER)]
     fixed += ["--status-url", "http://127.0.0.1:9"]  # nobody's
     arguments = parse_arguments([*fixed, *options])
     arguments.scale = replace(TINY, **scale)
     asked = read_questions(Path(arguments.questions)).take(24)
-    return Bench(arguments, asked, ProgressLine(0, 1, io.StringIO()))
+    return BenchRun(arguments, asked, ProgressLine(0, 1, io.StringIO()))
 
 
 @dataclass

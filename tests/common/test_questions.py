@@ -161,3 +161,15 @@ def test_questions_without_answers_are_read_where_none_are_needed(
     read = read_questions(path, needs_answers=False)
 
     assert read.pairs == (QuestionPair("one", ""), QuestionPair("two", "2"))
+
+
+def test_list_of_texts_is_read_where_no_answers_are_needed(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.json", '["a", "b"]')
+
+    assert read_questions(path, needs_answers=False).questions == ["a", "b"]
+
+
+def test_nothing_to_ask_is_refused_where_nobody_needs_answers(tmp_path: Path) -> None:
+    for name, content in (("q.json", "[]"), ("q.txt", "答案：c"), ("q.jsonl", '{"answer": "c"}')):
+        with pytest.raises(BadQuestions, match=r"no question in it|has no text under question"):
+            read_questions(write(tmp_path, name, content), needs_answers=False)

@@ -57,10 +57,11 @@ bench: setup-dev ## what the gateway costs over the engine itself, with a contro
 
 docs: setup-dev ## the tables of docs/settings.md and docs/metrics.md, and docs/results.md
 	@$(PY) -m scripts.reference
+	@$(PY) -m scripts.tree draw
 	@$(PY) -m lab results
 
 dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py
-	@$(PY) scripts/dashboards.py
+	@$(PY) -m scripts.dashboards
 
 lock: setup-dev ## resolve uv.lock anew, from the public index: it names where each file is
 	@$(VENV)/bin/uv lock $(or $(ARGS),--upgrade)

@@ -1,4 +1,5 @@
-"""Writes deploy/grafana/dashboards/*.json from scripts/panels.py (`make dashboards`).
+"""Writes deploy/grafana/dashboards/*.json from scripts/panels.py (`make dashboards`:
+`python -m scripts.dashboards`).
 
 `--check` changes nothing and says whether the files are what it would write.
 """
@@ -29,11 +30,10 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from scripts.panels import BOARDS, STATES, Board, Panel, Query
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
-sys.path.insert(0, str(ROOT))
-
-from scripts.panels import BOARDS, STATES, Board, Panel, Query  # noqa: E402
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GREEN, _RED, _GREY = "green", "red", "#8e8e8e"

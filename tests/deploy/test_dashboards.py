@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_files_are_what_the_script_writes() -> None:
     checked = subprocess.run(
-        [sys.executable, "scripts/dashboards.py", "--check"],
+        [sys.executable, "-m", "scripts.dashboards", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from common.project import read_version
 from common.questions import BadQuestions
-from common.version import read_version
 from lab.__main__ import COMMANDS, main, run_command
 from lab.failures import BadOptions
 

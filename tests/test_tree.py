@@ -93,6 +93,21 @@ def test_project_keeps_its_order(check: Callable[[Project], list[str]]) -> None:
     assert check(read_project(ROOT)) == []
 
 
+def test_drawing_in_the_docs_is_what_the_imports_say() -> None:
+    drawn = (ROOT / "docs" / "images" / "tree.svg").read_text(encoding="utf-8")
+
+    assert drawn == draw_project(read_project(ROOT)), "run `make docs`"
+
+
+async def test_predict_takes_at_most_ten_frames_in_eight_files_to_the_engine() -> None:
+    predict, stream, chunk = await measure_call_paths(ROOT)
+
+    assert len(predict.frames) <= 10
+    assert len(predict.files) <= 8
+    assert len(stream.frames) <= len(predict.frames)
+    assert len(chunk.frames) <= 6
+
+
 def test_checks_of_an_orderly_tree_find_nothing(tmp_path: Path) -> None:
     project = write_tree(
         tmp_path,

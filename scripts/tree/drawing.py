@@ -17,6 +17,7 @@ from scripts.tree.imports import Project, find_floor
 from scripts.tree.modules import PRODUCT
 
 _SHOWN = (*PRODUCT, "lab")
+_GROUND = frozenset(("config", "errors", "paths"))  # everybody may import these: arrows say nothing
 _BOX, _MARGIN, _GAP = 208, 36, 12  # a box's width, around the picture, between boxes
 _ENTRY, _LANE, _LETTER = 14, 11, 5.9  # between arrows, between lines, a letter's width
 _COLOURS = ("#2f81f7", "#d9730d", "#3fa45b", "#a371f7", "#1b9aaa", "#b08800", "#8a7f72", "#bf5aa8")
@@ -93,8 +94,8 @@ def draw_project(project: Project) -> str:
             _MARGIN,
             bottom + 24,
             "note",
-            "An arrow points from a folder to one it "
-            "imports from; its number says by how many imports.",
+            "An arrow points from a folder to one it imports from; its number says by how many "
+            f"imports. Those into {', '.join(sorted(_GROUND))} are left out.",
         )
     )
     return "\n".join(
@@ -132,7 +133,7 @@ def build_column(project: Project, program: str) -> Column:
         (above[1], below[1])
         for above, below in list_arrows(project)
         if floors and above[0] == below[0] == program and len(above) > 1 < len(below)
-        if above[1] != below[1]
+        if above[1] != below[1] and below[1] not in _GROUND
     )
     return Column(program, boxes, arrows)
 

@@ -14,16 +14,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import tenacity
-
 from common.project import DEMO_MODEL
 from launcher.models import files
+from launcher.models.retrying import HubError, retry
 
 DEMO = "demo"
 HUB_TOKEN = Path("/run/secrets/hf_token")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_ATTEMPTS = 4
-_TOO_MANY_REQUESTS = 429
 
 
 class ModelError(Exception):
@@ -80,48 +77,25 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
 def fetch(name: str, into: Path, hub: str) -> None:
     if not os.environ.get("HF_ENDPOINT"):  # empty from a compose file; the hub's client minds
         os.environ.pop("HF_ENDPOINT", None)
+
+    def download() -> None:
+        if hub == "modelscope":
+            importlib.import_module("modelscope").snapshot_download(name, local_dir=str(into))
+            return
+        importlib.import_module("huggingface_hub").snapshot_download(
+            name, local_dir=into, ignore_patterns=files.NOT_WEIGHTS, token=token
+        )
+
+    token = read_token() if hub == "huggingface" else None
     print(f"model: fetching {name} from {hub}", flush=True)
     try:
-        _download(name, into, hub)
-    except Exception as error:  # noqa: BLE001  (the hubs' trees of errors have no root in common)
-        raise ModelError(f"cannot get {name} from {hub}: {_first_line(error)}") from None
+        retry(download, _tell)
+    except HubError as error:
+        raise ModelError(f"cannot get {name} from {hub}: {error}") from None
 
 
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether asking again may help: not after a plain no, such as an unknown name."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        is_refusal = 400 <= status < 500 and status != _TOO_MANY_REQUESTS
-        if is_refusal or isinstance(error, ModelError) or not isinstance(error, Exception):
-            return False
-        error = error.__cause__  # hubs wrap what went wrong
-    return True
-
-
-def _say_again(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    print(f"model: {_first_line(error)}; trying again", flush=True)
-
-
-# Gigabytes over a public network: what has arrived is kept, the rest is asked for again.
-@tenacity.retry(
-    stop=tenacity.stop_after_attempt(_ATTEMPTS),
-    wait=tenacity.wait_exponential(multiplier=0.5, max=10),
-    retry=tenacity.retry_if_exception(_may_pass),
-    before_sleep=_say_again,
-    reraise=True,
-)
-def _download(name: str, into: Path, hub: str) -> None:
-    if hub == "modelscope":
-        importlib.import_module("modelscope").snapshot_download(name, local_dir=str(into))
-        return
-    importlib.import_module("huggingface_hub").snapshot_download(
-        name, local_dir=into, ignore_patterns=files.NOT_WEIGHTS, token=read_token()
-    )
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _tell(what: str, pause_s: float) -> None:
+    print(f"model: {what}; trying again in {pause_s:.0f} s", flush=True)
 
 
 def read_token() -> str | None:

@@ -103,7 +103,7 @@ def test_packages_come_from_the_wheel(commands: Path, tmp_path: Path) -> None:
     assert [Path(path).is_relative_to(commands.parent) for path in found] == [True, True]
 
 
-@pytest.mark.parametrize("program", ["gateway", "lab"])
+@pytest.mark.parametrize("program", ["gateway", "lab", "launcher"])
 def test_version_is_said(commands: Path, tmp_path: Path, program: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for words in ([f"vllm-{program}"], ["python", "-m", program]):

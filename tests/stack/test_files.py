@@ -262,6 +262,7 @@ def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() 
         "launcher/__init__.py",
         "launcher/models/__init__.py",
         "launcher/models/files.py",
+        "launcher/models/retrying.py",
     }
 
 

@@ -6,9 +6,12 @@ and the retry policy; foreign exceptions are translated below it (`client.py`). 
 - What an engine did not accept (no connection, no file left for one): it did not run.
 - What an engine refused with 429 or 503 did not run either; it goes to another engine. Where there
   is none the caller is told at once: asking the same one again would only add to its load.
-- What was lost on the way, or answered with another 5xx or with nonsense, only if the same answer
-  would come again (`is_repeatable`), on whichever engine is usable then: one that has just failed
-  is looked at first, and one that restarts is waited for.
+- What was lost on the way, or answered with nonsense, only if the same answer would come again
+  (`is_repeatable`), on whichever engine is usable then: one that has just failed is looked at
+  first, and one that restarts is waited for.
+- What was answered with another 5xx likewise, but not by the same engine in the same life: it
+  would only say the same again. vLLM answers 500 when its core has died, and to some requests that
+  it cannot take.
 - Nothing after a time-out, which a second one would double, and nothing of whose answer a part has
   been passed on.
 """
@@ -89,16 +92,24 @@ class Attempt:
         call = self._call
         # Later, "not before the deadline" would hide what became of the first try.
         early = call.context.deadline
+        answer: EngineAnswer | None = None
+        failure: GatewayError | None = None
+        failed_in: tuple[Engine, int] | None = None
         try:
             if self._deadline is not None:
                 await self._deadline.__aenter__()
             while True:
                 engine = call.engine or await self._pool.acquire(call.affinity, call.avoid, early)
+                if failure is not None:
+                    is_same_life = failed_in == (engine, engine.starts)
+                    if answer is not None and answer.status >= 500 and is_same_life:
+                        break
+                    self._count_retry(failure)
                 answer, failure = await self._try(engine)
                 if failure is None or not self._goes_on(engine, failure):
                     break
                 self._close(failure)
-                self._count_retry(failure)
+                failed_in = (engine, engine.starts)
                 call.avoid, early = engine, None
         except BaseException as error:
             await self._leave(error)

@@ -52,6 +52,7 @@ class Engine:
         self.reason = "not looked at yet"
         self.card: ModelCard | None = None
         self.running = 0  # sequences
+        self.starts = 0  # times that it became ready
         self.down_since = time.monotonic()
         self.typical_start_s: float | None = None
         self.suspect = asyncio.Event()
@@ -110,6 +111,7 @@ class Engine:
             self.down_since = now
         elif self.state is not EngineState.READY and state is EngineState.READY:
             self._failures, self.breaker_open_until = 0, 0.0  # it has just answered its warm-up
+            self.starts += 1
             took_s = now - self.down_since
             known_s = self.typical_start_s
             self.typical_start_s = took_s if known_s is None else (known_s + took_s) / 2

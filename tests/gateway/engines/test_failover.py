@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from gateway.app import build_app
 from gateway.config import Settings, load_settings
 from gateway.engines.batch import cut
+from gateway.engines.engine import EngineState
 from gateway.engines.pool import POOL, EnginePool
 from gateway.schemas.predict import default_sampling
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
@@ -226,6 +227,42 @@ async def test_relay_asks_another_engine_before_the_first_byte(serve: Serve) -> 
         answers = [await served.chat(f"c{number}", temperature=0) for number in range(4)]
 
         assert [answer.status_code for answer in answers] == [200] * 4
+
+
+async def test_answered_failure_is_not_asked_of_the_same_engine_again(serve: Serve) -> None:
+    async with serve(Behaviour()) as served:
+        await until(lambda: served.app[POOL].is_ready)
+        served.engine.status, before = 500, len(served.engine.calls)
+
+        relayed = await served.chat("a", temperature=0)
+        predicted = await served.predict(["a", "b"])
+
+        assert (relayed.status_code, relayed.json()["error"]["source"]) == (500, "engine")
+        assert predicted.status_code == 502
+        assert len(served.engine.calls) - before == 2
+        text = (await served.client.get("/metrics")).text
+        assert 'gateway_retried_calls_total{code="engine_failed"} 0.0' in text
+
+
+async def test_answered_failure_of_a_greedy_call_is_asked_of_another_engine(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        served.engine.status = 500
+        greedy = [await served.chat(f"c{number}", temperature=0) for number in range(3)]
+        sampled = [await served.chat(f"c{number}", temperature=1) for number in range(6)]
+
+        assert [answer.status_code for answer in greedy] == [200] * 3
+        assert {answer.status_code for answer in sampled} == {200, 500}
+
+
+async def test_answered_failure_is_asked_again_of_an_engine_that_restarted(serve: Serve) -> None:
+    async with serve(Behaviour(), restart_hold_s=20) as served:
+        engine = served.engine
+        engine.status, engine.is_healthy = 500, False
+        waiting = asyncio.create_task(served.predict(["a", "b"]))
+        await until(lambda: served.app[POOL].engines[0].state is EngineState.DOWN)
+        engine.status, engine.is_healthy = 200, True
+
+        assert (await waiting).json() == {"response": ["answer:a", "answer:b"]}
 
 
 async def test_session_routing_keeps_a_session_on_one_engine(serve: Serve) -> None:

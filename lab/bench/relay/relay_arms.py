@@ -42,7 +42,7 @@ async def start_arms() -> AsyncIterator[RelayArms]:
     with ExitStack() as exits:
         log = exits.enter_context(log_path.open("wb"))
         processes = [
-            _start(exits, log, core, *words)
+            start_program(exits, log, core, *words)
             for core, *words in (
                 (0, stand_in, "engine", "--port", str(engine)),
                 (1, stand_in, "plain", "--port", str(plain), "--url", url),
@@ -51,13 +51,13 @@ async def start_arms() -> AsyncIterator[RelayArms]:
         ]
         exits.enter_context(_pinned(0))
         for port in (engine, plain, gateway):
-            if not await _is_answering(port, processes):
+            if not await is_answering(port, processes):
                 raise BenchFailed(f"the relay comparison did not start; see {log_path}")
         ports = {"direct": engine, "control": engine, "plain": plain, "gateway": gateway}
         yield RelayArms(ports, {"plain": processes[1].pid, "gateway": processes[2].pid})
 
 
-def _start(
+def start_program(
     exits: ExitStack, log: IO[bytes], core: int, module: str, *words: str
 ) -> subprocess.Popen[bytes]:
     """On a core of its own where there are two; ended on the way out."""
@@ -71,7 +71,7 @@ def _start(
     return process
 
 
-async def _is_answering(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+async def is_answering(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     """Waited for, unless one of the programs has ended."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):

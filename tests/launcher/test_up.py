@@ -108,34 +108,32 @@ def test_up_launcher_killed_nothing_is_left_and_the_port_is_free(launcher: Launc
         probe.bind(("127.0.0.1", launcher.port))
 
 
-def test_up_second_signal_ends_every_worker_of_the_gateway_at_once(launcher: Launcher) -> None:
-    with busy_workers(launcher):
+def test_up_second_signal_ends_a_busy_gateway_at_once(launcher: Launcher) -> None:
+    with busy_gateway(launcher):
         launcher.send(signal.SIGTERM)
-        wait_for(lambda: "gateway_draining" in launcher.err, "the workers drain")
+        wait_for(lambda: "gateway_draining" in launcher.err, "the gateway drains")
         launcher.send(signal.SIGTERM)
         assert launcher.wait(within_s=10) == 0
         assert launcher.processes() == []
 
 
-def test_up_launcher_killed_no_worker_of_the_gateway_is_left(launcher: Launcher) -> None:
+def test_up_launcher_killed_no_stopped_gateway_is_left(launcher: Launcher) -> None:
     launcher.settings["LAUNCHER_DRAIN_TIMEOUT_S"] = "1"
-    with busy_workers(launcher) as workers:
-        for worker in workers:
-            os.kill(worker, signal.SIGSTOP)  # so that they cannot even hear of it
+    with busy_gateway(launcher) as gateway:
+        os.kill(gateway, signal.SIGSTOP)  # so that it cannot even hear of it
         launcher.send(signal.SIGKILL)
         launcher.wait()
-        wait_for(lambda: not launcher.processes(), "engine, gateway and workers are ended")
+        wait_for(lambda: not launcher.processes(), "engine and gateway are ended")
 
 
 @contextlib.contextmanager
-def busy_workers(launcher: Launcher) -> Iterator[list[int]]:
-    """A gateway with two workers, each with requests that would take longer than the test."""
-    launcher.settings |= {"GATEWAY_WORKERS": "2", "GATEWAY_DEDUP": "false"}
+def busy_gateway(launcher: Launcher) -> Iterator[int]:
+    """Its pid, with requests inside that would take longer than the test."""
+    launcher.settings["GATEWAY_DEDUP"] = "false"
     calls: list[socket.socket] = []
     with running(launcher):
         wait_ready(launcher)
         gateway = launcher.status()["gateway"]["pid"]
-        workers = wait_for(lambda: len(pids := children_of(gateway)) == 2 and pids, "two workers")
         launcher.order(delay_s=60)
         try:
             while len(calls) < 8:
@@ -145,17 +143,12 @@ def busy_workers(launcher: Launcher) -> Iterator[list[int]]:
                 head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
                 call.sendall(head % len(body) + body)
             wait_for(lambda: launcher.order()["running"] >= 8, "all are in the engine")
-            yield workers
+            yield gateway
         finally:
             for call in calls:
                 call.close()
-            for worker in workers:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker, signal.SIGKILL)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(gateway, signal.SIGKILL)
 
 
 def test_up_engine_killed_gateway_stays_and_serves_again(launcher: Launcher) -> None:

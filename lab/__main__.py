@@ -59,8 +59,14 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], words: Seque
 
 
 def interrupt(*_: object) -> None:
-    """SIGTERM as Ctrl-C: a server that was started is stopped on the way out."""
-    raise KeyboardInterrupt
+    """SIGTERM as Ctrl-C: a server that was started is stopped on the way out.
+
+    By SIGINT itself, which asyncio turns into a cancellation: raised wherever the program happens
+    to be, an interrupt can be swallowed. Only a shell's background job ignores SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def build_parser() -> argparse.ArgumentParser:

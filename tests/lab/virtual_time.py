@@ -16,8 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# What is sent through the loopback is there when `send` returns, or a moment later.
-_LOOKS = 3
 
 
 def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
@@ -66,10 +64,11 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None or timeout <= 0 or self._loop.threads.at_work:
             return super().select(timeout)
-        for _ in range(_LOOKS):
-            if events := super().select(0):
-                return events
-            os.sched_yield()
+        if events := super().select(0):
+            return events
+        os.sched_yield()  # what is sent through the loopback may arrive a moment later
+        if events := super().select(0):
+            return events
         if not self._loop.threads.at_work:
             self._loop.jump(timeout)
         return []

@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -42,7 +42,10 @@ async def run(prepared: Prepared, terminal: Terminal, *, with_gateway: bool) -> 
             listener.ensure_free()
         if with_gateway:
             await asyncio.to_thread(check_gateway, settings, prepared.plan)
-        async with _clients(prepared) as (probe, client):
+        async with (
+            EngineProbe(settings.engine_url, prepared.plan.model.served_name) as probe,
+            httpx.AsyncClient(trust_env=False) as client,
+        ):
             session = Session(prepared, terminal, probe, client, with_gateway=with_gateway)
             status = (settings.status_host, settings.status_port_used)
             async with serve_status(session.status_source(), *status):
@@ -190,16 +193,6 @@ class Session:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
-
-
-@contextlib.asynccontextmanager
-async def _clients(prepared: Prepared) -> AsyncIterator[tuple[EngineProbe, httpx.AsyncClient]]:
-    served_name = prepared.plan.model.served_name
-    async with (
-        EngineProbe(prepared.settings.engine_url, served_name) as probe,
-        httpx.AsyncClient(trust_env=False) as client,
-    ):
-        yield probe, client
 
 
 def _example(settings: LauncherSettings) -> str:

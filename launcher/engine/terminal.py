@@ -30,7 +30,7 @@ _OLD_FILES_KEPT = 3
 _SHOWN_PER_S = 300
 
 
-class LenientStream(io.TextIOBase):
+class _LenientStream(io.TextIOBase):
     """A closed terminal must not end the engine."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -52,8 +52,8 @@ class LenientStream(io.TextIOBase):
 class Terminal:
     """Standard error, for all programs together: `engine   | …`, or one JSON object a line."""
 
-    def __init__(self, log_format: str, engine_log_mode: str, stream: TextIO | None = None) -> None:
-        self._stream = cast("TextIO", LenientStream(stream or sys.stderr))
+    def __init__(self, log_format: str, engine_log_mode: str) -> None:
+        self._stream = cast("TextIO", _LenientStream(sys.stderr))
         self.is_terminal = self._stream.isatty()
         self.is_json = not is_for_people(log_format, self._stream)
         self._engine_log_mode = engine_log_mode
@@ -68,7 +68,7 @@ class Terminal:
         configure_logging("launcher", log_format, level, stream=self._stream, console=console)
 
     def announce(self, text: str) -> None:
-        """The one line for who waits, on standard terminal."""
+        """The one line for who waits, on standard output."""
         head = {"timestamp": _now(), "source": "launcher", "level": "info", "event": "ready"}
         row = json.dumps({**head, "message": text}, ensure_ascii=False)
         print(row if self.is_json else text, flush=True)  # noqa: T201

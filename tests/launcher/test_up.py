@@ -173,7 +173,7 @@ def test_up_engine_killed_gateway_stays_and_serves_again(launcher: Launcher) -> 
         ("GATEWAY_PROMPT_STYLE", "poem", "GATEWAY_PROMPT_STYLE: Input should be"),
         ("GATEWAY_MAX_TOKEN", "3", "unknown setting GATEWAY_MAX_TOKEN; did you mean"),
         ("LAUNCHER_HOST", "0.0.0.0", "without API keys"),
-        ("GATEWAY_WARMUP_FILE", str(ROOT / "README.md"), "line 1 of"),
+        ("GATEWAY_WARMUP_FILE", str(ROOT / "README.md"), "README.md: no question in it"),
     ],
 )
 def test_up_what_the_gateway_refuses_is_one_line_and_starts_nothing(

@@ -210,9 +210,9 @@ class _Reader:
             raise BadQuestions(f"{where} is neither an object nor a pair")
         if not (isinstance(question, str) and question.strip()):
             raise BadQuestions(f"{where} has no text under {' or '.join(_QUESTION_KEYS)}")
-        if answer is None and not self._needs_answers:
+        if not (isinstance(answer, str) and answer.strip()):
             answer = ""
-        elif not (isinstance(answer, str) and answer.strip()):
+        if not answer and self._needs_answers:
             raise BadQuestions(f"{where} has no text under {' or '.join(_ANSWER_KEYS)}")
         if not is_whole(question + answer):
             half = "half a character (a lone surrogate, \\ud800 to \\udfff)"

@@ -118,7 +118,7 @@ class _SettingsFile(TomlConfigSettingsSource):
     def _read_files(self, files: Any, deep_merge: bool = False) -> dict[str, Any]:
         if files is None:
             return {}
-        path = Path(files).expanduser()
+        path = Path(files)
         try:
             values = self._read_file(path)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -214,7 +214,7 @@ def _find_file(kind: type[ProgramSettings], arguments: Sequence[str]) -> Path | 
     parser.add_argument("--config", nargs="?")
     flag = parser.parse_known_args(list(arguments))[0].config
     path = flag or os.environ.get(name_variable(kind, "config"))
-    return Path(path) if path else None
+    return Path(path).expanduser() if path else None
 
 
 def _show_default(value: Any) -> str:

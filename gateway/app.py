@@ -94,10 +94,12 @@ async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> A
         app[LAUNCHERS] = [LauncherClient(url, session) for url in settings.launchers]
         warmup = Warmup(settings, pool, generator, app[PROMPTS], figures)
         discovery = EngineDiscovery(settings, pool, warmup, build_engine, reload)
-        discovering = asyncio.create_task(discovery.run())
+        discovery.start()
+        following = asyncio.create_task(discovery.follow())
         yield
-        discovering.cancel()
-        await asyncio.gather(discovering, return_exceptions=True)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await discovery.stop()
 
 
 def build_prompts(settings: Settings) -> PromptBuilder:

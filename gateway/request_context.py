@@ -27,6 +27,7 @@ class RequestContext:
     deadline: float | None = None  # on the event loop's clock
     carried: Mapping[str, str] = field(default_factory=dict)  # the caller's, for the engine
     engine_calls: int = 0
+    is_running: bool = False  # an engine has it, or has had it last
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
         self.carried = {name: headers[name] for name in names if name in headers}

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Protocol, cast
 
 from gateway.engines.client import EngineAnswer
-from gateway.engines.engine import Engine
+from gateway.engines.engine import BUSY_STATUSES, Engine
 from gateway.engines.timeouts import Deadline
 from gateway.errors import (
     DeadlinePassed,
@@ -42,8 +42,6 @@ from gateway.observability.tracing import CallSpan
 from gateway.request_context import RequestContext
 from gateway.schemas.vllm import parse_engine_error
 
-_BUSY_STATUSES = frozenset((429, 503))
-
 
 @dataclass(slots=True)
 class EngineCall:
@@ -58,9 +56,11 @@ class EngineCall:
     is_repeatable: bool = False
     affinity: str = ""
     engine: Engine | None = None  # this one alone, as a warm-up must
+    asked: Engine | None = None  # the last that was
     avoid: Engine | None = None  # where it has failed before
     # Reads a body; an `EngineError` from it is a failure of the engine like any other.
     parse: Callable[[int, bytes], Any] | None = None
+    is_relayed: bool = False  # an engine's refusals and errors are passed on in its own words
     n_prompts: int = 0  # of /predict, for the count of those that ran again
 
 
@@ -88,20 +88,20 @@ class Attempt:
         self._span: CallSpan | None = None
 
     async def __aenter__(self) -> EngineAnswer:
-        """An answer of whatever status; where the call says how it is read, only a good one."""
+        """A good answer; of a call that is relayed, one of whatever status."""
         call = self._call
         # Later, "not before the deadline" would hide what became of the first try.
-        early = call.context.deadline
+        early = None if call.context.engine_calls else call.context.deadline
         answer: EngineAnswer | None = None
         failure: GatewayError | None = None
-        failed_in: tuple[Engine, int] | None = None
+        failed_in: set[tuple[Engine, int]] = set()
         try:
             if self._deadline is not None:
                 await self._deadline.__aenter__()
             while True:
                 engine = call.engine or await self._pool.acquire(call.affinity, call.avoid, early)
                 if failure is not None:
-                    is_same_life = failed_in == (engine, engine.starts)
+                    is_same_life = (engine, engine.starts) in failed_in
                     if answer is not None and answer.status >= 500 and is_same_life:
                         break
                     self._count_retry(failure)
@@ -109,15 +109,16 @@ class Attempt:
                 if failure is None or not self._goes_on(engine, failure):
                     break
                 self._close(failure)
-                failed_in = (engine, engine.starts)
+                call.context.is_running = False
+                failed_in.add((engine, engine.starts))
                 call.avoid, early = engine, None
         except BaseException as error:
             await self._leave(error)
             raise
-        if failure is not None and (answer is None or call.parse is not None):
+        is_told = call.is_relayed and answer is not None and answer.status >= 400
+        if failure is not None and not is_told:
             await self._leave(failure)
             raise failure
-        # Good, or to be passed on in the engine's own words.
         self._answer = cast("EngineAnswer", answer)
         return self._answer
 
@@ -136,7 +137,8 @@ class Attempt:
         """What the engine answered, and why that is not good enough."""
         call = self._call
         call.tries_left -= 1
-        self._engine = engine
+        call.context.is_running = True
+        self._engine = call.asked = engine
         engine.running += call.sequences
         headers, self._span = call.context.open_call(engine.url, call.sequences)
         body = call.body(engine) if callable(call.body) else call.body
@@ -154,8 +156,8 @@ class Attempt:
 
     def _judge(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
         if answer.body is None:
-            return None  # a stream: its end will tell
-        if answer.status in _BUSY_STATUSES:
+            return self._judge_stream(engine, answer)
+        if answer.status in BUSY_STATUSES:
             # Back-pressure, not a failure: others are asked first for a moment.
             engine.note_busy()
             return EngineBusy(parse_engine_error(answer.body)[0], retry_after_s=1)
@@ -173,6 +175,16 @@ class Attempt:
         else:
             engine.note_failure()
         return failure
+
+    def _judge_stream(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
+        """Its end will tell, where a stream can be an answer at all."""
+        if self._call.parse is not None:
+            answer.close()
+            engine.note_failure()
+            return EngineError("the engine answered with a stream", code="engine_garbled")
+        if answer.status >= 500 and answer.status not in BUSY_STATUSES:
+            answer.is_at_fault = True
+        return None
 
     def _goes_on(self, engine: Engine, failure: GatewayError) -> bool:
         """The retry policy; its reasons stand at the top."""
@@ -204,7 +216,9 @@ class Attempt:
         self._engine = None
         engine.running -= self._call.sequences
         if answer is not None and answer.body is None:
-            if isinstance(error, EngineError) or answer.is_at_fault:
+            # One that takes too long may be as long as it was asked to be.
+            is_broken = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
+            if is_broken or answer.is_at_fault:
                 engine.note_failure()
             elif error is None and answer.is_at_fault is None:
                 engine.note_success()

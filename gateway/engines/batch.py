@@ -152,7 +152,7 @@ class BatchGenerator:
         if isinstance(reason, GatewayError):
             self._metrics.retried_calls.labels(reason.error_code).inc()
         self._metrics.retried.inc(len(lost))
-        await self._answer(batch, lost, call.tries_left, call.avoid)
+        await self._answer(batch, lost, call.tries_left, call.asked)
 
 
 def _model_of(engine: Engine) -> str:

@@ -38,20 +38,22 @@ class EngineDiscovery:
             self._file.has_changed()  # what is in it has just been read
         self._watches: dict[str, asyncio.Task[None]] = {}
 
-    async def run(self) -> None:
-        """Until cancelled; the watches end with it."""
-        try:
-            for engine in self._pool.engines:
-                self._start_watch(engine)
-            while True:
-                await asyncio.sleep(self._interval_s)
-                urls = self._read_if_changed()
-                if urls is not None:
-                    await self._change_engines(urls)
-        finally:
-            for watch in self._watches.values():
-                watch.cancel()
-            await asyncio.gather(*self._watches.values(), return_exceptions=True)
+    def start(self) -> None:
+        for engine in self._pool.engines:
+            self._start_watch(engine)
+
+    async def stop(self) -> None:
+        for watch in self._watches.values():
+            watch.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
+
+    async def follow(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            urls = self._read_if_changed()
+            if urls is not None:
+                await self._change_engines(urls)
 
     def _start_watch(self, engine: Engine) -> None:
         self._watches[engine.url] = asyncio.create_task(self._warmup.watch(engine))

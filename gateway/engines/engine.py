@@ -15,7 +15,7 @@ from yarl import URL
 
 from gateway.config import Settings
 from gateway.engines.client import EngineClient
-from gateway.errors import EngineError, OutOfFiles
+from gateway.errors import EngineBusy, EngineError, OutOfFiles
 from gateway.observability.metrics import Metrics
 from gateway.schemas.vllm import (
     EngineLoad,
@@ -25,6 +25,7 @@ from gateway.schemas.vllm import (
     parse_models,
 )
 
+BUSY_STATUSES = frozenset((429, 503))
 _BUSY_S = 1.0
 
 
@@ -151,10 +152,13 @@ class Engine:
 
     async def read_model_cards(self) -> list[ModelCard]:
         status, body = await self._look("/v1/models")
-        if status != 200:
-            message, _ = parse_engine_error(body)
-            raise EngineError(f"the engine answered {status}: {message}")
-        return parse_models(body)
+        if status == 200:
+            return parse_models(body)
+        message, _ = parse_engine_error(body)
+        if status in BUSY_STATUSES:
+            raise EngineBusy(message, retry_after_s=1)
+        self.note_failure()
+        raise EngineError(f"the engine answered {status}: {message}")
 
     async def read_load(self) -> EngineLoad | None:
         """Its own figures; `None` when it has none to give."""

@@ -47,7 +47,7 @@ class PageFigures:
         launchers = await asyncio.gather(*(one.read() for one in self._app[LAUNCHERS]))
         self._last = {
             "at": time.time(),
-            "gateway": self._describe_queueway(),
+            "gateway": self._describe_gateway(),
             "queue": self._describe_queue(),
             "used": self._sum_usage(),
             "limits": self._describe_limits(),
@@ -56,7 +56,7 @@ class PageFigures:
         }
         self._read_at = time.monotonic()
 
-    def _describe_queueway(self) -> dict[str, Any]:
+    def _describe_gateway(self) -> dict[str, Any]:
         pool = self._app[POOL]
         state = "stopping" if pool.draining else "ready" if pool.is_ready else "waiting"
         return {"state": state}

@@ -7,6 +7,7 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from aiohttp import web
 
@@ -107,6 +108,8 @@ def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:
         sequences=call.sequences,
         is_repeatable=call.is_greedy,
         affinity=affinity,
+        parse=partial(_read_models, request) if request.method == "GET" else None,
+        is_relayed=True,
     )
 
 
@@ -114,8 +117,7 @@ async def _answer_whole(request: web.Request, answer: EngineAnswer, body: bytes)
     headers = _pick_headers(answer)
     if answer.status == 200:
         if request.method == "GET":
-            aliases = request.app[SETTINGS].alias_map
-            body = build_models(body, aliases, request.match_info.get("model"))
+            body = answer.value
         await _count(request, parse_usage(body))
     elif answer.status >= 400:
         body = name_engine_error(answer.status, body)
@@ -123,6 +125,11 @@ async def _answer_whole(request: web.Request, answer: EngineAnswer, body: bytes)
         if answer.status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
     return web.Response(status=answer.status, headers=headers, body=body)
+
+
+def _read_models(request: web.Request, status: int, body: bytes) -> bytes:
+    aliases, wanted = request.app[SETTINGS].alias_map, request.match_info.get("model")
+    return build_models(body, aliases, wanted) if status == 200 else body
 
 
 def _pick_headers(answer: EngineAnswer) -> dict[str, str]:
@@ -133,7 +140,7 @@ async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream
     """For what was left in the middle the engine tells no figures, or only the first: at least a
     token for each chunk, and for the prompt one for four bytes. Else hanging up would be free.
     """
-    if request.path not in GENERATING or not request[CONTEXT].engine_calls:
+    if request.path not in GENERATING or not request[CONTEXT].is_running:
         return
     taken, given = (stream.usage if stream else None) or (0, 0)
     taken = taken or len(call.body) // _BYTES_A_TOKEN

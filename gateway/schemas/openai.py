@@ -57,7 +57,7 @@ def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIR
         model = data["model"] = settings.alias_map[model]
         changed = True
     if data.pop("priority", None) is not None:
-        changed = True  # who goes first is the gate's business
+        changed = True  # who goes first is the queue's business
     sequences = _bound_sequences(data, settings)
     _bound_sizes(data, settings)
     _bound_lengths(data, settings)

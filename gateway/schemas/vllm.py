@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ _LOAD_METRICS = {
     "vllm:time_to_first_token_seconds_sum": "first_token_sum_s",
     "vllm:time_to_first_token_seconds_count": "first_token_count",
 }
+_LOAD_LINE = re.compile(rf"^(?:{'|'.join(_LOAD_METRICS)})[{{ ].*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,9 @@ def parse_models(body: bytes) -> list[ModelCard]:
 
 def parse_engine_load(metrics: bytes) -> EngineLoad | None:
     """From Prometheus text; `None` where the engine counts nothing (`--disable-log-stats`)."""
-    samples = parse_samples(metrics.decode("utf-8", "replace"))
+    # A few of five hundred lines: reading them all takes as long as a request.
+    text = "\n".join(_LOAD_LINE.findall(metrics.decode("utf-8", "replace")))
+    samples = parse_samples(f"{text}\n")
     told = {
         field: [value for _, value in samples[name]]
         for name, field in _LOAD_METRICS.items()

@@ -149,6 +149,8 @@ def test_count_cuts_or_begins_again(tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("a.jsonl", '{"question": "one"}\n{"question": "two", "answer": "2"}\n'),
+        ("d.jsonl", '{"question": "one", "output": [1]}\n{"question": "two", "answer": "2"}\n'),
+        ("e.jsonl", '{"question": "one", "answer": ""}\n{"question": "two", "answer": "2"}\n'),
         ("b.json", '[{"question": "one"}, {"question": "two", "answer": "2"}]'),
         ("c.txt", "（1. 问题：one\n（2. 问题：two 答案：2\n"),
     ],

@@ -16,11 +16,14 @@ from aiohttp import encode_basic_auth, web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.ports import find_free_ports
+from gateway.admission.accounts import ACCOUNTS
 from gateway.app import build_app
-from gateway.config import Settings, load_settings
+from gateway.config import SETTINGS, Settings, load_settings
 from gateway.engines.batch import cut
-from gateway.engines.engine import EngineState
+from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import POOL, EnginePool
+from gateway.observability.metrics import METRICS
 from gateway.schemas.predict import default_sampling
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
@@ -247,11 +250,13 @@ async def test_answered_failure_is_not_asked_of_the_same_engine_again(serve: Ser
 async def test_answered_failure_of_a_greedy_call_is_asked_of_another_engine(serve: Serve) -> None:
     async with serve(Behaviour(), Behaviour()) as served:
         served.engine.status = 500
-        greedy = [await served.chat(f"c{number}", temperature=0) for number in range(3)]
-        sampled = [await served.chat(f"c{number}", temperature=1) for number in range(6)]
+        first = served.app[POOL].engines[0]
 
-        assert [answer.status_code for answer in greedy] == [200] * 3
-        assert {answer.status_code for answer in sampled} == {200, 500}
+        greedy = await served.chat("a", temperature=0)
+        await until(lambda: first.is_usable)
+        sampled = await served.chat("a", temperature=1)
+
+        assert (greedy.status_code, sampled.status_code) == (200, 500)
 
 
 async def test_answered_failure_is_asked_again_of_an_engine_that_restarted(serve: Serve) -> None:
@@ -263,6 +268,32 @@ async def test_answered_failure_is_asked_again_of_an_engine_that_restarted(serve
         engine.status, engine.is_healthy = 200, True
 
         assert (await waiting).json() == {"response": ["answer:a", "answer:b"]}
+
+
+async def test_prompt_that_an_engine_gave_up_is_asked_of_another(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        await until(lambda: sum(one.is_usable for one in served.app[POOL].engines) == 2)
+        before = [len(engine.calls) for engine in served.all_engines]
+        served.engine.aborts = lambda question: question == "a"
+
+        answer = await served.predict(["a", "b"])
+
+        assert answer.json() == {"response": ["answer:a", "answer:b"]}
+        asked = [len(engine.calls) for engine in served.all_engines]
+        assert [now - then for now, then in zip(asked, before, strict=True)] == [1, 1]
+
+
+async def test_answered_failure_of_every_engine_is_asked_of_each_once(serve: Serve) -> None:
+    async with serve(Behaviour(), Behaviour()) as served:
+        await until(lambda: sum(one.is_usable for one in served.app[POOL].engines) == 2)
+        before = [len(engine.calls) for engine in served.all_engines]
+        for engine in served.all_engines:
+            engine.status = 500
+
+        assert (await served.chat("a", temperature=0)).status_code == 500
+
+        asked = [len(engine.calls) for engine in served.all_engines]
+        assert [now - then for now, then in zip(asked, before, strict=True)] == [1, 1]
 
 
 async def test_session_routing_keeps_a_session_on_one_engine(serve: Serve) -> None:
@@ -429,3 +460,63 @@ def test_cut_covers_every_prompt_once_in_order(lengths: list[int], engines: int,
 
     assert [place for piece in pieces for place in piece] == list(range(len(prompts)))
     assert all(0 < len(piece) <= most for piece in pieces)
+
+
+async def test_stream_where_an_answer_is_wanted_is_a_failure_of_the_engine(serve: Serve) -> None:
+    async def stream(_request: web.Request) -> web.Response:
+        return web.Response(body=b"data: {}\n\n", content_type="text/event-stream")
+
+    async def list_models(_request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "fake", "max_model_len": 512}]})
+
+    engine = web.Application()
+    engine.router.add_get("/health", list_models)
+    engine.router.add_get("/v1/models", list_models)
+    engine.router.add_post("/v1/completions", stream)
+    async with (
+        serve_app(engine) as url,
+        serve(engines=(url,), wait_ready=False) as served,
+    ):
+        failed = f'gateway_warmups_total{{engine="{url}",outcome="failed"}} 2.0'
+
+        async def is_tried_again() -> bool:
+            return failed in (await served.client.get("/metrics")).text
+
+        await until(is_tried_again)
+        assert "answered with a stream" in served.app[POOL].describe()
+
+
+async def test_model_list_that_makes_no_sense_is_asked_of_another_engine(serve: Serve) -> None:
+    async def list_nothing(_request: web.Request) -> web.Response:
+        return web.json_response({})
+
+    async with serve(Behaviour(), aliases=("x=fake",)) as served:
+        garbled = web.Application()
+        garbled.router.add_get("/v1/models", list_nothing)
+        async with serve_app(garbled) as url:
+            pool = served.app[POOL]
+            settings, metrics = served.app[SETTINGS], served.app[METRICS]
+            connector = pool.engines[0].client._connector
+            other = Engine(url, settings, connector, metrics)
+            other.enter_state(EngineState.READY, "")
+            await pool.set_engines([other, *pool.engines])
+
+            answer = await served.client.get("/v1/models")
+
+        assert [card["id"] for card in answer.json()["data"]] == ["fake", "x"]
+
+
+async def test_call_that_nobody_runs_is_not_charged_when_its_caller_leaves(
+    serve: Serve,
+) -> None:
+    (port,) = find_free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    async with serve(engines=(url,), wait_ready=False, restart_hold_s=20) as served:
+        engine = served.app[POOL].engines[0]
+        engine.enter_state(EngineState.READY, "")
+        body = {"model": "fake", "messages": [{"role": "user", "content": "y" * 400}]}
+        with pytest.raises(httpx.ReadTimeout):
+            await served.client.post("/v1/chat/completions", json=body, timeout=0.5)
+
+        usage = served.app[ACCOUNTS].read_usage()["anonymous"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (0, 0)

@@ -15,6 +15,10 @@ site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 site "$venv/bin/python" >"$(site "$python")/dependencies.pth"
 "$venv/bin/python" -m pip --python "$python" --disable-pip-version-check install --quiet --no-index --no-deps \
   --ignore-installed "$scratch"/*.whl
+# Tools that tests call lie beside Python.
+for tool in "$venv"/bin/*; do
+  [ -e "$scratch/venv/bin/${tool##*/}" ] || ln -s "$tool" "$scratch/venv/bin/"
+done
 mkdir "$scratch/checkout"
 git ls-files --cached --others --exclude-standard -- ':!common' ':!gateway' ':!lab' ':!launcher' |
   tar -cf - --files-from=- | tar -xf - -C "$scratch/checkout"

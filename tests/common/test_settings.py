@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from common.errors import SettingsError
+from common.project import DEMO_QUESTIONS
 from common.settings import (
     CommaList,
     OptionalAddress,
@@ -38,7 +39,7 @@ class Settings(ProgramSettings):
     style: Literal["plain", "rich"] = Field("plain", description="A style.")
     collector: OptionalAddress = Field("", description="An address.")
     as_json: bool = Field(False, description="A switch.")
-    file: Path = Field(Path(__file__), description="A file of the repository.")
+    file: Path = Field(DEMO_QUESTIONS, description="A file of the project.")
 
     @classmethod
     def list_names(cls) -> set[str]:
@@ -150,7 +151,7 @@ def test_table_shows_defaults_as_one_would_write_them() -> None:
     assert rows["DEMO_NAMES"] == ("DEMO_NAMES", "--names", "a,b", "Names.")
     assert rows["DEMO_AS_JSON"].default == "false"
     assert rows["DEMO_CONFIG"].default == ""
-    assert rows["DEMO_FILE"].default == "tests/common/test_settings.py"
+    assert rows["DEMO_FILE"].default == "demo/questions.jsonl"
 
 
 def test_flags_are_those_of_the_command_line() -> None:

@@ -381,6 +381,11 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
             f"{PREFIX}SERVICE_HOST is Kubernetes' word for its Service `gateway`, and others of "
             "its words look like settings: say `enableServiceLinks: false` in the pod's spec"
         )
+    if PREFIX + "WORKERS" in os.environ:
+        raise SettingsError(
+            f"{PREFIX}WORKERS is no setting any more: a gateway is one process. Several "
+            f"gateways share a port with {PREFIX}REUSE_PORT=true (docs/gateway.md)"
+        )
     return read_settings(Settings, arguments)
 
 

@@ -198,3 +198,14 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "gateway", *arguments], capture_output=True, text=True, check=False
     )
+
+
+def test_workers_of_earlier_versions_are_refused_with_what_took_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GATEWAY_WORKERS", "4")
+
+    with pytest.raises(
+        SettingsError, match=r"one process\. Several gateways .* GATEWAY_REUSE_PORT"
+    ):
+        load_settings(["--prompt-style", "raw"])

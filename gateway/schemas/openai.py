@@ -249,7 +249,7 @@ def build_error(error: GatewayError) -> bytes:
 def name_stream_errors(events: bytes) -> tuple[bytes, bool]:
     """The engine's own error events, with who failed; and whether it was the engine's fault.
 
-    vLLM checks some of what a caller sent only after its 200: that is his mistake all the same.
+    vLLM checks some of what a caller sent only after its 200: that is their mistake all the same.
     """
     is_fault = False
     lines = events.split(b"\n")

@@ -156,7 +156,7 @@ async def test_whole_answer_left_frees_the_engine(
 async def test_sync_callers_timeout_frees_the_engine(
     stack: Stack, engine: httpx.AsyncClient
 ) -> None:
-    """A sync caller hangs up by his own deadline; there is no other way."""
+    """A sync caller hangs up by their own deadline; there is no other way."""
     async with open_sdk("sync", stack.gateway, timeout_s=1.0) as sdk:
         asking = asyncio.ensure_future(
             sdk.ask(lambda client: client.chat.completions.create(messages=USER, **LONG))

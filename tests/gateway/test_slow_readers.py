@@ -156,7 +156,7 @@ async def test_reader_who_is_slow_but_steady_gets_all(tmp_path: Path) -> None:
 
 
 async def _ask_for_much(url: str, count: int) -> socket.socket:
-    """A caller with little room for the long answers that he has asked for."""
+    """A caller with little room for the long answers that they have asked for."""
     loop, caller = asyncio.get_running_loop(), socket.socket()
     caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     caller.setblocking(False)
@@ -167,7 +167,7 @@ async def _ask_for_much(url: str, count: int) -> socket.socket:
 
 
 def _is_served(caller: socket.socket) -> bool:
-    """Is the other end of his connection still there? Established is 01."""
+    """Is the other end of their connection still there? Established is 01."""
     ends = [f"0100007F:{name[1]:04X}" for name in (caller.getpeername(), caller.getsockname())]
     lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()
     return any(line.split()[1:4] == [*ends, "01"] for line in lines)

@@ -96,7 +96,7 @@ async def test_stream_gone_caller_frees_the_engine_at_once(served: Served) -> No
 
 
 async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None:
-    """Nothing is queued for him: the engine is held back, then his stream is ended."""
+    """Nothing is queued for them: the engine is held back, then their stream is ended."""
     async with serve(client_write_timeout_s=0.5) as served:
         content = "x" * 200_000
         host, port = served.url.removeprefix("http://").split(":")

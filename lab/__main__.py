@@ -24,6 +24,7 @@ COMMANDS = {
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
 }
 _BAD_OPTIONS, _INTERRUPTED = 2, 130
+_EXTRA = frozenset(("jieba", "openai", "rouge_score"))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -33,7 +34,14 @@ def main(words: Sequence[str] | None = None) -> int:
     is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, without a traceback
-    module = importlib.import_module(COMMANDS[given[0]][0])
+    try:
+        module = importlib.import_module(COMMANDS[given[0]][0])
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in _EXTRA:
+            raise
+        needed = f"it needs {error.name}, of the extra `lab`: pip install 'vllm-gateway[lab]'"
+        print(f"{given[0]}: {needed}", file=sys.stderr)
+        return _BAD_OPTIONS
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, interrupt)

@@ -17,6 +17,11 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
+def load_macros(template: str, **names: Any) -> Any:
+    """A template's macros as functions; `names` is what they may use beside their arguments."""
+    return _TEMPLATES.get_template(template).make_module(names)
+
+
 @dataclass(frozen=True)
 class PageFigure:
     """A plot with its title and what is to be seen in it."""

@@ -103,16 +103,16 @@ def _draw_ratios(title: str, rows: Sequence[BenchRow], caption: str) -> PageFigu
 
 
 def _draw_sweep(sweep: Sweep) -> PageFigure:
-    clouds = []
-    for arm in sweep.knees:
-        dots = []
-        for point in (one for one in sweep.points if one.arm == arm):
-            said = f"{arm} at {point.rate:.0f}/s: 95 % within {point.p95_s:.2f} s"
-            title = f"{said}; {point.trouble or 'served'}"
-            dots.append(plots.PlotDot(point.rate, point.p95_s, not point.is_served, title))
-        clouds.append(plots.DotCloud(arm, dots, _STYLES[arm]))
+    dots = []
+    for point in sweep.points:
+        said = f"{point.arm} at {point.rate:.0f}/s: 95 % within {point.p95_s:.2f} s"
+        title = f"{said}; {point.trouble or 'served'}"
+        place = (point.rate, point.p95_s)
+        dots.append(
+            plots.PlotDot(point.arm, *place, _STYLES[point.arm], bool(point.trouble), title)
+        )
     names = {"x_label": "calls/s", "y_label": "95 % within, s", "limit_name": "bound"}
-    plot = plots.draw_clouds(clouds, limit=sweep.bound_s, **names)
+    plot = plots.draw_dots(dots, limit=sweep.bound_s, **names)
     caption = (
         "Each dot is one rate for one target; a hollow one was not served: 95 % took more than "
         f"{sweep.bound_s:g} s, the queue grew, or calls were refused."

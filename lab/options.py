@@ -6,14 +6,17 @@ What is not here: what one command alone is told.
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import re
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import Field, TypeAdapter, ValidationError
 
 from common.project import DEMO_QUESTIONS
+from common.settings import is_address
 
 GATEWAY_PORT = 8000
 # The engine listens one port above the gateway, the launcher's status page two.
@@ -103,21 +106,16 @@ def hide(text: str, *secrets: str) -> str:
 
 def address(text: str) -> str:
     """An http address that paths can be put behind."""
-    if text and not _is_address(text):
-        raise argparse.ArgumentTypeError(
-            f"{text} is no http address, like http://127.0.0.1:{GATEWAY_PORT}"
-        )
-    return text.strip().rstrip("/")
-
-
-def _is_address(url: str) -> bool:
+    url = text.strip()
     try:
-        parsed, where = httpx.URL(url), urlsplit(url)
-        port = where.port
-    except (ValueError, httpx.InvalidURL):
-        return False
-    is_plain = not (where.query or where.fragment or " " in url.strip())
-    return parsed.scheme in ("http", "https") and bool(where.hostname) and port != 0 and is_plain
+        httpx.URL(url)
+        is_good = is_address(url) and not re.search(r"[?#\s]", url)
+    except httpx.InvalidURL:
+        is_good = False
+    if text and not is_good:
+        example = f"http://127.0.0.1:{GATEWAY_PORT}"
+        raise argparse.ArgumentTypeError(f"{text} is no http address, like {example}")
+    return url.rstrip("/")
 
 
 def header_text(text: str) -> str:
@@ -126,37 +124,23 @@ def header_text(text: str) -> str:
     return text
 
 
-def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and len(text) < 19) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
-        if int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
-        return int(text)
+def _build_check(kind: Any, complaint: str) -> Callable[[str], Any]:
+    adapter = TypeAdapter(kind)
+
+    def parse(text: str) -> Any:
+        try:
+            return adapter.validate_python(text)
+        except ValidationError:
+            raise argparse.ArgumentTypeError(f"{text} is {complaint}") from None
 
     return parse
 
 
-def port(text: str) -> int:
-    try:
-        return whole_number(1, 65535)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text} is no port from 1 to 65535") from None
+def whole_number(least: int) -> Callable[[str], int]:
+    kind = Annotated[int, Field(ge=least, lt=10**18)]
+    return _build_check(kind, f"no whole number from {least} on")
 
 
-def seconds(text: str) -> float:
-    return _number(text, f"{text} is no time in seconds", lambda value: value > 0)
-
-
-def share(text: str) -> float:
-    return _number(text, f"{text} is no score from 0 to 1", lambda value: 0 <= value <= 1)
-
-
-def _number(text: str, complaint: str, fits: Callable[[float], bool]) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and fits(value)):
-        raise argparse.ArgumentTypeError(complaint)
-    return value
+port = _build_check(Annotated[int, Field(ge=1, le=65535)], "no port from 1 to 65535")
+seconds = _build_check(Annotated[float, Field(gt=0, allow_inf_nan=False)], "no time in seconds")
+share = _build_check(Annotated[float, Field(ge=0, le=1)], "no score from 0 to 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -65,21 +66,12 @@ class Interval:
 
 def find_interval(values: Sequence[float]) -> Interval:
     """By rank, so that a few rounds in which the machine did something else say little."""
-    ordered = sorted(values)
-    outside = _count_outside(len(ordered))
-    low, high = ordered[outside], ordered[len(ordered) - 1 - outside]
-    return Interval(statistics.median(ordered), low, high, len(ordered))
-
-
-def _count_outside(rounds: int) -> int:
-    """How many of the lowest (and of the highest) values the interval may leave out."""
-    tail, outside = 0.0, 0
-    while outside < (rounds - 1) // 2:
-        tail += math.comb(rounds, outside) * 0.5**rounds
-        if tail > 0.025:
-            break
-        outside += 1
-    return max(0, outside - 1)
+    ordered, rounds = sorted(values), len(values)
+    # How many of the lowest (and of the highest) values may be left out.
+    shares = (math.comb(rounds, k) * 0.5**rounds for k in range((rounds - 1) // 2))
+    outside = max(0, sum(tail <= 0.025 for tail in itertools.accumulate(shares)) - 1)
+    low, high = ordered[outside], ordered[rounds - 1 - outside]
+    return Interval(statistics.median(ordered), low, high, rounds)
 
 
 def bootstrap(changes: Sequence[float]) -> tuple[float, float]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,13 +90,7 @@ def describe_redirect(answer: httpx.Response) -> str:
 
 def describe_error(error: Exception) -> str:
     """httpx's texts are often empty; the class says more."""
-    causes = itertools.chain([error], _walk_causes(error))
-    text = next((str(one) for one in causes if str(one)), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _walk_causes(error: BaseException) -> Iterator[BaseException]:
-    cause = error.__cause__ or error.__context__
-    while cause is not None:
-        yield cause
+    cause: BaseException | None = error
+    while cause and not str(cause):
         cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {cause}" if cause else type(error).__name__

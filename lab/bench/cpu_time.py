@@ -5,21 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from common import processes
 from lab.service import LauncherStatus
-
-
-@dataclass(frozen=True)
-class CpuTime:
-    """Seconds so far."""
-
-    gateway_s: float
-    engine_s: float
-
-    def __sub__(self, earlier: CpuTime) -> CpuTime:
-        return CpuTime(self.gateway_s - earlier.gateway_s, self.engine_s - earlier.engine_s)
 
 
 class CpuMeter:
@@ -33,8 +21,9 @@ class CpuMeter:
         """Looks for children again; not between two measured calls."""
         self._gateway, self._engine = map(processes.find_tree, self._roots)
 
-    def read(self) -> CpuTime:
-        return CpuTime(processes.sum_cpu_s(self._gateway), processes.sum_cpu_s(self._engine))
+    def read(self) -> tuple[float, float]:
+        """Seconds so far, of the gateway and of the engine."""
+        return processes.sum_cpu_s(self._gateway), processes.sum_cpu_s(self._engine)
 
     def pids(self) -> list[int]:
         return [*self._gateway, *self._engine]

@@ -197,25 +197,22 @@ def _is_overload(error: BaseException) -> bool:
 
 @dataclass
 class _Arrivals:
-    """When each call arrived and ended, in seconds since the window began; None: it did not."""
+    """When each call arrived and ended, in seconds since the window began; given up: never."""
 
     begun: list[float] = field(default_factory=list)
-    ended: list[float | None] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
     refused: int = 0
     done: int = 0
 
     def times(self) -> list[float]:
-        """How long each took; for ever, if it was given up."""
-        pairs = zip(self.begun, self.ended, strict=True)
-        return [math.inf if end is None else end - begin for begin, end in pairs]
+        """How long each took."""
+        return [end - begin for begin, end in zip(self.begun, self.ended, strict=True)]
 
     def in_flight(self, start: float, stop: float) -> float:
         """Calls at work, on average between two times."""
-        total = 0.0
-        for begin, end in zip(self.begun, self.ended, strict=True):
-            until = stop if end is None else min(end, stop)
-            total += max(0.0, until - max(begin, start))
-        return total / (stop - start)
+        pairs = zip(self.begun, self.ended, strict=True)
+        inside = (max(0.0, min(end, stop) - max(begin, start)) for begin, end in pairs)
+        return sum(inside) / (stop - start)
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,7 @@ class Trial:
         while due < window_s or not tasks:
             await asyncio.sleep(max(0.0, due - (read_clock_s() - started)))
             self.seen.begun.append(due)
-            self.seen.ended.append(None)
+            self.seen.ended.append(math.inf)
             tasks.append(asyncio.create_task(self._ask(len(tasks), next(self.calls), started)))
             if len(tasks) - self.seen.done > most_inside:
                 return tasks, True

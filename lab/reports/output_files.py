@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 from lab.failures import Unwritable
 
@@ -36,12 +34,3 @@ def write_file(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     write_file(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-
-
-def make_finite(value: Any) -> Any:
-    """JSON has no infinity: what never came is null."""
-    if isinstance(value, dict):
-        return {key: make_finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [make_finite(one) for one in value]
-    return None if isinstance(value, float) and math.isinf(value) else value

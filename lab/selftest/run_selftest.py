@@ -94,10 +94,8 @@ def perform(name: str, check: Check, gateway: CheckedGateway) -> CheckOutcome:
     try:
         seen = check(gateway)
         passed, text, figures = True, seen.text, seen.figures
-    except CheckFailed as error:
-        passed, text = False, str(error)
     except Exception as error:  # noqa: BLE001 - a strange answer can break a check anywhere
-        passed, text = False, explain(error)
+        passed, text = False, str(error) if isinstance(error, CheckFailed) else explain(error)
     seconds = time.perf_counter() - started
     return CheckOutcome(name, passed, tame(" ".join(text.split())), seconds, figures)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from lab.bench.bench_figures import QUIET, BenchRow, Bound, build_added, build_ratio
 from lab.bench.rate_sweep import Sweep
@@ -15,7 +17,7 @@ from lab.bench.report.earlier_run import FORMAT, FigureChange, StoredRun
 from lab.bench.rounds import CPU_MEASURE, WorkloadRounds
 from lab.intervals import find_interval
 from lab.records.record import RecordFigure, RunFacts
-from lab.reports.output_files import make_finite, write_json
+from lab.reports.output_files import write_json
 
 LARGEST_BATCH_RATIO = Bound("at most", 1.02)
 LARGEST_SINGLE_ADDED_MS = Bound("at most", 5.0)
@@ -98,23 +100,22 @@ class BenchResult:
     def stored(self) -> StoredRun:
         return StoredRun("this run", tuple(self.rows()), self.facts.setting)
 
-    def pack(self) -> dict[str, Any]:
-        return {
+    def write(self, path: Path) -> None:
+        packed = {
             "format": FORMAT,
             "is_good": self.is_good,
             "is_quiet": not self.unquiet(),
-            "facts": asdict(self.facts),
+            "facts": self.facts,
             "setting": self.facts.setting,
-            "notes": list(self.notes),
-            "rows": [asdict(row) for row in self.rows()],
-            "workloads": [asdict(one) for one in self.measured()],
-            "sweep": asdict(self.sweep) if self.sweep else None,
-            "relay": asdict(self.relayed) if self.relayed else None,
+            "notes": self.notes,
+            "rows": self.rows(),
+            "workloads": self.measured(),
+            "sweep": self.sweep,
+            "relay": self.relayed,
             "against": [change.pack() for change in self.changes],
         }
-
-    def write(self, path: Path) -> None:
-        write_json(path, make_finite(self.pack()))
+        # JSON has no infinity: what never came is null.
+        write_json(path, to_jsonable_python(packed, inf_nan_mode="null"))
 
     def figures(self) -> list[RecordFigure]:
         """For the record of a run."""

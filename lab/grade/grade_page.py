@@ -16,7 +16,7 @@ from lab.grade.scores import mark_common
 from lab.intervals import quantile
 from lab.reports import plots
 from lab.reports.output_files import write_file
-from lab.reports.pages import PageFigure, list_facts, render_page
+from lab.reports.pages import list_facts, render_page
 
 # What the course published: an RTX 5090, the course's own 358 questions. Whether its "tokens" are
 # tokens or characters is not certain; three entries believe the latter.
@@ -46,9 +46,14 @@ def render(grade: GradeResult) -> str:
         title=f"Grade of {name}",
         name=name,
         grade=grade,
-        found=grade.findings,
+        has_findings=bool(grade.findings),
         tiles=list(_tiles(grade)),
-        plots=list(_draw_plots(grade)),
+        draw_scores=_draw_scores,
+        draw_lengths=_draw_lengths,
+        draw_calls=_draw_calls,
+        draw_speeds=_draw_speeds,
+        describe_times=describe_times,
+        median=statistics.median,
         worst=list(_find_worst(grade)),
         most_listed=_MOST_LISTED,
         facts=list(list_facts(known, {"engine": facts.engine})),
@@ -73,24 +78,15 @@ def _tiles(grade: GradeResult) -> Iterator[dict[str, str]]:
             yield {"name": figure.name, "figure": middle, "note": note}
 
 
-def _draw_plots(grade: GradeResult) -> Iterator[PageFigure]:
-    answers = grade.answers
+def _draw_scores(answers: Sequence[GradedAnswer]) -> Markup:
     scores = [
         plots.PlotSeries("course reading", [one.scores[0].rouge_course for one in answers], "a"),
         plots.PlotSeries("all tokens", [one.scores[0].rouge_whitespace for one in answers], "b"),
     ]
-    plot = plots.draw_histogram(scores, x_label="ROUGE-L", x_max=1.0, bins=20)
-    yield PageFigure("Scores", plot, "How many answers have which score.")
-    yield _draw_lengths(answers)
-    yield _draw_calls(grade)
-    caption = (
-        "Published: an RTX 5090 and the course's own 358 questions. Another machine, model or "
-        "question file makes another figure. What the course calls tokens may be characters."
-    )
-    yield PageFigure("Speed and the published leaderboard", _draw_speeds(grade), caption)
+    return plots.draw_histogram(scores, x_label="ROUGE-L", x_max=1.0, bins=20)
 
 
-def _draw_lengths(answers: Sequence[GradedAnswer]) -> PageFigure:
+def _draw_lengths(answers: Sequence[GradedAnswer]) -> Markup:
     ours = [float(len(one.texts[0])) for one in answers]
     theirs = [float(len(one.reference)) for one in answers]
     # A few very long answers must not press all others into one bar; the last bin holds them.
@@ -98,12 +94,10 @@ def _draw_lengths(answers: Sequence[GradedAnswer]) -> PageFigure:
     step = max(1, round(most / 20 / 5 + 0.5) * 5)
     bins = int(most // step) + 1
     series = [plots.PlotSeries("answers", ours, "a"), plots.PlotSeries("references", theirs, "b")]
-    plot = plots.draw_histogram(series, x_label="characters", x_max=float(step * bins), bins=bins)
-    medians = f"answers {statistics.median(ours):.0f}, references {statistics.median(theirs):.0f}"
-    return PageFigure("Lengths", plot, f"Medians: {medians}. The last bar holds all longer.")
+    return plots.draw_histogram(series, x_label="characters", x_max=float(step * bins), bins=bins)
 
 
-def _draw_calls(grade: GradeResult) -> PageFigure:
+def _draw_calls(grade: GradeResult) -> Markup:
     bars = [
         plots.CallBar(
             group=number,
@@ -117,11 +111,7 @@ def _draw_calls(grade: GradeResult) -> PageFigure:
         for call in run.calls
     ]
     limit = grade.facts.limit_s
-    plot = plots.draw_call_bars(bars, groups=len(grade.runs), x_label="seconds", limit=limit)
-    caption = f"Seconds a call: {describe_times([bar.end - bar.start for bar in bars])}."
-    if any(bar.style == "bad" for bar in bars):
-        caption += " Red ones left something unanswered."
-    return PageFigure("Calls", plot, caption)
+    return plots.draw_call_bars(bars, groups=len(grade.runs), x_label="seconds", limit=limit)
 
 
 def _draw_speeds(grade: GradeResult) -> Markup:

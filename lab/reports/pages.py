@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("lab.reports"),
@@ -20,15 +18,6 @@ _TEMPLATES = jinja2.Environment(
 def load_macros(template: str, **names: Any) -> Any:
     """A template's macros as functions; `names` is what they may use beside their arguments."""
     return _TEMPLATES.get_template(template).make_module(names)
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A plot with its title and what is to be seen in it."""
-
-    title: str
-    drawing: Markup
-    caption: str
 
 
 def render_page(template: str, **parts: Any) -> str:

@@ -21,7 +21,7 @@ import openai
 
 from lab import options
 from lab.failures import LabFailure
-from lab.records.record import RecordFigure, take_facts, take_record, write_record
+from lab.records.record import RecordFigure, RunRecord, take_facts, write_record
 from lab.reports.console import GREEN, RED, paint, tame
 from lab.reports.output_files import ensure_writable, write_json
 from lab.selftest.checked_gateway import CheckedGateway, CheckFailed, Observation, open_gateway
@@ -127,9 +127,7 @@ def keep(arguments: argparse.Namespace, outcomes: Sequence[CheckOutcome], model:
         count = RecordFigure("checks passed", passed, f"of {len(outcomes)}")
         others = [build_figure(*item) for outcome in outcomes for item in outcome.figures.items()]
         facts = take_facts(arguments.machine, arguments.api_key)
-        command, machine = facts["command"], facts["machine"]
-        name, figures = f"Self-test of {model}", [count, *others]
-        record = take_record(name, figures, command=command, machine=machine)
+        record = RunRecord(f"Self-test of {model}", figures=(count, *others), **facts)
         write_record(record, Path(arguments.record))
 
 

@@ -86,11 +86,11 @@ def add_record(parser: argparse.ArgumentParser, *names: str) -> None:
     )
 
 
-def find_neighbour(url: str, above: int = _STATUS_ABOVE) -> str:
-    """The same host, so many ports above."""
+def find_neighbour(url: str) -> str:
+    """Where the launcher's status page is unless it was said."""
     where = urlsplit(url)
     host = f"[{where.hostname}]" if ":" in (where.hostname or "") else where.hostname
-    return f"http://{host}:{(where.port or 80) + above}"
+    return f"http://{host}:{(where.port or 80) + _STATUS_ABOVE}"
 
 
 def build_headers(api_key: str) -> dict[str, str]:

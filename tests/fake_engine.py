@@ -13,16 +13,17 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
 from aiohttp import web
 from tokenizers import Tokenizer
 
+from common.project import DEMO_MODEL
+
 FLOOD_BYTES = 256 * 2**20
 _FLOOD_EVENT = b"data: " + b"x" * 2**14 + b"\n\n"
-MODEL_FOLDER = Path(__file__).parent.parent / "demo" / "model"
+MODEL_FOLDER = DEMO_MODEL
 _USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 

@@ -13,15 +13,15 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from tokenizers import Tokenizer
 
+from common.project import DEMO_MODEL
 from common.questions import QuestionPair
 
-MODEL_FOLDER = Path(__file__).parents[2] / "demo" / "model"
+MODEL_FOLDER = DEMO_MODEL
 _QUESTIONS = MODEL_FOLDER.parent / "questions.jsonl"
 
 

@@ -18,11 +18,12 @@ from typing import Any
 import httpx
 
 from common.ports import find_free_ports
+from common.project import DEMO_MODEL
 from launcher.engine.process import list_group
 
 ROOT = Path(__file__).parents[2]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
-MODEL = ROOT / "demo" / "model"
+MODEL = DEMO_MODEL
 
 
 def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 20.0) -> Any:

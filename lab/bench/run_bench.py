@@ -68,7 +68,7 @@ _READY_TIMEOUT_S = 600.0
 
 def main(words: Sequence[str]) -> int:
     arguments = bench_options.parse_arguments(words, __doc__)
-    # Whatever is wrong with the files is said before ten minutes are spent.
+    # Whatever is wrong with the files is said before minutes are spent.
     before = read_run(Path(arguments.against)) if arguments.against else None
     asked = read_questions(Path(arguments.questions).expanduser())
     out = Path(arguments.out)

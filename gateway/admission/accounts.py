@@ -45,7 +45,7 @@ class Accounts:
         self._usage[caller.name].requests += 1
         if caller.tokens_per_minute:
             most = caller.tokens_per_minute
-            if wait_s := await self._limits.take(_tokens(caller), 0, most):
+            if wait_s := await self._limits.take(f"tokens:{caller.name}", 0, most):
                 raise _refusal(wait_s, "tokens_per_minute", most)
         if caller.requests_per_minute:
             most = caller.requests_per_minute
@@ -68,8 +68,8 @@ class Accounts:
         used.prompt_tokens += prompt_tokens
         used.completion_tokens += completion_tokens
         if caller.tokens_per_minute:
-            amount = prompt_tokens + completion_tokens
-            await self._limits.overdraw(_tokens(caller), amount, caller.tokens_per_minute)
+            account, amount = f"tokens:{caller.name}", prompt_tokens + completion_tokens
+            await self._limits.overdraw(account, amount, caller.tokens_per_minute)
 
     def read_usage(self) -> dict[str, dict[str, int]]:
         """Requests and tokens of every key there is, used or not."""
@@ -92,10 +92,6 @@ class Accounts:
         if rest:
             shown[_OTHERS] = {field: sum(used[field] for _, used in rest) for field in rest[0][1]}
         return shown
-
-
-def _tokens(caller: Caller) -> str:
-    return f"tokens:{caller.name}"
 
 
 def _refusal(wait_s: float, limit: str, value: int) -> RateLimited:

@@ -18,6 +18,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from aiohttp import web
@@ -33,6 +34,7 @@ LaneName = Literal["interactive", "batch"]
 LANES: tuple[LaneName, ...] = ("interactive", "batch")
 _LONGEST_RETRY_AFTER_S = 120.0
 _DEADLINE_DIGITS = 9
+_CLOCK = attrgetter("clock")
 
 
 @dataclass(slots=True)
@@ -102,10 +104,6 @@ class _Delay:
     waiter: _Waiter
     older: int
     last_older: int
-
-
-def _clock(lane: _Lane) -> float:
-    return lane.clock
 
 
 class AdmissionQueue:
@@ -304,7 +302,7 @@ class AdmissionQueue:
         if self._delayed:
             return self._delayed.lane
         queued = [lane for lane in self._lanes.values() if lane.queue]
-        return min(queued, key=_clock, default=None)
+        return min(queued, key=_CLOCK, default=None)
 
     def _start(self, lane: _Lane, waiter: _Waiter) -> None:
         lane.queue.remove(waiter)
@@ -321,7 +319,7 @@ class AdmissionQueue:
 
     def _let_pass(self) -> None:
         """Those next after the one who is delayed, as long as they fit."""
-        while any(self._let_one_pass(lane) for lane in sorted(self._lanes.values(), key=_clock)):
+        while any(self._let_one_pass(lane) for lane in sorted(self._lanes.values(), key=_CLOCK)):
             pass
 
     def _let_one_pass(self, lane: _Lane) -> bool:

@@ -104,7 +104,8 @@ class Attempt:
                     is_same_life = (engine, engine.starts) in failed_in
                     if answer is not None and answer.status >= 500 and is_same_life:
                         break
-                    self._count_retry(failure)
+                    self._metrics.retried_calls.labels(failure.error_code).inc()
+                    self._metrics.retried.inc(call.n_prompts)
                 answer, failure = await self._try(engine)
                 if failure is None or not self._goes_on(engine, failure):
                     break
@@ -194,10 +195,6 @@ class Attempt:
         if isinstance(failure, EngineBusy):
             return self._pool.has_other(engine)
         return may_run_again(failure, is_repeatable=call.is_repeatable)
-
-    def _count_retry(self, failure: GatewayError) -> None:
-        self._metrics.retried_calls.labels(failure.error_code).inc()
-        self._metrics.retried.inc(self._call.n_prompts)
 
     async def _leave(self, error: BaseException | None) -> None:
         try:

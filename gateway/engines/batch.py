@@ -80,7 +80,7 @@ class BatchGenerator:
         as a warm-up must.
         """
         batch = _Batch(prompts, sampling, context, engine, on_answer, [None] * len(prompts))
-        n_engines = 1 if engine else self._pool.count_usable()
+        n_engines = 1 if engine else sum(one.is_usable for one in self._pool.engines)
         pieces = cut(prompts, sampling, n_engines, self._settings.max_prompts_per_call)
         tries = self._settings.max_attempts
         try:

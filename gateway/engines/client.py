@@ -48,10 +48,6 @@ class EngineAnswer:
         # Of a stream, by what it says itself: None, as far as is known it is good.
         self.is_at_fault: bool | None = None
 
-    @property
-    def is_stream(self) -> bool:
-        return self.headers.get("Content-Type", "").startswith("text/event-stream")
-
     async def read_chunk(self) -> bytes:
         """What has come of a stream, as it came; empty at its end."""
         try:
@@ -113,7 +109,7 @@ class EngineClient:
                     if message.code >= 200:  # others announce the answer
                         break
                 answer = EngineAnswer(connection, message.code, message.headers, content)
-                if not answer.is_stream:
+                if not message.headers.get("Content-Type", "").startswith("text/event-stream"):
                     answer.body = await content.read()
                     answer.close()
                 return answer

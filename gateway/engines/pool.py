@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 
 from aiohttp import web
 
@@ -23,6 +24,7 @@ _SHORTEST_RETRY_AFTER_S = 1.0
 # An engine that has been away for less may just not have answered one look at it.
 _BLIP_S = 3.0
 _BREAKER_MARGIN_S = 0.01
+_LOAD = attrgetter("running")
 
 
 class EnginePool:
@@ -102,9 +104,6 @@ class EnginePool:
         """What a usable engine says of the model that it serves."""
         return next((engine.card for engine in self.engines if engine.is_usable), None)
 
-    def count_usable(self) -> int:
-        return sum(engine.is_usable for engine in self.engines)
-
     async def acquire(
         self, affinity: str = "", avoid: Engine | None = None, deadline: float | None = None
     ) -> Engine:
@@ -140,10 +139,10 @@ class EnginePool:
         ready = [engine for engine in ready if not engine.is_busy] or ready
         ready = [engine for engine in ready if engine is not avoid] or ready
         if not affinity:
-            return min(ready, key=_load)
-        most = _AFFINITY_SLACK * (sum(map(_load, ready)) + 1) / len(ready) + 1
+            return min(ready, key=_LOAD)
+        most = _AFFINITY_SLACK * (sum(map(_LOAD, ready)) + 1) / len(ready) + 1
         ranked = sorted(ready, key=lambda engine: _rank(affinity, engine.url))
-        return next((engine for engine in ranked if _load(engine) <= most), ranked[0])
+        return next((engine for engine in ranked if engine.running <= most), ranked[0])
 
     def _read_ready(self) -> Iterator[tuple[Sequence[str], float]]:
         for engine in self.engines:
@@ -162,10 +161,6 @@ class EnginePool:
     def _read_running(self) -> Iterator[tuple[Sequence[str], float]]:
         for engine in self.engines:
             yield (engine.url,), engine.running
-
-
-def _load(engine: Engine) -> int:
-    return engine.running
 
 
 def _rank(affinity: str, url: str) -> bytes:

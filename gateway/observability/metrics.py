@@ -68,10 +68,13 @@ class Declared:
 class LiveFigure(Collector):
     """Read where it is kept, at the moment of asking: label values with their number."""
 
-    def __init__(self, kind: str, name: str, text: str, labels: Sequence[str]) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, kind: str, name: str, text: str, labels: Sequence[str]
+    ) -> None:
         self._family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
         self._name, self._text, self._labels = name, text, labels
         self.read: Callable[[], Rows] = tuple
+        registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         family = self._family(self._name, self._text, labels=self._labels)
@@ -314,15 +317,11 @@ class Metrics:
 
     def _live_counter(self, name: str, text: str, *labels: str) -> LiveFigure:
         self._declare(f"{name}_total", "counter", labels, text)
-        return self._add_live(LiveFigure("counter", f"gateway_{name}", text, labels))
+        return LiveFigure(self.registry, "counter", f"gateway_{name}", text, labels)
 
     def _live_gauge(self, name: str, text: str, *labels: str) -> LiveFigure:
         self._declare(name, "gauge", labels, text)
-        return self._add_live(LiveFigure("gauge", f"gateway_{name}", text, labels))
-
-    def _add_live(self, figure: LiveFigure) -> LiveFigure:
-        self.registry.register(figure)
-        return figure
+        return LiveFigure(self.registry, "gauge", f"gateway_{name}", text, labels)
 
     def _declare(self, name: str, kind: str, labels: tuple[str, ...], meaning: str) -> None:
         self.declared.append(Declared(f"gateway_{name}", kind, labels, meaning))

@@ -47,7 +47,7 @@ class PageFigures:
         launchers = await asyncio.gather(*(one.read() for one in self._app[LAUNCHERS]))
         self._last = {
             "at": time.time(),
-            "gateway": self._describe_gateway(),
+            "gateway": {"state": self._name_state()},
             "queue": self._describe_queue(),
             "used": self._sum_usage(),
             "limits": self._describe_limits(),
@@ -56,10 +56,9 @@ class PageFigures:
         }
         self._read_at = time.monotonic()
 
-    def _describe_gateway(self) -> dict[str, Any]:
+    def _name_state(self) -> str:
         pool = self._app[POOL]
-        state = "stopping" if pool.draining else "ready" if pool.is_ready else "waiting"
-        return {"state": state}
+        return "stopping" if pool.draining else "ready" if pool.is_ready else "waiting"
 
     def _describe_queue(self) -> dict[str, Any]:
         queue = self._app[QUEUE]

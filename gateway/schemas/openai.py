@@ -99,12 +99,9 @@ def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
 
 
 def _count_prompts(prompt: Any) -> int:
-    return len(prompt) if isinstance(prompt, list) and _holds_prompts(prompt) else 1
-
-
-def _holds_prompts(prompt: list[Any]) -> bool:
-    """Not the ids of one prompt, nor the turns of a conversation."""
-    return not prompt or isinstance(prompt[0], str | list)
+    """The ids of one prompt are one, and so are the turns of a conversation."""
+    is_many = isinstance(prompt, list) and (not prompt or isinstance(prompt[0], str | list))
+    return len(prompt) if is_many else 1
 
 
 def _count(data: Mapping[str, Any], name: str, most: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Served, serve_gateway
@@ -27,6 +27,7 @@ from tests.gateway.conftest import Served, serve_gateway
 ROOT = Path(__file__).parent.parent.parent
 SHOTS = ROOT / "out" / "page"
 LONGEST_START_MS = 110_000
+PATIENCE_MS = 60_000  # a page is as slow as the machine is busy
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # The browser notes every answer above 399 by itself; a test that provokes one says so.
 _BROWSERS_NOTE = "Failed to load resource"
@@ -45,6 +46,7 @@ def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip("no chromium here: `scripts/system.sh browser` installs it")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program)
         yield browser
@@ -67,7 +69,7 @@ class Visitor:
         context = self.browser.new_context(**(defaults | options))
         self._close.append(context.close)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE_MS)
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))

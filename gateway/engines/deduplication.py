@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from typing import Self
 
@@ -16,7 +17,8 @@ from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
 from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
 
-_Key = tuple[str | tuple[int, ...], Sampling]
+# Bytes keep their hash, tuples do not. A gateway's prompts are all texts or all tokens.
+_Key = bytes
 _Shared = asyncio.Future[GeneratedText | GatewayError]
 
 
@@ -49,8 +51,9 @@ class Deduplicator:
     async def _generate_once(
         self, prompts: Sequence[Prompt], sampling: Sampling, context: RequestContext
     ) -> Completion:
-        keys: list[_Key] = [
-            (prompt if isinstance(prompt, str) else tuple(prompt), sampling) for prompt in prompts
+        head = repr(sampling).encode()
+        keys = [
+            head + (one.encode() if isinstance(one, str) else array("q", one)) for one in prompts
         ]
         wanted = dict(zip(keys, prompts, strict=True))
         others = {key: self._in_flight[key] for key in wanted if key in self._in_flight}

@@ -143,6 +143,7 @@ class Doctor:
         )
         holds = f"{budget.workload_sequences:,} sequences of {budget.workload.tokens} tokens"
         yield Finding("ok", "memory", f"{self._plan.profile}: {memory}, holds {holds}")
+        yield Finding("ok", "schedule", self._plan.scheduler)
         for note in self._plan.notes:
             yield Finding("ok", "tuned", note)
 

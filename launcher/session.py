@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import httpx
@@ -19,9 +20,10 @@ from launcher.config import LauncherSettings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
-from launcher.engine.status import StatusSource, serve_status
+from launcher.engine.status import SchedulerStatus, StatusSource, serve_status
 from launcher.engine.supervisor import RestartPolicy, Supervisor
 from launcher.engine.terminal import Terminal, best_effort
+from launcher.engine.vllm_log import SchedulerState
 from launcher.engine.vllm_server import VllmServer
 from launcher.gateway_process import GatewayProcess, check_gateway
 from launcher.host_resources import hold_state, list_listeners, make_folder
@@ -100,6 +102,7 @@ class Session:
             "argv": prepared.command.argv,
         }
         self._progress = lambda: asdict(engine.progress) if engine.progress else None
+        self._scheduler = partial(describe_scheduler, plan.scheduler, engine)
         self._signals = 0
         self._stop = asyncio.Event()
 
@@ -112,6 +115,7 @@ class Session:
             device=plan.device.title,
             model=plan.model.name,
             vllm=self._prepared.vllm.version,
+            scheduler=plan.scheduler,
             log_file=str(self.engine.lines.path),
         )
         for note in plan.notes:
@@ -152,6 +156,7 @@ class Session:
             self._progress,
             lambda: self.cards.last,
             self._policy,
+            self._scheduler,
             has_gpu=self._prepared.plan.device.is_gpu,
         )
 
@@ -193,6 +198,11 @@ class Session:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
+
+
+def describe_scheduler(planned: str, engine: VllmServer) -> SchedulerStatus:
+    said = engine.scheduler or SchedulerState("")
+    return SchedulerStatus(planned, said.state, said.reason, engine.scheduler_fallbacks)
 
 
 def _example(settings: LauncherSettings) -> str:

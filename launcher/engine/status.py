@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -71,6 +71,12 @@ def _declare_metrics() -> Iterator[MetricDeclaration]:
         yield metric(f"launcher_{name}_start_seconds", took)
     crash = "When the engine last crashed; absent if it never did."
     yield metric("launcher_engine_last_crash_timestamp_seconds", crash)
+    own = "1 while the launcher's own scheduler plans the engine's steps, 0 while vLLM's does."
+    yield metric("launcher_engine_own_scheduler", own)
+    gave_up = (
+        "Times that the launcher's own scheduler gave up, and vLLM's took over until a restart."
+    )
+    yield metric("launcher_engine_scheduler_fallbacks_total", gave_up, kind="counter")
     limit = "Recent crashes after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
     yield metric("launcher_restart_limit", limit)
     window = (
@@ -96,6 +102,16 @@ def list_metrics() -> list[MetricDeclaration]:
 
 
 @dataclass(frozen=True)
+class SchedulerStatus:
+    """Whose scheduler the engine was given, and what that one said of itself since."""
+
+    planned: str
+    state: str = ""  # of the launcher's own: "on", "off", "gave up"
+    reason: str = ""
+    fallbacks: int = 0
+
+
+@dataclass(frozen=True)
 class StatusSource:
     """What the endpoint reads; nothing here is written by it."""
 
@@ -105,6 +121,7 @@ class StatusSource:
     progress: Callable[[], dict[str, Any] | None]
     crash: Callable[[], dict[str, Any] | None]
     policy: RestartPolicy
+    scheduler: Callable[[], SchedulerStatus]
     has_gpu: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -113,6 +130,7 @@ class StatusSource:
         return {
             **{name: describe_program(status) for name, status in self.programs.items()},
             "progress": self.progress(),
+            "scheduler": asdict(self.scheduler()),
             **self.facts,
             "last_crash": {key: crash[key] for key in keys} if crash else None,
         }
@@ -148,6 +166,10 @@ class StatusCollector(Collector):
         if crash:
             at = datetime.fromisoformat(crash["time"]).timestamp()
             yield METRICS["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
+        scheduler = source.scheduler()
+        yield METRICS["launcher_engine_own_scheduler"].build([((), scheduler.state == "on")])
+        fallbacks = METRICS["launcher_engine_scheduler_fallbacks_total"]
+        yield fallbacks.build([((), scheduler.fallbacks)])
         yield METRICS["launcher_restart_limit"].build([((), source.policy.limit)])
         yield METRICS["launcher_restart_window_seconds"].build([((), source.policy.window_s)])
         yield from self._gpus.collect()

@@ -38,6 +38,7 @@ _NOISE = re.compile(
     r"|Triton is (?:not )?installed|requires Triton|Enforce eager set|Inductor compilation was"
     r"|Reset SSM cache|reduce_op|triton_utils/dispatcher|hasattr\(value, |wrapper = lookup\("
     r"|^usage: |^\s{12,}[\[{]"
+    r"|Using custom scheduler class"
     r"|NUMA binding|found in LD_PRELOAD|OMP_NUM_THREADS=\d+ is|torch\.set_num_threads|Found ulimit"
 )
 _LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
@@ -55,6 +56,7 @@ _REQUEST = re.compile(
 )
 # Its beginning is told twice; the other line is three times as long, with the sampling in it.
 _RECEIVED = "Received request "
+_SCHEDULER = re.compile(r"Decode scheduler: (?P<state>on|off|gave up)\b[^:]*(?:: (?P<reason>.+))?$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
 _CAUSE = re.compile(
@@ -79,6 +81,19 @@ def read_progress(line: str) -> Progress | None:
             percent = found.get("percent")
             return Progress(stage, int(percent) if percent else None, found.get("detail") or "")
     return None
+
+
+@dataclass(frozen=True)
+class SchedulerState:
+    """What the launcher's own scheduler, if the engine has it, says of itself."""
+
+    state: str  # "on", "off" or "gave up"
+    reason: str = ""
+
+
+def read_scheduler(line: str) -> SchedulerState | None:
+    match = _SCHEDULER.search(line)
+    return SchedulerState(match["state"], match["reason"] or "") if match else None
 
 
 def is_noise(line: str) -> bool:

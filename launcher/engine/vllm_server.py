@@ -20,7 +20,7 @@ from launcher.engine.polling import poll
 from launcher.engine.probe import Activity, EngineProbe
 from launcher.engine.process import ChildProcess, bind_to_parent
 from launcher.engine.terminal import LineLog
-from launcher.engine.vllm_log import Progress
+from launcher.engine.vllm_log import Progress, SchedulerState
 from launcher.plan.command import EngineCommand, engine_environment
 
 log = structlog.get_logger("launcher")
@@ -47,13 +47,15 @@ class VllmServer:
         self.drain_timeout_s = float(settings.drain_timeout_s)
         self.kill_timeout_s = settings.kill_timeout_s
         self.progress: Progress | None = None
+        self.scheduler: SchedulerState | None = None
+        self.scheduler_fallbacks = 0  # since the launcher's start
         self.killed_children: list[tuple[int, str]] = []
         self.lines: LineLog | None = None
         self._progress_shown_at = 0.0
         self._first_activity: Activity | None = None
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
-        self.progress = None
+        self.progress = self.scheduler = None
         self.killed_children = []
         command = self._command
         argv = bind_to_parent(command.module, *command.arguments, kill_s=self.kill_timeout_s)
@@ -62,6 +64,9 @@ class VllmServer:
     def read_line(self, line: str) -> None:
         if killed := vllm_log.find_killed_child(line):
             self.killed_children.append(killed)
+        if scheduler := vllm_log.read_scheduler(line):
+            self.scheduler = scheduler
+            self.scheduler_fallbacks += scheduler.state == "gave up"
         progress = vllm_log.read_progress(line)
         if progress and progress != self.progress:
             self._show(progress)

@@ -63,6 +63,7 @@ class EnginePlan:
     budget: Budget
     warmup_prompts: int
     notes: tuple[str, ...] = ()
+    scheduler: str = ""  # whose it is, and why (scheduler.py)
 
     def value(self, name: str, default: Any = None) -> Any:
         return next((option.value for option in self.options if option.name == name), default)

@@ -22,6 +22,7 @@ class Fingerprint:
     device: str
     driver: str
     flags: str
+    scheduler: str  # "vllm", or what --scheduler-cls names; among the flags too
 
     @property
     def host_key(self) -> str:
@@ -37,17 +38,24 @@ class Fingerprint:
 
 
 def take_host_key(vllm: InstalledVllm, model: Model, device: Device) -> str:
-    return _fingerprint(vllm, model, device, "").host_key
+    return _fingerprint(vllm, model, device, "", "").host_key
 
 
 def take_fingerprint(
     vllm: InstalledVllm, model: Model, device: Device, command: EngineCommand
 ) -> Fingerprint:
     words = [*_portable(command.arguments), *sorted(command.environment.items())]
-    return _fingerprint(vllm, model, device, _digest(repr(words)))
+    return _fingerprint(vllm, model, device, _digest(repr(words)), _find_scheduler(command))
 
 
-def _fingerprint(vllm: InstalledVllm, model: Model, device: Device, flags: str) -> Fingerprint:
+def _find_scheduler(command: EngineCommand) -> str:
+    words = iter(command.arguments)
+    return next(words, "vllm") if "--scheduler-cls" in words else "vllm"
+
+
+def _fingerprint(
+    vllm: InstalledVllm, model: Model, device: Device, flags: str, scheduler: str
+) -> Fingerprint:
     return Fingerprint(
         vllm=vllm.title,
         torch=read_version("torch"),
@@ -55,6 +63,7 @@ def _fingerprint(vllm: InstalledVllm, model: Model, device: Device, flags: str) 
         device=f"{device.count}x {device.name} {device.memory_bytes / GIB:.0f} GiB",
         driver=device.driver,
         flags=flags,
+        scheduler=scheduler,
     )
 
 

@@ -12,6 +12,7 @@ from launcher.plan.engine_plan import EnginePlan, build_plan, choose_profile, pa
 from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags import Flags, read_flags
 from launcher.plan.hardware import find_device
+from launcher.plan.scheduler import choose_scheduler
 from launcher.plan.tuned import read_tuned
 
 
@@ -57,4 +58,5 @@ def decide(
     profile = choose_profile(settings.profile, device)
     asked = parse_overrides(settings.set, flags)
     tuned, notes = read_tuned(settings.tuned_path, profile, vllm, model, device)
-    return build_plan(profile, device, model, flags, overrides=[*tuned, *asked], notes=notes)
+    plan = build_plan(profile, device, model, flags, overrides=[*tuned, *asked], notes=notes)
+    return choose_scheduler(plan, vllm)

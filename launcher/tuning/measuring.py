@@ -32,6 +32,7 @@ from launcher.plan.engine_plan import (
 )
 from launcher.plan.flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
+from launcher.plan.scheduler import choose_scheduler
 from launcher.tuning.candidates import Candidate, CandidateResult
 from launcher.tuning.rouge import mean_rouge_l
 
@@ -83,9 +84,10 @@ class CandidateMeter:
             for name, value in candidate.changes.items()
         ]
         name = profile or self.profile
-        return build_plan(
+        plan = build_plan(
             name, self.device, self.model, self.flags, overrides=[*tried, *self.asked]
         )
+        return choose_scheduler(plan, self.vllm)
 
     async def read_reference(self) -> tuple[list[str], float]:
         """The answers of the profile quality, and how long an engine takes to start here."""

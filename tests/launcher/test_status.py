@@ -11,7 +11,12 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
-from launcher.engine.status import StatusSource, build_status_app, list_metrics
+from launcher.engine.status import (
+    SchedulerStatus,
+    StatusSource,
+    build_status_app,
+    list_metrics,
+)
 from launcher.engine.supervisor import ProgramStatus, RestartPolicy
 
 LABELS = {
@@ -31,7 +36,10 @@ echo '1, NVIDIA H200, 3, 900, 143771, [N/A], 31, 345'
 def make_source(engine: str, gateway: str, **fields: Any) -> StatusSource:
     programs = {"engine": ProgramStatus(engine), "gateway": ProgramStatus(gateway)}
     policy = RestartPolicy(limit=5, window_s=600, delay_s=1, delay_max_s=60)
-    given: dict[str, Any] = {"crash": lambda: None} | fields
+    given: dict[str, Any] = {
+        "crash": lambda: None,
+        "scheduler": lambda: SchedulerStatus("vLLM's own"),
+    } | fields
     return StatusSource(programs, {}, LABELS, lambda: None, policy=policy, **given)
 
 

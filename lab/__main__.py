@@ -1,4 +1,4 @@
-"""The lab's command line: `python -m lab grade|bench|selftest|load|results …`.
+"""The lab's command line: `python -m lab grade|bench|gpu|selftest|load|results …`.
 
 A command's module is loaded only when the command is given, so that help is quick. What ends any
 of them is here: failures, Ctrl-C, SIGTERM.
@@ -20,6 +20,7 @@ COMMANDS = {
     "grade": ("lab.grade.run_grade", "scores, speed and faults of a server, as the judge sees it"),
     "bench": ("lab.bench.run_bench", "what the gateway costs over the engine itself"),
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
+    "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),
     "load": ("lab.load.run_load", "a soak: mixed traffic and faults, every answer checked"),
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
 }

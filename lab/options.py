@@ -141,6 +141,12 @@ def whole_number(least: int) -> Callable[[str], int]:
     return _build_check(kind, f"no whole number from {least} on")
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """From 1 on, separated by commas."""
+    parse = whole_number(1)
+    return tuple(parse(part) for part in text.split(","))
+
+
 port = _build_check(Annotated[int, Field(ge=1, le=65535)], "no port from 1 to 65535")
 seconds = _build_check(Annotated[float, Field(gt=0, allow_inf_nan=False)], "no time in seconds")
 share = _build_check(Annotated[float, Field(ge=0, le=1)], "no score from 0 to 1")

@@ -84,6 +84,9 @@ class Server:
     async def load(self, _request: web.Request) -> web.Response:
         return web.json_response({"server_load": self.at_server + self.lost})
 
+    async def reset_prefix_cache(self, _request: web.Request) -> web.Response:
+        return web.json_response({"success": not self.running})
+
     async def tokenize(self, _request: web.Request) -> web.Response:
         return web.json_response({"tokens": [1, 2, 3]})
 
@@ -134,6 +137,8 @@ class Server:
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_post("/tokenize", self.tokenize)
+        if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
+            app.router.add_post("/reset_prefix_cache", self.reset_prefix_cache)
         app.router.add_post("/fake", self.fake)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=10)
         await runner.setup()

@@ -1,0 +1,130 @@
+"""`python -m lab gpu` as a program: over a stand-in for vLLM, and over the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lab.records.record import read_record
+from tests.launcher.programs import FAKE_VLLM, ROOT
+
+
+def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LAUNCHER_", "GATEWAY_"))}
+    own = {"LAUNCHER_CACHE_DIR": str(folder / "cache"), "STARTED_BY_TEST_IN": f"{folder}/"}
+    out = ["--out", str(folder / "gpu.json"), "--record", str(folder / "record.json")]
+    return subprocess.run(
+        [sys.executable, "-m", "lab", "gpu", *words, *out],
+        cwd=ROOT, env=kept | own | variables, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def run_fake(folder: Path, *words: str, fake: str = "echo") -> subprocess.CompletedProcess[str]:
+    """Two H200s, of which nothing is used: the stand-in makes ten tokens of any prompt."""
+    variables = {"PYTHONPATH": f"{FAKE_VLLM}:{ROOT}", "FAKE_VLLM": fake}
+    variables |= {"LAUNCHER_GPU": "2x H200", "CUDA_VISIBLE_DEVICES": "4,5"}
+    asked = ["--load-format", "dummy", "--prompts", "12", "--tokens", "10"]
+    return run(folder, *asked, *words, **variables)
+
+
+def read_figures(folder: Path) -> dict[str, Any]:
+    return {figure.name: figure for figure in read_record(folder / "record.json").figures}
+
+
+def list_left(folder: Path) -> list[str]:
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("STARTED_BY_TEST_IN") == f"{folder}/":
+                left.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return left
+
+
+def test_arms_are_measured_in_turns_and_held_against_each_other(tmp_path: Path) -> None:
+    words = ["default", "course", "course-stock", "2*course"]
+
+    done = run_fake(tmp_path, "--arms", *words, "--rounds", "2")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures, load = read_figures(tmp_path), "12 prompts x 10"
+    for name in (
+        f"default, texts, {load}",
+        f"default, ids, {load}",
+        f"course, predict, {load}, over ids",
+        f"course, ids again, {load}, over ids",
+        f"course, predict, {load}, over default",
+        f"course, predict, {load}, over course-stock",
+        f"2*course, predict, {load}, over course",
+    ):
+        assert figures[name].value > 0, name
+    assert "gateway" in figures[f"course, predict, {load}"].note
+    assert "gateway" not in figures[f"course, ids, {load}"].note
+    assert figures["course, predict: answers as the first"].value == 3 * 12  # the warm-up too
+    assert figures["course: answers as course-stock's"].value == 12
+    rounds = json.loads((tmp_path / "gpu.json").read_text())["rounds"]
+    assert [set(taken) for taken in rounds] == [
+        {"default", "course", "course-stock", "2*course"}
+    ] * 2
+    assert list_left(tmp_path) == []
+
+
+def test_arm_that_does_not_start_is_told_of_and_the_others_are_measured(tmp_path: Path) -> None:
+    fake = "echo dies_with=TRITON_ATTN"
+    words = ["--arms", "default", "balanced", "course", "--rounds", "1"]
+
+    done = run_fake(tmp_path, *words, fake=fake)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "course is left out" in done.stderr or "course ended" in done.stderr, done.stderr
+    assert "balanced, predict, 12 prompts x 10" in read_figures(tmp_path)
+    assert not [name for name in read_figures(tmp_path) if name.startswith("course")]
+
+
+def test_time_that_is_used_up_ends_the_rounds(tmp_path: Path) -> None:
+    done = run_fake(tmp_path, "--arms", "default", "--rounds", "500", "--seconds", "25")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the time is used up after" in done.stderr
+    assert read_figures(tmp_path)["default, ids, 12 prompts x 10"].value > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "lunch"], "no arm 'lunch'"),
+        (["--arms", "3*course"], "takes 3 cards, of 2"),
+        (["--model", "/nowhere"], "/nowhere is no folder of a model"),
+        (["--tokens", "12,x"], "x is no whole number from 1 on"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+    done = run_fake(tmp_path, *words)
+
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(400)
+def test_real_engines_answer_the_same_by_every_way_and_scheduler(tmp_path: Path) -> None:
+    words = ["--prompts", "24", "--tokens", "32", "--streams", "4", "--rounds", "2"]
+
+    done = run(tmp_path, *words, "--seconds", "350")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = read_figures(tmp_path)
+    assert figures["cpu, predict: answers as the first"].value == 2 * 24 + 24
+    assert figures["cpu: answers as cpu-stock's"].value == 24
+    assert figures["cpu, predict, 4 streams x 64: first token"].value > 0
+    assert "EngineCore" in figures["cpu, ids, 24 prompts x 32"].note
+    assert list_left(tmp_path) == []

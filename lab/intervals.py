@@ -34,12 +34,6 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def find_value_at(values: Sequence[float], share: float) -> float:
-    """One of the values, so that it holds for infinite ones too."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 @dataclass(frozen=True)
 class Interval:
     """A median and the interval that holds the true one in 95 of 100 cases.

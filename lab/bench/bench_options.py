@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from lab import options
-from lab.bench.rate_sweep import SweepPlan
 from lab.bench.relay.relay_comparison import RelayLoad
 from lab.bench.rounds import RoundBudget
 from lab.bench.vllm_bench import VllmBenchLoad
@@ -16,10 +15,10 @@ from lab.bench.workloads import BenchWorkload, ManyCalls, ManyStreams, OneCall
 from lab.intervals import FEWEST_ROUNDS
 from lab.paths import OUT
 
-PARTS = ("one", "batch", "calls", "streams", "sweep", "outside", "relay")
+PARTS = ("one", "batch", "calls", "streams", "outside", "relay")
 QUICK_PARTS = ("one", "batch", "calls", "streams", "relay")
 # Short answers where what is added to a call is sought: it does not depend on their length.
-_SINGLE_TOKENS, _STREAM_TOKENS, _SWEEP_TOKENS = 8, 64, 32
+_SINGLE_TOKENS, _STREAM_TOKENS = 8, 64
 SINGLE_TITLE = f"one prompt, {_SINGLE_TOKENS} tokens"
 
 
@@ -32,9 +31,6 @@ class BenchScale:
     prompts: int
     most: int = 150
     streams: tuple[int, ...] = (1, 16, 64)
-    sweep_rounds: int = 8
-    sweep_window_s: float = 2.0
-    sweep_arrivals: int = 60
     outside: VllmBenchLoad = field(default_factory=VllmBenchLoad)
     relay: RelayLoad = field(default_factory=RelayLoad)
 
@@ -43,18 +39,16 @@ class BenchScale:
         return RoundBudget(self.seconds[part] * share, most, min(self.fewest, most))
 
 
-# On two cores with the demo model: seventeen minutes, and one.
+# On two cores with the demo model: ten minutes, and one.
 FULL = BenchScale(
-    seconds=dict(zip(PARTS, (15, 80, 180, 120, 420, 45, 85), strict=True)),
+    seconds=dict(zip(PARTS, (15, 80, 180, 120, 45, 85), strict=True)),
     fewest=FEWEST_ROUNDS,
     prompts=358,
 )
 QUICK = BenchScale(
-    seconds=dict(zip(PARTS, (4, 6, 8, 12, 30, 24, 10), strict=True)),
+    seconds=dict(zip(PARTS, (4, 6, 8, 12, 24, 10), strict=True)),
     fewest=3,
     prompts=64,
-    sweep_rounds=1,
-    sweep_window_s=1.0,
     outside=VllmBenchLoad(prompts=32),
     relay=RelayLoad(calls=200, seconds=0.3),
 )
@@ -98,18 +92,6 @@ def list_workloads(
             yield streams, scale.budget("streams", 150, count**0.25 / total)
 
 
-def plan_sweep(scale: BenchScale, asked: AskedQuestions, bound_s: float) -> SweepPlan:
-    return SweepPlan(
-        asked.known,
-        min(_SWEEP_TOKENS, asked.max_tokens),
-        bound_s,
-        scale.sweep_window_s,
-        scale.sweep_arrivals,
-        scale.seconds["sweep"],
-        scale.sweep_rounds,
-    )
-
-
 def parse_arguments(words: Sequence[str], description: str | None = None) -> argparse.Namespace:
     parser = build_parser(description)
     arguments = options.parse_options(parser, words)
@@ -142,9 +124,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--only", type=_parts, metavar="PART,…", help=f"some of {', '.join(PARTS)}")
     add("--prompts", type=positive, metavar="N", help="in the batch, and calls at once (358; 64)")
     add("--max-tokens", type=positive, default=256, metavar="N", help="an answer (default: 256)")
-    help_ = "the sweep's knee keeps 95 %% of the calls within this (default: 1)"
-    add("--p95-bound-s", type=options.seconds, default=1.0, metavar="S", help=help_)
-    add("--seed", type=int, default=1, help="of the order of turns and of arrivals (default: 1)")
+    add("--seed", type=int, default=1, help="of the order of turns (default: 1)")
     add = parser.add_argument_group("what comes of it").add_argument
     default = str(OUT / "bench.json")
     help_ = f"JSON; the HTML report goes beside it (default: {default})"

@@ -4,15 +4,15 @@ Three arms take turns in random order: the engine itself, the engine once more (
 the gateway before that engine. Without --url it starts `python -m launcher up` and stops it again;
 what stands behind `--` goes to the launcher:
 
-    python -m lab bench                              everything, seventeen minutes on two cores
+    python -m lab bench                              everything, ten minutes on two cores
     python -m lab bench --quick                      a minute's look
     python -m lab bench --only batch,relay           some parts alone
     python -m lab bench --against out/before.json    which figures have really changed?
     python -m lab bench --url http://127.0.0.1:8000 --direct-url http://127.0.0.1:8001
     python -m lab bench --model Qwen/Qwen3-0.6B -- --profile course
 
-Parts: one (prompt), batch, calls, streams, sweep (open loop), outside (`vllm bench serve`), relay
-(beside a plain relay and a stand-in engine). docs/benchmarks.md says how to read the figures.
+Parts: one (prompt), batch, calls, streams, outside (`vllm bench serve`), relay (beside a plain
+relay and a stand-in engine). docs/benchmarks.md says how to read the figures.
 
 Exit codes: 0 measured; 1 a bound surely broken, really worse than --against, or answers mixed up;
 2 bad options, or a file that cannot be written; 3 no figures.
@@ -43,7 +43,6 @@ from lab.bench import bench_options
 from lab.bench.answer_book import MixedUp, build_book
 from lab.bench.bench_figures import BenchFailed
 from lab.bench.cpu_time import build_meter
-from lab.bench.rate_sweep import find_knees
 from lab.bench.relay.relay_comparison import RelayResult, measure_relay
 from lab.bench.report.bench_console import describe_result
 from lab.bench.report.bench_page import write_report
@@ -214,7 +213,7 @@ class BenchRun:
                 "no CPU times: no launcher on this machine says which processes are measured"
             )
         workloads: list[WorkloadRounds] = []
-        sweep, outside = None, None
+        outside = None
         async with open_client() as client:
             self._progress.working("asking every question once, directly")
             learned = await ask_all(client, targets[0], self._asked.known)
@@ -224,10 +223,6 @@ class BenchRun:
             for workload, budget in chosen:
                 told = replace(setup, say=self._announce(workload.title))
                 workloads.append(await measure_workload(workload, told, budget))
-            if "sweep" in self._parts:
-                bound_s = self._arguments.p95_bound_s
-                plan = bench_options.plan_sweep(self._scale, self._asked, bound_s)
-                sweep = await find_knees(replace(setup, say=self._announce("open loop")), plan)
         if "outside" in self._parts:
             outside = await self._measure_outside(stack)
         if book.differing:
@@ -237,8 +232,7 @@ class BenchRun:
             )
         how = "known by heart" if book.is_by_heart else "as the engine itself answered at first"
         answers = f"{book.checked:,} answers held against their questions, {how}"
-        found = {"workloads": tuple(workloads), "sweep": sweep, "outside": outside}
-        return {**found, "answers": answers}
+        return {"workloads": tuple(workloads), "outside": outside, "answers": answers}
 
     def _build_targets(self, stack: BenchStack) -> tuple[Target, ...]:
         settings = Settings(tokenizer=self._find_tokenizer(stack))
@@ -295,7 +289,6 @@ class BenchRun:
         asked: dict[str, Any] = {
             "prompts": self._scale.prompts,
             "max tokens": arguments.max_tokens,
-            "p95 bound, s": arguments.p95_bound_s,
             "scale": "quick" if arguments.quick else "full",
             "questions": f"{arguments.questions} {self._digest}".removeprefix(f"{ROOT}/"),
         }

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import aiohttp
 import orjson
@@ -37,11 +36,7 @@ def read_clock_s() -> float:
 
 
 class CallFailed(BenchFailed):
-    """A call that was not answered with 200; `status` 0 when there was no answer at all."""
-
-    def __init__(self, text: str, status: int = 0) -> None:
-        super().__init__(text)
-        self.status = status
+    """A call that was not answered, or not with 200."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class BenchCall:
     body: bytes
     asked: tuple[str, ...]
     is_cut: bool
-    read: Callable[[Any], list[str]]
+    read: Callable[[bytes], list[str]]
     headers: Mapping[str, str]
 
 
@@ -71,12 +66,9 @@ class ReceivedStream:
     def total_s(self) -> float:
         return self.pieces[-1][0]
 
-    def events(self) -> list[Any]:
-        data = b"".join(piece for _, piece in self.pieces)
-        lines = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: ")]
-        if not lines or lines[-1].strip() != b"[DONE]":
-            raise CallFailed(f"a stream ended without [DONE]: {data[-200:]!r}")
-        return [orjson.loads(line) for line in lines[:-1]]
+    @property
+    def body(self) -> bytes:
+        return b"".join(piece for _, piece in self.pieces)
 
 
 class BenchClient:
@@ -104,23 +96,13 @@ class BenchClient:
     def check(self, call: BenchCall, body: bytes) -> list[str]:
         """The answers of a body, each held against its question."""
         try:
-            data = orjson.loads(body)
-            answers = call.read(data)
-        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            answers = call.read(body)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             shown = body[:200].decode(errors="replace")
             raise CallFailed(f"{call.target}: {call.url} answered {shown} ({error!r})") from None
         if self.book is not None:
             self.book.check(call.target, call.asked, answers, call.is_cut)
         return answers
-
-    def check_stream(self, call: BenchCall, stream: ReceivedStream) -> None:
-        texts = []
-        for event in stream.events():
-            if not isinstance(event, dict) or "error" in event:
-                raise CallFailed(f"{call.target}: an error within a stream: {event}")
-            texts += [choice["delta"].get("content") or "" for choice in event["choices"]]
-        if self.book is not None:
-            self.book.check(call.target, call.asked, [_trim("".join(texts))], call.is_cut)
 
     @asynccontextmanager
     async def _open(self, call: BenchCall) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -129,8 +111,7 @@ class BenchClient:
             async with self._session.post(call.url, data=body, headers=headers) as answer:
                 if answer.status != 200:
                     text = (await answer.text())[:300]
-                    said = f"{call.target}: {call.url} answered {answer.status}: {text}"
-                    raise CallFailed(said, answer.status)
+                    raise CallFailed(f"{call.target}: {call.url} answered {answer.status}: {text}")
                 if "dedup" in answer.headers.get("Server-Timing", ""):
                     raise BenchFailed(
                         "the gateway gives one answer to identical prompts, which no direct call "
@@ -188,16 +169,16 @@ class Target:
         body = build_completion_call(self.form.model, ids, sampling)
         return self._call("/v1/completions", body, asked, max_tokens, _read_completion)
 
-    def chat_call(self, question: str, max_tokens: int, *, is_stream: bool = False) -> BenchCall:
+    def stream_call(self, question: str, max_tokens: int) -> BenchCall:
         body = {
             "model": self.form.model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": max_tokens,
-            "stream": is_stream,
+            "stream": True,
         }
         path = "/v1/chat/completions"
-        return self._call(path, orjson.dumps(body), (question,), max_tokens, _read_chat)
+        return self._call(path, orjson.dumps(body), (question,), max_tokens, _read_stream)
 
     def _call(
         self,
@@ -205,27 +186,36 @@ class Target:
         body: bytes,
         asked: tuple[str, ...],
         max_tokens: int,
-        read: Callable[[Any], list[str]],
+        read: Callable[[bytes], list[str]],
     ) -> BenchCall:
         headers = _JSON | build_headers(self.api_key if self.is_gateway else "")
         is_cut = max_tokens < self.form.max_tokens
         return BenchCall(self.name, f"{self.url}{path}", body, asked, is_cut, read, headers)
 
 
-def _read_predict(data: Any) -> list[str]:
+def _read_predict(body: bytes) -> list[str]:
+    data = orjson.loads(body)
     if data.get("errors"):
-        raise CallFailed(f"the gateway refused prompts: {data['errors']}")
+        raise ValueError(f"prompts were refused: {data['errors']}")
     answer = data["response"]
     return [_trim(text) for text in (answer if isinstance(answer, list) else [answer])]
 
 
-def _read_completion(data: Any) -> list[str]:
-    choices = sorted(data["choices"], key=lambda choice: int(choice["index"]))
+def _read_completion(body: bytes) -> list[str]:
+    choices = sorted(orjson.loads(body)["choices"], key=lambda choice: int(choice["index"]))
     return [_trim(choice["text"]) for choice in choices]
 
 
-def _read_chat(data: Any) -> list[str]:
-    return [_trim(data["choices"][0]["message"]["content"])]
+def _read_stream(body: bytes) -> list[str]:
+    lines = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: ")]
+    if not lines or lines[-1].strip() != b"[DONE]":
+        raise ValueError(f"a stream ended without [DONE]: {body[-200:]!r}")
+    text = ""
+    for event in map(orjson.loads, lines[:-1]):
+        if "error" in event:
+            raise ValueError(f"an error within a stream: {event}")
+        text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    return [_trim(text)]
 
 
 def _trim(text: str) -> str:

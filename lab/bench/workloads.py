@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lab.bench.targets import BenchCall, BenchClient, Target, read_clock_s
-from lab.intervals import find_value_at
+from lab.intervals import quantile
 
 _SHARE_OF_CALLS = 0.95
 
@@ -59,7 +59,7 @@ class ManyCalls(BenchWorkload):
         took_s = read_clock_s() - started
         for call, (_, body) in zip(calls, done, strict=True):
             client.check(call, body)
-        within_s = find_value_at([seconds for seconds, _ in done], _SHARE_OF_CALLS)
+        within_s = quantile([seconds for seconds, _ in done], _SHARE_OF_CALLS)
         return {"time for all": took_s * 1e3, "95 % of the calls within": within_s * 1e3}
 
 
@@ -67,12 +67,12 @@ class ManyStreams(BenchWorkload):
     """Chat streams, so many at once."""
 
     async def prepare(self, target: Target) -> list[BenchCall]:
-        return [target.chat_call(one, self.max_tokens, is_stream=True) for one in self.questions]
+        return [target.stream_call(one, self.max_tokens) for one in self.questions]
 
     async def run(self, client: BenchClient, calls: Sequence[BenchCall]) -> dict[str, float]:
         streams = await asyncio.gather(*map(client.stream, calls))
         for call, stream in zip(calls, streams, strict=True):
-            client.check_stream(call, stream)
+            client.check(call, stream.body)
         return {
             "first chunk": statistics.median(stream.first_s for stream in streams) * 1e3,
             "whole stream": statistics.median(stream.total_s for stream in streams) * 1e3,

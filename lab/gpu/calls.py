@@ -113,7 +113,7 @@ class ArmClient:
             streams = await asyncio.gather(*map(self.client.stream, calls))
             took_s = read_clock_s() - began
             for call, stream in zip(calls, streams, strict=True):
-                self.client.check_stream(call, stream)
+                self.client.check(call, stream.body)
             gaps = [(s.total_s - s.first_s) / (one.tokens - 1) for s in streams]
             first_s = statistics.median(stream.first_s for stream in streams)
             values = {"first token": first_s * 1e3, "between tokens": statistics.median(gaps) * 1e3}
@@ -160,7 +160,7 @@ class ArmClient:
         targets = [Target(name, url, is_gateway=is_gateway, form=self.form) for url in urls]
         if one.is_stream:
             return [
-                targets[place % len(targets)].chat_call(question, one.tokens, is_stream=True)
+                targets[place % len(targets)].stream_call(question, one.tokens)
                 for place, question in enumerate(asked)
             ]
         parts = [asked[place :: len(targets)] for place in range(len(targets))]

@@ -50,18 +50,6 @@ class CallBar:
 
 
 @dataclass(frozen=True)
-class PlotDot:
-    """One value over another, of the cloud with this name; a hollow one is no success."""
-
-    name: str
-    x: float
-    y: float
-    style: str
-    is_hollow: bool
-    title: str
-
-
-@dataclass(frozen=True)
 class RangeMark:
     """A value with its interval; those of one `group` stand close together under its name."""
 
@@ -141,16 +129,6 @@ def draw_call_bars(
         top += (lanes + 1) * lane_height
     gap = 2 if total <= _MOST_LANES_IN_FULL else 0.4
     return _draw("call_bars", axes, bands, lane_height, gap, x_label, limit)
-
-
-def draw_dots(
-    dots: Sequence[PlotDot], *, x_label: str, y_label: str, limit: float, limit_name: str
-) -> Markup:
-    """From 0; what lies far above the limit is drawn at the upper edge."""
-    highest = max((dot.y for dot in dots if math.isfinite(dot.y)), default=1.0)
-    furthest = max((dot.x for dot in dots), default=1.0)
-    axes = PlotAxes(_round_up(furthest), _round_up(max(min(highest, limit * 1.5), limit)))
-    return _draw("dots", axes, dots, x_label, y_label, limit, limit_name)
 
 
 def draw_ranges(

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterator
 
 from lab.bench.bench_figures import ARMS, BenchRow, RoundSeries
-from lab.bench.rate_sweep import Sweep
 from lab.bench.relay.relay_comparison import describe_relay
 from lab.bench.report.bench_result import BenchResult, describe_quiet
 from lab.bench.report.earlier_run import describe_changes
@@ -18,13 +17,11 @@ _NAME = 32
 
 def describe_result(result: BenchResult, *, coloured: bool) -> Iterator[str]:
     rows = {row.name: row for row in result.rows()}
-    if result.measured() or result.sweep:
+    if result.measured():
         arms = "".join(f"{arm:>11}" for arm in ARMS)
         yield f"{'':{_NAME}}{arms}   {'gateway/direct (95 %)':24}{'control':>9}"
     for measured in result.measured():
         yield from _describe_workload(measured, rows)
-    if result.sweep:
-        yield from _describe_sweep(result.sweep, rows)
     yield ""
     if result.relayed:
         yield f"relay beside a stand-in engine, {count(result.relayed.series[0].rounds, 'round')}"
@@ -69,17 +66,3 @@ def _line(name: str, medians: str, row: BenchRow | None) -> str:
 
 def _medians(series: RoundSeries) -> str:
     return "".join(f"{statistics.median(values):>11.2f}" for values in series.by_arm.values())
-
-
-def _describe_sweep(sweep: Sweep, rows: dict[str, BenchRow]) -> Iterator[str]:
-    series = sweep.series()
-    yield (
-        f"open loop, {count(series.rounds, 'round')}: the highest rate with 95 % of the calls "
-        f"within {sweep.bound_s:g} s and no growing queue"
-    )
-    yield _line(f"knee, {series.unit}", _medians(series), rows.get(series.name))
-    if sweep.was_client_the_limit():
-        yield (
-            "  this program itself was busy for most of a window that a target failed in: the "
-            "knee may be its own; ask from a machine with more to give"
-        )

@@ -10,11 +10,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from lab.bench.bench_figures import QUIET, BenchRow, RoundSeries
-from lab.bench.rate_sweep import Sweep
 from lab.bench.relay.relay_comparison import CHUNKS, LATENCY, RATE
 from lab.bench.report.bench_result import BenchResult, describe_quiet
 from lab.bench.rounds import CPU_MEASURE, WorkloadRounds
-from lab.intervals import find_value_at
+from lab.intervals import quantile
 from lab.reports import plots
 from lab.reports.output_files import write_file
 from lab.reports.pages import list_facts, render_page
@@ -50,7 +49,6 @@ def render(result: BenchResult) -> str:
         cpu=[row for row in ratios if row.name.endswith(CPU_MEASURE)],
         relay_captions=_RELAY_CAPTIONS,
         draw_ratios=_draw_ratios,
-        draw_sweep=_draw_sweep,
         draw_times=_draw_times,
         draw_relayed=_draw_relayed,
         facts=list(list_facts({**vars(facts), "setting": ""}, nested)),
@@ -67,24 +65,11 @@ def _draw_ratios(rows: Sequence[BenchRow]) -> Markup:
     return plots.draw_ranges(ranges, centre=1.0, band=QUIET, x_label="× direct", widest=_WIDEST)
 
 
-def _draw_sweep(sweep: Sweep) -> Markup:
-    dots = []
-    for point in sweep.points:
-        said = f"{point.arm} at {point.rate:.0f}/s: 95 % within {point.p95_s:.2f} s"
-        title = f"{said}; {point.trouble or 'served'}"
-        place = (point.rate, point.p95_s)
-        dots.append(
-            plots.PlotDot(point.arm, *place, _STYLES[point.arm], bool(point.trouble), title)
-        )
-    names = {"x_label": "calls/s", "y_label": "95 % within, s", "limit_name": "bound"}
-    return plots.draw_dots(dots, limit=sweep.bound_s, **names)
-
-
 def _draw_times(measured: WorkloadRounds) -> Markup:
     times = next(one for one in measured.series if one.measure == "time")
     every = [value for values in times.by_arm.values() for value in values]
     # The slowest few would press all others into one bar; the last bin holds them.
-    low, high = min(every), find_value_at(every, 0.98)
+    low, high = min(every), quantile(every, 0.98)
     step = max((high - low) / _BINS, 1e-6)
     first, bins = math.floor(low / step) * step, _BINS + 1
     series = [plots.PlotSeries(arm, values, _STYLES[arm]) for arm, values in times.by_arm.items()]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from lab.bench.bench_figures import QUIET, BenchRow, Bound, build_added, build_ratio
-from lab.bench.rate_sweep import Sweep
 from lab.bench.relay.relay_comparison import RelayResult
 from lab.bench.report.earlier_run import FORMAT, FigureChange, StoredRun
 from lab.bench.rounds import CPU_MEASURE, WorkloadRounds
@@ -43,7 +42,7 @@ class BenchFacts(RunFacts):
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One run: workloads through the targets, the sweep, the outside opinion, the relay."""
+    """One run: workloads through the targets, the outside opinion, the relay."""
 
     facts: BenchFacts
     relayed: RelayResult | None
@@ -51,7 +50,6 @@ class BenchResult:
     single_title: str
     workloads: tuple[WorkloadRounds, ...] = ()
     outside: WorkloadRounds | None = None
-    sweep: Sweep | None = None
     notes: tuple[str, ...] = ()
     changes: tuple[FigureChange, ...] = ()
     against: str = ""
@@ -61,8 +59,6 @@ class BenchResult:
 
     def rows(self) -> list[BenchRow]:
         rows = [row for one in self.measured() for row in self._rows(one)]
-        if self.sweep:
-            rows.append(replace(build_ratio("engine", self.sweep.series()), is_more_better=True))
         return rows + (self.relayed.rows() if self.relayed else [])
 
     def _rows(self, measured: WorkloadRounds) -> Iterator[BenchRow]:
@@ -110,20 +106,14 @@ class BenchResult:
             "notes": self.notes,
             "rows": self.rows(),
             "workloads": self.measured(),
-            "sweep": self.sweep,
             "relay": self.relayed,
             "against": [change.pack() for change in self.changes],
         }
-        # JSON has no infinity: what never came is null.
-        write_json(path, to_jsonable_python(packed, inf_nan_mode="null"))
+        write_json(path, to_jsonable_python(packed))
 
     def figures(self) -> list[RecordFigure]:
         """For the record of a run."""
-        figures = [_build_figure(row) for row in self.rows()]
-        for arm, rates in (self.sweep.knees if self.sweep else {}).items():
-            middle, low, high = statistics.median(rates), min(rates), max(rates)
-            figures.append(RecordFigure(f"knee, {arm}", middle, "calls/s", low, high))
-        return figures
+        return [_build_figure(row) for row in self.rows()]
 
 
 def _build_figure(row: BenchRow) -> RecordFigure:

@@ -27,9 +27,6 @@ TINY = replace(
     most=6,
     prompts=12,
     streams=(1, 8),
-    sweep_rounds=1,
-    sweep_window_s=0.2,
-    sweep_arrivals=20,
     outside=outside.VllmBenchLoad(prompts=4, output_tokens=8),
 )
 
@@ -53,9 +50,7 @@ class FakeGateway:
     timing: str = "engine;dur=1"
     cuts_streams: bool = False
     places: int | None = None
-    refuses_above: int | None = None
     calls: int = 0
-    inside: int = 0
     before: str = ""
     at_work: asyncio.Semaphore | None = None
 
@@ -80,13 +75,7 @@ async def serve_fake(fake: FakeGateway) -> AsyncIterator[str]:
 
     async def chat(request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        if fake.refuses_above is not None and fake.inside >= fake.refuses_above:
-            return web.json_response({"error": {"message": "full"}}, status=503)
-        text = await _answer(fake, body["messages"][0]["content"])
-        if body["stream"]:
-            return await _stream(fake, request, text)
-        message = {"role": "assistant", "content": text}
-        return _reply(fake, {"choices": [{"index": 0, "message": message}]})
+        return await _stream(fake, request, await _answer(fake, body["messages"][0]["content"]))
 
     app.router.add_get("/", root)
     app.router.add_post("/predict", predict)
@@ -102,12 +91,8 @@ def _reply(fake: FakeGateway, body: Any) -> web.Response:
 async def _answer(fake: FakeGateway, question: str) -> str:
     """When it mixes, the answer to the question before."""
     fake.calls += 1
-    fake.inside += 1
-    try:
-        async with fake.at_work or contextlib.nullcontext():
-            await asyncio.sleep(fake.delay_s)
-    finally:
-        fake.inside -= 1
+    async with fake.at_work or contextlib.nullcontext():
+        await asyncio.sleep(fake.delay_s)
     other = fake.before if fake.mixes and fake.before else question
     fake.before = question
     return f"answer:{other}"

@@ -17,8 +17,6 @@ from aiohttp import web
 
 from lab.bench import vllm_bench as outside
 from lab.bench.answer_book import MixedUp
-from lab.bench.bench_figures import BenchFailed
-from lab.bench.rate_sweep import Sweep, SweepPoint
 from lab.bench.report.bench_console import describe_result
 from lab.bench.report.bench_page import render
 from lab.bench.report.bench_result import BenchResult, describe_quiet
@@ -62,10 +60,6 @@ async def compare(
 ) -> BenchResult:
     async with serve_direct(direct) as engine, serve_fake(gateway) as url:
         return await build_bench(url, engine, *options, **scale).measure()
-
-
-async def sweep(direct: FakeGateway, gateway: FakeGateway, *options: str) -> BenchResult:
-    return await compare(direct, gateway, "--only", "sweep", *options, sweep_window_s=1.0)
 
 
 def find_row(result: BenchResult, name: str) -> Any:
@@ -124,7 +118,7 @@ class _InOrder(random.Random):
 # --- answers that are not theirs
 
 
-@pytest.mark.parametrize("part", ["batch", "calls", "streams", "sweep"])
+@pytest.mark.parametrize("part", ["batch", "calls", "streams"])
 @in_virtual_time
 async def test_gateway_that_mixes_answers_up_gets_no_figures(part: str) -> None:
     with pytest.raises(MixedUp, match=r"gateway answered question .* answer to question"):
@@ -136,7 +130,7 @@ async def test_gateway_that_mixes_answers_up_gets_no_figures(part: str) -> None:
     [
         (FakeGateway(status=500), "one", "answered 500"),
         (FakeGateway(cuts_streams=True), "streams", r"without \[DONE\]"),
-        (FakeGateway(status=401), "sweep", "answered 401"),
+        (FakeGateway(status=401), "calls", "answered 401"),
     ],
 )
 @in_virtual_time
@@ -145,60 +139,6 @@ async def test_gateway_that_fails_ends_the_run_and_is_named(
 ) -> None:
     with pytest.raises(CallFailed, match=said):
         await measure(fake, part)
-
-
-# --- the knee
-
-
-@pytest.mark.slow
-@in_virtual_time
-async def test_knee_of_a_gateway_with_half_the_places_is_half_as_high() -> None:
-    """Each call takes 20 ms of one place: 200 a second through four, 100 through two."""
-    direct, gateway = (FakeGateway(delay_s=0.02, places=places) for places in (4, 2))
-
-    result = await sweep(direct, gateway, "--p95-bound-s", "0.2")
-
-    assert result.sweep is not None
-    knees = {arm: rates[-1] for arm, rates in result.sweep.knees.items()}
-    assert 120 < knees["direct"] < 230
-    assert 60 < knees["gateway"] < 125
-    assert find_row(result, "open loop: knee").span.value < 0.85
-    failed = [point for point in result.sweep.points if not point.is_served]
-    assert failed
-    assert all(re.match(r"95 %|the queue|given|flooded", point.trouble) for point in failed)
-
-
-@pytest.mark.slow
-@in_virtual_time
-async def test_refusals_of_a_full_gateway_end_its_knee_and_not_the_run() -> None:
-    direct, gateway = (
-        FakeGateway(delay_s=0.05, places=8),
-        FakeGateway(delay_s=0.05, refuses_above=4),
-    )
-
-    result = await sweep(direct, gateway)
-
-    assert result.sweep is not None
-    troubles = [point.trouble for point in result.sweep.points if point.arm == "gateway"]
-    assert any("refused" in trouble for trouble in troubles)
-    assert result.sweep.knees["gateway"][0] < result.sweep.knees["direct"][0]
-
-
-@pytest.mark.slow
-@in_virtual_time
-async def test_gateway_that_never_answers_in_time_has_no_knee() -> None:
-    with pytest.raises(BenchFailed, match=r"gateway served no rate down to .* --p95-bound-s"):
-        await sweep(
-            FakeGateway(delay_s=0.02, places=4), FakeGateway(delay_s=0.3), "--p95-bound-s", "0.1"
-        )
-
-
-def test_sweep_names_the_load_generator_when_that_was_the_limit() -> None:
-    busy = SweepPoint("direct", 9000, 9000, 8000, 0.5, 2.0, 0.2, client_share=0.98, trouble="late")
-    sweep = Sweep(1.0, [busy], {arm: [8000.0] for arm in ("direct", "control", "gateway")})
-
-    assert sweep.was_client_the_limit()
-    assert not Sweep(1.0, [replace(busy, client_share=0.5)]).was_client_the_limit()
 
 
 # --- rounds
@@ -264,13 +204,13 @@ async def test_outside_opinion_without_vllm_is_a_note(monkeypatch: pytest.Monkey
 @in_virtual_time
 async def test_report_is_one_file_with_legible_plots() -> None:
     few = (FakeGateway(delay_s=0.02, places=4), FakeGateway(delay_s=0.02, places=4))
-    result = await compare(*few, "--only", "one,sweep")
+    result = await compare(*few, "--only", "one")
     result = replace(result, facts=replace(result.facts, model="<script>alert(1)</script>"))
 
     page = render(result)
 
     plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(plots) == 3
+    assert len(plots) == 2
     for plot in plots:
         ET.fromstring(plot)  # noqa: S314 — our own
     assert "<script" not in page

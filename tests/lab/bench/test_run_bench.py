@@ -30,7 +30,7 @@ from tests.lab.bench.fake_gateway import TINY, build_bench
 from tests.lab.grade.test_run_grade import environment
 from tests.launcher.programs import FAKE_VLLM, ROOT
 
-ENGINE_PARTS = "one,batch,calls,streams,sweep"
+ENGINE_PARTS = "one,batch,calls,streams"
 
 
 # --- through the real gateway
@@ -56,8 +56,6 @@ async def test_every_load_goes_through_all_targets_and_every_answer_is_checked(
             assert list(series.by_arm) == ["direct", "control", "gateway"]
             assert len({len(values) for values in series.by_arm.values()}) == 1
             assert series.rounds == 6
-    assert result.sweep is not None
-    assert all(len(knees) == 1 for knees in result.sweep.knees.values())
     assert int(result.facts.answers.split()[0].replace(",", "")) > 700
     assert "as the engine itself answered at first" in result.facts.answers
     assert result.facts.gateway["dedup"] == "false"
@@ -285,7 +283,7 @@ def test_program_starts_its_own_stack_and_stops_it(tmp_path: Path) -> None:
         (["--only", "batch,lunch"], "lunch: no such part"),
         (["--against", "/nowhere.json"], "/nowhere.json"),
         (["--questions", "/nowhere.txt"], "/nowhere.txt"),
-        (["--p95-bound-s", "0"], "0 is no time in seconds"),
+        (["--prompts", "0"], "0 is no whole number from 1 on"),
     ],
 )
 def test_program_refuses_what_cannot_work_before_anything_starts(

@@ -17,6 +17,7 @@ from typing import Any
 from common.json_text import parse_json
 from lab.failures import BadFile
 from lab.intervals import bootstrap, compare_speeds, mean
+from lab.records.figure_change import FigureChange, describe_changes
 
 _FEWEST_QUESTIONS = 8
 
@@ -39,36 +40,10 @@ class GradeExtract:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """From `before` to `after`, with the interval that holds the truth in 95 of 100 cases."""
-
-    name: str
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    is_percent: bool = False
-    unclear: str = ""
-
-    @property
-    def is_real(self) -> bool:
-        return not self.unclear and (self.low > 0 or self.high < 0)
-
-    @property
-    def verdict(self) -> str:
-        if self.unclear:
-            return f"cannot be told: {self.unclear}"
-        if not self.is_real:
-            return "no real difference"
-        return "really better" if self.change > 0 else "really worse"
-
-
-@dataclass(frozen=True)
 class GradeComparison:
     """All that two grades say about each other."""
 
-    differences: tuple[Difference, ...]
+    changes: tuple[FigureChange, ...]
     questions: int
     better: int
     worse: int
@@ -76,7 +51,7 @@ class GradeComparison:
 
     @property
     def is_worse(self) -> bool:
-        return any(one.is_real and one.change < 0 for one in self.differences)
+        return any(one.is_worse for one in self.changes)
 
 
 def read_grade(path: Path) -> GradeExtract:
@@ -149,23 +124,23 @@ def compare(before: GradeExtract, after: GradeExtract) -> GradeComparison:
     readings = [("ROUGE-L, course", before.course, after.course)]
     if before.whitespace and after.whitespace:
         readings.append(("ROUGE-L, all tokens", before.whitespace, after.whitespace))
-    differences = []
+    found = []
     for name, old, new in readings:
         changes = [new[one] - old[one] for one in shared]
         before_mean, after_mean = (mean([one[q] for q in shared]) for one in (old, new))
         low, high = bootstrap(changes)
         figures = (before_mean, after_mean, mean(changes), low, high)
-        differences.append(Difference(name, *figures, unclear=unclear))
+        found.append(FigureChange(name, *figures, unclear=unclear))
     better, worse = sum(one > 0 for one in changes), sum(one < 0 for one in changes)
     if before.speeds and after.speeds:
-        differences.append(_compare_speed(before, after))
+        found.append(_compare_speed(before, after))
     notes = []
     alone = len(before.course) + len(after.course) - 2 * len(shared)
     if alone:
         notes.append(f"{alone} questions are in one of the two alone and were left out")
     faulty = (one for one in (before, after) if one.errors)
     notes += [f"{one.path} has faults of its own: {', '.join(one.errors)}" for one in faulty]
-    return GradeComparison(tuple(differences), len(shared), better, worse, tuple(notes))
+    return GradeComparison(tuple(found), len(shared), better, worse, tuple(notes))
 
 
 def _find_unlike(before: GradeExtract, after: GradeExtract, shared: Sequence[str]) -> str:
@@ -177,13 +152,13 @@ def _find_unlike(before: GradeExtract, after: GradeExtract, shared: Sequence[str
     return f"{len(shared)} questions are too few" if len(shared) < _FEWEST_QUESTIONS else ""
 
 
-def _compare_speed(before: GradeExtract, after: GradeExtract) -> Difference:
+def _compare_speed(before: GradeExtract, after: GradeExtract) -> FigureChange:
     old, new, unit = before.speeds, after.speeds, before.speed_unit
     if unit != after.speed_unit:
         old, new, unit = before.speeds_by_characters, after.speeds_by_characters, "characters/s"
     figures = (statistics.median(old), statistics.median(new), *compare_speeds(old, new))
     unclear = _find_unclear(before, after)
-    return Difference(f"speed, {unit}", *figures, is_percent=True, unclear=unclear)
+    return FigureChange("speed", *figures, unit, is_relative=True, unclear=unclear)
 
 
 def _find_unclear(before: GradeExtract, after: GradeExtract) -> str:
@@ -201,17 +176,9 @@ def _find_unclear(before: GradeExtract, after: GradeExtract) -> str:
 
 def describe(comparison: GradeComparison, before: GradeExtract, after: GradeExtract) -> list[str]:
     lines = [f"from {before.path}", f"to   {after.path}", ""]
-    lines += [f"{one.name:20} {_show(one)}  {one.verdict}" for one in comparison.differences]
+    lines += describe_changes(comparison.changes)
     same = comparison.questions - comparison.better - comparison.worse
     lines.append(
-        f"{'by question':20} {comparison.better} better, {comparison.worse} worse, {same} the same"
+        f"by question: {comparison.better} better, {comparison.worse} worse, {same} the same"
     )
     return [*lines, *comparison.notes]
-
-
-def _show(one: Difference) -> str:
-    if one.is_percent:
-        span = f"{one.low:+.1%} to {one.high:+.1%}" if math.isfinite(one.high) else "any"
-        return f"{one.before:10,.0f} → {one.after:10,.0f}  {one.change:+.1%} ({span})"
-    span = f"{one.low:+.4f} to {one.high:+.4f}"
-    return f"{one.before:10.4f} → {one.after:10.4f}  {one.change:+.4f} ({span})"

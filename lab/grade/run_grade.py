@@ -231,18 +231,16 @@ def choose_floor(arguments: argparse.Namespace, facts: GradeFacts) -> ScoreFloor
 
 
 def find_worse(comparison: GradeComparison, path: str) -> Iterator[GradeFinding]:
-    for one in comparison.differences:
-        if one.is_real and one.change < 0:
-            code = "slower_than_baseline" if one.is_percent else "worse_than_baseline"
+    for one in comparison.changes:
+        if one.is_worse:
+            code = "slower_than_baseline" if one.is_relative else "worse_than_baseline"
             before, after = f"{one.before:,.4g}", f"{one.after:,.4g}"
             yield GradeFinding(code, "error", f"{one.name}: {after}, but {before} in {path}")
 
 
 def find_remarks(comparison: GradeComparison) -> Iterator[GradeFinding]:
     unclear = (
-        f"{one.name}: cannot be told: {one.unclear}"
-        for one in comparison.differences
-        if one.unclear
+        f"{one.name}: cannot be told: {one.unclear}" for one in comparison.changes if one.unclear
     )
     for text in (*comparison.notes, *unclear):
         yield GradeFinding("baseline_remark", "note", text)

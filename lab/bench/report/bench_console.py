@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from lab.bench.bench_figures import ARMS, BenchRow, RoundSeries
 from lab.bench.relay.relay_comparison import describe_relay
 from lab.bench.report.bench_result import BenchResult, describe_quiet
-from lab.bench.report.earlier_run import describe_changes
 from lab.bench.rounds import WorkloadRounds
+from lab.records.figure_change import describe_changes
 from lab.reports.console import BOLD, RED, count, paint
 
 _NAME = 32
@@ -31,9 +31,10 @@ def describe_result(result: BenchResult, *, coloured: bool) -> Iterator[str]:
         if row.bound is not None:
             shown = f"{row.span.value:.3f} {row.unit} ({row.bound.describe()})"
             yield f"{row.bound_verdict:7} {row.name}: {shown}"
-    if result.changes or result.against:
+    if result.against:
         yield ""
-        yield from describe_changes(result.changes, result.against)
+        yield f"against {result.against}, {count(len(result.changes), 'figure')} in common:"
+        yield from describe_changes(result.changes)
     yield ""
     yield from result.notes
     is_loud = coloured and bool(result.unquiet())

@@ -12,9 +12,10 @@ from pydantic_core import to_jsonable_python
 
 from lab.bench.bench_figures import QUIET, BenchRow, Bound, build_added, build_ratio
 from lab.bench.relay.relay_comparison import RelayResult
-from lab.bench.report.earlier_run import FORMAT, FigureChange, StoredRun
+from lab.bench.report.earlier_run import FORMAT, StoredRun
 from lab.bench.rounds import CPU_MEASURE, WorkloadRounds
 from lab.intervals import find_interval
+from lab.records.figure_change import FigureChange
 from lab.records.record import RecordFigure, RunFacts
 from lab.reports.output_files import write_json
 
@@ -107,7 +108,7 @@ class BenchResult:
             "rows": self.rows(),
             "workloads": self.measured(),
             "relay": self.relayed,
-            "against": [change.pack() for change in self.changes],
+            "against": [{**vars(one), "verdict": one.verdict} for one in self.changes],
         }
         write_json(path, to_jsonable_python(packed))
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from lab.bench.bench_figures import BenchRow, count_rounds
 from lab.failures import BadFile
+from lab.records.figure_change import FigureChange
 
 FORMAT = 1
 # What has no rounds, such as memory, moves by so much between two runs of the same program.
@@ -29,68 +28,43 @@ class StoredRun:
     setting: dict[str, dict[str, str]]
 
 
-@dataclass(frozen=True)
-class FigureChange:
-    """One figure, then and now."""
+def compare_runs(before: StoredRun, after: StoredRun) -> list[FigureChange]:
+    """Figures that both have."""
+    earlier = {(row.part, row.name): row for row in before.rows}
+    unlike = {part: _find_unlike(before, after, part) for part in ("engine", "relay")}
+    return [
+        _compare_rows(earlier[key], row, unlike[row.part])
+        for row in after.rows
+        if (key := (row.part, row.name)) in earlier
+    ]
 
-    before: BenchRow
-    after: BenchRow
-    unclear: str = ""
 
-    @property
-    def change(self) -> float:
-        return self.after.span.value - self.before.span.value
-
-    @property
-    def half(self) -> float:
-        """Of the interval around the change: both runs had their chance."""
-        return math.hypot(*(_find_half(row) for row in (self.before, self.after)))
-
-    @property
-    def noise(self) -> float:
-        """How far the figure moved where nothing differed, within the runs or from one to two."""
-        old, new = self.before.reference, self.after.reference
-        moved = abs(new / old - 1) * self.before.span.value if old and new else 0.0
-        return max(self.before.noise, self.after.noise, moved)
-
-    @property
-    def verdict(self) -> str:
-        if self.unclear:
-            return f"cannot be told: {self.unclear}"
-        for row in (self.before, self.after):
-            if not row.span.is_sure and row.span.rounds > 1:
-                return f"cannot be told: {count_rounds(row.span.rounds)}"
-        if abs(self.change) <= self.half:
-            return "no real difference"
-        if abs(self.change) <= self.noise:
-            return "cannot be told: the control moved as much"
-        is_better = (self.change > 0) == self.after.is_more_better
-        return "really better" if is_better else "really worse"
-
-    def pack(self) -> dict[str, Any]:
-        name, before, after = self.after.name, self.before.span.value, self.after.span.value
-        figures = {"before": before, "after": after, "half": self.half}
-        return {"name": name, **figures, "verdict": self.verdict}
-
-    @property
-    def is_worse(self) -> bool:
-        return self.verdict == "really worse"
+def _compare_rows(before: BenchRow, after: BenchRow, unlike: str) -> FigureChange:
+    pair = (before, after)
+    few = (row.span.rounds for row in pair if not row.span.is_sure and row.span.rounds > 1)
+    change = after.span.value - before.span.value
+    # Both runs had their chance.
+    half = math.hypot(*map(_find_half, pair))
+    # The machine itself may have moved from one run to the other.
+    old, new = before.reference, after.reference
+    moved = abs(new / old - 1) * before.span.value if old and new else 0.0
+    return FigureChange(
+        after.name,
+        before.span.value,
+        after.span.value,
+        change,
+        change - half,
+        change + half,
+        after.unit,
+        is_more_better=after.is_more_better,
+        noise=max(before.noise, after.noise, moved),
+        unclear=unlike or next(map(count_rounds, few), ""),
+    )
 
 
 def _find_half(row: BenchRow) -> float:
     is_measured_once = row.span.rounds == 1
     return _ONCE_SHARE * abs(row.span.value) if is_measured_once else row.span.half
-
-
-def compare_runs(before: StoredRun, after: StoredRun) -> list[FigureChange]:
-    """Figures that both have."""
-    earlier = {(row.part, row.name): row for row in before.rows}
-    unclear = {part: _find_unlike(before, after, part) for part in ("engine", "relay")}
-    return [
-        FigureChange(earlier[key], row, unclear[row.part])
-        for row in after.rows
-        if (key := (row.part, row.name)) in earlier
-    ]
 
 
 def _find_unlike(before: StoredRun, after: StoredRun, part: str) -> str:
@@ -110,17 +84,3 @@ def read_run(path: Path) -> StoredRun:
         raise BadFile(f"{path}: no run of the benchmark ({error!r})") from None
     except (OSError, json.JSONDecodeError) as error:
         raise BadFile(f"{path}: {error}") from None
-
-
-def describe_changes(changes: Sequence[FigureChange], path: str) -> list[str]:
-    if not changes:
-        return [f"{path} and this run have no figure in common"]
-    width = max(len(change.after.name) for change in changes)
-    lines = [f"against {path}:"]
-    for one in changes:
-        before, after = one.before.span.value, one.after.span.value
-        lines.append(
-            f"  {one.after.name:{width}}  {before:9.3f} → {after:9.3f} {one.after.unit:8} "
-            f"{one.change:+.3f} ± {one.half:.3f}  {one.verdict}"
-        )
-    return lines

@@ -10,17 +10,11 @@ from typing import Any
 import pytest
 
 from lab.failures import BadFile
-from lab.grade.comparison import (
-    Difference,
-    GradeComparison,
-    GradeExtract,
-    compare,
-    describe,
-    read_grade,
-)
+from lab.grade.comparison import GradeComparison, GradeExtract, compare, describe, read_grade
 from lab.grade.findings import GradeFinding
 from lab.grade.grade_result import write_ungraded
 from lab.intervals import bootstrap
+from lab.records.figure_change import FigureChange
 
 
 def measured(scores: list[float], speeds: tuple[float, ...] = (), **others: Any) -> GradeExtract:
@@ -42,13 +36,13 @@ def draw(count: int, middle: float, spread: float, seed: int) -> list[float]:
     return [min(1.0, max(0.0, chance.gauss(middle, spread))) for _ in range(count)]
 
 
-def quality(comparison: GradeComparison) -> Difference:
-    return comparison.differences[0]
+def quality(comparison: GradeComparison) -> FigureChange:
+    return comparison.changes[0]
 
 
-def speed(before: tuple[float, ...], after: tuple[float, ...], **others: Any) -> Difference:
+def speed(before: tuple[float, ...], after: tuple[float, ...], **others: Any) -> FigureChange:
     scores = [0.5] * 20
-    return compare(measured(scores, before), measured(scores, after, **others)).differences[-1]
+    return compare(measured(scores, before), measured(scores, after, **others)).changes[-1]
 
 
 def test_small_loss_everywhere_is_real() -> None:
@@ -57,7 +51,6 @@ def test_small_loss_everywhere_is_real() -> None:
 
     found = quality(compare(measured(before), measured(after)))
 
-    assert found.is_real
     assert found.verdict == "really worse"
     assert found.change == pytest.approx(-0.01)
 
@@ -68,7 +61,7 @@ def test_other_answers_of_the_same_quality_are_no_real_difference() -> None:
     for seed in range(40):
         before, after = draw(40, 0.5, 0.2, seed), draw(40, 0.5, 0.2, seed + 1000)
         sides = [measured(scores, whitespace=None) for scores in (before, after)]
-        real += quality(compare(*sides)).is_real
+        real += quality(compare(*sides)).verdict != "no real difference"
     assert real <= 5
 
 
@@ -86,7 +79,7 @@ def test_bootstrap_interval_agrees_with_theory() -> None:
 def test_equal_grades_do_not_differ() -> None:
     comparison = compare(measured([0.3] * 20), measured([0.3] * 20))
 
-    assert not any(one.is_real for one in comparison.differences)
+    assert {one.verdict for one in comparison.changes} == {"no real difference"}
     assert (comparison.better, comparison.worse) == (0, 0)
     assert not comparison.is_worse
 
@@ -94,8 +87,7 @@ def test_equal_grades_do_not_differ() -> None:
 def test_few_questions_tell_nothing() -> None:
     found = quality(compare(measured([0.9] * 3), measured([0.1] * 3)))
 
-    assert not found.is_real
-    assert "3 questions are too few" in found.verdict
+    assert found.verdict == "cannot be told: 3 questions are too few"
 
 
 def test_speed_beyond_the_runs_scatter_is_real() -> None:
@@ -125,7 +117,7 @@ def test_speed_that_cannot_be_compared_says_why(
 ) -> None:
     found = speed((200.0, 201.0), after, **others)
 
-    assert not found.is_real
+    assert found.verdict.startswith("cannot be told: ")
     assert reason in found.verdict
 
 
@@ -143,9 +135,8 @@ def test_other_references_make_scores_incomparable() -> None:
 
     found = quality(compare(before, after))
 
-    assert not found.is_real
     assert found.verdict == "cannot be told: 1 questions have other references"
-    assert quality(compare(before, measured([0.1] * 20, references=texts))).is_real
+    assert quality(compare(before, measured([0.1] * 20, references=texts))).is_worse
 
 
 def test_no_shared_question_is_refused() -> None:
@@ -166,7 +157,7 @@ def test_details_of_the_seed_evaluator_are_read(tmp_path: Path) -> None:
     read = read_grade(path)
     comparison = compare(read, measured([n / 20 for n in range(20)]))
 
-    assert [one.name for one in comparison.differences] == ["ROUGE-L, course"]
+    assert [one.name for one in comparison.changes] == ["ROUGE-L, course"]
     assert quality(comparison).change == 0
 
 

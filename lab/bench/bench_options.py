@@ -127,8 +127,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, help="of the order of turns (default: 1)")
     add = parser.add_argument_group("what comes of it").add_argument
     default = str(OUT / "bench.json")
-    help_ = f"JSON; the HTML report goes beside it (default: {default})"
-    add("--out", default=default, metavar="FILE", help=help_)
+    add("--out", default=default, metavar="FILE", help=f"JSON (default: {default})")
     add("--against", default="", metavar="FILE", help="a stored run: what has really changed?")
     options.add_record(parser)
     return parser

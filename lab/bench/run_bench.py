@@ -45,7 +45,6 @@ from lab.bench.bench_figures import BenchFailed
 from lab.bench.cpu_time import build_meter
 from lab.bench.relay.relay_comparison import RelayResult, measure_relay
 from lab.bench.report.bench_console import describe_result
-from lab.bench.report.bench_page import write_report
 from lab.bench.report.bench_result import BenchFacts, BenchResult
 from lab.bench.report.earlier_run import compare_runs, read_run
 from lab.bench.rounds import BenchSetup, Say, WorkloadRounds, measure_workload
@@ -71,17 +70,15 @@ def main(words: Sequence[str]) -> int:
     before = read_run(Path(arguments.against)) if arguments.against else None
     asked = read_questions(Path(arguments.questions).expanduser())
     out = Path(arguments.out)
-    report = out.with_suffix(".html")
-    for path in (out, report, Path(arguments.record or out)):
+    for path in (out, Path(arguments.record or out)):
         ensure_writable(path)
     result = run_bench(arguments, asked)
     if before:
         changes = tuple(compare_runs(before, result.stored()))
         result = replace(result, changes=changes, against=arguments.against)
     result.write(out)
-    write_report(result, report)
     print("\n".join(describe_result(result, coloured=sys.stdout.isatty())))
-    print(f"saved: {out}  report: {report}")
+    print(f"saved: {out}")
     if arguments.record:
         keep_record(result, Path(arguments.record))
     return 0 if result.is_good else 1

@@ -50,59 +50,36 @@ class CallBar:
 
 
 @dataclass(frozen=True)
-class RangeMark:
-    """A value with its interval; those of one `group` stand close together under its name."""
-
-    group: str
-    name: str
-    value: float
-    low: float
-    high: float
-    style: str
-
-
-@dataclass(frozen=True)
 class PlotAxes:
     """Places of values inside the axes."""
 
     x_max: float
     y_max: float
     height: int = _HEIGHT
-    x_min: float = 0.0
     left: int = _LEFT
     right: int = _WIDTH - _RIGHT
 
     def x(self, value: float) -> float:
-        share = (value - self.x_min) / ((self.x_max - self.x_min) or 1)
-        return self.left + share * (self.right - self.left)
-
-    def clip_x(self, value: float) -> float:
-        return self.x(min(self.x_max, max(self.x_min, value)))
+        return self.left + value / (self.x_max or 1) * (self.right - self.left)
 
     def y(self, value: float) -> float:
         return self.height - _BOTTOM - value / (self.y_max or 1) * (self.height - _TOP - _BOTTOM)
 
     def x_ticks(self) -> list[float]:
-        return _list_ticks(self.x_min, self.x_max, 5)
+        return _list_ticks(self.x_max, 5)
 
     def y_ticks(self) -> list[float]:
-        return _list_ticks(0, self.y_max, 4)
+        return _list_ticks(self.y_max, 4)
 
 
 def draw_histogram(
-    series: Sequence[PlotSeries],
-    *,
-    x_label: str,
-    x_max: float,
-    bins: int,
-    x_min: float = 0.0,
-    y_label: str = "answers",
+    series: Sequence[PlotSeries], *, x_label: str, x_max: float, bins: int
 ) -> Markup:
     """The series' bars stand side by side in each bin."""
-    step = (x_max - x_min) / bins
-    counts = [_count(one.values, x_min, step, bins) for one in series]
-    axes = PlotAxes(x_max, _round_up(max(map(max, counts))), x_min=x_min)
-    return _draw("histogram", axes, series, counts, step, x_label, y_label)
+    step = x_max / bins
+    counts = [_count(one.values, step, bins) for one in series]
+    axes = PlotAxes(x_max, _round_up(max(map(max, counts))))
+    return _draw("histogram", axes, series, counts, step, x_label)
 
 
 def draw_bars(bars: Sequence[NamedBar], *, unit: str) -> Markup:
@@ -131,21 +108,6 @@ def draw_call_bars(
     return _draw("call_bars", axes, bands, lane_height, gap, x_label, limit)
 
 
-def draw_ranges(
-    ranges: Sequence[RangeMark], *, centre: float, band: float, x_label: str, widest: float
-) -> Markup:
-    """Each value as a dot on its interval; a band around the centre; all within `widest` of it."""
-    rows: dict[str, list[RangeMark]] = {}
-    for one in ranges:
-        rows.setdefault(one.group, []).append(one)
-    head, lane = 20, 13
-    height = 8 + sum(head + lane * len(row) + 6 for row in rows.values()) + _BOTTOM
-    far = max((abs(v - centre) for one in ranges for v in (one.low, one.high)), default=band)
-    reach = min(widest, max(far, band) * 1.1)
-    axes = PlotAxes(centre + reach, 1, height, centre - reach)
-    return _draw("ranges", axes, rows, head, lane, centre, band, x_label)
-
-
 def _assign_lanes(bars: Sequence[CallBar]) -> list[tuple[int, CallBar]]:
     """The first lane that is free when a call begins."""
     ends: list[float] = []
@@ -157,17 +119,16 @@ def _assign_lanes(bars: Sequence[CallBar]) -> list[tuple[int, CallBar]]:
     return found
 
 
-def _count(values: Sequence[float], x_min: float, width: float, bins: int) -> list[int]:
+def _count(values: Sequence[float], width: float, bins: int) -> list[int]:
     counts = [0] * bins
     for value in values:
-        counts[max(0, min(bins - 1, int((value - x_min) / width)))] += 1
+        counts[max(0, min(bins - 1, int(value / width)))] += 1
     return counts
 
 
-def _list_ticks(low: float, high: float, about: int) -> list[float]:
-    step = _find_step((high - low) / about)
-    first = math.ceil(low / step)
-    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+def _list_ticks(high: float, about: int) -> list[float]:
+    step = _find_step(high / about)
+    return [n * step for n in range(math.floor(high / step + 1e-9) + 1)]
 
 
 def _find_step(least: float) -> float:
@@ -182,8 +143,8 @@ def _round_up(value: float) -> float:
     return max(step, math.ceil(value / step - 1e-9) * step)
 
 
-def _shorten(value: float, digits: int = 3) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
+def _shorten(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _list_styles(named: Iterable[Any]) -> dict[str, str]:

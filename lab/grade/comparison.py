@@ -29,11 +29,9 @@ class GradeExtract:
     path: str
     course: dict[str, float]
     whitespace: dict[str, float] | None
-    speeds: tuple[float, ...]
-    speed_unit: str
+    speeds: dict[str, tuple[float, ...]]
     workload: str
     machine: str
-    speeds_by_characters: tuple[float, ...] = ()
     is_whole: bool = True
     errors: tuple[str, ...] = ()
     references: dict[str, str] = field(default_factory=dict)
@@ -65,7 +63,7 @@ def read_grade(path: Path) -> GradeExtract:
     try:
         if isinstance(data, list):
             course, references = _collect(data, "rougeL_f1"), _read_references(data)
-            return GradeExtract(str(path), course, None, (), "", "", "", references=references)
+            return GradeExtract(str(path), course, None, {}, "", "", references=references)
         if not data["runs"]:
             found = data["findings"][0]
             raise BadFile(f"{path}: nothing was graded: {found['code']}: {found['text']}")
@@ -78,18 +76,17 @@ def read_grade(path: Path) -> GradeExtract:
 def extract_grade(name: str, data: dict[str, Any]) -> GradeExtract:
     """Of a grade's details, wherever they are."""
     facts, runs = data["facts"], data["runs"]
-    tokens = [run["speed"]["tokens_per_s"] for run in runs]
-    characters = tuple(_number(run["speed"]["characters_per_s"]) for run in runs)
-    is_counted = all(isinstance(speed, int | float) for speed in tokens)
+    measured = {
+        unit: [run["speed"][f"{unit}_per_s"] for run in runs] for unit in ("tokens", "characters")
+    }
     return GradeExtract(
         name,
         _collect(data["answers"], "rougeL_f1", len(runs)),
         _collect(data["answers"], "rougeL_f1_whitespace", len(runs)),
-        tuple(tokens) if is_counted else characters,
-        "tokens/s" if is_counted else "characters/s",
+        # Of the tokens nothing is known where nobody could count them.
+        {unit: tuple(map(_number, row)) for unit, row in measured.items() if None not in row},
         f"{facts['questions']} questions ({facts['questions_digest']}) {facts['sending']}",
         facts["machine"],
-        characters,
         all(run["answered"] == run["asked"] for run in runs),
         tuple(one["code"] for one in data["findings"] if one["severity"] == "error"),
         _read_references(data["answers"]),
@@ -132,8 +129,8 @@ def compare(before: GradeExtract, after: GradeExtract) -> GradeComparison:
         figures = (before_mean, after_mean, mean(changes), low, high)
         found.append(FigureChange(name, *figures, unclear=unclear))
     better, worse = sum(one > 0 for one in changes), sum(one < 0 for one in changes)
-    if before.speeds and after.speeds:
-        found.append(_compare_speed(before, after))
+    if units := [unit for unit in before.speeds if unit in after.speeds]:
+        found.append(_compare_speed(before, after, units[0]))
     notes = []
     alone = len(before.course) + len(after.course) - 2 * len(shared)
     if alone:
@@ -152,16 +149,14 @@ def _find_unlike(before: GradeExtract, after: GradeExtract, shared: Sequence[str
     return f"{len(shared)} questions are too few" if len(shared) < _FEWEST_QUESTIONS else ""
 
 
-def _compare_speed(before: GradeExtract, after: GradeExtract) -> FigureChange:
-    old, new, unit = before.speeds, after.speeds, before.speed_unit
-    if unit != after.speed_unit:
-        old, new, unit = before.speeds_by_characters, after.speeds_by_characters, "characters/s"
+def _compare_speed(before: GradeExtract, after: GradeExtract, unit: str) -> FigureChange:
+    old, new = before.speeds[unit], after.speeds[unit]
     figures = (statistics.median(old), statistics.median(new), *compare_speeds(old, new))
-    unclear = _find_unclear(before, after)
-    return FigureChange("speed", *figures, unit, is_relative=True, unclear=unclear)
+    unclear = _find_unclear(before, after, min(len(old), len(new)))
+    return FigureChange("speed", *figures, f"{unit}/s", is_relative=True, unclear=unclear)
 
 
-def _find_unclear(before: GradeExtract, after: GradeExtract) -> str:
+def _find_unclear(before: GradeExtract, after: GradeExtract, runs: int) -> str:
     if before.machine != after.machine:
         return f"another machine ({before.machine}; {after.machine})"
     if before.workload != after.workload:
@@ -169,7 +164,7 @@ def _find_unclear(before: GradeExtract, after: GradeExtract) -> str:
     for one in (before, after):
         if not one.is_whole:
             return f"{one.path} did not answer every question"
-    if min(len(before.speeds), len(after.speeds)) < 2:
+    if runs < 2:
         return "one run says nothing about chance; measure with --runs 5"
     return ""
 

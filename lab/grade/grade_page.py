@@ -16,7 +16,7 @@ from lab.grade.scores import mark_common
 from lab.intervals import quantile
 from lab.reports import plots
 from lab.reports.output_files import write_file
-from lab.reports.pages import list_facts, render_page
+from lab.reports.pages import render_page
 
 # What the course published: an RTX 5090, the course's own 358 questions. Whether its "tokens" are
 # tokens or characters is not certain; three entries believe the latter.
@@ -28,7 +28,7 @@ PUBLISHED = (
 _WORST = 12
 _MOST_LISTED = 1000
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
-_HIDDEN_FACTS = ("skipped", "tokens_missing", "unscored", "ceiling")
+_HIDDEN_FACTS = ("engine", "skipped", "tokens_missing", "unscored", "ceiling")
 
 
 def write_report(grade: GradeResult, path: Path) -> None:
@@ -38,7 +38,6 @@ def write_report(grade: GradeResult, path: Path) -> None:
 def render(grade: GradeResult) -> str:
     facts = grade.facts
     name = facts.model or facts.server_url
-    known = {key: value for key, value in vars(facts).items() if key not in _HIDDEN_FACTS and value}
     return render_page(
         "grade.html",
         find_language=find_language,
@@ -56,7 +55,8 @@ def render(grade: GradeResult) -> str:
         median=statistics.median,
         worst=list(_find_worst(grade)),
         most_listed=_MOST_LISTED,
-        facts=list(list_facts(known, {"engine": facts.engine})),
+        facts={**vars(facts), **{f"engine: {key}": value for key, value in facts.engine.items()}},
+        hidden=_HIDDEN_FACTS,
     )
 
 

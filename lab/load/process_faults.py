@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from dataclasses import dataclass
 
 import psutil
@@ -28,17 +27,16 @@ FAULTS: dict[str, tuple[str, signal.Signals, float]] = {
 class ProcessSample:
     """What the gateway's process holds."""
 
-    at_s: float
     memory_mb: float
     sockets: int
 
 
-def take_sample(pid: int, started: float) -> ProcessSample | None:
+def take_sample(pid: int) -> ProcessSample | None:
     try:
         memory_mb, sockets = processes.read_resident_bytes(pid) / _MIB, processes.count_sockets(pid)
     except psutil.Error:
         return None
-    return ProcessSample(time.monotonic() - started, memory_mb, sockets)
+    return ProcessSample(memory_mb, sockets)
 
 
 async def find_pid(status_url: str, program: str) -> int | None:

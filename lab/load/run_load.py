@@ -20,7 +20,7 @@ from common.questions import QuestionPair, read_questions
 from lab import options
 from lab.load.process_faults import FAULTS
 from lab.load.soak import Soak
-from lab.records.record import RecordFigure, take_record, write_record
+from lab.records.record import RecordFigure, RunRecord, take_facts, write_record
 from lab.reports.output_files import ensure_writable
 
 _CALL_TIMEOUT_S = 180.0
@@ -36,16 +36,21 @@ def main(words: Sequence[str]) -> int:
 
 
 async def run_load(arguments: argparse.Namespace, pairs: list[QuestionPair]) -> int:
-    timeout = aiohttp.ClientTimeout(total=_CALL_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    timeout = aiohttp.ClientTimeout(total=_CALL_TIMEOUT_S)
+    headers = options.build_headers(arguments.api_key)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, headers=headers
+    ) as session:
         soak = Soak(arguments, session)
         await soak.run(pairs)
     print("\n".join(describe_soak(soak)))
     if arguments.record:
         about = f"{arguments.callers} callers, {arguments.duration:g} s"
         about += f", faults: {', '.join(arguments.fault)}" if arguments.fault else ", no faults"
-        record = take_record(arguments.name, build_figures(soak), about=about)
+        facts = take_facts(arguments.machine, arguments.api_key)
+        figures = tuple(build_figures(soak))
+        record = RunRecord(arguments.name, figures=figures, about=about, **facts)
         write_record(record, Path(arguments.record))
     return 1 if soak.problems else 0
 
@@ -87,18 +92,8 @@ def describe_soak(soak: Soak) -> list[str]:
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = options.build_parser("load", __doc__)
-    url = f"http://127.0.0.1:{options.GATEWAY_PORT}"
+    options.add_service(parser, "load", ["--url", "--server-url"])
     add = parser.add_argument
-    add("--url", "--server-url", type=options.address, default=url, help=f"default: {url}")
-    status, help_ = options.find_neighbour(url), "the launcher's status; empty: no faults, no look"
-    add(
-        "--status",
-        "--status-url",
-        dest="status_url",
-        type=options.address,
-        default=status,
-        help=f"{help_} at the process",
-    )
     add("--duration", type=options.seconds, default=600.0, metavar="S", help="default: 600")
     callers = options.whole_number(1)
     add("--callers", type=callers, default=12, metavar="N", help="clients at once (default: 12)")
@@ -110,4 +105,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of what is asked when")
     add("--name", default="soak", help="of the record")
     options.add_record(parser, "--json")
-    return options.parse_options(parser, words)
+    arguments = options.parse_options(parser, words)
+    arguments.url = arguments.url or f"http://127.0.0.1:{options.GATEWAY_PORT}"
+    arguments.status_url = arguments.status_url or options.find_neighbour(arguments.url)
+    return arguments

@@ -102,7 +102,7 @@ class Soak:
         shown = 0.0
         while True:
             pid = await find_pid(self._arguments.status_url, "gateway")
-            sample = take_sample(pid, self._started) if pid else None
+            sample = take_sample(pid) if pid else None
             if sample:
                 self.samples.append(sample)
             if time.monotonic() - shown > _SHOW_EVERY_S:

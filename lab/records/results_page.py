@@ -1,7 +1,4 @@
-"""Writes docs/results.md from the records of runs in docs/results/ (part of `make docs`).
-
-`--check` changes nothing and says whether the page is what the records say.
-"""
+"""Writes docs/results.md from the records of runs in docs/results/ (part of `make docs`)."""
 
 from __future__ import annotations
 
@@ -47,13 +44,6 @@ def format_number(value: float) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    parser = build_parser("results", __doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether it is true")
-    arguments = parser.parse_args(words)
-    wanted = render(read_all(RECORDS))
-    if arguments.check:
-        is_true = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted
-        print("docs/results.md is true" if is_true else "docs/results.md: run `make docs`")
-        return int(not is_true)
-    PAGE.write_text(wanted, encoding="utf-8")
+    build_parser("results", __doc__).parse_args(words)
+    PAGE.write_text(render(read_all(RECORDS)), encoding="utf-8")
     return 0

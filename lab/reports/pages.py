@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -22,19 +21,3 @@ def load_macros(template: str, **names: Any) -> Any:
 
 def render_page(template: str, **parts: Any) -> str:
     return _TEMPLATES.get_template(template).render(**parts)
-
-
-def list_facts(
-    facts: Mapping[str, object], nested: Mapping[str, Mapping[str, object]]
-) -> Iterator[tuple[str, str]]:
-    """Rows for a page: what is known, and under its name what belongs together."""
-    for key, value in facts.items():
-        if key not in nested and value not in ("", None, (), {}):
-            yield key.replace("_", " "), _format(value)
-    for name, values in nested.items():
-        for key, value in values.items():
-            yield f"{name}: {key.replace('_', ' ')}", _format(value)
-
-
-def _format(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -23,8 +23,7 @@ def measured(scores: list[float], speeds: tuple[float, ...] = (), **others: Any)
         "path": "a.json",
         "course": by_question,
         "whitespace": by_question,
-        "speeds": speeds,
-        "speed_unit": "tokens/s",
+        "speeds": {"tokens": speeds} if speeds else {},
         "workload": "358 in one call",
         "machine": "this one",
     }

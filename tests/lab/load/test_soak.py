@@ -29,7 +29,8 @@ def questions(tmp_path: Path) -> Path:
 
 
 async def soak(url: str, questions: Path, *options: str) -> int:
-    fixed = ["--url", url, "--status", "", "--questions", str(questions), "--callers", "6"]
+    fixed = ["--url", url, "--status", "http://127.0.0.1:9"]  # nobody's
+    fixed += ["--questions", str(questions), "--callers", "6"]
     words = [*fixed, "--duration", "1.5", *options]
     return await asyncio.to_thread(run_command, "load", run_load.main, words)
 
@@ -69,6 +70,17 @@ async def test_soak_of_a_gateway_that_holds(
     figures = {row["name"]: row["value"] for row in json.loads(record.read_text())["figures"]}
     assert figures["requests"] > 20
     assert (figures["wrong answers"], figures["sums that did not add up"]) == (0, 0)
+
+
+async def test_soak_of_a_gateway_with_keys_brings_one_and_does_not_write_it_down(
+    questions: Path, tmp_path: Path
+) -> None:
+    record = tmp_path / "soak.json"
+    async with serve_gateway(api_keys=("sk-one",)) as served:
+        options = ("--api-key", "sk-one", "--record", str(record))
+        assert await soak(served.url, questions, *options) == 0
+
+    assert "sk-one" not in record.read_text()
 
 
 async def test_soak_sees_another_callers_answer(

@@ -19,7 +19,8 @@ import httpx
 import pytest
 
 from common.ports import find_free_row
-from lab.grade import grade_options
+from lab.__main__ import run_command
+from lab.grade import grade_options, run_grade
 from lab.launched_server import LaunchCommand, launch
 from lab.reports.console import ProgressLine
 from tests.lab.judged import read_pairs
@@ -58,9 +59,9 @@ def read(folder: Path) -> dict[str, Any]:
     return data
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A judged server in a process of its own."""
+    """A judged server in a process of its own, which is the same after every grade."""
     port = find_free_row(1)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.lab.judged", "--port", str(port)], cwd=ROOT
@@ -278,13 +279,26 @@ def test_running_server_is_graded_as_it_is(url: str, questions: Path, tmp_path: 
     ],
 )
 def test_bad_options_say_what_is_wrong(
-    tmp_path: Path, options: tuple[str, ...], complaint: str
+    tmp_path: Path, options: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(tmp_path, *options)
+    words = ["--details_out", str(tmp_path / "details.json"), *options]
+
+    try:
+        code: object = run_command("grade", run_grade.main, words)
+    except SystemExit as error:  # argparse's own
+        code = error.code
+
+    assert code == 2
+    said = capsys.readouterr()
+    assert complaint in said.err
+    assert said.out == ""
+
+
+def test_program_that_is_told_nonsense_ends_in_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "--questions", "/nowhere.txt")
 
     assert done.returncode == 2
-    assert complaint in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr == "grade: /nowhere.txt: No such file or directory\n"
 
 
 def test_baseline_of_other_questions_is_remarked(url: str, questions: Path, tmp_path: Path) -> None:

@@ -54,21 +54,11 @@ class BenchCall:
 
 @dataclass(frozen=True)
 class ReceivedStream:
-    """A stream as it came: its bytes with the time since the call of each piece."""
+    """A stream as it came, with the times of its first and last piece since the call."""
 
-    pieces: tuple[tuple[float, bytes], ...]
-
-    @property
-    def first_s(self) -> float:
-        return self.pieces[0][0]
-
-    @property
-    def total_s(self) -> float:
-        return self.pieces[-1][0]
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(piece for _, piece in self.pieces)
+    first_s: float
+    total_s: float
+    body: bytes
 
 
 class BenchClient:
@@ -91,7 +81,8 @@ class BenchClient:
             ]
         if not pieces:
             raise CallFailed(f"{call.target}: {call.url} sent an empty stream")
-        return ReceivedStream(tuple(pieces))
+        body = b"".join(piece for _, piece in pieces)
+        return ReceivedStream(pieces[0][0], pieces[-1][0], body)
 
     def check(self, call: BenchCall, body: bytes) -> list[str]:
         """The answers of a body, each held against its question."""

@@ -71,7 +71,6 @@ class GradeFacts(RunFacts):
     mode: str
     sending: str
     limit_s: float
-    ready_s: float
     model: str
     engine: dict[str, Any]
     questions_file: str
@@ -79,10 +78,11 @@ class GradeFacts(RunFacts):
     questions: int
     unique_questions: int
     skipped: tuple[str, ...]
-    ceiling: float
-    unscored: int
     tokens_by: str
-    tokens_missing: str = ""
+    tokens_missing: str
+    ready_s: float = 0.0
+    ceiling: float = 0.0
+    unscored: int = 0
 
 
 def build_answers(

@@ -194,7 +194,6 @@ async def collect_facts(
         mode=plan.mode,
         sending=plan.describe(len(asked.pairs)),
         limit_s=plan.limit_s,
-        ready_s=0.0,
         model=await read_model(arguments.url, client),
         engine=launcher.describe_engine(),
         questions_file=asked.path.removeprefix(f"{ROOT}/"),
@@ -202,8 +201,6 @@ async def collect_facts(
         questions=len(asked.pairs),
         unique_questions=len(set(asked.questions)),
         skipped=asked.skipped,
-        ceiling=0.0,
-        unscored=0,
         tokens_by="" if counted.counts is None else counted.source,
         tokens_missing=counted.source if counted.counts is None else "",
     )

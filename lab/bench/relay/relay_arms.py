@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO
@@ -49,7 +49,10 @@ async def start_arms() -> AsyncIterator[RelayArms]:
                 (1, "gateway", "--port", str(gateway), *flags, "--log-format", "json"),
             )
         ]
-        exits.enter_context(_pinned(0))
+        # This process beside the stand-in, away from the relays.
+        cores = os.sched_getaffinity(0)
+        exits.callback(os.sched_setaffinity, 0, cores)
+        os.sched_setaffinity(0, {min(cores)})
         for port in (engine, plain, gateway):
             if not await is_answering(port, processes):
                 raise BenchFailed(f"the relay comparison did not start; see {log_path}")
@@ -82,15 +85,3 @@ async def is_answering(port: int, processes: Sequence[subprocess.Popen[bytes]]) 
             return True
         await asyncio.sleep(0.1)
     return False
-
-
-@contextlib.contextmanager
-def _pinned(core: int) -> Iterator[None]:
-    """This process beside the stand-in, away from the relays."""
-    before = os.sched_getaffinity(0)
-    cores = sorted(before)
-    os.sched_setaffinity(0, {cores[core]})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

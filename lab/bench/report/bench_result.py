@@ -95,7 +95,7 @@ class BenchResult:
         return not self.overs() and not any(change.is_worse for change in self.changes)
 
     def stored(self) -> StoredRun:
-        return StoredRun("this run", tuple(self.rows()), self.facts.setting)
+        return StoredRun(tuple(self.rows()), self.facts.setting)
 
     def write(self, path: Path) -> None:
         packed = {

@@ -23,7 +23,6 @@ _ROWS = TypeAdapter(tuple[BenchRow, ...])
 class StoredRun:
     """What a comparison needs of a run. `setting` is what must be the same in both, by part."""
 
-    path: str
     rows: tuple[BenchRow, ...]
     setting: dict[str, dict[str, str]]
 
@@ -78,8 +77,7 @@ def read_run(path: Path) -> StoredRun:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise BadFile(f"{path}: written by another version of the benchmark; measure anew")
-        rows = _ROWS.validate_python(data["rows"])
-        return StoredRun(str(path), rows, data["setting"])
+        return StoredRun(_ROWS.validate_python(data["rows"]), data["setting"])
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise BadFile(f"{path}: no run of the benchmark ({error!r})") from None
     except (OSError, json.JSONDecodeError) as error:

@@ -164,9 +164,7 @@ def test_bound_of_what_is_measured_once_needs_no_rounds() -> None:
 
 def change(before: BenchRow, after: BenchRow, **setting: str) -> FigureChange:
     other = {part: {**values, **setting} for part, values in SETTING.items()}
-    (found,) = compare_runs(
-        StoredRun("then", (before,), SETTING), StoredRun("now", (after,), other)
-    )
+    (found,) = compare_runs(StoredRun((before,), SETTING), StoredRun((after,), other))
     return found
 
 
@@ -200,7 +198,7 @@ def test_change_between_unlike_runs_cannot_be_told() -> None:
         "cannot be told: another machine"
     )
     relay = replace(row(1.0), part="relay"), replace(row(2.0), part="relay")
-    before, after = (StoredRun("", (one,), SETTING) for one in relay)
+    before, after = (StoredRun((one,), SETTING) for one in relay)
     after = replace(after, setting={**SETTING, "engine": {"machine": "this one", "workload": "y"}})
     assert [one.verdict for one in compare_runs(before, after)] == ["really worse"]
 
@@ -233,7 +231,7 @@ def test_stored_run_comes_back_as_it_was(tmp_path: Path) -> None:
 
     stored = read_run(path)
 
-    assert stored == StoredRun(str(path), tuple(kept), SETTING)
+    assert stored == StoredRun(tuple(kept), SETTING)
     lines = list(describe_changes(compare_runs(stored, stored)))
     assert [line.endswith("no real difference") for line in lines] == [True, True]
 

@@ -46,7 +46,7 @@ from lab.bench.cpu_time import build_meter
 from lab.bench.relay.relay_comparison import RelayResult, measure_relay
 from lab.bench.report.bench_console import describe_result
 from lab.bench.report.bench_result import BenchFacts, BenchResult
-from lab.bench.report.earlier_run import compare_runs, read_run
+from lab.bench.report.earlier_run import StoredRun, compare_runs, read_run
 from lab.bench.rounds import BenchSetup, Say, WorkloadRounds, measure_workload
 from lab.bench.targets import PromptForm, Target, ask_all, open_client
 from lab.bench.vllm_bench import NoVllm, VllmBenchTargets, measure_vllm_bench
@@ -74,7 +74,8 @@ def main(words: Sequence[str]) -> int:
         ensure_writable(path)
     result = run_bench(arguments, asked)
     if before:
-        changes = tuple(compare_runs(before, result.stored()))
+        now = StoredRun(tuple(result.rows()), result.facts.setting)
+        changes = tuple(compare_runs(before, now))
         result = replace(result, changes=changes, against=arguments.against)
     result.write(out)
     print("\n".join(describe_result(result, coloured=sys.stdout.isatty())))

@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion
 from common.json_text import parse_json
 from common.prometheus_text import parse_samples, sum_samples
 from lab.options import build_headers
-from lab.service import LauncherStatus, open_http, read_launcher
+from lab.service import LauncherStatus, load_authorities, open_http, read_launcher
 
 QUESTION = "多个线程读取共享内存中同一个地址会不会产生 bank 冲突？请说明原因。"
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -82,6 +82,7 @@ class CheckedGateway:
 def open_gateway(url: str, status_url: str, api_key: str) -> Iterator[CheckedGateway]:
     """Raises httpx's error or `CheckFailed` when nobody answers, or nobody who serves a model."""
     options: dict[str, Any] = {"timeout": _TIMEOUT_S, "trust_env": False}
+    options["verify"] = load_authorities()
     with (
         httpx.Client(base_url=url, headers=build_headers(api_key), **options) as http,
         openai.DefaultHttpxClient(**options) as inner,

@@ -14,6 +14,7 @@ import pytest
 
 from common.ports import find_free_ports
 from tests.deploy.expressions import RULES
+from tests.plain_http import NO_TLS
 
 _START_S = 30
 
@@ -53,7 +54,10 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/-/ready", trust_env=False).status_code == httpx.codes.OK:
+            if (
+                httpx.get(f"{url}/-/ready", trust_env=False, verify=NO_TLS).status_code
+                == httpx.codes.OK
+            ):
                 return
         time.sleep(0.1)
     pytest.fail(f"Prometheus is not ready:\n{log.read_text(errors='replace')[-2000:]}")

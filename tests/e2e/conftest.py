@@ -17,6 +17,7 @@ import pytest
 
 from common.ports import find_free_ports
 from tests.collector import Collector, run_collector
+from tests.plain_http import NO_TLS
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST_START_S = 60
@@ -34,7 +35,7 @@ class Stack:
 
     def predict(self, prompt: object, **fields: object) -> httpx.Response:
         body = {"prompt": prompt, **fields}
-        return httpx.post(f"{self.gateway}/predict", json=body, timeout=300)
+        return httpx.post(f"{self.gateway}/predict", json=body, timeout=300, verify=NO_TLS)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +83,7 @@ def _wait_ready(gateway: str, process: subprocess.Popen[bytes], log_path: Path) 
     deadline = time.monotonic() + 110
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{gateway}/readyz").status_code == 200:
+            if httpx.get(f"{gateway}/readyz", verify=NO_TLS).status_code == 200:
                 return
         except httpx.TransportError:
             pass

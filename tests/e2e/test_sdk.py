@@ -24,6 +24,7 @@ from common.ports import find_free_ports
 from gateway.admission.keys import make_key
 from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
 from tests.e2e.conftest import ROOT, Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
@@ -293,7 +294,7 @@ def _wait_for(url: str, path: str) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}{path}").status_code == 200:
+            if httpx.get(f"{url}{path}", verify=NO_TLS).status_code == 200:
                 return
         time.sleep(0.1)
     pytest.fail(f"the second gateway does not answer {path}")

@@ -18,6 +18,7 @@ from gateway.config import Settings
 from gateway.engines.pool import POOL
 from gateway.server import Runner
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
+from tests.plain_http import NO_TLS
 
 
 @dataclass
@@ -83,7 +84,9 @@ async def serve_gateway(
         options = make_settings(**({"engines": tuple(urls)} | settings))
         app = build_app(options, reload or (lambda: options))
         url = await stack.enter_async_context(serve_app(app, port, Runner(app, options)))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=url, timeout=20, verify=NO_TLS)
+        )
         served = Served(url, client, app, engines[0], urls[0], engines[1:])
         if wait_ready:
             await until(lambda: all(one.is_usable for one in app[POOL].engines))

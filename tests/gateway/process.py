@@ -16,6 +16,7 @@ import orjson
 
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import until
+from tests.plain_http import NO_TLS
 
 _LONGEST_START_S = 30
 
@@ -58,7 +59,7 @@ async def serve_process(
     try:
         await until(lambda: process.returncode is not None or _port(path), _LONGEST_START_S)
         served = GatewayProcess(process, f"http://127.0.0.1:{_port(path)}", path)
-        async with httpx.AsyncClient(base_url=served.url) as client:
+        async with httpx.AsyncClient(base_url=served.url, verify=NO_TLS) as client:
             await until(lambda: _is_ready(client), _LONGEST_START_S)
         yield served
     finally:

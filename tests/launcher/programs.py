@@ -20,10 +20,12 @@ import httpx
 from common.ports import find_free_ports
 from common.project import DEMO_MODEL
 from launcher.engine.process import list_group
+from tests.plain_http import NO_TLS
 
 ROOT = Path(__file__).parents[2]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
 MODEL = DEMO_MODEL
+_PLAIN: dict[str, Any] = {"trust_env": False, "verify": NO_TLS}
 
 
 def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 20.0) -> Any:
@@ -114,7 +116,7 @@ class Launcher:
 
     def read(self, path: str) -> httpx.Response | None:
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", trust_env=False)
+            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", **_PLAIN)
         return None
 
     def status(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class Launcher:
 
     def order(self, **what: Any) -> dict[str, Any]:
         with contextlib.suppress(httpx.HTTPError):
-            return dict(httpx.post(f"{self.engine_url}/fake", json=what, trust_env=False).json())
+            return dict(httpx.post(f"{self.engine_url}/fake", json=what, **_PLAIN).json())
         return {}
 
     def crash_card(self) -> dict[str, Any]:
@@ -200,7 +202,7 @@ async def ask_many(
         "temperature": 0,
         "ignore_eos": True,
     }
-    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+    async with httpx.AsyncClient(**_PLAIN, timeout=120) as client:
         return await client.post(f"{url}/v1/completions", json=body)
 
 

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from lab.bench.bench_figures import QUIET, BenchRow, Bound, build_added, build_ratio
 from lab.bench.relay.relay_comparison import RelayResult
-from lab.bench.report.earlier_run import FORMAT, StoredRun
+from lab.bench.report.earlier_run import FORMAT
 from lab.bench.rounds import CPU_MEASURE, WorkloadRounds
 from lab.intervals import find_interval
 from lab.records.figure_change import FigureChange
@@ -93,9 +93,6 @@ class BenchResult:
     def is_good(self) -> bool:
         """No bound surely broken, nothing surely worse than in the stored run."""
         return not self.overs() and not any(change.is_worse for change in self.changes)
-
-    def stored(self) -> StoredRun:
-        return StoredRun(tuple(self.rows()), self.facts.setting)
 
     def write(self, path: Path) -> None:
         packed = {

@@ -23,6 +23,7 @@ from lab.records.record import RecordFigure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
 from tests.gateway.raw import ask, build_request
+from tests.plain_http import NO_TLS
 
 STREAM = {"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}
 OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0, text/plain;q=0.5"}
@@ -45,7 +46,8 @@ async def read(served: Served) -> str:
 
 
 def open_metrics_port(port: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20)
+    url = f"http://127.0.0.1:{port}"
+    return httpx.AsyncClient(base_url=url, trust_env=False, verify=NO_TLS, timeout=20)
 
 
 async def number(served: Served, series: str) -> float:

@@ -21,6 +21,8 @@ import pytest
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 
+pytestmark = pytest.mark.slow  # another Python runs all tests from the wheel
+
 ROOT = Path(__file__).parent.parent
 MODEL = Path(__file__).parent / "launcher" / "models" / "qwen3-0.6b"
 PACKAGES = ("common", "gateway", "lab", "launcher")

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gateway.admission.keys import Caller
 from gateway.config import Settings
 from gateway.errors import REFUSALS
+
+pytestmark = pytest.mark.slow  # the docs read the same to every Python
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,6 +22,8 @@ from scripts.tree.imports import (
 from scripts.tree.modules import read_modules
 from scripts.tree.sizes import count_lines, find_duplicates, find_long_functions, find_suppressed
 
+pytestmark = pytest.mark.slow  # the code reads the same to every Python
+
 ROOT = Path(__file__).parent.parent
 CODE = "\n".join(f"    total = total * {number} + add(total, {number})" for number in range(8))
 ORDER = """

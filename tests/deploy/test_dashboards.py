@@ -27,6 +27,8 @@ from tests.deploy.expressions import (
 )
 from tests.deploy.promtool import run_promtool
 
+pytestmark = pytest.mark.slow  # dashboards are JSON and PromQL
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted(DASHBOARDS.glob("*.json"))
 NAMES = [board.name for board in BOARDS]

@@ -16,6 +16,8 @@ from tests.deploy.live import run_prometheus
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Served, serve_gateway, until
 
+pytestmark = pytest.mark.slow  # Prometheus judges, not Python
+
 # Of the course's board: what one batch of questions, one of them empty, must show.
 SHOWN = (
     *("Questions", "Seconds", "Tokens a second", "Characters a second", "Characters an answer"),

@@ -10,6 +10,8 @@ import pytest
 
 from tests.deploy.promtool import run_promtool
 
+pytestmark = pytest.mark.slow  # promtool judges, not Python
+
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "rules"
 CASES = Path(__file__).parent / "rules"

@@ -14,6 +14,8 @@ import pytest
 
 from launcher.plan.budget import WORKER_SHARED_BYTES
 
+pytestmark = pytest.mark.slow  # compose and hadolint judge, not Python
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 COMPOSE_FILES = sorted(ROOT.glob("compose*.yaml"))

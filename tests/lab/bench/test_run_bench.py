@@ -30,6 +30,8 @@ from tests.lab.bench.fake_gateway import TINY, build_bench
 from tests.lab.grade.test_run_grade import environment
 from tests.launcher.programs import FAKE_VLLM, ROOT
 
+pytestmark = pytest.mark.slow  # programs and relays; what they do is tested on every Python
+
 ENGINE_PARTS = "one,batch,calls,streams"
 
 

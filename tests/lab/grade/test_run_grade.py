@@ -25,6 +25,9 @@ from lab.launched_server import LaunchCommand, launch
 from lab.reports.console import ProgressLine
 from tests.lab.judged import read_pairs
 from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
+from tests.plain_http import NO_TLS
+
+pytestmark = pytest.mark.slow  # programs, files and signals; what they do is tested on every Python
 
 GRADE = [sys.executable, "-m", "lab", "grade"]
 
@@ -69,7 +72,7 @@ def url() -> Iterator[str]:
 
     def answers() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).is_success
+            return httpx.get(f"http://127.0.0.1:{port}/", trust_env=False, verify=NO_TLS).is_success
         return False
 
     try:

@@ -23,8 +23,7 @@ setup-dev:
 serve: setup ## engine and gateway, here and now; Ctrl-C stops both
 	@exec $(PY) -m launcher up $(UP) $(ARGS)
 
-test: check ## every test: those with the real engine, then the others on every Python at hand
-	@$(PY) -m pytest -m "engine or slow" $(ARGS) || { [ $$? = 5 ] $(if $(ARGS),,&& false); }
+test: check ## every test: those with the real engine, beside them the others on every Python at hand
 	@scripts/test_pythons.sh $(VENV) $(ARGS)
 
 test-fast: setup-dev ## the tests that need no engine

@@ -1,45 +1,57 @@
 #!/usr/bin/env bash
-# Runs the tests that need no engine and are not marked `slow` on every Python this project supports that is
-# installed here, side by side; on one of them with the built wheel in place of the checkout.
+# Every test, in two lanes side by side, each as much as about one core can do. The first has the Python that is set up
+# already: the tests with the real engine and those marked `slow`, then the others. The second has those others on
+# every other Python that this project supports and that is installed here, one after the other; on the last of them
+# with the built wheel in place of the checkout.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 own=$1
 shift
+arguments=("$@")
 own_version=$("$own/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-chosen=(-m "not engine and not slow" -q "$@")
-declare -A venvs=() running=()
-wheel_version=
-for version in 3.11 3.12 3.13; do
-  venv=.venv-$version
-  if [ "$version" = "$own_version" ]; then
-    venv=$own
-  elif ! python3 -m scripts.setup --python "$version" --venv "$venv" --engine none --dev; then
-    echo "test: Python $version is not here, its tests are left out" >&2
-    continue
-  fi
-  venvs[$version]=$venv
-  # Where there is one Python alone, it tests both.
-  if [ "$version" != "$own_version" ]; then wheel_version=$version; fi
-done
-test_checkout() { "${venvs[$1]}/bin/python" -m pytest "${chosen[@]}" |& sed -u "s/^/$1 | /"; }
-test_wheel() { scripts/test_wheel.sh "${venvs[$1]}" "${chosen[@]}" |& sed -u "s/^/$1, wheel | /"; }
-for version in "${!venvs[@]}"; do
-  [ "$version" != "$wheel_version" ] || continue
-  test_checkout "$version" &
-  running[$version]=$!
-done
-wheel_version=${wheel_version:-$own_version}
-test_wheel "$wheel_version" &
-running[$wheel_version, with the built wheel]=$!
-failed=()
-for name in "${!running[@]}"; do
-  code=0
-  wait "${running[$name]}" || code=$?
+failures=$(mktemp)
+trap 'rm -f "$failures"' EXIT
+
+# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, and the lane goes on.
+run() {
+  local label=$1 marked=$2 code=0
+  shift 2
+  "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" || code=$?
   # 5: the caller's own arguments choose none of these tests.
-  [ "$code" = 0 ] || [ "$code" = 5 -a $# -gt 0 ] || failed+=("$name")
+  [ "$code" = 0 ] || [ "$code" = 5 -a ${#arguments[@]} -gt 0 ] || echo "$label" >>"$failures"
+}
+run_rest() { run "$1" "not engine and not slow" "${@:2}"; }
+
+others=()
+for version in 3.11 3.12 3.13; do
+  [ "$version" = "$own_version" ] || others+=("$version")
 done
-if [ ${#failed[@]} -gt 0 ]; then
-  printf 'test: failed on Python %s\n' "${failed[@]}" >&2
+test_others() {
+  local version last ready=()
+  for version in "${others[@]}"; do
+    if python3 -m scripts.setup --python "$version" --venv ".venv-$version" --engine none --dev; then
+      ready+=("$version")
+    else
+      echo "test: Python $version is not here, its tests are left out" >&2
+    fi
+  done
+  if [ ${#ready[@]} = 0 ]; then # the one Python alone tests both
+    run_rest "$own_version, wheel" scripts/test_wheel.sh "$own"
+    return
+  fi
+  last=${ready[-1]}
+  unset 'ready[-1]'
+  for version in "${ready[@]}"; do run_rest "$version" ".venv-$version/bin/python" -m pytest; done
+  run_rest "$last, wheel" scripts/test_wheel.sh ".venv-$last"
+}
+
+test_others &
+second_lane=$!
+run "$own_version, engine" "engine or slow" "$own/bin/python" -m pytest
+run_rest "$own_version" "$own/bin/python" -m pytest
+wait "$second_lane" || echo "${others[*]}" >>"$failures"
+if [ -s "$failures" ]; then
+  sed 's/^/test: failed on Python /' "$failures" >&2
   exit 1
 fi

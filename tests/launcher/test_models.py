@@ -85,6 +85,7 @@ def read_files() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in MODEL.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow  # its pauses are real
 def test_hub_that_fails_twice_is_asked_again_and_each_time_told(tmp_path: Path) -> None:
     with serve_hub(FakeHub(read_files(), failures=[502, 0])) as hub:
         launcher = hub_launcher(tmp_path, hub)
@@ -108,6 +109,7 @@ def test_hub_that_refuses_is_not_asked_again(tmp_path: Path, status: int) -> Non
     assert line.startswith("launcher: model: cannot get some/model from Hugging Face: ")
 
 
+@pytest.mark.slow  # its pauses are real
 def test_hub_that_stays_away_is_given_up(tmp_path: Path) -> None:
     with serve_hub(FakeHub({}, failures=[503] * 99)) as hub:
         code, _, err = call(hub_launcher(tmp_path, hub), "serve")
@@ -245,6 +247,7 @@ def test_modelscope_cut_off_model_is_fetched_again(modelscope: Launcher) -> None
     assert len(fetches(modelscope)) == 1
 
 
+@pytest.mark.slow  # its pauses are real
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_modelscope_out_of_reach_is_told_and_given_up(modelscope: Launcher, is_begun: bool) -> None:
     if is_begun:

@@ -40,7 +40,7 @@ class Session:
     """One program with all that it starts."""
 
     def __init__(self, role: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        self._role = role
+        self._role, self.log = role, log
         with log.open("wb") as file:
             self._leader = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(env),
@@ -95,7 +95,7 @@ class RunningArm:
         *engines, gateway = find_free_ports(self.arm.copies + 1)
         self.engine_urls = [f"http://127.0.0.1:{port}" for port in engines]
         self.gateway_url = f"http://127.0.0.1:{gateway}" if planned.plan else ""
-        self.log = folder / f"{self.arm.word.replace('*', 'x').replace(' ', '.')}.log"
+        self._folder = folder
         self.engines = [self._start_engine(place, port) for place, port in enumerate(engines)]
         self.gateways = [self._start_gateway(gateway)] if planned.plan else []
 
@@ -107,8 +107,7 @@ class RunningArm:
             cards = ",".join(seen[place * each : (place + 1) * each])
             environment["CUDA_VISIBLE_DEVICES"] = cards
         argv = bind_to_parent(command.module, *words, kill_s=_KILL_S)
-        log = self.log if place == 0 else self.log.with_suffix(f".{place}.log")
-        return Session("API server", argv, environment, log)
+        return Session("API server", argv, environment, self._log(f"engine{place}"))
 
     def _start_gateway(self, port: int) -> Session:
         assert self.planned.plan is not None  # noqa: S101 - a gateway is a profile's
@@ -117,7 +116,11 @@ class RunningArm:
         environment = build_environment(settings, self.planned.plan, "json")
         environment["GATEWAY_ENGINES"] = ",".join(self.engine_urls)
         argv = bind_to_parent("gateway", kill_s=_KILL_S)
-        return Session("gateway", argv, environment, self.log.with_suffix(".gateway.log"))
+        return Session("gateway", argv, environment, self._log("gateway"))
+
+    def _log(self, name: str) -> Path:
+        arm = self.arm.word.replace("*", "x").replace(" ", ".").replace("/", "_")
+        return self._folder / f"{arm}.{name}.log"
 
     @property
     def sessions(self) -> list[Session]:
@@ -125,11 +128,12 @@ class RunningArm:
 
     def find_end(self) -> str:
         """Why it cannot be measured; empty while all of it runs."""
-        if not any(session.has_ended for session in self.sessions):
+        ended = next((session for session in self.sessions if session.has_ended), None)
+        if ended is None:
             return ""
-        lines = self.log.read_text("utf-8", "replace").splitlines()
-        told = [line for line in lines if "Error" in line and "Traceback" not in line]
-        return " | ".join((told or lines)[-3:])[-600:] or "it ended without a word"
+        lines = ended.log.read_text("utf-8", "replace").splitlines()
+        told = [line for line in lines if "Error" in line]
+        return f"{' | '.join((told or lines)[-3:])[-600:]} (all of it: {ended.log})"
 
     async def wait_ready(self, client: httpx.AsyncClient, deadline: float) -> None:
         paths = [f"{url}/health" for url in self.engine_urls]
@@ -140,7 +144,7 @@ class RunningArm:
             if all([await _answers(client, path) for path in paths]):
                 return
             await asyncio.sleep(_POLL_S)
-        raise BenchFailed(f"{self.arm.word} was not ready in time; its log is {self.log}")
+        raise BenchFailed(f"{self.arm.word} was not ready in time; its logs are in {self._folder}")
 
     async def wake(self, client: httpx.AsyncClient) -> None:
         for session in self.sessions:

@@ -185,8 +185,9 @@ class GpuResult:
         if not self.loads.is_endless:
             is_same = all(equal == asked for _, equal, asked, _ in self.list_answers())
             return is_same and not any(n.mixed_up for by in self.told.values() for n in by.values())
+        none = AnswerCount()
         return not any(
-            PREDICT in by and by[PREDICT].mixed_up and not by[IDS].mixed_up
+            by.get(PREDICT, none).mixed_up and not by.get(IDS, none).mixed_up
             for by in self.told.values()
         )
 

@@ -116,7 +116,9 @@ class GpuRun:
             self._say(f"{one.arm.word}: {one.describe()}")
         names = {"model": planner.model.served_name, "vllm": planner.vllm.title}
         result = GpuResult(arguments, loads, tuple(planned), names)
-        async with open_http(timeout=30.0) as http:
+        # Less than any server keeps an idle connection for: a closing one is no failure.
+        limits = httpx.Limits(keepalive_expiry=2.0)
+        async with open_http(timeout=30.0, limits=limits) as http:
             for number, group in enumerate(groups):
                 now = time.monotonic()
                 deadline = now + (self._deadline - now) / (len(groups) - number)

@@ -26,11 +26,15 @@ _NAME = 58
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure over another, taken round by round."""
+    """One arm's way over another's, taken round by round: `over` and `under` are arm and way."""
 
-    name: str
+    load: str
     over: tuple[str, str]
     under: tuple[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{' '.join(self.over)} / {' '.join(self.under)}, {self.load}"
 
 
 @dataclass
@@ -81,8 +85,8 @@ class GpuResult:
         ratios = []
         for taken in self.rounds:
             above, below = (
-                taken.get(arm, {}).get(measure, {}).get(figure)
-                for arm, measure in (pair.over, pair.under)
+                taken.get(arm, {}).get(f"{way}, {pair.load}", {}).get(figure)
+                for arm, way in (pair.over, pair.under)
             )
             if above and below:
                 ratios.append(above / below)
@@ -96,25 +100,20 @@ class GpuResult:
             yield from sorted(found)
 
     def list_pairs(self) -> Iterator[Pair]:
-        first = self.planned[0]
-        others = [one for one in self.planned if one.plan is None and one is not first]
+        """Each batch over the first arm and over others' flags as they are called, and over what
+        differs from it in one thing; by the gateway over the engine itself.
+        """
+        others = [one for one in self.planned[1:] if one.plan is None]
+        bases = [(o.arm.word, TEXTS if o.plan is None else IDS) for o in (self.planned[0], *others)]
+        arms = {one.arm.word: one.arm for one in self.planned}
         for word, measure in self.list_measures():
             way, _, load = measure.partition(", ")
-            if way in (PREDICT, AGAIN):
-                yield Pair(
-                    f"{word}, {measure}, over ids", (word, measure), (word, f"{IDS}, {load}")
-                )
-            if way == AGAIN:
-                continue
-            arm = next(one.arm for one in self.planned if one.arm.word == word)
-            for base in () if "stream" in load else (first, *others):
-                asked = TEXTS if base.plan is None else IDS
-                if base.arm.word != word:
-                    name = f"{word}, {measure}, over {base.arm.word}"
-                    yield Pair(name, (word, measure), (base.arm.word, f"{asked}, {load}"))
-            for relative in arm.list_relatives():
-                name = f"{word}, {measure}, over {relative}"
-                yield Pair(name, (word, measure), (relative, measure))
+            under = [(word, IDS)] if way in (PREDICT, AGAIN) else []
+            if way != AGAIN:
+                under += [base for base in bases if base[0] != word and "stream" not in load]
+                under += [(relative, way) for relative in arms[word].list_relatives()]
+            for one in dict.fromkeys(under):
+                yield Pair(load, (word, way), one)
 
     def figures(self) -> list[RecordFigure]:
         found = []
@@ -140,6 +139,8 @@ class GpuResult:
             for way, told in by_way.items():
                 note = f"{told.mixed_up} were another question's" if told.mixed_up else ""
                 yield f"{word}, {way}: answers as the first", told.equal, told.asked, note
+        for word, answers in self.known.items():
+            yield f"{word}: different answers", len(set(answers.values())), len(answers), ""
         first = self.planned[0].arm.word
         for one in self.planned:
             for other in dict.fromkeys((first, *one.arm.list_relatives())):
@@ -183,7 +184,11 @@ class GpuResult:
         near to each other for that, but no way may mix up what the other does not.
         """
         if not self.loads.is_endless:
-            is_same = all(equal == asked for _, equal, asked, _ in self.list_answers())
+            is_same = all(
+                equal == asked
+                for name, equal, asked, _ in self.list_answers()
+                if ": answers as" in name
+            )
             return is_same and not any(n.mixed_up for by in self.told.values() for n in by.values())
         none = AnswerCount()
         return not any(

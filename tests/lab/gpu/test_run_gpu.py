@@ -59,17 +59,18 @@ def test_arms_are_measured_in_turns_and_held_against_each_other(tmp_path: Path) 
     for name in (
         f"default, texts, {load}",
         f"default, ids, {load}",
-        f"course, predict, {load}, over ids",
-        f"course, ids again, {load}, over ids",
-        f"course, predict, {load}, over default",
-        f"course, predict, {load}, over course-stock",
-        f"2*course, predict, {load}, over course",
+        f"course predict / course ids, {load}",
+        f"course ids again / course ids, {load}",
+        f"course predict / default texts, {load}",
+        f"course predict / course-stock predict, {load}",
+        f"2*course predict / course predict, {load}",
     ):
         assert figures[name].value > 0, name
     assert "gateway" in figures[f"course, predict, {load}"].note
     assert "gateway" not in figures[f"course, ids, {load}"].note
     assert figures["course, predict: answers as the first"].value == 3 * 12  # the warm-up too
     assert figures["course: answers as course-stock's"].value == 12
+    assert figures["course: different answers"].value == 12
     rounds = json.loads((tmp_path / "gpu.json").read_text())["rounds"]
     assert [set(taken) for taken in rounds] == [
         {"default", "course", "course-stock", "2*course"}

@@ -146,6 +146,8 @@ class Doctor:
         yield Finding("ok", "schedule", self._plan.scheduler)
         for note in self._plan.notes:
             yield Finding("ok", "tuned", note)
+        for warning in self._plan.warnings:
+            yield Finding("warn", "memory", warning)
 
     def _check_flags(self) -> Iterator[Finding]:
         """The installed parser tries the whole command, and every option alone to find culprits."""

@@ -76,6 +76,7 @@ def _gather(prepared: Prepared) -> dict[str, Any]:
         },
         "cache": describe_cache(settings.cache_path, prepared.fingerprint.name),
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
         "fingerprint": prepared.fingerprint.describe(),
     }
 
@@ -110,6 +111,7 @@ def _render(facts: dict[str, Any], prepared: Prepared) -> str:
         "",
         f"cache    {facts['cache']['line']}",
         *(f"note     {note}" for note in facts["notes"]),
+        *(f"warning  {warning}" for warning in facts["warnings"]),
         "",
         "command",
         "  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in facts["environment"].items()),

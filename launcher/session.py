@@ -120,6 +120,8 @@ class Session:
         )
         for note in plan.notes:
             log.info("tuned_profile", note=note)
+        for warning in plan.warnings:
+            log.warning("plan_compromised", why=warning)
         supervisors = [s for s in (self.gateway, self.engine) if s]
         tasks = {s: asyncio.create_task(s.run()) for s in supervisors}
         announcing = asyncio.create_task(self._announce())

@@ -36,10 +36,16 @@ class Workload:
     sequences: int
     prompt_tokens: int
     new_tokens: int
+    usual_new_tokens: int = 0  # of an answer that ends by itself; 0: not known
+    batch: int = 1  # that is sent at once
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.new_tokens
+
+    @property
+    def usual_tokens(self) -> int:
+        return self.prompt_tokens + (self.usual_new_tokens or self.new_tokens)
 
 
 @dataclass(frozen=True)
@@ -172,14 +178,23 @@ def fit_context(sizing: Sizing, most: int | None) -> tuple[int, str]:
 
 
 def fit_sequences(sizing: Sizing, _most: int | None) -> tuple[int, str]:
-    wanted = sizing.workload.sequences
+    """As many of the longest as fit. A batch that fits at its usual length shares the cache all the
+    same: in waves it would run at half the speed, and vLLM preempts a few where many are long.
+    """
+    workload = sizing.workload
+    wanted, batch = workload.sequences, workload.batch
     if not sizing.device.is_gpu:
         return wanted, "the KV cache is sized for them"
-    fits = compute_budget(sizing).workload_sequences
-    value = min(wanted, fits)
-    value = max(1, value if value < 16 or value == wanted else value // 8 * 8)
-    tokens = sizing.workload.tokens
-    return value, f"wanted {wanted}, the KV cache holds {fits:,} of {tokens} tokens"
+    tokens = compute_budget(sizing).kv_tokens
+    longest, usual = tokens // workload.tokens, tokens // workload.usual_tokens
+    decided = f"wanted {wanted}, the KV cache holds {longest:,} of {workload.tokens} tokens"
+    value = min(wanted, longest)
+    if value < wanted and usual >= batch:
+        value = min(wanted, usual)
+        decided += f", {usual:,} of the usual {workload.usual_tokens}"
+    if 16 <= value < wanted:
+        value = max(value // 8 * 8, batch if value >= batch else 0)
+    return max(1, value), decided
 
 
 def fit_graph_sizes(sizing: Sizing, _most: int | None) -> tuple[list[int], str]:

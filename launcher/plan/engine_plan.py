@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class EnginePlan:
     budget: Budget
     warmup_prompts: int
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     scheduler: str = ""  # whose it is, and why (scheduler.py)
 
     def value(self, name: str, default: Any = None) -> Any:
@@ -109,9 +110,10 @@ def build_plan(
     overrides = tuple(overrides)
     options |= choose_parsers(model, flags, overrides)
     for option in overrides:
-        # Variables are upper case, flags never are.
-        (environment if option.name.isupper() else options)[option.name] = option
-    workload = Workload(**data["workload"])
+        # Variables are upper case, flags never are. An empty value leaves an option out.
+        kind = environment if option.name.isupper() else options
+        kind[option.name] = replace(option, omit=option.omit or option.value == "")
+    workload = Workload(**data["workload"], batch=data["warmup_prompts"])
     options, budget = _fit(options, device, model, workload)
     environment, _ = _fit(environment, device, model, workload)
     kept = tuple(option for option in options.values() if not option.omit)
@@ -123,8 +125,21 @@ def build_plan(
     return EnginePlan(
         profile, data["title"], device, model, kept,
         tuple(option for option in environment.values() if not option.omit),
-        budget, data["warmup_prompts"], tuple(notes),
+        budget, data["warmup_prompts"], tuple(notes), tuple(_list_warnings(kept, workload)),
     )  # fmt: skip
+
+
+def _list_warnings(options: Iterable[EngineOption], workload: Workload) -> Iterator[str]:
+    """What a rule had to decide, and its user would want to know."""
+    most = next((option for option in options if option.name == "max-num-seqs"), None)
+    is_own = most is not None and most.origin not in ("--set", "tuned", "tune")
+    if most is not None and is_own and most.value < workload.batch:
+        yield (
+            f"max-num-seqs is {most.value}, as many as the KV cache holds: a batch of "
+            f"{workload.batch} runs in waves, at about half the speed. Give it more memory "
+            "(gpu-memory-utilization, kv-cache-dtype=fp8, a larger GPU), or, if answers are "
+            f"short, --set max-num-seqs={workload.batch}"
+        )
 
 
 def choose_parsers(

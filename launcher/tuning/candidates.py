@@ -66,7 +66,10 @@ def list_candidates(device: Device, plan: EnginePlan) -> list[Candidate]:
         candidate = Candidate(
             row["name"], row["axis"], row["why"], row.get("options", {}), environment
         )
-        is_new = any(str(present.get(k, "auto")) != str(v) for k, v in candidate.changes.items())
+        is_new = any(
+            str(present.get(name, "auto" if value else "")) != str(value)
+            for name, value in candidate.changes.items()
+        )
         is_double = any(candidate.changes == other.changes for other in found)
         if kinds & set(row["on"]) and is_new and not is_double:
             found.append(candidate)

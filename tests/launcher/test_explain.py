@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def test_explain_json_is_the_command_that_is_started(launcher: Launcher) -> None
         status = launcher.wait_state("ready")
         assert status["argv"] == facts["argv"]
         assert status["fingerprint"] == facts["fingerprint"]
+
+
+def test_explain_warns_where_the_batch_would_run_in_waves(launcher: Launcher) -> None:
+    words = ["explain", "--profile", "course", "--gpu"]
+    model = ["--model", str(MODELS / "qwen3-8b")]
+
+    small = call(launcher, *words, "RTX 4090", *model)[1]
+    large = call(launcher, *words, "H200", *model)[1]
+
+    assert re.search(r"warning  max-num-seqs is 1\d\d, .* a batch of 358 runs in waves", small)
+    assert "warning" not in large
 
 
 def test_explain_says_whether_the_next_start_is_warm(launcher: Launcher) -> None:

@@ -174,6 +174,44 @@ def test_on_a_cpu_the_core_computes_itself_unless_the_model_is_spread(
     assert plan.value("distributed-executor-backend") == (path if is_one_process else None)
 
 
+def limit_cache(tokens: int) -> str:
+    """Of Qwen3-0.6B, in bf16: 112 KiB a token."""
+    return f"kv-cache-memory-bytes={tokens * 112 * 1024}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences"),
+    [
+        (384 * 320, 384),  # all of the longest
+        (384 * 220, 384),  # all of the usual length
+        (358 * 214 + 100, 358),  # the batch itself, of the usual length
+        (300 * 214, 200),  # cut to those of the longest that fit
+    ],
+)
+def test_course_sequences_share_a_cache_that_holds_them_at_their_usual_length(
+    tokens: int, sequences: int
+) -> None:
+    plan = make_plan("course", "H200", "qwen3-0.6b", limit_cache(tokens))
+
+    assert plan.value("max-num-seqs") == sequences
+    assert bool(plan.warnings) == (sequences < 358)
+
+
+def test_rule_that_cuts_a_batch_into_waves_is_warned_of() -> None:
+    plan = make_plan("course", "H200", "qwen3-0.6b", limit_cache(200 * 320))
+
+    (warning,) = plan.warnings
+    assert "max-num-seqs is 200" in warning
+    assert "batch of 358" in warning
+    assert "in waves" in warning
+    assert "max-num-seqs=358" in warning
+
+
+def test_number_of_sequences_that_was_asked_for_is_not_warned_of() -> None:
+    assert not make_plan("course", "H200", "qwen3-0.6b", "max-num-seqs=3").warnings
+    assert not make_plan("latency", "H200", "qwen3-0.6b").warnings
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     memory_gib=st.integers(24, 200),
@@ -192,7 +230,10 @@ def test_plan_on_any_gpu_fits_into_its_memory(
         return
     budget = plan.budget
     assert budget.weight_bytes + budget.working_bytes + budget.kv_bytes <= device.memory_bytes
-    assert plan.value("max-num-seqs") * budget.workload.tokens <= budget.kv_tokens
+    most, workload = plan.value("max-num-seqs"), budget.workload
+    assert most * workload.usual_tokens <= budget.kv_tokens
+    # Sharing the cache is for the batch that would not fit otherwise.
+    assert most * workload.tokens <= budget.kv_tokens or most >= workload.batch
     assert plan.value("max-model-len") <= budget.kv_tokens
 
 

@@ -90,6 +90,20 @@ def test_candidates_on_a_gpu_change_something_and_avoid_known_bugs(gpu: str) -> 
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("gpu", [*GPUS, "cpu"])
+def test_vllms_scheduler_is_a_candidate_where_the_profile_has_the_launchers(gpu: str) -> None:
+    plan = make_plan("cpu" if gpu == "cpu" else "course", gpu, "qwen3-0.6b")
+    (candidate,) = (c for c in list_candidates(plan.device, plan) if c.axis == "scheduler")
+    tried = [EngineOption(name, value) for name, value in candidate.options.items()]
+
+    other = build_plan(plan.profile, plan.device, plan.model, FLAGS, overrides=tried)
+
+    assert plan.value("scheduler-cls")
+    assert "scheduler-cls" not in {option.name for option in other.options}
+    names = {c.axis for c in list_candidates(plan.device, other)}
+    assert "scheduler" not in names
+
+
 def test_installed_parser_accepts_every_candidate() -> None:
     commands = {}
     for gpu in GPUS:

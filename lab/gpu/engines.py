@@ -46,6 +46,7 @@ class Session:
                 argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=dict(env),
                 start_new_session=True,
             )  # fmt: skip
+        self.pid = self._leader.pid
         self._roles: dict[int, str] = {}
 
     @property
@@ -53,14 +54,14 @@ class Session:
         return self._leader.poll() is not None
 
     def signal(self, number: signal.Signals) -> None:
-        for process in find_session(self._leader.pid):
+        for process in find_session(self.pid):
             with contextlib.suppress(psutil.Error):
                 if process.name() != _WATCHER:
                     process.send_signal(number)
 
     def refresh(self) -> None:
         """Looks at every process of the machine, so not while anything is measured."""
-        self._roles = {one.pid: self._name(one) for one in find_session(self._leader.pid)}
+        self._roles = {one.pid: self._name(one) for one in find_session(self.pid)}
 
     def list_cpu_s(self) -> Iterator[tuple[str, float]]:
         for pid, role in self._roles.items():
@@ -74,11 +75,11 @@ class Session:
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         while not self.has_ended and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
-        await end_group(self._leader.pid)
+        await end_group(self.pid)
         self._leader.wait()
 
     def _name(self, process: psutil.Process) -> str:
-        if process.pid == self._leader.pid:
+        if process.pid == self.pid:
             return self._role
         try:
             title = " ".join([process.name(), *process.cmdline()])

@@ -103,9 +103,10 @@ class GpuResult:
         """Each batch over the first arm and over others' flags as they are called, and over what
         differs from it in one thing; by the gateway over the engine itself.
         """
-        others = [one for one in self.planned[1:] if one.plan is None]
-        bases = [(o.arm.word, TEXTS if o.plan is None else IDS) for o in (self.planned[0], *others)]
         arms = {one.arm.word: one.arm for one in self.planned}
+        first, *rest = arms.values()
+        bases = [(first.word, TEXTS if first.options is not None else IDS)]
+        bases += [(arm.word, TEXTS) for arm in rest if arm.options is not None]
         for word, measure in self.list_measures():
             way, _, load = measure.partition(", ")
             under = [(word, IDS)] if way in (PREDICT, AGAIN) else []

@@ -49,7 +49,7 @@ from lab.gpu.endless import build_endless
 from lab.gpu.engines import RunningArm, list_cards
 from lab.gpu.gpu_result import GpuResult
 from lab.paths import OUT
-from lab.reports.console import ProgressLine
+from lab.reports.console import ProgressLine, count
 from lab.reports.output_files import ensure_writable
 from lab.service import open_http
 
@@ -108,6 +108,8 @@ class GpuRun:
         batch = AskedBatch(len(loads.questions), longest, max(*loads.tokens, STREAM_TOKENS))
         words = arguments.arms or list_default_arms(planner.device)
         planned = [planner.plan(parse_arm(word), batch) for word in words]
+        if not arguments.arms:
+            planned = leave_doubles_out(planned)
         cards = min(arguments.gpus or len(list_cards()), len(list_cards()))
         groups = group_arms(planned, planner.device, cards)
         profiles = [one.arm.word for one in planned if one.plan]
@@ -166,8 +168,10 @@ class GpuRun:
         longest_s = 0.0
         for number in range(self._arguments.rounds + 1):
             began = time.monotonic()
+            if not arms:
+                break
             if number > 1 and began + longest_s > deadline:
-                self._say(f"the time is used up after {number - 1} rounds")
+                self._say(f"the time is used up after {count(number - 1, 'round')}")
                 break
             taken: dict[str, dict[str, dict[str, float]]] = {}
             for arm in self._chance.sample(arms, len(arms)):
@@ -177,7 +181,7 @@ class GpuRun:
                     self._say(f"{arm.running.arm.word} is left out from here on: {error!r}")
                     arms.remove(arm)
             longest_s = max(longest_s, time.monotonic() - began)
-            if number:
+            if number and taken:
                 result.add_round(taken, arms)
                 self._say(f"round {number}: {result.describe_round(taken)}")
 
@@ -199,6 +203,12 @@ class GpuRun:
     def _say(self, text: str) -> None:
         """With the seconds left: a run on a lent machine is watched."""
         self._progress.say(f"[{self._deadline - time.monotonic():4.0f} s left] {text}")
+
+
+def leave_doubles_out(planned: Sequence[PlannedArm]) -> list[PlannedArm]:
+    """A profile that has vLLM's scheduler anyway is no other arm with it."""
+    commands = [one.command for one in planned]
+    return [one for place, one in enumerate(planned) if one.command not in commands[:place]]
 
 
 def take_different(questions: Sequence[str], wanted: int) -> tuple[str, ...]:

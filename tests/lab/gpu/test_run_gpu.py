@@ -67,7 +67,7 @@ def test_arms_are_measured_in_turns_and_held_against_each_other(tmp_path: Path) 
     ):
         assert figures[name].value > 0, name
     assert "gateway" in figures[f"course, predict, {load}"].note
-    assert "gateway" not in figures[f"course, ids, {load}"].note
+    assert "API server" in figures[f"course, ids, {load}"].note
     assert figures["course, predict: answers as the first"].value == 3 * 12  # the warm-up too
     assert figures["course: answers as course-stock's"].value == 12
     assert figures["course: different answers"].value == 12
@@ -90,12 +90,12 @@ def test_arm_that_does_not_start_is_told_of_and_the_others_are_measured(tmp_path
     assert not [name for name in read_figures(tmp_path) if name.startswith("course")]
 
 
-def test_time_that_is_used_up_ends_the_rounds(tmp_path: Path) -> None:
-    done = run_fake(tmp_path, "--arms", "default", "--rounds", "500", "--seconds", "25")
+def test_no_arm_that_starts_is_no_result(tmp_path: Path) -> None:
+    done = run_fake(tmp_path, "--arms", "course", fake="exit_loading=3")
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the time is used up after" in done.stderr
-    assert read_figures(tmp_path)["default, ids, 12 prompts x 10"].value > 0
+    assert done.returncode == 3
+    assert "course ended: ValueError: the fake model is not supported" in done.stderr
+    assert "nothing was measured" in done.stderr
 
 
 @pytest.mark.parametrize(

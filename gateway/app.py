@@ -8,10 +8,12 @@ from functools import partial
 
 from aiohttp import web
 
+from common.web.foreign_pages import PageGuard
 from gateway import middleware
 from gateway.admission.accounts import ACCOUNTS, Accounts
 from gateway.admission.keys import KEYRING, Keyring, run_key_reload
 from gateway.admission.limits import LocalLimits
+from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
 from gateway.admission.queue import QUEUE, AdmissionQueue
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.engines.batch import BatchGenerator
@@ -48,6 +50,9 @@ def build_app(
     app[KEYRING] = Keyring(settings)
     app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS])
     app[QUEUE] = AdmissionQueue(settings, app[METRICS], limits)
+    app[MEDIA_HOSTS] = MediaHosts(settings)
+    if app[KEYRING].is_open:
+        app[middleware.PAGE_GUARD] = build_page_guard(settings)
 
     # First, so that it ends last: a drain can be watched.
     app.cleanup_ctx.append(metrics.run_metrics_port)
@@ -58,6 +63,7 @@ def build_app(
         app[TRACER] = build_tracer(settings.otlp_endpoint)
         app.middlewares.insert(0, middleware.trace_spans)
         app.on_cleanup.append(close_tracer)
+    app.on_cleanup.append(close_media_hosts)
     add_routes(app)
     return app
 
@@ -102,6 +108,16 @@ async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> A
         await discovery.stop()
 
 
+def build_page_guard(settings: Settings) -> PageGuard:
+    """Who lets everybody in does not know by which names programs come, unless they list them."""
+    return PageGuard(
+        settings.host,
+        settings.allowed_hosts,
+        f"{PREFIX}ALLOWED_HOSTS",
+        only_browsers=settings.allow_anonymous and not settings.allowed_hosts,
+    )
+
+
 def build_prompts(settings: Settings) -> PromptBuilder:
     """What every request without a wish of its own would be refused for stops the start."""
     builder = PromptBuilder(settings)
@@ -124,6 +140,10 @@ def build_tracer(endpoint: str) -> Tracer:
             "pip install vllm-gateway[otel]"
         ) from None
     return OpenTelemetryTracer(endpoint)
+
+
+async def close_media_hosts(app: web.Application) -> None:
+    app[MEDIA_HOSTS].close()
 
 
 async def close_tracer(app: web.Application) -> None:

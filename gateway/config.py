@@ -27,6 +27,7 @@ from common.settings import (
     describe_settings,
     read_settings,
 )
+from common.web.foreign_pages import check_hosts
 
 __all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_settings"]
 
@@ -155,6 +156,13 @@ class Settings(ProgramSettings):
     allow_anonymous: bool = Field(
         False, description="Serve everybody on an address that is not the loopback's, without keys."
     )
+    allowed_hosts: CommaList = Field(
+        (),
+        description="Further names by which a gateway without keys and the port for Prometheus may "
+        "be called, separated by commas; `.example.com` is all names below it, `*` any. Addresses, "
+        "names of one word and names that no public DNS has (`x.internal`, `x.local`) always may. "
+        "With GATEWAY_ALLOW_ANONYMOUS and no list, only browsers are held to it.",
+    )
 
     reload_interval_s: float = Field(
         1.0, gt=0, description="Pause between two looks at the keys file and the settings file."
@@ -169,6 +177,12 @@ class Settings(ProgramSettings):
     )
     max_schema_bytes: int = Field(
         65_536, ge=1, description="Largest JSON schema or tool list of a /v1 call."
+    )
+    media_hosts: CommaList = Field(
+        (),
+        description="Hosts that a call's media (images, audio, video by URL) may come from though "
+        "their addresses are no public ones, separated by commas; `.example.com` is all names "
+        "below it, `*` any host whatsoever.",
     )
     max_prompts_per_call: int = Field(
         1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
@@ -321,6 +335,11 @@ class Settings(ProgramSettings):
             if not all(pair.partition("=")):
                 raise ValueError(f"{pair!r} is not alias=model")
         return value
+
+    @field_validator("allowed_hosts", "media_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_hosts(value)
 
     @cached_property
     def alias_map(self) -> dict[str, str]:

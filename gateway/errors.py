@@ -8,6 +8,7 @@ GatewayError
 ├── MethodNotAllowed 405
 ├── BodyTimeout 408
 ├── PayloadTooLarge 413
+├── UnsupportedMediaType 415  the body is no JSON
 ├── RateLimited 429           a key's allowance is used up
 ├── Overloaded 429            too much is waiting already
 ├── DeadlinePassed 504        the request's own deadline came before its answer
@@ -34,6 +35,8 @@ REFUSALS = (
     "route_not_allowed",
     "model_not_allowed",
     "not_admin",
+    "host_not_allowed",
+    "cross_site",
     "body_too_large",
     "requests_per_minute",
     "tokens_per_minute",
@@ -118,6 +121,12 @@ class PayloadTooLarge(GatewayError):
     status = 413
     kind = "invalid_request_error"
     code = "body_too_large"
+
+
+class UnsupportedMediaType(GatewayError):
+    status = 415
+    kind = "invalid_request_error"
+    code = "unsupported_media_type"
 
 
 class Overloaded(GatewayError):

@@ -12,11 +12,13 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from common.web.foreign_pages import PageGuard
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER, KEYRING
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
 from gateway.errors import (
+    Forbidden,
     GatewayError,
     InvalidRequest,
     MethodNotAllowed,
@@ -34,6 +36,8 @@ log = structlog.get_logger("gateway")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # The page asks for a key itself, once a second: that is no request to count.
 _PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
+# Whoever asks for these, by whatever name, learns that somebody is there.
+_HEALTH_ROUTES = frozenset(("/", "/healthz", "/readyz"))
 _OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other")) | _PAGE_ROUTES
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
@@ -54,6 +58,7 @@ class OpenRequests:
 
 
 OPEN_REQUESTS = web.AppKey("open_requests", OpenRequests)
+PAGE_GUARD = web.AppKey("page_guard", PageGuard)
 
 
 @web.middleware
@@ -68,6 +73,8 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     open_requests.count += counts
     try:
         try:
+            if record.route not in _HEALTH_ROUTES:
+                _refuse_foreign_page(request)
             if record.route not in _OPEN_ROUTES:
                 await _admit(request, record)
             response = await handler(request)
@@ -148,6 +155,14 @@ def _answer_exception(request: web.Request, error: Exception) -> web.Response:
         context.record.note_error(error.error_code, error.source)
         raise ConnectionResetError(error.message) from error
     return _answer_error(request, error)
+
+
+def _refuse_foreign_page(request: web.Request) -> None:
+    """Where there are keys there is no guard: a page has none."""
+    guard = request.app.get(PAGE_GUARD)
+    refusal = guard.check(request.method, request.headers) if guard else None
+    if refusal is not None:
+        raise Forbidden(refusal.message, code=refusal.code)
 
 
 async def _admit(request: web.Request, record: RequestRecord) -> None:

@@ -1,22 +1,25 @@
-"""Reading a request's body: all of it, bounded in size (sent and inflated) and in time."""
+"""Reading a request's body: JSON, all of it, bounded in size (sent and inflated) and in time."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import zlib
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
 
 from gateway.config import SETTINGS
-from gateway.errors import BodyTimeout, InvalidRequest, PayloadTooLarge
+from gateway.errors import BodyTimeout, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _WORTH_A_THREAD_BYTES = 2**16
+_JSON = re.compile(r"(application|text)/([\w.+-]+\+)?json", re.IGNORECASE)
 
 
 async def read_body(request: web.Request) -> bytes:
     settings = request.app[SETTINGS]
+    _check_type(request.headers.get("Content-Type", ""))
     if (request.content_length or 0) > settings.max_body_bytes:
         raise _too_large(settings.max_body_bytes)
     encoding = request.headers.get("Content-Encoding")
@@ -31,6 +34,14 @@ async def read_body(request: web.Request) -> bytes:
     if len(packed) < _WORTH_A_THREAD_BYTES:
         return _inflate(packed, window, settings.max_body_bytes)
     return await asyncio.to_thread(_inflate, packed, window, settings.max_body_bytes)
+
+
+def _check_type(given: str) -> None:
+    """A web page may send forms and text to any server without asking it first, but no JSON."""
+    if given and given != "application/json" and not _JSON.fullmatch(given.partition(";")[0]):
+        raise UnsupportedMediaType(
+            f"the body is {given[:100]!r}; send JSON, with `Content-Type: application/json`"
+        )
 
 
 def _inflate(packed: bytes, window: int, most: int) -> bytes:

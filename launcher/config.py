@@ -18,12 +18,14 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from common.project import DEMO_MODEL, DEMO_QUESTIONS
 from common.settings import (
+    CommaList,
     OptionalAddress,
     ProgramSettings,
     SettingRow,
     describe_settings,
     read_settings,
 )
+from common.web.foreign_pages import check_hosts
 
 PREFIX = "LAUNCHER_"
 _LAST_PORT = 65535
@@ -59,6 +61,13 @@ class LauncherSettings(ProgramSettings):
         "the flag may be repeated. `key=` leaves an option out.",
     )
 
+    media_domains: CommaList = Field(
+        (),
+        description="Hosts from which a multimodal model's engine may fetch what callers name by "
+        "URL (images, audio, video), separated by commas; empty: none, media come inside the "
+        "request as data: URLs; `*`: any, those of its own network too.",
+    )
+
     host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     port: int = Field(8000, ge=1, le=_LAST_PORT, description="Port that the gateway listens on.")
     engine_host: str = Field("127.0.0.1", description="Address that the engine listens on.")
@@ -77,6 +86,12 @@ class LauncherSettings(ProgramSettings):
         description="Address of the launcher's own status and metrics. They take no orders, but "
         "show command lines and environments: elsewhere than on the loopback only where nobody but "
         "your own programs can reach them.",
+    )
+    status_allowed_hosts: CommaList = Field(
+        (),
+        description="Further names by which the status port may be called, separated by commas; "
+        "`.example.com` is all names below it, `*` any. Addresses, names of one word and names "
+        "that no public DNS has (`x.internal`, `x.local`) always may.",
     )
 
     state_dir: Path | None = Field(
@@ -156,6 +171,11 @@ class LauncherSettings(ProgramSettings):
             if "=" not in pair:
                 raise ValueError(f"{pair!r} is not key=value")
         return pairs
+
+    @field_validator("status_allowed_hosts")
+    @classmethod
+    def _check_allowed_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_hosts(value)
 
     @property
     def engine_url(self) -> str:

@@ -16,7 +16,8 @@ import httpx
 import structlog
 
 from common.project import DEMO_MODEL
-from launcher.config import LauncherSettings
+from common.web.foreign_pages import PageGuard
+from launcher.config import PREFIX, LauncherSettings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
@@ -50,9 +51,15 @@ async def run(prepared: Prepared, terminal: Terminal, *, with_gateway: bool) -> 
         ):
             session = Session(prepared, terminal, probe, client, with_gateway=with_gateway)
             status = (settings.status_host, settings.status_port_used)
-            async with serve_status(session.status_source(), *status):
+            async with serve_status(session.status_source(), *status, build_page_guard(settings)):
                 await session.run()
     return 0
+
+
+def build_page_guard(settings: LauncherSettings) -> PageGuard:
+    """Nobody needs a key to the status port, which shows command lines."""
+    allowed, variable = settings.status_allowed_hosts, f"{PREFIX}STATUS_ALLOWED_HOSTS"
+    return PageGuard(settings.status_host, allowed, variable)
 
 
 class Session:

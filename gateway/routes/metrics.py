@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from common.web.foreign_pages import PageGuard, build_middleware
 from gateway.admission.keys import KEYRING
-from gateway.config import SETTINGS, SettingsError
+from gateway.config import PREFIX, SETTINGS, SettingsError
 from gateway.observability.metrics import METRICS, Metrics
 
 
@@ -32,7 +33,9 @@ async def run_metrics_port(app: web.Application) -> AsyncIterator[None]:
     async def answer(request: web.Request) -> web.Response:
         return _answer_metrics(request, app[METRICS], by_key=True)
 
-    inner = web.Application()
+    # Nobody needs a key here, so a web page must not come by.
+    guard = PageGuard(settings.metrics_host, settings.allowed_hosts, f"{PREFIX}ALLOWED_HOSTS")
+    inner = web.Application(middlewares=[build_middleware(guard)])
     inner.router.add_get("/metrics", answer)
     runner = web.AppRunner(inner, access_log=None)
     await runner.setup()

@@ -186,7 +186,8 @@ class SoakClient:
 
     async def bad_request(self) -> None:
         path, body, status = self._random.choice(_BAD_REQUESTS)
-        async with self._session.post(self._url + path, data=body) as answer:
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(self._url + path, data=body, headers=headers) as answer:
             got = await answer.json()
             self._tally.note_status(path, answer.status)
             if answer.status in _FAULT_STATUSES:

@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from common.errors import SettingsError
+from common.web.foreign_pages import PageGuard, build_middleware
 from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPolicy
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import query_gpus
@@ -245,12 +246,14 @@ def _is_number(text: str) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def serve_status(source: StatusSource, host: str, port: int) -> AsyncIterator[None]:
+async def serve_status(
+    source: StatusSource, host: str, port: int, guard: PageGuard
+) -> AsyncIterator[None]:
     """While inside; port 0 serves nothing."""
     if not port:
         yield
         return
-    runner = web.AppRunner(build_status_app(source), access_log=None)
+    runner = web.AppRunner(build_status_app(source, guard), access_log=None)
     await runner.setup()
     try:
         try:
@@ -265,7 +268,7 @@ async def serve_status(source: StatusSource, host: str, port: int) -> AsyncItera
         await runner.cleanup()
 
 
-def build_status_app(source: StatusSource) -> web.Application:
+def build_status_app(source: StatusSource, guard: PageGuard) -> web.Application:
     registry = CollectorRegistry()
     gpus = Gpus(has_gpu=source.has_gpu)
     registry.register(StatusCollector(source, gpus))
@@ -290,7 +293,7 @@ def build_status_app(source: StatusSource) -> web.Application:
     async def close_gpus(_app: web.Application) -> None:
         await gpus.close()
 
-    app = web.Application()
+    app = web.Application(middlewares=[build_middleware(guard)])
     app.on_cleanup.append(close_gpus)
     app.router.add_get("/status", status)
     app.router.add_get("/crash", crash)

@@ -11,6 +11,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
+from common.web.foreign_pages import PageGuard
 from launcher.engine.status import (
     SchedulerStatus,
     StatusSource,
@@ -26,6 +27,7 @@ LABELS = {
     "device": "CPU (8 GiB, cpu)",
     "fingerprint": "abc",
 }
+GUARD = PageGuard("127.0.0.1", (), "LAUNCHER_STATUS_ALLOWED_HOSTS")
 CRASH = {"time": "2026-01-02T03:04:05+00:00", "reason": "signal", "exit_code": None}
 NVIDIA_SMI = """#!/bin/sh
 echo '0, NVIDIA H200, 87, 120000, 143771, 512.40, 54, 1980'
@@ -44,7 +46,7 @@ def make_source(engine: str, gateway: str, **fields: Any) -> StatusSource:
 
 
 async def read_metrics(source: StatusSource) -> str:
-    async with TestClient(TestServer(build_status_app(source))) as client:
+    async with TestClient(TestServer(build_status_app(source, GUARD))) as client:
         response = await client.get("/metrics")
         assert response.headers["Content-Type"].startswith("text/plain; version=")
         return await response.text()
@@ -58,7 +60,7 @@ async def test_readyz_says_whether_all_programs_are_ready(
     engine: str, gateway: str, status: int
 ) -> None:
     source = make_source(engine, gateway)
-    async with TestClient(TestServer(build_status_app(source))) as client:
+    async with TestClient(TestServer(build_status_app(source, GUARD))) as client:
         response = await client.get("/readyz")
         assert response.status == status
         assert await response.json() == {"engine": engine, "gateway": gateway}
@@ -145,3 +147,26 @@ async def test_metrics_count_restarts_from_zero_and_date_the_last_crash() -> Non
     assert 'launcher_engine_restarts_total{reason="hang"} 0.0' in text
     assert "launcher_engine_last_crash_timestamp_seconds 1.767323045e+09" in text
     assert "launcher_gpu_" not in text
+
+
+@pytest.mark.parametrize("path", ["/status", "/crash", "/readyz", "/metrics"])
+async def test_status_port_is_not_for_a_web_page_whose_name_points_here(path: str) -> None:
+    source = make_source("ready", "ready")
+    async with TestClient(TestServer(build_status_app(source, GUARD))) as client:
+        for headers, code in (
+            ({"Host": "rebound.example:8002"}, "host_not_allowed"),
+            ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, "cross_site"),
+        ):
+            response = await client.get(path, headers=headers)
+            told = await response.json()
+            assert (response.status, told["code"]) == (403, code)
+            assert "LAUNCHER_STATUS_ALLOWED_HOSTS" in told["error"]
+
+
+@pytest.mark.parametrize("host", ["engine:8002", "10.1.2.3:8002", "engine.default.svc:8002"])
+async def test_status_port_is_for_whoever_has_a_name_of_the_network(host: str) -> None:
+    async with TestClient(
+        TestServer(build_status_app(make_source("ready", "ready"), GUARD))
+    ) as client:
+        response = await client.get("/status", headers={"Host": host})
+        assert response.status == 200

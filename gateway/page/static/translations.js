@@ -224,6 +224,10 @@ const WORDS = {
   "error.empty": ["The question is empty.", "问题为空。"],
   "error.notText": ["The question holds half a character, which is no text.", "问题中含有残缺字符，不是有效文本。"],
   "error.notAllowed": ["This key may not do this.", "这个密钥没有此权限。"],
+  "error.foreign": [
+    "The gateway does not take calls under this address.",
+    "网关不接受来自此地址的请求。",
+  ],
   "error.noModel": ["There is no such model here.", "这里没有这个模型。"],
   "error.late": ["Its time ran out before it was answered.", "未能在时限内完成。"],
   "error.refused": ["This was refused; the reason is below.", "请求被拒绝，原因见下。"],

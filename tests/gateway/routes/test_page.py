@@ -411,7 +411,7 @@ async def test_status_launcher_that_is_away_is_left_out(serve: Serve) -> None:
 
 
 async def test_crash_log_without_keys_is_for_this_machine_alone(serve: Serve) -> None:
-    async with serve_with_launcher(serve, FakeLauncher()) as served:
+    async with serve_with_launcher(serve, FakeLauncher(), allowed_hosts=("*",)) as served:
 
         async def read_crash(**headers: str) -> dict[str, Any]:
             crash: dict[str, Any] = (await read_status(served, **headers))["launchers"][0]["crash"]

@@ -41,7 +41,8 @@ async def soak_through(
     """With something between the callers and a gateway."""
 
     async def forward(request: web.Request, body: bytes) -> web.Response:
-        async with session.request(request.method, served.url + request.path, data=body) as reply:
+        url, headers = served.url + request.path, {"Content-Type": request.content_type}
+        async with session.request(request.method, url, data=body, headers=headers) as reply:
             return web.Response(
                 status=reply.status, body=await reply.read(), content_type=reply.content_type
             )

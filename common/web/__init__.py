@@ -1,0 +1,1 @@
+"""What both programs' servers ask of a request before they look at what it wants."""

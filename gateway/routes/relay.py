@@ -13,6 +13,7 @@ from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER
+from gateway.admission.media_hosts import MEDIA_HOSTS
 from gateway.admission.queue import QUEUE, LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
@@ -56,6 +57,8 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     call = parse_openai_request(request.path, await read_body(request), request.app[SETTINGS])
     if caller.models:
         caller.check_model(call.model)
+    if call.media_hosts:
+        await request.app[MEDIA_HOSTS].ensure_allowed(call.media_hosts)
     context.deadline = parse_deadline(request.headers)
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
     ticket = build_ticket(request.headers, caller, call.sequences, lane, context.deadline)

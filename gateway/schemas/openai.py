@@ -15,6 +15,7 @@ import orjson
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
 from gateway.schemas.fields import parse_json_object, read_stops, wrong_type
+from gateway.schemas.media import read_media_hosts
 from gateway.schemas.vllm import garbled_models, parse_engine_error
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
@@ -34,6 +35,7 @@ class OpenAIRequest:
     is_greedy: bool = False
     hides_usage: bool = False
     affinity: str = ""
+    media_hosts: frozenset[str] = frozenset()
 
 
 def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRequest:
@@ -74,6 +76,7 @@ def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIR
         is_greedy=data.get("temperature") == 0,
         hides_usage=hides_usage,
         affinity=_affinity(data, settings),
+        media_hosts=read_media_hosts(data, body),
     )
 
 

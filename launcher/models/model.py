@@ -13,6 +13,7 @@ from common.errors import SettingsError
 from common.project import DEMO_MODEL
 from launcher.config import LauncherSettings
 from launcher.models.hub import fetch_model
+from launcher.models.media import reads_media
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights per element, packed scales included, by the checkpoint's own quantisation.
@@ -62,6 +63,7 @@ class Model:
     file_bytes: int  # of the weights on disk; 0 where only the config is here
     model_type: str = ""
     chat_template: str = ""  # all of them, where it has several; empty: none
+    reads_media: bool = False
 
     def weight_bytes(self, quantization: str) -> int:
         """In device memory, under the engine option `quantization` (empty: as the files are)."""
@@ -82,9 +84,17 @@ def find_model(settings: LauncherSettings, *, config_only: bool = False) -> Mode
     if not size and needs_weights:
         raise SettingsError(f"model: {path} has no weights (*.safetensors, *.bin)")
     served_name = settings.served_model_name or _name(settings)
-    model_type = str(_read_config(path).get("model_type", ""))
-    template = "\n".join(read_chat_templates(path).values())
-    return Model(settings.model, served_name, path, shape, size, model_type, template)
+    config = _read_config(path)
+    return Model(
+        settings.model,
+        served_name,
+        path,
+        shape,
+        size,
+        str(config.get("model_type", "")),
+        "\n".join(read_chat_templates(path).values()),
+        reads_media(shape.architecture, config),
+    )
 
 
 def read_shape(path: Path) -> Shape:

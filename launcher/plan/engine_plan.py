@@ -30,6 +30,7 @@ _OWNED = {
     "port": "LAUNCHER_ENGINE_PORT",
     "served-model-name": "LAUNCHER_SERVED_MODEL_NAME",
     "shutdown-timeout": "LAUNCHER_DRAIN_TIMEOUT_S",
+    "allowed-media-domains": "LAUNCHER_MEDIA_DOMAINS",
     # Secrets in an argv are there for everybody to read, in `ps` and in crash cards.
     "api-key": "the gateway's keys instead: the engine is for the gateway alone",
     "hf-token": "the variable HF_TOKEN",

@@ -1,0 +1,78 @@
+"""Media that a call names by URL: the engine would fetch them, with its own place in the network.
+
+Found wherever an engine may look for them, on whichever route. Which hosts may be named is the
+matter of `admission/media_hosts.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gateway.errors import InvalidRequest
+
+_KEYS = frozenset(("image_url", "audio_url", "video_url", "file_url"))
+# Written so plainly that every reader of URLs takes the same host out of it: no user, no percent
+# signs, no backslash, nothing but ASCII.
+_PLAIN = re.compile(
+    r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:[/?#][!-~]*)?", re.IGNORECASE
+)
+# Fields whose names and texts are the caller's own, and that no engine fetches anything from.
+_OWN = frozenset(
+    ("tools", "functions", "metadata", "response_format", "structured_outputs", "text")
+)
+_ESCAPES = b"\\u"
+_DEEPEST = 8  # a picture in a tool's result in a message lies six deep
+
+
+def read_media_hosts(data: Mapping[str, Any], body: bytes) -> frozenset[str]:
+    """The hosts that the media's URLs name; `InvalidRequest` for a URL that is none to fetch."""
+    if b"url" not in body and _ESCAPES not in body and b"images" not in body:
+        return frozenset()  # nearly always; looking for the word is faster than looking around
+    hosts = (_read_host(name, url) for name, url in _find_urls(data))
+    return frozenset(host for host in hosts if host)
+
+
+def _find_urls(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each with the name of its field."""
+    images = data.get("images")  # of /v2/embed
+    for image in images if isinstance(images, list) else ():
+        if isinstance(image, str):
+            yield "images", image
+    found = [data[name] for name in data.keys() - _OWN if isinstance(data[name], list | dict)]
+    for _ in range(_DEEPEST):
+        found, above = [], found
+        for one in above:
+            if isinstance(one, list):
+                found += [part for part in one if isinstance(part, list | dict)]
+                continue
+            yield from _read_part(one)
+            if one.get("type") != "tool_use":  # what a tool was told is not fetched
+                found += [part for part in one.values() if isinstance(part, list | dict)]
+
+
+def _read_part(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in _KEYS & part.keys():
+        value = part[name]
+        url = value.get("url") if isinstance(value, dict) else value
+        if isinstance(url, str) and url:
+            yield name, url
+    source = part.get("source")
+    if isinstance(source, dict) and source.get("type") == "url":
+        url = source.get("url")
+        if isinstance(url, str) and url:
+            yield "source", url
+
+
+def _read_host(name: str, url: str) -> str:
+    if url[:5].lower() == "data:":
+        return ""
+    plain = _PLAIN.fullmatch(url)
+    if plain is None:
+        raise InvalidRequest(
+            f"{name} {url[:100]!r} is neither a data: URL nor a plain http:// or https:// one",
+            param=name,
+            code="media_refused",
+        )
+    return plain[1].strip("[]").rstrip(".").lower()

@@ -116,6 +116,8 @@ class PageGuard:
         origin: str | None,
         site: str | None,
     ) -> bool:
+        if method == "OPTIONS":
+            return False  # a browser's question whether a page may ask; nothing is done for it
         if origin is not None and read_name(_strip_scheme(origin)) in self._allowed:
             return False
         if site is not None:

@@ -105,6 +105,18 @@ async def test_own_page_and_a_followed_link_are_answered(served: Served) -> None
     assert (await served.client.get("/v1/models", headers=picture)).status_code == 403
 
 
+@pytest.mark.parametrize("keys", [(), ("secret",)])
+async def test_browser_that_asks_whether_a_page_may_send_json_hears_no(
+    serve: Serve, keys: tuple[str, ...]
+) -> None:
+    async with serve(api_keys=keys) as served:
+        question = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+        answer = await served.client.options("/predict", headers=question)
+
+        assert answer.status_code == 405
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 async def test_listed_hosts_may_call_and_their_pages_may(serve: Serve) -> None:
     async with serve(allowed_hosts=("llm.example", ".corp.example")) as served:
         for host in ("llm.example", "LLM.example.:80", "a.corp.example", "corp.example"):

@@ -1,4 +1,4 @@
-"""The lab's command line: `python -m lab grade|bench|gpu|selftest|load|results …`.
+"""The lab's command line: `python -m lab grade|bench|gpu|selftest|load|attack|results …`.
 
 A command's module is loaded only when the command is given, so that help is quick. What ends any
 of them is here: failures, Ctrl-C, SIGTERM.
@@ -22,6 +22,7 @@ COMMANDS = {
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
     "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),
     "load": ("lab.load.run_load", "a soak: mixed traffic and faults, every answer checked"),
+    "attack": ("lab.load.run_attack", "what a hostile caller costs the others"),
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
 }
 _BAD_OPTIONS, _INTERRUPTED = 2, 130

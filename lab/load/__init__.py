@@ -1,1 +1,1 @@
-"""A soak: mixed traffic and faults against a running gateway, every answer checked."""
+"""A soak, mixed traffic and faults with every answer checked; and ordinary callers under attack."""

@@ -1,0 +1,227 @@
+"""What a hostile caller sends, as fast as they can, and the process that does it.
+
+One line of `ATTACKS` is one attack. Nothing of the others' requests is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import itertools
+import json
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import aiohttp
+
+CHAT, COMPLETIONS, PREDICT, TOKENIZE = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/predict",
+    "/tokenize",
+)
+_JSON = {"Content-Type": "application/json"}
+_GZIP = _JSON | {"Content-Encoding": "gzip"}
+_MIB = 2**20
+_PIECE_BYTES = 2**18
+_JOIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class Blow:
+    """One request of an attack."""
+
+    path: str
+    body: bytes
+    is_packed: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return _GZIP if self.is_packed else _JSON
+
+
+@dataclass(frozen=True)
+class Attack:
+    """`ending`: the answer is read; the caller leaves at its first bytes; or they never send the
+    last byte of their body.
+    """
+
+    meaning: str
+    build: Callable[[str], list[Blow]]  # from the model's name
+    connections: int = 4
+    ending: Literal["read", "hang up", "hold back"] = "read"
+
+
+def _chat(model: str, **fields: Any) -> Blow:
+    fixed = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 16}
+    return Blow(CHAT, json.dumps(fixed | fields).encode())
+
+
+def _pack(path: str, body: bytes) -> Blow:
+    return Blow(path, gzip.compress(body, 9), is_packed=True)
+
+
+def _costly_grammars(model: str) -> list[Blow]:
+    """Each another one: a verdict that is remembered would not be asked for again."""
+    patterns = [f"([^a]{{0,{n}}}[^b]{{0,{n}}}){{0,{n}}}q" for n in range(60, 91, 2)]
+    return [_chat(model, structured_outputs={"regex": pattern}) for pattern in patterns]
+
+
+def _bad_parameters(model: str) -> list[Blow]:
+    """vLLM's own checks miss these, and it says 500."""
+    beam = {"use_beam_search": True, "n": 2, "length_penalty": -1e308}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    choice = {"choice": ["yes", "no"]}
+    return [
+        _chat(model, top_k=2**70),
+        _chat(model, vllm_xargs={"kv_transfer_params": "x"}),
+        _chat(model, **beam),
+        _chat(model, response_format=schema),
+        _chat(model, structured_outputs={"regex": r"[\p{L}\p{N}]{1,200}"}),
+        _chat(model, structured_outputs=choice, allowed_token_ids=[0]),
+    ]
+
+
+def _long_texts(model: str) -> list[Blow]:
+    text = "word " * (12 * _MIB // 5)
+    cut = {"model": model, "prompt": text, "truncate_prompt_tokens": 8, "max_tokens": 1}
+    return [
+        _pack(TOKENIZE, json.dumps({"model": model, "prompt": text}).encode()),
+        _pack(COMPLETIONS, json.dumps(cut).encode()),
+    ]
+
+
+def _many_values(model: str) -> list[Blow]:
+    objects = b",".join([b"{}"] * 10_000_000)
+    chat = b'{"model": "%s", "messages": [%s]}' % (model.encode(), objects)
+    return [_pack(PREDICT, b'{"prompt": [%s]}' % objects), _pack(CHAT, chat)]
+
+
+def _streams(model: str) -> list[Blow]:
+    long = {"max_tokens": 1900, "ignore_eos": True, "stream": True}
+    return [_chat(model, **long), _chat(model, stream_interval=1000, **long)]
+
+
+def _large_bodies(model: str) -> list[Blow]:
+    return [_chat(model, user="x" * (30 * _MIB))]
+
+
+def _large_batches(model: str) -> list[Blow]:
+    prompts = [f"{number}: what is a warp?" for number in range(1000)]
+    call = {"model": model, "prompt": prompts, "max_tokens": 64}
+    return [
+        Blow(COMPLETIONS, json.dumps(call).encode()),
+        Blow(PREDICT, json.dumps({"prompt": prompts * 2, "max_tokens": 64}).encode()),
+    ]
+
+
+ATTACKS = {
+    "grammars": Attack("regular expressions that take long to compile", _costly_grammars),
+    "bad-parameters": Attack("parameters that the engine answers with 500", _bad_parameters),
+    "long-texts": Attack("12 MB of text to be cut into tokens, packed", _long_texts),
+    "many-values": Attack("10 million empty objects, packed", _many_values),
+    "hang-ups": Attack("long streams, left at their first bytes", _streams, 16, "hang up"),
+    "held-bodies": Attack("30 MB bodies without their last byte", _large_bodies, 24, "hold back"),
+    "large-batches": Attack("thousands of prompts in a call", _large_batches),
+}
+
+
+class Attacker:
+    """A process of its own, so that what it does is not measured as slowness of the others."""
+
+    def __init__(self, name: str, url: str, model: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        words = (theirs, name, url, model)
+        self._process = context.Process(target=_serve_attacks, args=words, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    async def wait_ready(self) -> None:
+        await asyncio.to_thread(self._pipe.recv)
+
+    def begin(self, until: float) -> None:
+        """By the machine's monotonic clock."""
+        self._pipe.send(until)
+
+    async def read_statuses(self) -> Counter[str]:
+        """How it was answered in the window that has ended."""
+        statuses: Counter[str] = await asyncio.to_thread(self._pipe.recv)
+        return statuses
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.join(_JOIN_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve_attacks(pipe: Connection, name: str, url: str, model: str) -> None:
+    """One window after another, until the pipe's other end is closed or gone."""
+    attack = ATTACKS[name]
+    blows = attack.build(model)
+    try:
+        pipe.send(None)
+        while True:
+            until = pipe.recv()
+            pipe.send(asyncio.run(_attack(attack, blows, url, until)))
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        return
+
+
+async def _attack(attack: Attack, blows: Sequence[Blow], url: str, until: float) -> Counter[str]:
+    statuses: Counter[str] = Counter()
+    order = itertools.cycle(blows)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        strikes = (
+            _strike_on(session, url, attack, order, statuses) for _ in range(attack.connections)
+        )
+        tasks = [asyncio.create_task(strike) for strike in strikes]
+        await asyncio.wait(tasks, timeout=max(0.0, until - time.monotonic()))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return statuses
+
+
+async def _strike_on(
+    session: aiohttp.ClientSession,
+    url: str,
+    attack: Attack,
+    order: Iterator[Blow],
+    statuses: Counter[str],
+) -> None:
+    while True:
+        try:
+            statuses[await _strike(session, url, attack, next(order))] += 1
+        except aiohttp.ClientError as error:
+            statuses[type(error).__name__] += 1
+            await asyncio.sleep(0.01)  # refused connections would be a storm of nothing
+
+
+async def _strike(session: aiohttp.ClientSession, url: str, attack: Attack, blow: Blow) -> str:
+    body: Any = blow.body
+    headers = blow.headers
+    if attack.ending == "hold back":
+        headers = headers | {"Content-Length": str(len(blow.body))}
+        body = _send_but_last(blow.body)
+    async with session.post(url + blow.path, data=body, headers=headers) as answer:
+        if attack.ending == "hang up":
+            await answer.content.readany()
+            answer.close()
+        else:
+            await answer.read()
+        return str(answer.status)
+
+
+async def _send_but_last(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body) - 1, _PIECE_BYTES):
+        yield body[start : min(start + _PIECE_BYTES, len(body) - 1)]
+    await asyncio.Event().wait()

@@ -1,0 +1,139 @@
+"""Ordinary callers, and what they and a prober see of a gateway in one window of time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import psutil
+
+from common import processes
+
+_CALL_TIMEOUT_S = 60.0
+_PAUSES_S = (0.1, 0.5)  # of a caller between two requests
+_NEW_TOKENS = 16
+_PROBE_EVERY_S = 0.05
+_PROBE_TIMEOUT_S = 30.0
+_PROBES_A_SAMPLE = 4
+_MIB = 2**20
+
+
+@dataclass
+class Window:
+    """What was seen in it."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    health_s: list[float] = field(default_factory=list)
+    memory_mb: dict[str, float] = field(default_factory=dict)  # the most, by program
+
+    @property
+    def p99_s(self) -> float:
+        return find_quantile(self.latencies_s, 0.99)
+
+
+def find_quantile(values: Sequence[float], share: float) -> float:
+    """The least value that so many are not above; none of none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.inf
+
+
+class Callers:
+    """Each asks, waits a little and asks again: chats whole and streamed, small batches."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, count: int) -> None:
+        self._session, self._url, self._model = session, url, model
+        self._count = count
+
+    async def ask(self, until: float, window: Window) -> None:
+        """Whoever has asked by then gets their answer; nobody asks any more."""
+        await asyncio.gather(*(self._run(n, until, window) for n in range(self._count)))
+
+    async def _run(self, number: int, until: float, window: Window) -> None:
+        chance = random.Random(number)
+        await asyncio.sleep(chance.uniform(0, _PAUSES_S[1]))
+        while time.monotonic() < until:
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    fault = await self._ask_once(number)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                fault = f"{type(error).__name__}: {error}"
+            window.latencies_s.append(time.monotonic() - began)
+            if fault:
+                window.failures.append(fault[:200])
+            await asyncio.sleep(chance.uniform(*_PAUSES_S))
+
+    async def _ask_once(self, number: int) -> str:
+        """What was wrong with the answer; empty if nothing."""
+        path, body = self._build(number)
+        async with self._session.post(self._url + path, json=body) as answer:
+            text = await answer.text()
+        if answer.status != 200:
+            return f"{answer.status}: {text}"
+        if path == "/predict":
+            return "" if "errors" not in json.loads(text) else text
+        is_whole = ("[DONE]" if body["stream"] else '"choices"') in text
+        return "" if is_whole and '"error"' not in text else text
+
+    def _build(self, number: int) -> tuple[str, dict[str, Any]]:
+        if number % 5 == 4:
+            return "/predict", {"prompt": ["什么是 warp？"] * 2, "max_tokens": _NEW_TOKENS}
+        fields = {"model": self._model, "max_tokens": _NEW_TOKENS, "stream": number % 2 == 0}
+        messages = [{"role": "user", "content": f"什么是 warp？ {number}"}]
+        return "/v1/chat/completions", fields | {"messages": messages}
+
+
+class Prober:
+    """Asks /healthz and looks at memory, in a thread: the callers' event loop is busy."""
+
+    def __init__(self, url: str, programs: dict[str, list[int]]) -> None:
+        where = urlsplit(url)
+        self._host, self._port = where.hostname or "", where.port or 80
+        self._programs = programs
+
+    @contextlib.contextmanager
+    def watch(self, window: Window) -> Iterator[None]:
+        stop = threading.Event()
+        thread = threading.Thread(target=self._run, args=(stop, window), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(_PROBE_TIMEOUT_S + 1)
+
+    def _run(self, stop: threading.Event, window: Window) -> None:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=_PROBE_TIMEOUT_S)
+        number = 0
+        while not stop.is_set():
+            began = time.monotonic()
+            try:
+                connection.request("GET", "/healthz")
+                connection.getresponse().read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+            window.health_s.append(time.monotonic() - began)
+            if number % _PROBES_A_SAMPLE == 0:
+                self._sample(window)
+            number += 1
+            stop.wait(max(0.0, _PROBE_EVERY_S - (time.monotonic() - began)))
+        connection.close()
+
+    def _sample(self, window: Window) -> None:
+        for name, pids in self._programs.items():
+            total = 0.0
+            for pid in pids:
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    total += processes.read_resident_bytes(pid) / _MIB
+            window.memory_mb[name] = max(total, window.memory_mb.get(name, 0.0))

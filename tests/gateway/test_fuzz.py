@@ -32,7 +32,7 @@ _LONGEST_SILENCE_S = 0.15  # one whose request is not whole gets no answer, righ
 _MOST_REPORTED = 10
 _MARK = re.compile(r"#\d{6}#")
 _ENVELOPE = {"message", "type", "code", "param", "source"}
-_ALLOWED = frozenset((200, 308, 400, 401, 403, 404, 405, 408, 413, 417, 429, 431, 503, 504))
+_ALLOWED = frozenset((200, 308, 400, 401, 403, 404, 405, 408, 413, 415, 417, 429, 431, 503, 504))
 
 
 @dataclass

@@ -18,38 +18,56 @@ _KEYS = frozenset(("image_url", "audio_url", "video_url", "file_url"))
 _PLAIN = re.compile(
     r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:[/?#][!-~]*)?", re.IGNORECASE
 )
-# Fields whose names and texts are the caller's own, and that no engine fetches anything from.
-_OWN = frozenset(
-    ("tools", "functions", "metadata", "response_format", "structured_outputs", "text")
+# Fields in which no engine looks for media: texts, numbers, and names that are the caller's own.
+_PLAIN_FIELDS = frozenset(("prompt", "stop", "stream_options", "logit_bias", "text")) | frozenset(
+    ("tools", "tool_choice", "functions", "metadata", "response_format", "structured_outputs")
 )
+_CONTAINERS = (list, dict)
 _ESCAPES = b"\\u"
 _DEEPEST = 8  # a picture in a tool's result in a message lies six deep
 
 
 def read_media_hosts(data: Mapping[str, Any], body: bytes) -> frozenset[str]:
     """The hosts that the media's URLs name; `InvalidRequest` for a URL that is none to fetch."""
-    if b"url" not in body and _ESCAPES not in body and b"images" not in body:
-        return frozenset()  # nearly always; looking for the word is faster than looking around
-    hosts = (_read_host(name, url) for name, url in _find_urls(data))
+    places = [
+        value
+        for name, value in data.items()
+        if isinstance(value, _CONTAINERS) and name not in _PLAIN_FIELDS
+    ]
+    if len(places) == 1 and _is_plain_chat(places[0]):
+        return frozenset()
+    if not places or (b"url" not in body and _ESCAPES not in body and b"images" not in body):
+        return frozenset()  # nearly always
+    hosts = (_read_host(name, url) for name, url in _find_urls(data, places))
     return frozenset(host for host in hosts if host)
 
 
-def _find_urls(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _is_plain_chat(value: Any) -> bool:
+    """Messages of text alone, without parts."""
+    if not isinstance(value, list):
+        return False
+    for one in value:
+        if not isinstance(one, dict) or not isinstance(one.get("content"), str):
+            return False
+    return True
+
+
+def _find_urls(data: Mapping[str, Any], places: list[Any]) -> Iterator[tuple[str, str]]:
     """Each with the name of its field."""
     images = data.get("images")  # of /v2/embed
     for image in images if isinstance(images, list) else ():
         if isinstance(image, str):
             yield "images", image
-    found = [data[name] for name in data.keys() - _OWN if isinstance(data[name], list | dict)]
+    found = places
     for _ in range(_DEEPEST):
         found, above = [], found
         for one in above:
             if isinstance(one, list):
-                found += [part for part in one if isinstance(part, list | dict)]
+                found += [part for part in one if isinstance(part, _CONTAINERS)]
                 continue
             yield from _read_part(one)
             if one.get("type") != "tool_use":  # what a tool was told is not fetched
-                found += [part for part in one.values() if isinstance(part, list | dict)]
+                found += [part for part in one.values() if isinstance(part, _CONTAINERS)]
 
 
 def _read_part(part: dict[str, Any]) -> Iterator[tuple[str, str]]:

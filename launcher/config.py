@@ -172,6 +172,14 @@ class LauncherSettings(ProgramSettings):
                 raise ValueError(f"{pair!r} is not key=value")
         return pairs
 
+    @field_validator("media_domains")
+    @classmethod
+    def _check_media_domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # vLLM compares whole names, in lower case.
+        if dotted := [name for name in value if name.startswith(".")]:
+            raise ValueError(f"{dotted[0]!r}: list whole names; vLLM knows no names below one")
+        return tuple(name.lower() for name in check_hosts(value))
+
     @field_validator("status_allowed_hosts")
     @classmethod
     def _check_allowed_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:

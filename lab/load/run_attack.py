@@ -72,6 +72,11 @@ class Trial:
             for name in before
         }
 
+    def is_in_doubt(self) -> bool:
+        """What does not hold may have been the machine's doing, unless nobody was served."""
+        is_lost = self.unsettled or any(one.failures for one in self.attacked)
+        return not is_lost and any(self.find_problems())
+
     def find_problems(self) -> Iterator[str]:
         ratio = statistics.median(self.ratios())
         if ratio > _MOST_SLOWER:
@@ -117,11 +122,10 @@ class AttackRun:
             await attacker.wait_ready()
             await self._observe(_WARM_UP_S)
             trial.quiet.append(await self._observe(self._window_s))
-            for _ in range(2):  # what does not hold may have been the machine's doing
-                for _ in range(self._arguments.rounds):
-                    await self._take_turn(trial, attacker)
-                if not any(trial.find_problems()):
-                    break
+            while not trial.unsettled and len(trial.attacked) < self._arguments.rounds:
+                await self._take_turn(trial, attacker)
+            for _ in range(self._arguments.rounds if trial.is_in_doubt() else 0):
+                await self._take_turn(trial, attacker)
         finally:
             attacker.end()
         return trial

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from launcher.config import LauncherSettings
 from launcher.models.media import reads_media
@@ -57,7 +58,7 @@ def test_multimodal_engine_fetches_from_nowhere_unless_told(tmp_path: Path) -> N
 
 
 def test_multimodal_engine_fetches_from_listed_hosts_and_follows_nobody(tmp_path: Path) -> None:
-    command = build(tmp_path, VISION, "a.example", "minio")
+    command = build(tmp_path, VISION, "A.example", "minio")
 
     assert read_flag(command) == ["a.example", "minio"]
     assert command.environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
@@ -65,6 +66,12 @@ def test_multimodal_engine_fetches_from_listed_hosts_and_follows_nobody(tmp_path
 
 def test_multimodal_engine_fetches_from_anywhere_where_that_is_asked_for(tmp_path: Path) -> None:
     assert read_flag(build(tmp_path, VISION, "*")) == []
+
+
+@pytest.mark.parametrize("entry", ["https://a.example", "a.example:443", ".example"])
+def test_list_of_media_hosts_with_what_is_none_stops_the_start(entry: str) -> None:
+    with pytest.raises(ValidationError, match="media_domains"):
+        LauncherSettings(media_domains=(entry,))
 
 
 def test_text_model_is_told_nothing_of_media(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_verdict_is_held_against_the_slower_neighbour() -> None:
     assert list(trial.find_problems()) == []
 
 
+def test_what_the_machine_may_have_done_is_tried_again_and_lost_calls_are_not() -> None:
+    quiet = [observe(0.1), observe(0.1)]
+
+    assert Trial("grammars", quiet, [observe(0.5)]).is_in_doubt()
+    assert not Trial("grammars", quiet, [observe(0.1)]).is_in_doubt()
+    lost = Window([0.5], ["503: no"], [0.01], {"gateway": 100.0})
+    assert not Trial("grammars", quiet, [lost]).is_in_doubt()
+
+
 def test_quantile_is_a_value_that_was_measured() -> None:
     values = [float(number) for number in range(1, 201)]
     assert find_quantile(values, 0.99) == 198.0

@@ -201,6 +201,9 @@ async def _strike_on(
     while True:
         try:
             statuses[await _strike(session, url, attack, next(order))] += 1
+        except asyncio.CancelledError:  # by the window's end
+            statuses["unanswered"] += 1
+            raise
         except aiohttp.ClientError as error:
             statuses[type(error).__name__] += 1
             await asyncio.sleep(0.01)  # refused connections would be a storm of nothing

@@ -51,8 +51,8 @@ def build_app(
     app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS])
     app[QUEUE] = AdmissionQueue(settings, app[METRICS], limits)
     app[MEDIA_HOSTS] = MediaHosts(settings)
-    if app[KEYRING].is_open:
-        app[middleware.PAGE_GUARD] = build_page_guard(settings)
+    is_open = app[KEYRING].is_open
+    app[middleware.PAGE_GUARD] = build_page_guard(settings) if is_open else None
 
     # First, so that it ends last: a drain can be watched.
     app.cleanup_ctx.append(metrics.run_metrics_port)

@@ -58,7 +58,8 @@ class OpenRequests:
 
 
 OPEN_REQUESTS = web.AppKey("open_requests", OpenRequests)
-PAGE_GUARD = web.AppKey("page_guard", PageGuard)
+# None where there are keys: no page has one.
+PAGE_GUARD: web.AppKey[PageGuard | None] = web.AppKey("page_guard")
 
 
 @web.middleware
@@ -158,8 +159,7 @@ def _answer_exception(request: web.Request, error: Exception) -> web.Response:
 
 
 def _refuse_foreign_page(request: web.Request) -> None:
-    """Where there are keys there is no guard: a page has none."""
-    guard = request.app.get(PAGE_GUARD)
+    guard = request.app[PAGE_GUARD]
     refusal = guard.check(request.method, request.headers) if guard else None
     if refusal is not None:
         raise Forbidden(refusal.message, code=refusal.code)

@@ -98,26 +98,17 @@ class GpuRun:
         )
 
     async def measure(self) -> GpuResult:
-        arguments, loads = self._arguments, self._loads
-        planner = ArmPlanner(self._model, arguments.load_format)
-        settings = Settings(tokenizer=self._model)
-        builder = PromptBuilder(settings)
+        builder = PromptBuilder(settings := Settings(tokenizer=self._model))
         sampling = builder.complete(default_sampling(settings))
-        form = PromptForm(planner.model.served_name, builder, sampling, max(loads.tokens))
-        longest = max(map(len, await form.build_ids(loads.questions)))
-        batch = AskedBatch(len(loads.questions), longest, max(*loads.tokens, STREAM_TOKENS))
-        words = arguments.arms or list_default_arms(planner.device)
-        planned = [planner.plan(parse_arm(word), batch) for word in words]
-        if not arguments.arms:
-            planned = leave_doubles_out(planned)
-        cards = min(arguments.gpus or len(list_cards()), len(list_cards()))
-        groups = group_arms(planned, planner.device, cards)
-        profiles = [one.arm.word for one in planned if one.plan]
-        arguments.control = arguments.control or next(iter(profiles), words[0])
-        for one in planned:
-            self._say(f"{one.arm.word}: {one.describe()}")
+        # In a thread: it asks nvidia-smi, by an event loop of its own.
+        planner = await asyncio.to_thread(ArmPlanner, self._model, self._arguments.load_format)
+        form = PromptForm(planner.model.served_name, builder, sampling, max(self._loads.tokens))
+        longest = max(map(len, await form.build_ids(self._loads.questions)))
+        planned = await asyncio.to_thread(self._plan_arms, planner, longest)
         names = {"model": planner.model.served_name, "vllm": planner.vllm.title}
-        result = GpuResult(arguments, loads, tuple(planned), names)
+        result = GpuResult(self._arguments, self._loads, tuple(planned), names)
+        cards = len(list_cards())
+        groups = group_arms(planned, planner.device, min(self._arguments.gpus or cards, cards))
         # Less than any server keeps an idle connection for: a closing one is no failure.
         limits = httpx.Limits(keepalive_expiry=2.0)
         async with open_http(timeout=30.0, limits=limits) as http:
@@ -128,6 +119,19 @@ class GpuRun:
         if not result.rounds:
             raise BenchFailed(f"nothing was measured; the logs are in {self._folder}")
         return result
+
+    def _plan_arms(self, planner: ArmPlanner, longest: int) -> list[PlannedArm]:
+        arguments, tokens = self._arguments, self._loads.tokens
+        batch = AskedBatch(len(self._loads.questions), longest, max(*tokens, STREAM_TOKENS))
+        words = arguments.arms or list_default_arms(planner.device)
+        planned = [planner.plan(parse_arm(word), batch) for word in words]
+        if not arguments.arms:
+            planned = leave_doubles_out(planned)
+        profiles = [one.arm.word for one in planned if one.plan]
+        arguments.control = arguments.control or next(iter(profiles), words[0])
+        for one in planned:
+            self._say(f"{one.arm.word}: {one.describe()}")
+        return planned
 
     async def _measure_group(
         self,

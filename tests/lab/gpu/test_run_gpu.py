@@ -6,13 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from common.questions import read_questions
+from lab.bench.bench_figures import BenchFailed
+from lab.gpu.arms import PlannedArm
+from lab.gpu.run_gpu import GpuRun, build_parser
+from lab.options import parse_options
 from lab.records.record import read_record
+from lab.reports.console import ProgressLine
+from launcher.plan.command import find_vllm
 from tests.launcher.programs import FAKE_VLLM, ROOT
 
 
@@ -129,3 +138,28 @@ def test_real_engines_answer_the_same_by_every_way_and_scheduler(tmp_path: Path)
     assert figures["cpu, predict, 4 streams x 64: first token"].value > 0
     assert "EngineCore" in figures["cpu, ids, 24 prompts x 32"].note
     assert list_left(tmp_path) == []
+
+
+async def test_card_that_nvidia_smi_tells_of_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "NVIDIA H200, 143771, 0, 9.0, 580.82.07"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("lab.gpu.arms.find_vllm", lambda: replace(find_vllm(), build="gpu"))
+    planned: list[str] = []
+
+    async def note(_: GpuRun, group: Sequence[PlannedArm], *rest: object) -> None:
+        planned.extend(one.describe() for one in group)
+
+    monkeypatch.setattr(GpuRun, "_measure_group", note)
+    words = ["--arms", "course", "--out", str(tmp_path / "gpu.json")]
+    arguments = parse_options(build_parser(), words)
+    asked = read_questions(Path(arguments.questions), needs_answers=False)
+
+    with pytest.raises(BenchFailed, match="nothing was measured"):
+        await GpuRun(arguments, asked, ProgressLine()).measure()
+
+    assert "of 1 card" in planned[0]

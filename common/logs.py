@@ -1,16 +1,28 @@
-"""How a program logs: one line an event, JSON unless a person is watching.
+"""How a program logs: one line an event, JSON unless a person is watching; nobody waits for a log.
 
 Every JSON line has `timestamp`, `level`, `source` (the program) and `event`; what a library logs
 comes in the same form, with its words under `message`. Own lines go from structlog to the stream
 directly: through the standard library's loggers each would cost three times as much, and a gateway
-writes one a request. How the launcher shows several programs' lines is in its `engine/output.py`.
+writes one a request. How the launcher shows several programs' lines is in its `engine/terminal.py`.
+
+Lines are put into a buffer, and a thread takes them to where they are kept. A disk may be full, the
+reader of a pipe gone, or there and not reading: then lines are lost and counted, and nothing else.
 """
 
 from __future__ import annotations
 
+import atexit
+import io
+import json
 import logging
+import os
+import select
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -19,6 +31,175 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+_BUFFER_CHARACTERS = 2**20  # two seconds of a busy gateway
+# The first line after a silence is written at once, what follows together: each time the thread
+# wakes up, the program's other threads stand still for it.
+_PAUSE_S = 0.05
+_LAST_WORDS_S = 2.0
+_POLL_S = 0.005
+_FULL_PIPE_POLL_MS = 1000
+
+# Takes lines to where they are kept; returns how many of them are lost, and never raises.
+Output = Callable[[Sequence[str]], int]
+
+
+class LineWriter:
+    """A bounded buffer before an output, which may block for as long as it likes; `tell` hears how
+    many lines were lost, as soon as some get through again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        output: Output,
+        *,
+        most_characters: int = _BUFFER_CHARACTERS,
+        tell: Callable[[int], None] | None = None,
+    ) -> None:
+        self._output = output
+        self._tell = tell
+        self._told = 0
+        self._most_characters = most_characters
+        self._lines: list[str] = []
+        self._held = 0  # characters that wait or are on their way
+        self._is_idle = True
+        self._is_closed = False
+        # Re-entrant, as is a SimpleQueue: while one of these lines runs, garbage may be collected
+        # whose end is worth a line in the log.
+        self._lock = threading.RLock()
+        self._bell = SimpleQueue[None]()
+        self._hurry = threading.Event()
+        self.dropped = 0
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def add(self, line: str) -> None:
+        """From any thread; costs a microsecond, whatever the output does."""
+        with self._lock:
+            if self._held + len(line) > self._most_characters:
+                self.dropped += max(1, line.count("\n"))
+                return
+            self._held += len(line)
+            self._lines.append(line)
+            was_idle, self._is_idle = self._is_idle, False
+        if was_idle:
+            self._bell.put(None)
+
+    def flush(self, timeout_s: float = _LAST_WORDS_S) -> None:
+        """What is still here is written now, unless that takes longer."""
+        self._hurry.set()
+        deadline = time.monotonic() + timeout_s
+        while not self._is_idle and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        self._hurry.clear()
+
+    def close(self) -> None:
+        """Ends the thread, once the output lets it."""
+        self.flush()
+        self._is_closed = True
+        self._bell.put(None)
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._bell.get()
+            while lines := self._take():
+                lost = self._output(lines)
+                with self._lock:
+                    self._held -= sum(map(len, lines))
+                    self.dropped += lost
+                untold = self.dropped - self._told
+                if self._tell and untold and not lost:
+                    self._told += untold
+                    self._tell(untold)
+                self._hurry.wait(_PAUSE_S)
+
+    def _take(self) -> list[str]:
+        with self._lock:
+            lines, self._lines = self._lines, []
+            self._is_idle = not lines
+        return lines
+
+
+class DescriptorOutput:
+    """Writes lines to an open file, pipe or terminal."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._is_cut = False  # a disk that is full takes half a line
+        self.error: OSError | None = None  # why the last lines were lost
+
+    def write(self, lines: Sequence[str]) -> int:
+        data = "".join(lines).encode("utf-8", "backslashreplace")
+        begun = b"\n" if self._is_cut else b""
+        rest = memoryview(begun + data)
+        self.error = None
+        try:
+            while rest:
+                rest = rest[self._write_some(rest) :]
+        except OSError as error:
+            self.error = error
+        written = len(begun) + len(data) - len(rest)
+        if written:
+            self._is_cut = (begun + data)[written - 1 : written] != b"\n"
+        return bytes(rest[max(0, len(begun) - written) :]).count(b"\n")
+
+    def _write_some(self, data: memoryview) -> int:
+        while True:
+            try:
+                return os.write(self.fd, data)
+            except BlockingIOError:  # somebody else with the same pipe wants it so
+                poll = select.poll()
+                poll.register(self.fd, select.POLLOUT)
+                poll.poll(_FULL_PIPE_POLL_MS)
+
+
+class LogStream(io.TextIOBase):
+    """A standard stream that never blocks and never raises."""
+
+    def __init__(self, fd: int) -> None:
+        self._output = DescriptorOutput(fd)
+        self._writer = LineWriter(f"log-{fd}", self._output.write, tell=_tell_dropped)
+        atexit.register(self._writer.flush)
+
+    @property
+    def dropped(self) -> int:
+        """Lines that were lost so far."""
+        return self._writer.dropped
+
+    @property
+    def encoding(self) -> str:
+        return "utf-8"
+
+    def write(self, text: str) -> int:
+        self._writer.add(text)
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._output.fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._output.fd)
+
+
+def _tell_dropped(count: int) -> None:
+    structlog.get_logger("log").warning("log_lines_dropped", count=count)
+
+
+def replace_stderr() -> LogStream:
+    """For the whole process: warnings, last words and what a thread dies of must not block either.
+    The second call gets what the first has made.
+    """
+    if not isinstance(sys.stderr, LogStream):
+        sys.stderr = open_log_stream(sys.stderr)
+    return sys.stderr
+
+
+def open_log_stream(stream: TextIO | None) -> LogStream:
+    """Over the descriptor of a stream; Python has none where a program was started without it."""
+    if stream is None:
+        return LogStream(os.open(os.devnull, os.O_WRONLY))
+    stream.flush()
+    return LogStream(stream.fileno())
+
 
 def is_for_people(log_format: str, stream: TextIO) -> bool:
     """The setting `log_format`: auto is readable on a terminal, JSON elsewhere."""
@@ -26,15 +207,10 @@ def is_for_people(log_format: str, stream: TextIO) -> bool:
 
 
 def configure_logging(
-    program: str,
-    log_format: str,
-    level: str = "info",
-    *,
-    stream: TextIO | None = None,
-    console: Processor | None = None,
-) -> None:
+    program: str, log_format: str, level: str = "info", *, console: Processor | None = None
+) -> LogStream:
     """For the whole process; `console` renders lines for people another way than structlog's."""
-    stream = stream or sys.stderr
+    stream = replace_stderr()
     processors: list[Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -60,6 +236,7 @@ def configure_logging(
     )
     logging.basicConfig(handlers=[libraries], level=max(least, logging.WARNING), force=True)
     sys.excepthook = partial(_log_crash, program)
+    return stream
 
 
 def _name_library_line(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -78,7 +255,10 @@ def _add_source(program: str, _logger: WrappedLogger, _method: str, event: Event
 
 
 def _write_json(event: EventDict, **options: Any) -> str:
-    return orjson.dumps(event, **options).decode()
+    try:
+        return orjson.dumps(event, **options).decode()
+    except TypeError:  # half a character, a number of more than 64 bits
+        return json.dumps(event, default=repr)
 
 
 def _log_crash(

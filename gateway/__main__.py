@@ -21,6 +21,7 @@ from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
 from gateway.engines.warmup import read_warmup_questions
+from gateway.observability.metrics import METRICS
 from gateway.server import Runner
 
 _ENOUGH_FILES = 2**20  # what Linux allows a process unless told otherwise
@@ -38,9 +39,10 @@ def main() -> int:
         if arguments[:1] == ["check"]:
             return check(load_settings(arguments[1:]))
         settings = load_settings(arguments)
-        configure_logging("gateway", settings.log_format, settings.log_level)
+        stream = configure_logging("gateway", settings.log_format, settings.log_level)
         raise_file_limit()
         app = build_app(settings, lambda: load_settings(arguments))
+        app[METRICS].log_lines_dropped.read = lambda: [((), stream.dropped)]
         return uvloop.run(serve(app, settings))
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)

@@ -289,6 +289,10 @@ class Metrics:
             "How much later than asked the event loop woke up, measured twice a second.",
             buckets=LAG_SECONDS,
         )
+        self.log_lines_dropped = self._live_counter(
+            "log_lines_dropped",
+            "Log lines that were lost: the disk is full, or nobody reads the pipe.",
+        )
         self.start_time_seconds = self._live_gauge(
             "start_time_seconds", "When the gateway started."
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Self
 
 import orjson
 import pytest
@@ -60,3 +65,240 @@ def test_level_holds_for_libraries_too() -> None:
     assert crash["event"] == "gateway_crashed"
     debug = [orjson.loads(line)["event"] for line in run("json", "debug")]
     assert debug == ["request_done", "library_line", "gateway_crashed"]
+
+
+# Places that do not take lines. What is said of each: `told` lines were written to `file`, or lost.
+
+_COUNTING = """
+import sys, threading, time, structlog
+from common.logs import configure_logging
+stream = configure_logging("gateway", "json")
+log, said = structlog.get_logger("gateway"), open(sys.argv[1], "w", buffering=1)
+longest = 0.0
+for number in range(int(sys.argv[2])):
+    began = time.perf_counter()
+    log.info("counted", number=number, text="x" * 50)
+    longest = max(longest, time.perf_counter() - began)
+    if number % 100 == 99:
+        time.sleep(0.001)
+print(longest, file=said)
+for word in sys.stdin:
+    if word == "last\\n":
+        log.info("last", number=number + 1)
+    else:
+        print(stream.dropped, file=said)
+"""
+_LINES = 20_000
+
+
+class CountingProgram:
+    """Logs many lines at once, then one for each `last`, and tells how many it has lost."""
+
+    def __init__(self, folder: Path, stderr: int, *, lines: int = _LINES, within: str = "") -> None:
+        self.said = folder / "said"
+        command = [sys.executable, "-c", _COUNTING, str(self.said), str(lines)]
+        if within:
+            command = ["unshare", "--mount", "sh", "-c", f'{within} exec "$@"', "sh", *command]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=stderr)
+
+    def wait_lines(self, count: int) -> list[str]:
+        """What it says of itself, once it has said so much."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            lines = self.said.read_text().splitlines() if self.said.exists() else []
+            if len(lines) >= count:
+                return lines
+            time.sleep(0.01)
+        raise AssertionError(f"it stands still: {lines}")
+
+    def tell(self, *words: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("".join(f"{word}\n" for word in words).encode())
+        self.process.stdin.flush()
+
+    def read_dropped(self) -> int:
+        before = len(self.wait_lines(1))
+        self.tell("dropped")
+        return int(self.wait_lines(before + 1)[-1])
+
+    def end(self) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.end()
+
+
+def parse(text: bytes) -> list[dict[str, object]]:
+    return [dict(orjson.loads(line)) for line in text.splitlines()]
+
+
+def test_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full, CountingProgram(tmp_path, full.fileno()) as program:
+        program.wait_lines(1)
+        deadline = time.monotonic() + 10
+        while program.read_dropped() < _LINES:
+            assert time.monotonic() < deadline
+        assert program.read_dropped() == _LINES
+        assert program.end() == 0
+
+
+def test_log_whose_reader_is_gone_loses_lines_and_nothing_else(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with CountingProgram(tmp_path, writer) as program:
+        os.close(writer)
+        os.close(reader)
+        program.wait_lines(1)
+        deadline = time.monotonic() + 10
+        while program.read_dropped() < _LINES:
+            assert time.monotonic() < deadline
+        assert program.end() == 0
+
+
+def test_log_to_a_pipe_nobody_reads_waits_for_nobody_and_counts_exactly(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with CountingProgram(tmp_path, writer) as program:
+        os.close(writer)
+        program.wait_lines(1)
+        assert program.read_dropped() > 1_000
+        kept = bytearray()
+        os.set_blocking(reader, False)
+        while not kept.endswith(b"\n") or b"log_lines_dropped" not in kept:
+            with open(os.dup(reader), "rb") as file:  # noqa: PTH123
+                kept += file.read(2**20) or b""
+            time.sleep(0.005)
+        dropped = program.read_dropped()
+        assert program.end() == 0
+        rows = parse(bytes(kept))
+        os.close(reader)
+
+        own = [row["number"] for row in rows if row["event"] == "counted"]
+        assert own == sorted(own)
+        assert len(own) + dropped == _LINES
+        told = [row for row in rows if row["event"] == "log_lines_dropped"]
+        assert sum(int(str(row["count"])) for row in told) == dropped
+
+
+def test_program_ends_soon_though_nobody_reads_its_log(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with CountingProgram(tmp_path, writer) as program:
+        os.close(writer)
+        program.wait_lines(1)
+        assert program.end() == 0
+        os.close(reader)
+
+
+def test_lines_left_at_the_end_are_written(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with CountingProgram(tmp_path, writer, lines=50) as program:
+        os.close(writer)
+        program.tell(*["last"] * 20)
+        assert program.end() == 0
+        with open(reader, "rb") as file:  # noqa: PTH123
+            assert [row["event"] for row in parse(file.read())] == ["counted"] * 50 + ["last"] * 20
+
+
+def test_log_whose_reader_is_stopped_goes_on_with_it(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    target = tmp_path / "kept"
+    with target.open("wb") as file:
+        cat = subprocess.Popen(["/bin/cat"], stdin=reader, stdout=file)
+    os.close(reader)
+    cat.send_signal(signal.SIGSTOP)
+    with CountingProgram(tmp_path, writer) as program:
+        os.close(writer)
+        program.wait_lines(1)
+        assert program.read_dropped() > 1_000
+        cat.send_signal(signal.SIGCONT)
+        deadline = time.monotonic() + 10
+        while b"log_lines_dropped" not in target.read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        program.tell("last")
+        assert program.end() == 0
+        assert cat.wait(10) == 0
+        assert parse(target.read_bytes())[-1]["event"] == "last"
+
+
+def test_log_to_a_pipe_that_does_not_block_loses_nothing_that_is_read(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with CountingProgram(tmp_path, writer, lines=2_000) as program:
+        os.close(writer)
+        program.wait_lines(1)
+        program.tell("last")
+        assert program.process.stdin is not None
+        program.process.stdin.close()
+        with open(reader, "rb") as file:  # noqa: PTH123
+            rows = parse(file.read())
+        assert program.process.wait(10) == 0
+        assert [row["number"] for row in rows] == list(range(2_001))
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return bool(shutil.which("unshare")) and not subprocess.run(command, check=False).returncode
+
+
+def test_log_on_a_disk_that_gets_room_again_goes_on_with_a_whole_line(tmp_path: Path) -> None:
+    """A file system of 64 KB, mounted where this program and its children alone see it."""
+    if not can_mount():
+        pytest.skip("needs the right to mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    within = (
+        f"mount -t tmpfs -o size=64k none {disk}; head -c 20000 /dev/zero > {disk}/filler; "
+        f"exec 2>> {disk}/log;"
+    )
+    with CountingProgram(tmp_path, subprocess.DEVNULL, within=within) as program:
+        program.wait_lines(1)
+        seen = Path(f"/proc/{program.process.pid}/root{disk}")
+        deadline = time.monotonic() + 10
+        while program.read_dropped() + (seen / "log").read_bytes().count(b"}\n") < _LINES:
+            assert time.monotonic() < deadline
+        (seen / "filler").unlink()
+        program.tell("last")
+        while b"log_lines_dropped" not in (seen / "log").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        dropped = program.read_dropped()
+        lines = (seen / "log").read_bytes().splitlines()
+        assert program.end() == 0
+
+        whole = [line for line in lines if line.endswith(b"}")]
+        rows = parse(b"\n".join(whole))
+        assert len(lines) - len(whole) <= 1  # the one that was cut by the end of the room
+        assert len([row for row in rows if row["event"] == "counted"]) + dropped == _LINES
+        assert {row["event"] for row in rows} == {"counted", "last", "log_lines_dropped"}
+
+
+@pytest.mark.parametrize("value", ["'\\udc80'", "2**70", "object()"])
+def test_value_that_json_cannot_hold_is_a_line_all_the_same(value: str) -> None:
+    code = (
+        "import structlog\nfrom common.logs import configure_logging\n"
+        "configure_logging('gateway', 'json')\n"
+        f"structlog.get_logger('gateway').info('odd', value={value})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"")
+    (row,) = parse(done.stderr.replace(b"\\ud", b"\\\\ud"))
+    assert row["event"] == "odd"
+
+
+def test_program_without_a_standard_error_logs_to_nobody(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    code = (
+        "import socket, structlog\nfrom common.logs import configure_logging\n"
+        "configure_logging('gateway', 'json')\n"
+        "one, other = socket.socketpair()\n"
+        "structlog.get_logger('gateway').info('odd')\n"
+        f"open({str(done)!r}, 'w').write(str((one.fileno(), other.fileno())))\n"
+    )
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert "2" not in done.read_text().strip("()").split(", ")

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import orjson
 
+from common.ports import find_free_ports
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import until
 from tests.plain_http import NO_TLS
@@ -46,19 +47,28 @@ class GatewayProcess:
 
 @contextlib.asynccontextmanager
 async def serve_process(
-    folder: Path, engine_url: str, *flags: str, wrapper: Sequence[str] = ()
+    folder: Path,
+    engine_url: str,
+    *flags: str,
+    wrapper: Sequence[str] = (),
+    stderr: int | None = None,
 ) -> AsyncIterator[GatewayProcess]:
-    """`wrapper`: a program that becomes the gateway, such as a shell with other limits."""
-    command = ["--port", "0", "--engines", engine_url, "--tokenizer", str(MODEL_FOLDER)]
+    """`wrapper`: a program that becomes the gateway, such as a shell with other limits. `stderr`:
+    where its log goes instead of to a file.
+    """
+    port = 0 if stderr is None else find_free_ports(1)[0]
+    command = ["--port", str(port), "--engines", engine_url, "--tokenizer", str(MODEL_FOLDER)]
     command += ["--warmup-prompts", "2", "--log-format", "json"]
     path = folder / "gateway.log"
     with path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *wrapper, sys.executable, "-m", "gateway", *command, *flags, stderr=log
+            *wrapper,
+            *(sys.executable, "-m", "gateway", *command, *flags),
+            stderr=log if stderr is None else stderr,
         )
     try:
-        await until(lambda: process.returncode is not None or _port(path), _LONGEST_START_S)
-        served = GatewayProcess(process, f"http://127.0.0.1:{_port(path)}", path)
+        await until(lambda: process.returncode is not None or port or _port(path), _LONGEST_START_S)
+        served = GatewayProcess(process, f"http://127.0.0.1:{port or _port(path)}", path)
         async with httpx.AsyncClient(base_url=served.url, verify=NO_TLS) as client:
             await until(lambda: _is_ready(client), _LONGEST_START_S)
         yield served
@@ -76,4 +86,7 @@ def _port(log: Path) -> int | None:
 
 
 async def _is_ready(client: httpx.AsyncClient) -> bool:
-    return (await client.get("/readyz")).status_code == 200
+    try:
+        return (await client.get("/readyz")).status_code == 200
+    except httpx.ConnectError:
+        return False

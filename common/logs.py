@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import orjson
 import structlog
@@ -84,19 +84,21 @@ class LineWriter:
         if was_idle:
             self._bell.put(None)
 
-    def flush(self, timeout_s: float = _LAST_WORDS_S) -> None:
+    def flush(self, timeout_s: float = _LAST_WORDS_S) -> bool:
         """What is still here is written now, unless that takes longer."""
         self._hurry.set()
         deadline = time.monotonic() + timeout_s
         while not self._is_idle and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         self._hurry.clear()
+        return self._is_idle
 
-    def close(self) -> None:
-        """Ends the thread, once the output lets it."""
-        self.flush()
+    def close(self) -> bool:
+        """Ends the thread; False while the output still keeps it."""
+        is_done = self.flush()
         self._is_closed = True
         self._bell.put(None)
+        return is_done
 
     def _run(self) -> None:
         while not self._is_closed:
@@ -155,6 +157,8 @@ class DescriptorOutput:
 class LogStream(io.TextIOBase):
     """A standard stream that never blocks and never raises."""
 
+    encoding = "utf-8"
+
     def __init__(self, fd: int) -> None:
         self._output = DescriptorOutput(fd)
         self._writer = LineWriter(f"log-{fd}", self._output.write, tell=_tell_dropped)
@@ -164,10 +168,6 @@ class LogStream(io.TextIOBase):
     def dropped(self) -> int:
         """Lines that were lost so far."""
         return self._writer.dropped
-
-    @property
-    def encoding(self) -> str:
-        return "utf-8"
 
     def write(self, text: str) -> int:
         self._writer.add(text)
@@ -189,8 +189,8 @@ def replace_stderr() -> LogStream:
     The second call gets what the first has made.
     """
     if not isinstance(sys.stderr, LogStream):
-        sys.stderr = open_log_stream(sys.stderr)
-    return sys.stderr
+        sys.stderr = cast("TextIO", open_log_stream(sys.stderr))
+    return cast("LogStream", sys.stderr)
 
 
 def open_log_stream(stream: TextIO | None) -> LogStream:
@@ -201,7 +201,7 @@ def open_log_stream(stream: TextIO | None) -> LogStream:
     return LogStream(stream.fileno())
 
 
-def is_for_people(log_format: str, stream: TextIO) -> bool:
+def is_for_people(log_format: str, stream: io.TextIOBase) -> bool:
     """The setting `log_format`: auto is readable on a terminal, JSON elsewhere."""
     return log_format == "console" or (log_format == "auto" and stream.isatty())
 
@@ -224,7 +224,7 @@ def configure_logging(
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(least),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", stream)),
         cache_logger_on_first_use=True,
     )
     libraries = logging.StreamHandler(stream)

@@ -166,8 +166,13 @@ class Session:
             lambda: self.cards.last,
             self._policy,
             self._scheduler,
+            self._count_dropped,
             has_gpu=self._prepared.plan.device.is_gpu,
         )
+
+    def _count_dropped(self) -> dict[str, int]:
+        logs = [one.lines for one in (self.engine, self.gateway) if one]
+        return {"shown": self._terminal.dropped} | {one.path.name: one.dropped for one in logs}
 
     async def _announce(self) -> None:
         await self.engine.ready.wait()

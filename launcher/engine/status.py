@@ -78,6 +78,11 @@ def _declare_metrics() -> Iterator[MetricDeclaration]:
         "Times that the launcher's own scheduler gave up, and vLLM's took over until a restart."
     )
     yield metric("launcher_engine_scheduler_fallbacks_total", gave_up, kind="counter")
+    lost = (
+        "Log lines that were lost, because the disk is full or nobody reads the pipe; log is shown "
+        "(standard error) or the name of a file in the state folder."
+    )
+    yield metric("launcher_log_lines_dropped_total", lost, ("log",), "counter")
     limit = "Recent crashes after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
     yield metric("launcher_restart_limit", limit)
     window = (
@@ -123,6 +128,7 @@ class StatusSource:
     crash: Callable[[], dict[str, Any] | None]
     policy: RestartPolicy
     scheduler: Callable[[], SchedulerStatus]
+    dropped: Callable[[], dict[str, int]]
     has_gpu: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -171,6 +177,8 @@ class StatusCollector(Collector):
         yield METRICS["launcher_engine_own_scheduler"].build([((), scheduler.state == "on")])
         fallbacks = METRICS["launcher_engine_scheduler_fallbacks_total"]
         yield fallbacks.build([((), scheduler.fallbacks)])
+        dropped = METRICS["launcher_log_lines_dropped_total"]
+        yield dropped.build(((log,), count) for log, count in source.dropped().items())
         yield METRICS["launcher_restart_limit"].build([((), source.policy.limit)])
         yield METRICS["launcher_restart_window_seconds"].build([((), source.policy.window_s)])
         yield from self._gpus.collect()

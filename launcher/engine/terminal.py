@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import itertools
 import json
-import logging
-import logging.handlers
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from common.logs import configure_logging, is_for_people
+from common.logs import (
+    DescriptorOutput,
+    LineWriter,
+    LogStream,
+    configure_logging,
+    is_for_people,
+    open_log_stream,
+    replace_stderr,
+)
 from launcher.engine import vllm_log
 
 _COLOURS = {"launcher": "\x1b[1m", "engine": "\x1b[36m", "gateway": "\x1b[35m"}
@@ -26,34 +33,19 @@ _RESET = "\x1b[0m"
 _RING_LINES = 400
 _FILE_BYTES = 10 * 2**20
 _OLD_FILES_KEPT = 3
+_WAITING_CHARACTERS = 16 * 2**20  # of a program's lines, while the disk is busy
 # A program that floods its log is kept in full in the file, not on the terminal.
 _SHOWN_PER_S = 300
 
 
-class _LenientStream(io.TextIOBase):
-    """A closed terminal must not end the engine."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            return self._stream.write(text)
-        return 0
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-
 class Terminal:
-    """Standard error, for all programs together: `engine   | …`, or one JSON object a line."""
+    """Standard error, for all programs together: `engine   | …`, or one JSON object a line.
+
+    A closed terminal must not end the engine, and one that takes nothing must not stop it.
+    """
 
     def __init__(self, log_format: str, engine_log_mode: str) -> None:
-        self._stream = cast("TextIO", _LenientStream(sys.stderr))
+        self._stream = replace_stderr()
         self.is_terminal = self._stream.isatty()
         self.is_json = not is_for_people(log_format, self._stream)
         self._engine_log_mode = engine_log_mode
@@ -61,17 +53,29 @@ class Terminal:
         self._shown = 0
         self._hidden = 0
 
+    @property
+    def dropped(self) -> int:
+        """Lines that could not be shown."""
+        return self._stream.dropped
+
     def configure_logging(self, level: str = "info") -> None:
         """The launcher's own events, and what its libraries log."""
         log_format = "json" if self.is_json else "console"
-        console = self._render_event
-        configure_logging("launcher", log_format, level, stream=self._stream, console=console)
+        configure_logging("launcher", log_format, level, console=self._render_event)
 
     def announce(self, text: str) -> None:
         """The one line for who waits, on standard output."""
         head = {"timestamp": _now(), "source": "launcher", "level": "info", "event": "ready"}
         row = json.dumps({**head, "message": text}, ensure_ascii=False)
-        print(row if self.is_json else text, flush=True)  # noqa: T201
+        self._find_standard_output().write(f"{row if self.is_json else text}\n")
+
+    def _find_standard_output(self) -> LogStream:
+        """`2>&1` makes both one; two threads would then write into each other's lines."""
+        with contextlib.suppress(OSError, ValueError):
+            one, other = os.fstat(sys.stdout.fileno()), os.fstat(self._stream.fileno())
+            if os.path.samestat(one, other):
+                return self._stream
+        return open_log_stream(sys.stdout)
 
     def show_line(self, source: str, stream: str, line: str) -> None:
         """One line that a child program wrote."""
@@ -119,7 +123,6 @@ class Terminal:
 
     def _write(self, text: str) -> None:
         self._stream.write(text + "\n")
-        self._stream.flush()
 
 
 @contextlib.contextmanager
@@ -141,44 +144,95 @@ class LineLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._ring: deque[tuple[float, str]] = deque(maxlen=_RING_LINES)
-        self._file = _LineFile(path)
+        self._file = _RotatedFile(path)
+        self._writer = LineWriter(path.name, self._file.write, most_characters=_WAITING_CHARACTERS)
+
+    @property
+    def dropped(self) -> int:
+        """Lines that the file lacks."""
+        return self._writer.dropped
 
     def add(self, line: str) -> None:
         self._ring.append((time.monotonic(), line))
-        self._file.handle(logging.makeLogRecord({"msg": f"{_now()} {line}"}))
+        self._writer.add(f"{_now()} {line}\n")
 
     def tail(self, count: int, *, since: float = 0.0) -> list[str]:
         return [line for at, line in self._ring if at >= since][-count:]
 
     def close(self) -> None:
-        self._file.close()
+        if self._writer.close():
+            self._file.close()
 
 
-class _LineFile(logging.handlers.RotatingFileHandler):
-    """A disk that is full is told once, and tried again with each line."""
+class _RotatedFile:
+    """The file and its predecessors. A disk that is full is told once, and tried again each time;
+    a file that somebody has deleted is made anew.
+
+    Not the standard library's handler: it writes line by line, and at each of them the thread would
+    wait for the event loop of a launcher that has much to read.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
-            path, maxBytes=_FILE_BYTES, backupCount=_OLD_FILES_KEPT, encoding="utf-8", delay=True
-        )
+        self._path = path
+        self._output: DescriptorOutput | None = None
         self._error: OSError | None = None
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def write(self, lines: Sequence[str]) -> int:
+        lost = start = 0
         before, self._error = self._error, None
-        super().emit(record)
+        while start < len(lines):
+            try:
+                output, room = self._open(len(lines[start]))
+            except OSError as error:
+                self._error = error
+                lost += len(lines) - start
+                break
+            end = start + 1
+            room -= len(lines[start])
+            while end < len(lines) and len(lines[end]) <= room:
+                room -= len(lines[end])
+                end += 1
+            lost += output.write(lines[start:end])
+            self._error = output.error or self._error
+            start = end
         if self._error and not before:
-            warn_not_kept(Path(self.baseFilename), self._error)
+            warn_not_kept(self._path, self._error)
+        return lost
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        self._error = error
-        file, self.stream = self.stream, None
-        if file:
-            with contextlib.suppress(OSError):  # what it has not written yet
-                file.close()
+    def close(self) -> None:
+        if self._output:
+            os.close(self._output.fd)
+            self._output = None
+
+    def _open(self, wanted: int) -> tuple[DescriptorOutput, int]:
+        """The file to write to, and what still fits into it."""
+        if self._output and not self._is_there(self._output.fd):
+            self.close()
+        output = self._output = self._output or self._open_file()
+        size = os.fstat(output.fd).st_size
+        if size and size + wanted > _FILE_BYTES:
+            self.close()
+            self._rotate()
+            output = self._output = self._open_file()
+            size = 0
+        return output, _FILE_BYTES - size
+
+    def _is_there(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(fd))
+        except FileNotFoundError:
+            return False
+
+    def _open_file(self) -> DescriptorOutput:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return DescriptorOutput(os.open(self._path, flags, 0o666))
+
+    def _rotate(self) -> None:
+        names = [self._path.name, *(f"{self._path.name}.{n + 1}" for n in range(_OLD_FILES_KEPT))]
+        for older, newer in itertools.pairwise(reversed(names)):
+            with contextlib.suppress(FileNotFoundError):
+                self._path.with_name(newer).replace(self._path.with_name(older))
 
 
 def _now() -> str:

@@ -40,6 +40,7 @@ def make_source(engine: str, gateway: str, **fields: Any) -> StatusSource:
     policy = RestartPolicy(limit=5, window_s=600, delay_s=1, delay_max_s=60)
     given: dict[str, Any] = {
         "crash": lambda: None,
+        "dropped": lambda: {"shown": 2},
         "scheduler": lambda: SchedulerStatus("vLLM's own"),
     } | fields
     return StatusSource(programs, {}, LABELS, lambda: None, policy=policy, **given)

@@ -35,6 +35,7 @@ class GatewayProcess:
         *,
         log_format: str,
         engine_ready: asyncio.Event,
+        inherited: Sequence[int] = (),
     ) -> None:
         self._settings = settings
         self._plan = plan
@@ -45,6 +46,7 @@ class GatewayProcess:
         self.start_timeout_s = _LISTEN_TIMEOUT_S + settings.start_timeout_s * 2
         self.drain_timeout_s = float(settings.drain_timeout_s)
         self.kill_timeout_s = settings.kill_timeout_s
+        self.inherited: Sequence[int] = inherited
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         environment = build_environment(self._settings, self._plan, self._log_format)

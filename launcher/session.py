@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -85,7 +86,10 @@ class Session:
             settings.restart_delay_max_s,
         )
         folder = settings.state_path
-        engine = VllmServer(prepared.command, settings, probe, plan.model.served_name)
+        # Whoever holds its writing end needs the engine: this process, and the gateway, which may
+        # outlive it by its last requests.
+        users, held = os.pipe() if with_gateway else (None, None)
+        engine = VllmServer(prepared.command, settings, probe, plan.model.served_name, users=users)
         fingerprint = prepared.fingerprint.describe()
         versions = read_versions(prepared.vllm)
         self.cards = CrashCards(folder / "crashes", prepared.command, engine, versions, fingerprint)
@@ -93,11 +97,16 @@ class Session:
         engine.lines = self.engine.lines
         self.gateway: Supervisor | None = None
         self._gateway: GatewayProcess | None = None
-        if with_gateway:
+        if held is not None:
             style = "json" if terminal.is_json else "console"
             ready = self.engine.ready
             self._gateway = GatewayProcess(
-                settings, plan, client, log_format=style, engine_ready=ready
+                settings,
+                plan,
+                client,
+                log_format=style,
+                engine_ready=ready,
+                inherited=(held,),
             )
             self.gateway = Supervisor(self._gateway, policy, terminal, folder)
         self._facts: dict[str, Any] = {

@@ -42,10 +42,14 @@ class GroupMember:
     start_ticks: int
 
 
-def bind_to_parent(module: str, *arguments: str, kill_s: float) -> list[str]:
-    """The argv of `python -m module …` that outlives this process by `kill_s` at most."""
+def bind_to_parent(
+    module: str, *arguments: str, kill_s: float, users: int | None = None
+) -> list[str]:
+    """The argv of `python -m module …` that outlives this process by `kill_s` at most, or its
+    `users`, who hold a pipe open; `parent_death.py` says how.
+    """
     head = [sys.executable, "-P", str(_PARENT_DEATH), str(os.getpid()), str(kill_s)]
-    return [*head, module, *arguments]
+    return [*head, "-" if users is None else str(users), module, *arguments]
 
 
 class ChildProcess:
@@ -69,7 +73,10 @@ class ChildProcess:
         """Negative for a signal; None while it runs."""
         return self._process.returncode if self._process else None
 
-    async def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    async def start(
+        self, argv: Sequence[str], environment: Mapping[str, str], fds: Sequence[int] = ()
+    ) -> None:
+        """It inherits `fds`, by their numbers."""
         # Pipes of our own: with asyncio's, `wait` waits for every grandchild that holds an end.
         out, out_end = os.pipe()
         err, err_end = os.pipe()
@@ -80,6 +87,7 @@ class ChildProcess:
                 stdout=out_end,
                 stderr=err_end,
                 env=dict(environment),
+                pass_fds=fds,
                 start_new_session=True,
             )
         finally:

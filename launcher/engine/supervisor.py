@@ -37,6 +37,7 @@ class Program(Protocol):
     start_timeout_s: float
     drain_timeout_s: float
     kill_timeout_s: float
+    inherited: Sequence[int]  # open files, by their numbers
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]: ...
     def read_line(self, line: str) -> None:
@@ -154,7 +155,7 @@ class Supervisor:
         argv, environment = self._program.command()
         self._set_state("starting")
         began = time.monotonic()
-        await child.start(argv, environment)
+        await child.start(argv, environment, self._program.inherited)
         self.status.pid = child.pid
         with best_effort(self._record):
             write_record(self._record, child.pid)

@@ -38,6 +38,8 @@ class VllmServer:
         settings: LauncherSettings,
         probe: EngineProbe,
         served_name: str,
+        *,
+        users: int | None = None,
     ) -> None:
         self._command = command
         self._settings = settings
@@ -46,6 +48,8 @@ class VllmServer:
         self.start_timeout_s = settings.start_timeout_s
         self.drain_timeout_s = float(settings.drain_timeout_s)
         self.kill_timeout_s = settings.kill_timeout_s
+        self._users = users
+        self.inherited: Sequence[int] = () if users is None else (users,)
         self.progress: Progress | None = None
         self.scheduler: SchedulerState | None = None
         self.scheduler_fallbacks = 0  # since the launcher's start
@@ -58,7 +62,8 @@ class VllmServer:
         self.progress = self.scheduler = None
         self.killed_children = []
         command = self._command
-        argv = bind_to_parent(command.module, *command.arguments, kill_s=self.kill_timeout_s)
+        kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
+        argv = bind_to_parent(command.module, *command.arguments, kill_s=kill_s, users=self._users)
         return argv, engine_environment(command, os.environ)
 
     def read_line(self, line: str) -> None:

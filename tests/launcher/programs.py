@@ -47,6 +47,7 @@ class Launcher:
     fake: str | None = ""
     arguments: tuple[str, ...] = ()
     path: str = ""
+    pipe: int | None = None  # for both its outputs, instead of files
 
     def __post_init__(self) -> None:
         self.port, self.engine_port, self.status_port = find_free_ports(3)
@@ -86,8 +87,9 @@ class Launcher:
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "launcher", self.command, *self.arguments]
         with (self.folder / "out").open("ab") as out, (self.folder / "err").open("ab") as err:
+            own = (out, err) if self.pipe is None else (self.pipe, self.pipe)
             self.process = subprocess.Popen(
-                argv, cwd=ROOT, env=self.environment(), stdout=out, stderr=err
+                argv, cwd=ROOT, env=self.environment(), stdout=own[0], stderr=own[1]
             )
 
     def wait(self, *, within_s: float = 30.0) -> int:

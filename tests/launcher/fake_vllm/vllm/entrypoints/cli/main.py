@@ -45,11 +45,13 @@ class Server:
     async def health(self, _request: web.Request) -> web.Response:
         return web.Response()
 
-    async def completions(self, request: web.Request) -> web.Response:
+    async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
         self.at_server += 1
         try:
+            if body.get("stream"):
+                return await self.stream(request)
             return await self.generate(prompts)
         finally:
             self.at_server -= 1
@@ -80,6 +82,20 @@ class Server:
         ]
         usage = {"completion_tokens": 10 * len(prompts)}
         return web.json_response({"choices": choices, "usage": usage})
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        self.running += 1
+        try:
+            for _ in range(10):
+                await asyncio.sleep(self.delay_s / 10)
+                self.tokens += 1
+                await response.write(b'data: {"choices":[{"index":0,"text":"right"}]}\n\n')
+            await response.write(b"data: [DONE]\n\n")
+        finally:
+            self.running -= 1
+        return response
 
     async def load(self, _request: web.Request) -> web.Response:
         return web.json_response({"server_load": self.at_server + self.lost})
@@ -113,6 +129,8 @@ class Server:
         if "kill_core" in order:
             assert self.core is not None
             os.kill(self.core.pid, signal.SIGKILL)
+        if "say" in order:
+            print(order["say"], flush=True)
         self.delay_s = order.get("delay_s", self.delay_s)
         self.tokenize_s = order.get("tokenize_s", self.tokenize_s)
         self.lost = order.get("lost", self.lost)

@@ -10,6 +10,8 @@ from typing import Any
 
 import orjson
 
+from common.files import read_file, read_text
+
 DEFAULT = "default"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -24,10 +26,10 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
             if isinstance(row, dict) and isinstance(row.get("template"), str):
                 found[str(row.get("name") or "")] = row["template"]
     for file in (folder / "additional_chat_templates").glob("*.jinja"):
-        found[file.stem] = file.read_text(encoding="utf-8")
+        found[file.stem] = read_text(file)
     file = folder / "chat_template.jinja"
     if file.is_file():
-        found[DEFAULT] = file.read_text(encoding="utf-8")
+        found[DEFAULT] = read_text(file)
     return found
 
 
@@ -45,7 +47,7 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Empty where there is none: a folder need not have every file."""
     try:
-        value = orjson.loads(path.read_bytes())
+        value = orjson.loads(read_file(path))
     except (OSError, orjson.JSONDecodeError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import read_file
 from common.json_text import is_whole, parse_json
 
 # The start of a block: `（1. 问题：`, with or without the bracket, the dot and the number's spaces.
@@ -85,7 +86,7 @@ def read_questions(path: Path, *, needs_answers: bool = True) -> QuestionSet:
 def _decode(path: Path) -> str:
     """UTF-8, or what Windows in China writes."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise BadQuestions(f"{path}: {error.strerror}") from None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -36,6 +36,7 @@ from pydantic_settings import (
 from pydantic_settings.exceptions import SettingsError as UsageError
 
 from common.errors import SettingsError
+from common.files import read_text
 
 _ROOT = f"{Path(__file__).parent.parent}{os.sep}"
 _LONGEST_S = 1_000_000  # twelve days; the kernel's limit for one of its timers is 24
@@ -120,7 +121,7 @@ class _SettingsFile(TomlConfigSettingsSource):
             return {}
         path = Path(files)
         try:
-            values = self._read_file(path)
+            values = tomllib.loads(read_text(path))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
         _refuse_unknown(values, self._kind.list_names(), where=f" in {path}")

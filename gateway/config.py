@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from common.errors import SettingsError
+from common.files import read_text
 from common.project import DEMO_QUESTIONS
 from common.settings import (
     CommaList,
@@ -381,7 +382,7 @@ class Settings(ProgramSettings):
         shipped = _SYSTEM_PROMPTS / f"{self.system_prompt_file}.txt"
         path = shipped if shipped.is_file() else Path(self.system_prompt_file)
         try:
-            return path.read_text(encoding="utf-8").strip()
+            return read_text(path).strip()
         except OSError as error:
             names = ", ".join(sorted(file.stem for file in _SYSTEM_PROMPTS.glob("*.txt")))
             raise ValueError(

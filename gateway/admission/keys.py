@@ -20,7 +20,7 @@ import structlog
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.file_watch import FileWatch
+from common.files import FileWatch, read_text
 from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, Unauthorized
 
@@ -146,7 +146,7 @@ async def run_key_reload(app: web.Application) -> AsyncIterator[None]:
 def read_keys(path: Path) -> dict[str, Caller]:
     """The entries of a keys file by hash; `SettingsError` names the bad one."""
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"GATEWAY_KEYS_FILE: cannot read {path}: {error}") from None
     entries = data.pop("keys", [])

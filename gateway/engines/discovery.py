@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from common.file_watch import FileWatch
+from common.files import FileWatch
 from gateway.config import Settings, SettingsError
 from gateway.engines.engine import Engine, hide_password
 from gateway.engines.pool import EnginePool

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import structlog
 
-from common.file_watch import FileWatch
+from common.files import FileWatch, read_file
 from gateway.observability.metrics import Metrics
 
 log = structlog.get_logger("gateway")
@@ -56,8 +56,7 @@ class GradeRecordFile:
 
     def _parse(self) -> GradeFigures:
         try:
-            with self._file.path.open("rb") as file:
-                return parse_grade(file.read(_MOST_BYTES))
+            return parse_grade(read_file(self._file.path, _MOST_BYTES))
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("grade_not_read", path=str(self._file.path), reason=str(error))
             return GradeFigures()

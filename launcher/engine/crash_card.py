@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common.files import PART, write_file
 from launcher.engine.supervisor import ExitReport, ProgramStatus
 from launcher.engine.terminal import best_effort
 from launcher.engine.vllm_server import VllmServer
@@ -61,8 +62,9 @@ class CrashCards:
     def _write(self, stem: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.last, indent=2, ensure_ascii=False)
-        (self.folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-        for old in sorted(self.folder.glob("*.json"))[:-_CARDS_KEPT]:
+        write_file(self.folder / f"{stem}.json", text + "\n")
+        cut = self.folder.glob(f"*{PART}")
+        for old in [*cut, *sorted(self.folder.glob("*.json"))[:-_CARDS_KEPT]]:
             old.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import structlog
 
+from common.files import read_file, write_file
 from common.processes import find_session
 
 log = structlog.get_logger("launcher")
@@ -243,7 +244,7 @@ def write_record(path: Path, group: int) -> None:
     leader = next((m for m in list_group(group) if m.pid == group), None)
     if leader:
         record = GroupRecord(group, leader.start_ticks, _boot_id())
-        path.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        write_file(path, json.dumps(asdict(record)))
 
 
 async def end_leftovers(path: Path) -> None:
@@ -267,7 +268,7 @@ def forget_record(path: Path) -> None:
 
 def _read_record(path: Path) -> GroupRecord | None:
     try:
-        return GroupRecord(**json.loads(path.read_text(encoding="utf-8")))
+        return GroupRecord(**json.loads(read_file(path)))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from common.files import read_file
+
 NOT_WEIGHTS = ["original/*", "*.pth", "*.gguf", "onnx/*", "*.onnx", "*.h5", "*.msgpack"]
 
 
@@ -17,7 +19,7 @@ def is_complete(folder: Path) -> bool:
         return False
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_file(index))["weight_map"].values())
         return all((folder / name).is_file() for name in names)
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.chat_templates import read_chat_templates
 from common.errors import SettingsError
+from common.files import read_file
 from common.project import DEMO_MODEL
 from launcher.config import LauncherSettings
 from launcher.models.hub import fetch_model
@@ -107,7 +108,7 @@ def read_shape(path: Path) -> Shape:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        whole = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        whole = json.loads(read_file(path / "config.json"))
     except FileNotFoundError:
         raise SettingsError(f"model: {path} has no config.json") from None
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from common.files import write_file
 from launcher.plan.hardware import GIB
 
 
@@ -33,7 +34,7 @@ def note_start(cache: Path, fingerprint: str, seconds: float) -> None:
     """Called when the engine has become ready."""
     mark = _mark(cache, fingerprint)
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(f"{seconds:.1f}\n", encoding="ascii")
+    write_file(mark, f"{seconds:.1f}\n")
 
 
 def _mark(cache: Path, fingerprint: str) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
+from common.files import read_text
 from common.settings import suggest
 from launcher.models.families import find_parser_rules
 from launcher.models.model import Model
@@ -166,7 +167,7 @@ def _read_template(model: Model, asked: EngineOption | None) -> str:
     if asked is None or asked.omit:
         return model.chat_template
     try:
-        return Path(str(asked.value)).read_text(encoding="utf-8")
+        return read_text(Path(str(asked.value)))
     except OSError:  # it may be the template itself
         return str(asked.value)
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from dataclasses import asdict, dataclass
 
+from common.files import read_text
 from launcher.models.model import Model
 from launcher.plan.command import EngineCommand, InstalledVllm
 from launcher.plan.hardware import GIB, Device
@@ -93,7 +94,7 @@ def _portable(arguments: tuple[str, ...]) -> list[str]:
 def _model_digest(model: Model) -> str:
     """Config and file sizes: hashing gigabytes of weights would take longer than it tells."""
     sizes = sorted((f.name, f.stat().st_size) for f in model.path.glob("*.safetensors"))
-    text = (model.path / "config.json").read_text(encoding="utf-8")
+    text = read_text(model.path / "config.json")
     return _digest(text + repr(sizes))
 
 

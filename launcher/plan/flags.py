@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ProgramError, SettingsError
+from common.files import write_file
 from common.settings import suggest
 
 _FOLDER = Path(__file__).parent
@@ -96,7 +97,7 @@ def read_flags(version: str, cache: Path) -> Flags:
         data = json.loads(answer)
         with contextlib.suppress(OSError):  # not kept: the next start asks again
             cache.mkdir(parents=True, exist_ok=True)
-            file.write_text(answer, encoding="utf-8")
+            write_file(file, answer)
     return Flags(version, data["flags"], data["fields"], data["choices"])
 
 

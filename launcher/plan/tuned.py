@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
+from common.files import read_text, write_file
 from launcher.models.model import Model
 from launcher.plan.command import InstalledVllm
 from launcher.plan.engine_plan import EngineOption
@@ -26,7 +27,7 @@ def read_tuned(
     if profile not in _USED_BY or not path.is_file():
         return [], []
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_text(path))
         key, wanted = data["host_key"], data["profile"]
         changes, summary = {**data["options"], **data["environment"]}, data["summary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,13 +69,7 @@ def write_tuned(
         *(f"{name} = {_toml(value)}" for name, value in environment.items()),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # half a file would stop the next start
-    try:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    write_file(path, "\n".join(lines) + "\n")
 
 
 def _toml(value: Any) -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from common.errors import ProgramError, SettingsError
+from common.files import write_file
 from launcher.config import TuneSettings
 from launcher.engine.process import end_leftovers
 from launcher.errors import NeverReady
@@ -150,7 +151,7 @@ def _keep(meter: CandidateMeter, results: list[CandidateResult], say: Say) -> No
     rows = [{**asdict(result), "tokens_per_s": round(result.speed, 1)} for result in results]
     try:
         measurements.parent.mkdir(parents=True, exist_ok=True)
-        measurements.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_file(measurements, json.dumps(rows, indent=2) + "\n")
         write_tuned(
             settings.tuned_path,
             host_key=host_key,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from common.project import read_version
 from gateway.config import Settings
+from tests.fake_engine import MODEL_FOLDER
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -41,3 +46,23 @@ def test_completion_for_an_unknown_shell_names_the_known_ones() -> None:
 
     assert refused.returncode == 2
     assert "bash, zsh, fish; did you mean bash?" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["CONFIG", "KEYS_FILE", "WARMUP_FILE", "SYSTEM_PROMPT_FILE"])
+def test_fifo_where_a_file_is_wanted_is_one_line_and_no_wait(tmp_path: Path, name: str) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "gateway", "check"]
+    environment = {
+        **os.environ,
+        "GATEWAY_TOKENIZER": str(MODEL_FOLDER),
+        f"GATEWAY_{name}": str(fifo),
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gateway: ")
+    assert str(fifo) in line
+    assert "a FIFO or a device, where a file is wanted" in line

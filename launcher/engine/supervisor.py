@@ -59,6 +59,9 @@ class Program(Protocol):
     async def drain(self, timeout_s: float) -> None:
         """Returns when nothing is in flight, or the time is over."""
 
+    def clean_up(self) -> None:
+        """Called when none of its processes is left."""
+
 
 @dataclass(frozen=True)
 class RestartPolicy:
@@ -239,6 +242,7 @@ class Supervisor:
             await child.stop(patience_s=0)
         await _cancel(hurried)
         await stopping if not stopping.cancelled() else None
+        self._program.clean_up()
         forget_record(self._record)
         self.status.pid = None
 

@@ -19,7 +19,12 @@ from launcher.engine.hang_detector import HangDetector
 from launcher.engine.polling import poll
 from launcher.engine.probe import Activity, EngineProbe
 from launcher.engine.process import ChildProcess, bind_to_parent
-from launcher.engine.terminal import LineLog
+from launcher.engine.temporary_folder import (
+    find_temporary_folder,
+    make_temporary_folder,
+    remove_temporary_folder,
+)
+from launcher.engine.terminal import LineLog, best_effort
 from launcher.engine.vllm_log import Progress, SchedulerState
 from launcher.plan.command import EngineCommand, engine_environment
 
@@ -49,6 +54,7 @@ class VllmServer:
         self.drain_timeout_s = float(settings.drain_timeout_s)
         self.kill_timeout_s = settings.kill_timeout_s
         self._users = users
+        self._temporary = find_temporary_folder(settings.state_path)
         self.inherited: Sequence[int] = () if users is None else (users,)
         self.progress: Progress | None = None
         self.scheduler: SchedulerState | None = None
@@ -64,7 +70,17 @@ class VllmServer:
         command = self._command
         kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
         argv = bind_to_parent(command.module, *command.arguments, kill_s=kill_s, users=self._users)
-        return argv, engine_environment(command, os.environ)
+        environment = engine_environment(command, os.environ)
+        with best_effort(self._temporary):
+            make_temporary_folder(self._temporary)
+            environment["TMPDIR"] = str(self._temporary)
+            # What is compiled outlives the start.
+            compiled = self._settings.cache_path / "torchinductor"
+            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        return argv, environment
+
+    def clean_up(self) -> None:
+        remove_temporary_folder(self._temporary)
 
     def read_line(self, line: str) -> None:
         if killed := vllm_log.find_killed_child(line):

@@ -12,10 +12,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 
 from aiohttp import web
 
@@ -199,6 +202,9 @@ def main() -> None:
         for number in range(50_000):
             print(f"WARNING 01-01 00:00:00 [flood.py:1] line {number} {'x' * 100}", file=sys.stderr)
         print("y" * 1_000_000, file=sys.stderr, flush=True)
+    # vLLM's processes speak over sockets in the temporary folder; killed, they leave them there.
+    place = os.path.join(tempfile.gettempdir(), str(uuid.uuid4()))  # noqa: PTH118
+    socket.socket(socket.AF_UNIX).bind(place)
     server = Server(words, option["--served-model-name"])
     server.core = subprocess.Popen([sys.executable, "-c", _CORE])
     threading.Thread(target=server.watch_core, daemon=True).start()

@@ -122,6 +122,13 @@ class LauncherSettings(ProgramSettings):
         description="An engine that has work and makes no token for this long hangs, and is "
         "restarted; 0: never.",
     )
+    gateway_hang_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        description="A gateway that answers nothing for this long, though it is stopped or asleep "
+        "or has had as much of a core, hangs and is restarted; one that waits for a core does not. "
+        "0: never.",
+    )
     canary_interval_s: float = Field(
         30.0, gt=0, description="An idle engine is asked for one token this often."
     )

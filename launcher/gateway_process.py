@@ -14,6 +14,7 @@ import httpx
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
 from launcher.engine import vllm_log
+from launcher.engine.hang_detector import SilenceDetector
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, bind_to_parent
 from launcher.plan.engine_plan import EnginePlan
@@ -71,9 +72,11 @@ class GatewayProcess:
         await poll(partial(self._answers, "/readyz"), pause_s=_POLL_S)
 
     async def watch(self, child: ChildProcess) -> str:
-        # It has no state worth judging from outside; its crash is noticed, its slowness is load.
-        await asyncio.Event().wait()
-        return ""
+        limit_s = self._settings.gateway_hang_timeout_s
+        if not limit_s:
+            await asyncio.Event().wait()
+        ask = partial(self._answers, "/healthz", timeout_s=None)
+        return await SilenceDetector(limit_s, child.pid, ask).run()
 
     async def dump(self, child: ChildProcess) -> list[str]:
         return [f"{member.pid} {member.name}: state {member.state}" for member in child.members()]
@@ -81,10 +84,13 @@ class GatewayProcess:
     async def drain(self, timeout_s: float) -> None:
         """At SIGTERM it lets running requests finish by itself."""
 
-    async def _answers(self, path: str) -> bool:
+    def clean_up(self) -> None:
+        """It leaves nothing."""
+
+    async def _answers(self, path: str, *, timeout_s: float | None = _QUICK_TIMEOUT_S) -> bool:
         url = self._settings.gateway_url + path
         try:
-            response = await self._client.get(url, timeout=_QUICK_TIMEOUT_S)
+            response = await self._client.get(url, timeout=timeout_s)
         except httpx.HTTPError:
             return False
         return response.status_code == httpx.codes.OK

@@ -1,14 +1,19 @@
-"""Whether an engine hangs or only computes: by what it counts, and a token now and then."""
+"""Whether a program hangs or only computes: an engine by what it counts and a token now and then, a
+gateway by whether it answers and, if not, by what the kernel says of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
+from common.processes import read_thread_runs
 from launcher.engine.probe import Activity, EngineProbe
-from launcher.engine.process import ChildProcess
+from launcher.engine.process import ChildProcess, read_member
 
 _COMPILERS = frozenset(("ninja", "nvcc", "cicc", "ptxas", "cudafe++", "cc1plus", "g++", "clang++"))
+_STOPPED = ("T", "t")  # by a signal, by a debugger
 
 
 class HangDetector:
@@ -70,3 +75,56 @@ class HangDetector:
     def _is_building(self) -> bool:
         """A first request may wait minutes for kernels that are built for it."""
         return any(member.name in _COMPILERS for member in self._child.members())
+
+
+class SilenceDetector:
+    """A program that always has an answer, for one life of it.
+
+    It hangs when it has answered nothing for `limit_s` in which it was stopped or slept, or has
+    spent as much on a core. What waits for a core only looks alike: a busy machine is no proof.
+    """
+
+    def __init__(self, limit_s: float, pid: int, ask: Callable[[], Awaitable[bool]]) -> None:
+        self._limit_s = limit_s
+        self._pid = pid
+        self._ask = ask
+        self._pause_s = min(2.0, limit_s / 4)
+        self._last = (0, 0)  # runs, and nanoseconds in them
+        self._still_s = self._busy_s = 0.0
+
+    async def run(self) -> str:
+        # One question until it is answered, however late: a slow answer is one.
+        asking = asyncio.ensure_future(self._ask())
+        try:
+            while True:
+                began = time.monotonic()
+                await asyncio.sleep(self._pause_s)
+                if asking.done():
+                    if asking.result():
+                        self._still_s = self._busy_s = 0.0
+                    asking = asyncio.ensure_future(self._ask())
+                if verdict := self._look(time.monotonic() - began):
+                    return verdict
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    def _look(self, took_s: float) -> str:
+        member, runs = read_member(self._pid), read_thread_runs(self._pid)
+        if member is None:  # its end is noticed elsewhere
+            return ""
+        if runs is None:
+            is_still, ran_s = member.state in _STOPPED, 0.0
+        else:
+            is_still = runs == self._last and member.state != "R"
+            ran_s = (runs[1] - self._last[1]) / 1e9
+            self._last = runs
+        # This launcher may have stood still itself, with the answer before it: no look counts much.
+        most_s = 2 * self._pause_s
+        self._still_s = self._still_s + min(took_s, most_s) if is_still else 0.0
+        self._busy_s += min(ran_s, most_s)
+        if self._still_s > self._limit_s:
+            return f"no answer and no work for {self._still_s:.0f} s (state {member.state})"
+        if self._busy_s > self._limit_s:
+            return f"no answer within {self._busy_s:.0f} s of work"
+        return ""

@@ -111,6 +111,7 @@ class ChildProcess:
         """SIGTERM to the program, then SIGKILL to its group, until nothing of it is left."""
         if self.returncode is None and patience_s > 0:
             self.signal(signal.SIGTERM)
+            self.signal(signal.SIGCONT)  # a stopped one hears nothing
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.wait(), patience_s)
         await end_group(self.pid)
@@ -184,7 +185,7 @@ class _LineReader(asyncio.Protocol):
 
 def list_group(group: int) -> list[GroupMember]:
     """Everything alive in the session that `group` leads: workers may make groups of their own."""
-    return [found for one in find_session(group) if (found := _read_member(one.pid))]
+    return [found for one in find_session(group) if (found := read_member(one.pid))]
 
 
 async def end_group(group: int) -> None:
@@ -211,9 +212,9 @@ def reap_group(group: int) -> None:
             pass
 
 
-def _read_member(pid: int) -> GroupMember | None:
-    """By one read, so that name, state and start belong together; psutil's start time depends on
-    the clock, which may be set between two launchers.
+def read_member(pid: int) -> GroupMember | None:
+    """None when it has ended. By one read, so that name, state and start belong together; psutil's
+    start time depends on the clock, which may be set between two launchers.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

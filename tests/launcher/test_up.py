@@ -93,6 +93,28 @@ def test_up_gateway_killed_comes_back(launcher: Launcher) -> None:
         assert launcher.status()["engine"]["restarts"] == {}
 
 
+def test_up_gateway_stopped_is_noticed_and_comes_back(launcher: Launcher) -> None:
+    launcher.settings["LAUNCHER_GATEWAY_HANG_TIMEOUT_S"] = "1"
+    with running(launcher):
+        wait_ready(launcher)
+        stopped = launcher.status()["gateway"]["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        gateway = wait_for(
+            lambda: (g := launcher.status()["gateway"])["restarts"] and g["state"] == "ready" and g,
+            "the gateway is ready again",
+            within_s=60,
+        )
+        assert gateway["restarts"] == {"hang": 1}
+        assert gateway["pid"] != stopped
+        assert launcher.status()["engine"]["restarts"] == {}
+        metrics = launcher.read("/metrics")
+        assert metrics is not None
+        assert 'launcher_gateway_restarts_total{reason="hang"} 1.0' in metrics.text
+        assert launcher.stop() == 0
+    assert "ERROR gateway_hung detail=no answer and no work for " in launcher.err
+    assert "(state T)" in launcher.err
+
+
 def test_up_launcher_killed_nothing_is_left_and_the_port_is_free(launcher: Launcher) -> None:
     launcher.fake = "ignore_term"
     launcher.settings["LAUNCHER_DRAIN_TIMEOUT_S"] = "1"

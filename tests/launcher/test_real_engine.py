@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from launcher.engine.process import list_group
-from tests.launcher.programs import MODEL, Launcher, ask_in_background, running
+from launcher.engine.temporary_folder import find_temporary_folder
+from tests.launcher.programs import MODEL, Launcher, ask_in_background, running, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 START_S = 90.0
@@ -48,6 +49,11 @@ def test_core_computes_itself_and_no_worker_polls_beside_it(launcher: Launcher) 
     names = {member.name for member in list_group(launcher.status()["engine"]["pid"])}
     assert any(name.startswith("VLLM::EngineCor") for name in names)
     assert not any(name.startswith("VLLM::Worker") for name in names)
+
+
+def test_its_sockets_are_in_a_folder_of_its_own(launcher: Launcher) -> None:
+    folder = find_temporary_folder(launcher.state)
+    assert any(path.is_socket() for path in folder.iterdir())
 
 
 def test_core_killed_during_a_batch_engine_returns_and_card_names_it(launcher: Launcher) -> None:
@@ -113,6 +119,41 @@ def test_term_during_a_batch_the_batch_finishes_and_exit_is_0(launcher: Launcher
     assert [choice["finish_reason"] for choice in choices] == ["length"] * 358
     assert launcher.wait(within_s=60) == 0
     assert list_group(group) == []
+    assert not find_temporary_folder(launcher.state).exists()
+
+
+def test_up_launcher_killed_what_runs_and_waits_is_answered(tmp_path: Path) -> None:
+    settings = {
+        "GATEWAY_MAX_RUNNING": "16",
+        "GATEWAY_WARMUP_PROMPTS": "16",
+        "LAUNCHER_DRAIN_TIMEOUT_S": "60",
+        "LAUNCHER_SET": "max-num-seqs=16",
+    }
+    launcher = Launcher(tmp_path, "up", settings, fake=None)
+
+    async def scenario() -> list[httpx.Response]:
+        url = f"http://127.0.0.1:{launcher.port}"
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=100) as client:
+            body = {"model": "demo", "prompt": "a", "max_tokens": 1000, "ignore_eos": True}
+            calls = [client.post("/v1/completions", json={**body, "stream": True})]
+            for batch in range(4):
+                prompts = [f"{batch} {number} is a number" for number in range(16)]
+                fields = {"prompt": prompts, "max_tokens": 256}
+                calls.append(client.post("/predict", json=fields))
+            tasks = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.sleep(0.5)  # some run, some wait
+            assert not all(task.done() for task in tasks)
+            launcher.send(signal.SIGKILL)
+            return await asyncio.gather(*tasks)
+
+    with running(launcher):
+        wait_for(lambda: launcher.out, "it is ready", within_s=START_S)
+        stream, *batches = asyncio.run(scenario())
+        assert stream.text.endswith("data: [DONE]\n\n")
+        assert [batch.status_code for batch in batches] == [200] * 4
+        assert ["errors" in batch.json() for batch in batches] == [False] * 4
+        launcher.wait()
+        wait_for(lambda: not launcher.processes(), "engine and gateway end", within_s=30)
 
 
 def test_crash_loop_ends_with_4_within_its_budget(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.admission.keys import Keyring, is_loopback, make_key
+from gateway.admission.keys import KEYRING, Keyring, is_loopback, make_key
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
 from tests.gateway.conftest import Serve, make_settings, until
@@ -45,6 +45,20 @@ async def test_key_missing_or_unknown_is_401_and_known_passes(serve: Serve, tmp_
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
         assert (right.status_code, anthropic.status_code) == (200, 200)
         assert (await served.client.get("/")).status_code == 200
+
+
+async def test_keys_file_that_becomes_a_fifo_stops_nobody(serve: Serve, tmp_path: Path) -> None:
+    path, keys = _keys_file(tmp_path, alice="")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with serve(keys_file=path) as served:
+        reload = served.app[KEYRING].reload
+        fifo.replace(path)
+        await asyncio.wait_for(asyncio.to_thread(reload), 20)  # if the gateway has not been quicker
+        answer = await served.client.post(
+            "/predict", json={"prompt": "a"}, headers=_bearer(keys["alice"])
+        )
+        assert answer.status_code == 200
 
 
 async def test_key_from_the_environment_passes(serve: Serve) -> None:

@@ -293,6 +293,7 @@ class Metrics:
             "log_lines_dropped",
             "Log lines that were lost: the disk is full, or nobody reads the pipe.",
         )
+        self.log_lines_dropped.read = lambda: [((), 0)]  # until there is a log to ask
         self.start_time_seconds = self._live_gauge(
             "start_time_seconds", "When the gateway started."
         )

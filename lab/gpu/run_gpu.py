@@ -59,6 +59,8 @@ _STOP_S = 15.0  # what stopping a group of engines takes
 
 def main(words: Sequence[str]) -> int:
     arguments = options.parse_options(build_parser(), words)
+    if arguments.launcher_options:
+        raise BadOptions("an arm has options of its own: --arms 'course KEY=VALUE …'")
     asked = read_questions(Path(arguments.questions).expanduser(), needs_answers=False)
     for path in filter(None, (arguments.out, arguments.record)):
         ensure_writable(Path(path))
@@ -129,6 +131,8 @@ class GpuRun:
             planned = leave_doubles_out(planned)
         profiles = [one.arm.word for one in planned if one.plan]
         arguments.control = arguments.control or next(iter(profiles), words[0])
+        if arguments.control not in {one.arm.word for one in planned}:
+            raise BadOptions(f"--control {arguments.control!r} is none of the arms")
         for one in planned:
             self._say(f"{one.arm.word}: {one.describe()}")
         return planned

@@ -30,7 +30,7 @@ def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProc
     own = {"LAUNCHER_CACHE_DIR": str(folder / "cache"), "STARTED_BY_TEST_IN": f"{folder}/"}
     out = ["--out", str(folder / "gpu.json"), "--record", str(folder / "record.json")]
     return subprocess.run(
-        [sys.executable, "-m", "lab", "gpu", *words, *out],
+        [sys.executable, "-m", "lab", "gpu", *out, *words],
         cwd=ROOT, env=kept | own | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -112,6 +112,8 @@ def test_no_arm_that_starts_is_no_result(tmp_path: Path) -> None:
     [
         (["--arms", "lunch"], "no arm 'lunch'"),
         (["--arms", "3*course"], "takes 3 cards, of 2"),
+        (["--control", "latency-stock"], "'latency-stock' is none of the arms"),
+        (["--arms", "course", "--", "--profile", "cpu"], "an arm has options of its own"),
         (["--model", "/nowhere"], "/nowhere is no folder of a model"),
         (["--tokens", "12,x"], "x is no whole number from 1 on"),
     ],

@@ -45,17 +45,19 @@ async def test_session_is_stopped_woken_and_ended_as_one(
 ) -> None:
     session = Session("busy", bind_to_parent("busy", kill_s=1), environment, tmp_path / "log")
     leader = session.pid
-    wait_for(lambda: list_states(leader), "the program, its child, its watcher")
+    try:
+        wait_for(lambda: list_states(leader), "the program, its child, its watcher")
+        session.signal(signal.SIGSTOP)
+        stopped = [(False, "T"), (False, "T"), (True, "S")]
+        wait_for(lambda: list_states(leader) == stopped, "the stop")
+        session.signal(signal.SIGCONT)
+        session.refresh()
+        used = dict(session.list_cpu_s())
+        wait_for(lambda: dict(session.list_cpu_s())["others"] > used["others"], "its child's work")
+        session.signal(signal.SIGSTOP)
+    finally:
+        await session.end()
 
-    session.signal(signal.SIGSTOP)
-
-    wait_for(lambda: list_states(leader) == [(False, "T"), (False, "T"), (True, "S")], "the stop")
-    session.signal(signal.SIGCONT)
-    session.refresh()
-    used = dict(session.list_cpu_s())
-    wait_for(lambda: dict(session.list_cpu_s())["others"] > used["others"], "its child's work")
-    session.signal(signal.SIGSTOP)
-    await session.end()
     assert session.has_ended
     assert list_group(leader) == []
 

@@ -39,6 +39,7 @@ class Behaviour:
     refuses: Callable[[str], bool] = lambda question: False
     refused_field: str | None = None
     aborts: Callable[[str], bool] = lambda question: False
+    fails: Callable[[str], bool] = lambda question: False  # 500 to these, in streams after the 200
     status: int = 200
     retry_after_s: int | None = None
     body: bytes | None = None
@@ -127,9 +128,10 @@ async def _completions(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         request.transport.abort()
         return web.Response()
-    if behaviour.status != 200 or behaviour.body is not None:
+    status = _choose_status(behaviour, call, questions)
+    if status != 200 or behaviour.body is not None:
         body = behaviour.body or orjson.dumps({"error": {"message": "broken", "code": 500}})
-        return web.Response(status=behaviour.status, body=body, content_type="application/json")
+        return web.Response(status=status, body=body, content_type="application/json")
     if any(behaviour.refuses(question) for question in questions):
         return _refusal("this is not to my taste", behaviour.refused_field)
     if call.get("stream"):
@@ -162,9 +164,10 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         request.transport.abort()
         return web.Response()
-    if behaviour.status != 200:
-        broken = {"error": {"message": "broken", "code": behaviour.status}}
-        answer = _json(broken, behaviour.status)
+    status = _choose_status(behaviour, call, [question])
+    if status != 200:
+        broken = {"error": {"message": "broken", "code": status}}
+        answer = _json(broken, status)
         if behaviour.retry_after_s is not None:
             answer.headers["Retry-After"] = str(behaviour.retry_after_s)
         return answer
@@ -181,6 +184,11 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     return _json({"id": "chat-1", "choices": [choice], "usage": usage})
 
 
+def _choose_status(behaviour: Behaviour, call: dict[str, Any], questions: Sequence[str]) -> int:
+    fails = any(behaviour.fails(question) for question in questions) and not call.get("stream")
+    return 500 if fails else behaviour.status
+
+
 async def _stream(request: web.Request, call: dict[str, Any], question: str) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
     await response.prepare(request)
@@ -189,11 +197,12 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
     async with _working(behaviour, 1):
         if behaviour.floods(question):
             await _flood(request, response)
-        if behaviour.stream_error:
+        error = behaviour.stream_error
+        if behaviour.fails(question):
+            error = {"message": "broken", "code": 500}
+        if error:
             await asyncio.sleep(0.01)  # or it would leave with the head
-            await response.write(
-                b"data: " + orjson.dumps({"error": behaviour.stream_error}) + b"\n\n"
-            )
+            await response.write(b"data: " + orjson.dumps({"error": error}) + b"\n\n")
             text = ""
         for number, character in enumerate(text):
             if number == behaviour.stream_cut_after:

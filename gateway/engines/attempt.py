@@ -73,6 +73,8 @@ class EngineChooser(Protocol):
 
     def has_other(self, engine: Engine) -> bool: ...
 
+    async def wait_looked_at(self, engine: Engine) -> None: ...
+
 
 class Attempt:
     """One call, from the choice of an engine to its answer's end."""
@@ -111,6 +113,7 @@ class Attempt:
                     break
                 self._close(failure)
                 call.context.is_running = False
+                await self._pool.wait_looked_at(engine)
                 failed_in.add((engine, engine.starts))
                 call.avoid, early = engine, None
         except BaseException as error:
@@ -146,6 +149,9 @@ class Attempt:
         began = time.perf_counter()
         try:
             answer = await engine.client.send(call.method, call.path, headers, body)
+        except EngineTimeout as error:
+            engine.note_error(is_silent=True)
+            return None, error
         except EngineError as error:
             engine.note_failure()
             return None, error
@@ -174,14 +180,14 @@ class Attempt:
         if failure is None:
             engine.note_success()
         else:
-            engine.note_failure()
+            engine.note_error()
         return failure
 
     def _judge_stream(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
         """Its end will tell, where a stream can be an answer at all."""
         if self._call.parse is not None:
             answer.close()
-            engine.note_failure()
+            engine.note_error()
             return EngineError("the engine answered with a stream", code="engine_garbled")
         if answer.status >= 500 and answer.status not in BUSY_STATUSES:
             answer.is_at_fault = True
@@ -215,8 +221,10 @@ class Attempt:
         if answer is not None and answer.body is None:
             # One that takes too long may be as long as it was asked to be.
             is_broken = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
-            if is_broken or answer.is_at_fault:
+            if is_broken:
                 engine.note_failure()
+            elif answer.is_at_fault:
+                engine.note_error()
             elif error is None and answer.is_at_fault is None:
                 engine.note_success()
             answer.close()

@@ -60,11 +60,14 @@ class Engine:
         self.breaker_open_until = 0.0
         self.client = EngineClient(url, connector, settings)
         self._busy_until = 0.0
-        self._failures = 0
+        self._failures = 0  # in a row: connections lost or refused
+        self._errors = 0  # in a row: answers that were errors of its own, or came too late
+        self._was_silent = False
+        self._goes_on = False  # while it is suspect
         self._connector = connector
         self._settings = settings
         self._metrics = metrics
-        for known in (metrics.engine_failures, metrics.breaker_trips):
+        for known in (metrics.engine_failures, metrics.engine_errors, metrics.breaker_trips):
             known.labels(self.url)  # counted from zero, not from the first failure
 
     def change_password(self, url: str) -> None:
@@ -78,14 +81,19 @@ class Engine:
         """Ready, not just seen failing, and its breaker is closed."""
         return (
             self.state is EngineState.READY
-            and not self.suspect.is_set()
+            and (self._goes_on or not self.suspect.is_set())
             and self.breaker_open_until <= time.monotonic()
         )
 
     @property
+    def is_on_trial(self) -> bool:
+        """So many errors in a row that a question of ours has to tell whose fault they are."""
+        return self._errors >= self._settings.breaker_failures
+
+    @property
     def breaker_left_s(self) -> float:
         """How long an engine that is ready stays out of use; no event marks the end of that."""
-        if self.state is not EngineState.READY or self.suspect.is_set():
+        if self.state is not EngineState.READY or (self.suspect.is_set() and not self._goes_on):
             return math.inf
         return max(0.0, self.breaker_open_until - time.monotonic())
 
@@ -111,30 +119,60 @@ class Engine:
         if self.state is EngineState.READY and state is not EngineState.READY:
             self.down_since = now
         elif self.state is not EngineState.READY and state is EngineState.READY:
-            self._failures, self.breaker_open_until = 0, 0.0  # it has just answered its warm-up
+            self.note_success()  # it has just answered its warm-up
+            self.breaker_open_until = 0.0
             self.starts += 1
             took_s = now - self.down_since
             known_s = self.typical_start_s
             self.typical_start_s = took_s if known_s is None else (known_s + took_s) / 2
         self.state, self.reason = state, reason
+        self._goes_on = False
         self.suspect.clear()
 
     def note_busy(self) -> None:
         self._busy_until = time.monotonic() + _BUSY_S
 
     def note_success(self) -> None:
-        self._failures = 0
+        self._failures = self._errors = 0
+        self._was_silent = False
 
     def note_failure(self) -> None:
-        """The breaker: after several failures in a row it leaves the engine alone for a while.
-
-        Then the first request is the test; it fails again, and the breaker opens at once.
+        """It lost a call or did not take it, which no request brings about: it is left out until it
+        has been looked at, and after several in a row the breaker opens.
         """
         self._failures += 1
         self._metrics.engine_failures.labels(self.url).inc()
+        self._goes_on = False
         self.suspect.set()
-        if self._failures < self._settings.breaker_failures:
-            return
+        if self._failures >= self._settings.breaker_failures:
+            self._open_breaker()
+
+    def note_error(self, *, is_silent: bool = False) -> None:
+        """It answered with an error of its own, or not in time, and either may be the request's
+        doing: vLLM says 500 to some that it cannot take. It is looked at, but others are still sent
+        to it, or one caller could keep them all waiting.
+        """
+        self._errors += 1
+        self._was_silent |= is_silent
+        self._metrics.engine_errors.labels(self.url).inc()
+        if not self.suspect.is_set():
+            self._goes_on = True
+            self.suspect.set()
+
+    def note_trial(self, *, has_failed: bool | None) -> None:
+        """What became of the question that decides; `None`: no answer in time. A busy engine may
+        owe that, but hardly one that has let calls run into their time-out.
+        """
+        if has_failed or (has_failed is None and self._was_silent):
+            self._metrics.engine_failures.labels(self.url).inc()
+            self._open_breaker()
+        else:
+            self._errors, self._was_silent = 0, False
+
+    def _open_breaker(self) -> None:
+        """It is left alone for a while; then the first request is the test, and if that fails
+        again, the breaker opens at once.
+        """
         now = time.monotonic()
         if self.breaker_open_until <= now:  # calls that were on their way open it no second time
             self._metrics.breaker_trips.labels(self.url).inc()

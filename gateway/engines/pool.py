@@ -115,6 +115,14 @@ class EnginePool:
         """Whether another one would take what this one was too busy for."""
         return any(one is not engine and one.is_usable and not one.is_busy for one in self.engines)
 
+    async def wait_looked_at(self, engine: Engine) -> None:
+        """Before a call is sent again: is the engine that failed it still in the same life?"""
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.restart_hold_s):
+                    while engine.suspect.is_set() and not self.has_other(engine):
+                        await self._changed.wait()
+
     def _check_deadline(self, deadline: float) -> None:
         left_s = deadline - asyncio.get_running_loop().time()
         now = time.monotonic()

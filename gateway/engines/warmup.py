@@ -18,7 +18,7 @@ from gateway.config import Settings, SettingsError
 from gateway.engines.batch import BatchGenerator
 from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import EnginePool
-from gateway.errors import EngineError, GatewayError
+from gateway.errors import EngineError, EngineTimeout, GatewayError, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.prompts.builder import PromptBuilder
@@ -76,6 +76,8 @@ class Warmup:
         elif engine.state is not EngineState.READY:
             await self._warm(engine)
         elif engine.suspect.is_set():
+            if engine.is_on_trial:
+                await self._try(engine)
             await self._pool.set_state(engine, EngineState.READY)
 
     async def _warm(self, engine: Engine) -> None:
@@ -86,7 +88,9 @@ class Warmup:
         engine.card = cards[0]
         started = time.perf_counter()
         async with asyncio.timeout(self._settings.warmup_timeout_s):
-            tokens = await self._run_batch(engine)
+            tokens = await self._run_batch(
+                engine, self._settings.warmup_prompts, self._settings.max_tokens
+            )
         took_s = time.perf_counter() - started
         self._metrics.warmup_seconds.labels(engine.url).set(took_s)
         self._metrics.warmups.labels(engine.url, "done").inc()
@@ -100,20 +104,29 @@ class Warmup:
         )
         await self._pool.set_state(engine, EngineState.READY)
 
-    async def _run_batch(self, engine: Engine) -> int:
-        questions = list(
-            itertools.islice(itertools.cycle(self._questions), self._settings.warmup_prompts)
-        )
+    async def _try(self, engine: Engine) -> None:
+        """A question of our own tells whether the engine is at fault or those who asked it."""
+        has_failed: bool | None = False
+        try:
+            async with asyncio.timeout(self._settings.probe_timeout_s):
+                await self._run_batch(engine, n_prompts=1, max_tokens=1)
+        except (TimeoutError, EngineTimeout, Unavailable):
+            has_failed = None
+        except GatewayError as error:
+            has_failed = True
+            log.warning("engine_failed_trial", engine=engine.url, reason=str(error))
+        engine.note_trial(has_failed=has_failed)
+
+    async def _run_batch(self, engine: Engine, n_prompts: int, max_tokens: int) -> int:
+        questions = list(itertools.islice(itertools.cycle(self._questions), n_prompts))
         prompts = await self._builder.build(questions, None, engine.max_model_len)
         good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
         if not good:
             raise next(prompt for prompt in prompts if isinstance(prompt, GatewayError))
-        sampling = default_sampling(self._settings)
         if engine.max_model_len is not None:
             # A model with a short context still warms up; asked for more than it has, it refuses.
-            sampling = replace(
-                sampling, max_tokens=min(sampling.max_tokens, engine.max_model_len - 1)
-            )
+            max_tokens = min(max_tokens, engine.max_model_len - 1)
+        sampling = replace(default_sampling(self._settings), max_tokens=max_tokens)
         name = f"warmup-{uuid.uuid4().hex[:12]}"
         completion = await self._generator.generate(
             good,

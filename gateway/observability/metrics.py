@@ -267,6 +267,12 @@ class Metrics:
         self.engine_failures = self._counter(
             "engine_failures", "Calls that the engine failed, as the breaker sees them.", "engine"
         )
+        self.engine_errors = self._counter(
+            "engine_errors",
+            "Calls that it answered with an error of its own, or not in time. The request may have "
+            "caused that, so the breaker opens only if a question of the gateway's fails as well.",
+            "engine",
+        )
         self.breaker_trips = self._counter(
             "breaker_trips", "Times that failures in a row opened the breaker.", "engine"
         )

@@ -33,6 +33,7 @@ from common.web.foreign_pages import check_hosts
 __all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_settings"]
 
 PREFIX = "GATEWAY_"
+CONSTRAINTS = ("json", "choice", "regex", "tools", "grammar", "structural_tag")
 _SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
 
 
@@ -185,6 +186,27 @@ class Settings(ProgramSettings):
         "their addresses are no public ones, separated by commas; `.example.com` is all names "
         "below it, `*` any host whatsoever.",
     )
+    structured_outputs: CommaList = Field(
+        ("json", "choice", "regex", "tools"),
+        description="Constraints that callers may put on an answer's form: json, choice, regex, "
+        "tools (forced or strict ones), and, for trusted callers since their cost cannot be told "
+        "beforehand, grammar and structural_tag. A key may have a list of its own.",
+    )
+    max_regex_characters: int = Field(
+        4096, ge=1, description="Most characters in all regular expressions of a /v1 call."
+    )
+    max_regex_states: int = Field(
+        20_000,
+        ge=1,
+        description="Most parts that a regular expression of a /v1 call may have, its counts "
+        "multiplied out.",
+    )
+    max_uncertain_states: int = Field(
+        64,
+        ge=1,
+        description="The same for one in which it is not certain where a part ends and the next "
+        "begins: the engine follows all possibilities side by side.",
+    )
     max_prompts_per_call: int = Field(
         1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
     )
@@ -328,6 +350,13 @@ class Settings(ProgramSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe lines that are logged."
     )
+
+    @field_validator("structured_outputs")
+    @classmethod
+    def _check_constraints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(value).difference(CONSTRAINTS):
+            raise ValueError(f"{min(unknown)!r} is none of {', '.join(CONSTRAINTS)}")
+        return value
 
     @field_validator("aliases")
     @classmethod

@@ -34,6 +34,7 @@ REFUSALS = (
     "invalid_api_key",
     "route_not_allowed",
     "model_not_allowed",
+    "constraint_not_allowed",
     "not_admin",
     "host_not_allowed",
     "cross_site",

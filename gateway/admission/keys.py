@@ -12,7 +12,7 @@ import hmac
 import ipaddress
 import secrets
 import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common.files import FileWatch, read_text
 from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, Unauthorized
+from gateway.schemas.grammars import Constraint, Kind
 
 log = structlog.get_logger("gateway")
 
@@ -43,6 +44,7 @@ class Caller(BaseModel):
     tokens_per_minute: int = Field(0, ge=0)
     models: tuple[str, ...] = ()
     routes: tuple[str, ...] = ()
+    structured_outputs: tuple[Kind, ...] | None = None  # as the setting says
     admin: bool = False
 
     def check_route(self, route: str) -> None:
@@ -60,6 +62,19 @@ class Caller(BaseModel):
             raise Forbidden(
                 f"this key may not use the model {model!r}", param="model", code="model_not_allowed"
             )
+
+    def check_constraints(self, constraints: Iterable[Constraint], usual: Sequence[str]) -> None:
+        """`usual` is for keys that say nothing of their own."""
+        allowed = usual if self.structured_outputs is None else self.structured_outputs
+        for one in constraints:
+            if one.kind not in allowed:
+                raise Forbidden(
+                    f"{one.param}: this key may not constrain answers by {one.kind!r}; the "
+                    "operator can allow it with structured_outputs in the keys file, or for "
+                    "everybody with GATEWAY_STRUCTURED_OUTPUTS",
+                    param=one.param,
+                    code="constraint_not_allowed",
+                )
 
 
 ANONYMOUS = Caller(name="anonymous")

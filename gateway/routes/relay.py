@@ -57,6 +57,8 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     call = parse_openai_request(request.path, await read_body(request), request.app[SETTINGS])
     if caller.models:
         caller.check_model(call.model)
+    if call.constraints:
+        caller.check_constraints(call.constraints, request.app[SETTINGS].structured_outputs)
     if call.media_hosts:
         await request.app[MEDIA_HOSTS].ensure_allowed(call.media_hosts)
     context.deadline = parse_deadline(request.headers)

@@ -15,7 +15,9 @@ import orjson
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
 from gateway.schemas.fields import parse_json_object, read_stops, wrong_type
+from gateway.schemas.grammars import Constraint, read_constraints
 from gateway.schemas.media import read_media_hosts
+from gateway.schemas.sampling import check_sampling
 from gateway.schemas.vllm import garbled_models, parse_engine_error
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
@@ -36,6 +38,7 @@ class OpenAIRequest:
     hides_usage: bool = False
     affinity: str = ""
     media_hosts: frozenset[str] = frozenset()
+    constraints: tuple[Constraint, ...] = ()
 
 
 def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRequest:
@@ -63,6 +66,7 @@ def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIR
     sequences = _bound_sequences(data, settings)
     _bound_sizes(data, settings)
     _bound_lengths(data, settings)
+    check_sampling(data)
     is_stream = _is_set(data, "stream", "stream")
     hides_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
@@ -77,6 +81,7 @@ def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIR
         hides_usage=hides_usage,
         affinity=_affinity(data, settings),
         media_hosts=read_media_hosts(data, body),
+        constraints=read_constraints(data, settings),
     )
 
 

@@ -1,0 +1,67 @@
+"""Sampling fields of /v1 whose values the engine cannot take: it would answer some of them with 500
+or only when the call runs already. What it refuses well is its own to refuse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gateway.errors import InvalidRequest
+from gateway.schemas.fields import wrong_type
+
+_INT32 = 2**31 - 1
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "top_k": (-1, _INT32),
+    "repetition_penalty": (0, 100),
+    "length_penalty": (-10, 10),
+    "truncate_prompt_tokens": (-1, _INT32),
+    "thinking_token_budget": (-1, _INT32),
+    "stream_interval": (1, _INT32),
+}
+_TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
+_MOST_TOKEN_DIGITS = 10
+# How engines hand work to each other; it names hosts that the engine would then speak to.
+_INTERNAL_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
+
+
+def check_sampling(data: Mapping[str, Any]) -> None:
+    """`InvalidRequest` names the field; what is no number is the engine's to refuse."""
+    for name in _RANGES.keys() & data.keys():
+        value = data[name]
+        if isinstance(value, int | float):
+            low, high = _RANGES[name]
+            if not low <= value <= high:
+                raise InvalidRequest(f"{name} must be {low} to {high}", param=name)
+    for name in _TOKEN_LISTS:
+        _check_tokens(name, data.get(name))
+    _check_biases(data.get("logit_bias"))
+    extra = data.get("vllm_xargs")
+    if isinstance(extra, dict):
+        for name in _INTERNAL_ARGUMENTS:
+            if name in extra:
+                raise InvalidRequest(
+                    f"vllm_xargs.{name} is no field for callers; leave it out",
+                    param=f"vllm_xargs.{name}",
+                )
+
+
+def _check_tokens(name: str, tokens: Any) -> None:
+    if not isinstance(tokens, list):
+        return
+    for token in tokens:
+        if isinstance(token, int | float) and not 0 <= token <= _INT32:
+            raise InvalidRequest(f"{name} takes ids of tokens, 0 and above", param=name)
+
+
+def _check_biases(biases: Any) -> None:
+    if not isinstance(biases, dict):
+        return
+    for token, bias in biases.items():
+        if len(token) > _MOST_TOKEN_DIGITS or (token.isdecimal() and int(token) > _INT32):
+            raise InvalidRequest("logit_bias takes ids of tokens as names", param="logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise wrong_type("logit_bias", "an object of numbers by token id")
+        if not math.isfinite(bias):
+            raise InvalidRequest("logit_bias takes numbers of -100 to 100", param="logit_bias")

@@ -23,6 +23,7 @@ from gateway.request_context import CONTEXT
 from gateway.schemas.openai import (
     build_stream_error,
     drop_usage_events,
+    has_stream_end,
     name_stream_errors,
     parse_usage,
 )
@@ -62,7 +63,7 @@ class EventStream:
     async def copy(self, answer: EngineAnswer) -> None:
         """The path of every chunk, so each line here is felt."""
         read, note_chunk = answer.read_chunk, self.timing.note_chunk
-        rest = b""  # of an event whose end has not come yet
+        last = rest = b""  # rest: of an event whose end has not come yet
         with IdleTimer(self._request, answer, self):
             while chunk := await read():
                 note_chunk()
@@ -70,15 +71,18 @@ class EventStream:
                     chunk, rest = _split(rest + chunk)
                     self.is_inside_event = bool(rest)
                 if b'"usage":{' in chunk:
-                    self.usage = _add(self.usage, parse_usage(chunk))
+                    self._note_usage(chunk, answer)
                     if self._hides_usage:
                         chunk = drop_usage_events(chunk)
                 if b'data: {"error"' in chunk:
                     chunk = self._note_error(chunk, answer)
                 if chunk:
+                    last = chunk
                     self.is_writing = True
                     await self.write(chunk)
                     self.is_writing = False
+            if answer.status == 200 and not has_stream_end(self._request.path, rest or last):
+                raise EngineError("the engine's stream ended without its end")
             if rest:
                 self.is_writing = True
                 await self.write(rest)
@@ -97,6 +101,13 @@ class EventStream:
             await self._response.write(event)
         await self._response.write_eof()
         return self._response
+
+    def _note_usage(self, events: bytes, answer: EngineAnswer) -> None:
+        try:
+            self.usage = _add(self.usage, parse_usage(events))
+        except EngineError:
+            answer.is_at_fault = True
+            raise
 
     def _note_error(self, events: bytes, answer: EngineAnswer) -> bytes:
         """The engine tells of some failures, and of some refusals, only after its 200."""

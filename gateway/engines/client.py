@@ -18,6 +18,7 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import RawResponseMessage
 from multidict import CIMultiDictProxy
 from yarl import URL
 
@@ -52,7 +53,7 @@ class EngineAnswer:
         """What has come of a stream, as it came; empty at its end."""
         try:
             return await self._content.readany()
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             raise translate(error) from error
 
     def fail(self, error: EngineError) -> None:
@@ -104,10 +105,7 @@ class EngineClient:
             with self._timeouts.limit(self._timeout_s):
                 connection = await self._connector.connect(self._address, [], self._connect_timeout)
                 protocol = _write(connection, head, body)
-                while True:
-                    message, content = await protocol.read()
-                    if message.code >= 200:  # others announce the answer
-                        break
+                message, content = await _read_head(protocol)
                 answer = EngineAnswer(connection, message.code, message.headers, content)
                 if not message.headers.get("Content-Type", "").startswith("text/event-stream"):
                     answer.body = await content.read()
@@ -146,6 +144,15 @@ def _write(connection: Connection, head: bytes, body: bytes | None) -> ResponseH
     else:
         transport.write(head)
     return protocol
+
+
+async def _read_head(protocol: ResponseHandler) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
+    while True:
+        message, content = await protocol.read()
+        if message.code >= 200:  # others announce the answer
+            return message, content
+        if message.code == 101:  # none would come any more
+            raise EngineError("the engine switched to another protocol", code="engine_garbled")
 
 
 def translate(error: Exception) -> EngineError | OutOfFiles:

@@ -23,6 +23,7 @@ class _OneAnswerProtocol(ResponseHandler):
     """Listens from a request's start to its answer's last byte."""
 
     _is_listening = False
+    _body: aiohttp.StreamReader | None = None
 
     def set_response_params(self, **options: Any) -> None:
         self._is_listening = True
@@ -32,7 +33,17 @@ class _OneAnswerProtocol(ResponseHandler):
         message, payload = data
         if message.code >= 200:  # after an interim answer the real one is still to come
             payload.on_eof(self._stop_listening)
+            self._body = payload
         super().feed_data(data, size)
+
+    def set_exception(self, error: BaseException, *cause: Any) -> None:
+        """aiohttp tells whoever waits for a head; the reader of a body with a broken chunk would
+        wait for the rest of it until it is too late.
+        """
+        body, self._body = self._body, None
+        if body is not None and not body.is_eof() and body.exception() is None:
+            body.set_exception(error)
+        super().set_exception(error, *cause)
 
     def data_received(self, data: bytes) -> None:
         if self._is_listening:
@@ -41,7 +52,7 @@ class _OneAnswerProtocol(ResponseHandler):
             self.close()
 
     def _stop_listening(self) -> None:
-        self._is_listening = False
+        self._is_listening, self._body = False, None
 
 
 def _make_socket(address: AddrInfoType) -> socket.socket:

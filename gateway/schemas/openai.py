@@ -23,6 +23,18 @@ from gateway.schemas.vllm import garbled_models, parse_engine_error
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _EVENT_STARTS = (b"event:", b"data:")
 _RESPONSE_END = re.compile(rb'"type":\s*"response\.(?:completed|incomplete|failed)"')
+_DONE = b"data: [DONE]"
+_STREAM_ENDS: Mapping[str, tuple[bytes, ...]] = {
+    "/v1/completions": (),
+    "/v1/chat/completions": (),
+    "/v1/responses": (
+        b"event: response.completed\n",
+        b"event: response.incomplete\n",
+        b"event: response.failed\n",
+        b"event: error\n",
+    ),
+    "/v1/messages": (b"event: message_stop\n", b"event: error\n"),
+}
 _NO_CHOICES = b'"choices":[]'
 
 
@@ -192,7 +204,18 @@ def parse_usage(body: bytes) -> tuple[int, int] | None:
         return None
     taken = usage.get("prompt_tokens", usage.get("input_tokens")) or 0
     given = usage.get("completion_tokens", usage.get("output_tokens")) or 0
-    return (taken, given) if isinstance(taken, int) and isinstance(given, int) else None
+    if not isinstance(taken, int) or not isinstance(given, int):
+        return None
+    if taken < 0 or given < 0:  # it would credit the caller
+        raise EngineError("the engine counted less than no tokens", code="engine_garbled")
+    return taken, given
+
+
+def has_stream_end(path: str, events: bytes) -> bool:
+    """Whether the last events of a stream are how one of this route ends; an error is, too."""
+    if path not in _STREAM_ENDS or events.rstrip().endswith(_DONE):
+        return True
+    return any(end in events for end in _STREAM_ENDS[path])
 
 
 def drop_usage_events(events: bytes) -> bytes:

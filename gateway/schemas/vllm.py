@@ -128,12 +128,14 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
         for choice in choices:
             place = range(n_prompts).index(choice["index"])  # -1 would be the last one's
             answers[place] = _read_choice(choice)
-        prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        completion_tokens = int(usage.get("completion_tokens") or 0)
-    except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError) as error:
+        prompt_tokens = _read_count(usage, "prompt_tokens")
+        completion_tokens = _read_count(usage, "completion_tokens")
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise EngineError(
             f"the engine's answer could not be read ({type(error).__name__})", code="engine_garbled"
         ) from error
+    if len(choices) > n_prompts:
+        raise EngineError("the engine answered a prompt twice", code="engine_garbled")
     present = [answer for answer in answers if answer is not None]
     if len(present) != n_prompts:
         raise EngineError(
@@ -146,7 +148,16 @@ def _read_choice(choice: Mapping[str, Any]) -> GeneratedText | EngineError:
     reason = choice.get("finish_reason")
     if reason not in {"stop", "length"}:
         return EngineAborted(f"the engine gave this prompt up (finish_reason {reason!r})")
-    return GeneratedText(str(choice["text"]), str(reason))
+    if not isinstance(choice["text"], str):
+        raise TypeError("a text is none")
+    return GeneratedText(choice["text"], str(reason))
+
+
+def _read_count(usage: Mapping[str, Any], name: str) -> int:
+    value = usage.get(name) or 0
+    if not isinstance(value, int) or value < 0:
+        raise ValueError("a count of tokens is none")
+    return value
 
 
 def parse_engine_error(body: bytes) -> tuple[str, str | None]:

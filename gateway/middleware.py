@@ -4,6 +4,7 @@ envelope.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import re
@@ -79,6 +80,11 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
             if record.route not in _OPEN_ROUTES:
                 await _admit(request, record)
             response = await handler(request)
+        except asyncio.CancelledError:
+            end = context.take_end()
+            if end is None:
+                raise
+            response = _answer_exception(request, end)
         except Exception as error:  # noqa: BLE001 — the one place where exceptions become answers
             response = _answer_exception(request, error)
         status = response.status
@@ -89,6 +95,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         return response
     finally:
         open_requests.count -= counts
+        request.app[KEYRING].close_call()
         _finish(request.app, context, status)
 
 
@@ -171,8 +178,9 @@ async def _admit(request: web.Request, record: RequestRecord) -> None:
         raise _Stopping("the gateway is stopping", retry_after_s=_RESTART_S)
     caller = request.app[KEYRING].identify(request.headers)
     caller.check_route(record.route)
-    await request.app[ACCOUNTS].take_request(caller)
     request[CALLER] = caller
+    request.app[KEYRING].open_call(caller, request[CONTEXT])
+    await request.app[ACCOUNTS].take_request(caller)
 
 
 def translate(

@@ -5,11 +5,13 @@ What is only learnt about it is its record (`observability/request_record.py`).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from gateway.errors import GatewayError
 from gateway.observability.request_record import RequestRecord
 from gateway.observability.tracing import CallSpan, RequestSpan
 
@@ -28,9 +30,17 @@ class RequestContext:
     carried: Mapping[str, str] = field(default_factory=dict)  # the caller's, for the engine
     engine_calls: int = 0
     is_running: bool = False  # an engine has it, or has had it last
+    ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
         self.carried = {name: headers[name] for name in names if name in headers}
+
+    def take_end(self) -> GatewayError | None:
+        """For who has caught a cancellation: what the caller is told, if it was not theirs."""
+        task = asyncio.current_task()
+        if self.ended_by is not None and task is not None:
+            task.uncancel()
+        return self.ended_by
 
     def open_call(self, engine: str, sequences: int) -> tuple[dict[str, str], CallSpan | None]:
         """For each call of an engine: the headers by which it can be followed there, and its span.

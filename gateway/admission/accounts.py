@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -24,6 +24,14 @@ class Usage:
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def add(self, other: Usage) -> None:
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+
+
+_NOTHING = Usage()  # of a key that nobody has used; only read
 
 
 class Accounts:
@@ -71,26 +79,36 @@ class Accounts:
             account, amount = f"tokens:{caller.name}", prompt_tokens + completion_tokens
             await self._limits.overdraw(account, amount, caller.tokens_per_minute)
 
-    def read_usage(self) -> dict[str, dict[str, int]]:
+    def read_usage(self) -> dict[str, Usage]:
         """Requests and tokens of every key there is, used or not."""
         callers = self._keyring.list_callers()
-        return {caller.name: asdict(self._usage[caller.name]) for caller in callers}
+        return {caller.name: self._usage.get(caller.name, _NOTHING) for caller in callers}
+
+    def sum_usage(self, names: Iterable[str] | None = None) -> Usage:
+        """Of these keys, or of all."""
+        total = Usage()
+        rows = self.read_usage().values() if names is None else map(self._usage.get, names)
+        for used in rows:
+            if used is not None and used is not _NOTHING:  # most of many thousand keys
+                total.add(used)
+        return total
 
     def _list_requests(self) -> Iterator[tuple[Sequence[str], float]]:
         for name, used in self._read_bounded_usage().items():
-            yield (name,), used["requests"]
+            yield (name,), used.requests
 
     def _list_tokens(self) -> Iterator[tuple[Sequence[str], float]]:
         for name, used in self._read_bounded_usage().items():
-            yield (name, "in"), used["prompt_tokens"]
-            yield (name, "out"), used["completion_tokens"]
+            yield (name, "in"), used.prompt_tokens
+            yield (name, "out"), used.completion_tokens
 
-    def _read_bounded_usage(self) -> dict[str, dict[str, int]]:
+    def _read_bounded_usage(self) -> dict[str, Usage]:
         """Thousands of keys would be thousands of series: those far down the file are one."""
-        rows = list(self.read_usage().items())
-        shown, rest = dict(rows[: self._most_shown]), rows[self._most_shown :]
+        names = [caller.name for caller in self._keyring.list_callers()]
+        first, rest = names[: self._most_shown], names[self._most_shown :]
+        shown = {name: self._usage.get(name, _NOTHING) for name in first}
         if rest:
-            shown[_OTHERS] = {field: sum(used[field] for _, used in rest) for field in rest[0][1]}
+            shown[_OTHERS] = self.sum_usage(rest)
         return shown
 
 

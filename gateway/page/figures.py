@@ -49,7 +49,7 @@ class PageFigures:
             "at": time.time(),
             "gateway": {"state": self._name_state()},
             "queue": self._describe_queue(),
-            "used": self._sum_usage(),
+            "used": asdict(self._app[ACCOUNTS].sum_usage()),
             "limits": self._describe_limits(),
             "engines": described,
             "launchers": [one for one in launchers if one is not None],
@@ -67,13 +67,6 @@ class PageFigures:
             "running": sum(running for running, _ in lanes.values()),
             "waiting": sum(waiting for _, waiting in lanes.values()),
         }
-
-    def _sum_usage(self) -> dict[str, int]:
-        total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        for used in self._app[ACCOUNTS].read_usage().values():
-            for name in total:
-                total[name] += used[name]
-        return total
 
     def _describe_limits(self) -> dict[str, Any]:
         settings = self._app[SETTINGS]

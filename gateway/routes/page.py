@@ -100,6 +100,7 @@ def _answer_file(request: web.Request, file: PageAsset) -> web.Response:
 
 async def handle_status(request: web.Request) -> web.Response:
     caller = request.app[KEYRING].identify(request.headers)
+    caller.check_route(request.path)
     figures = dict(await request.app[PAGE_FIGURES].read())
     figures["launchers"] = [_show(one, request, caller) for one in figures["launchers"]]
     return web.Response(

@@ -92,7 +92,12 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         return await stream.end(error)
     except (asyncio.CancelledError, ConnectionError):
         await _charge(request, call, stream)
-        raise
+        if stream is None or not stream.has_started:
+            raise
+        end = request[CONTEXT].take_end()
+        if end is None:
+            raise
+        return await stream.end(end)
     await _count(request, stream.usage)
     return await stream.end()
 

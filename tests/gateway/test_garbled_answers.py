@@ -110,7 +110,7 @@ async def test_predict_answer_that_makes_no_sense_is_a_502(
 
         used = served.app[ACCOUNTS].read_usage()["anonymous"]
         assert (got.status, orjson.loads(got.body)["error"]["code"]) == (502, "engine_garbled")
-        assert (used["prompt_tokens"], used["completion_tokens"]) == (0, 0)
+        assert (used.prompt_tokens, used.completion_tokens) == (0, 0)
 
 
 @pytest.mark.parametrize("usage", [(-5, 3), (5, -3)])
@@ -123,7 +123,7 @@ async def test_relayed_answer_with_negative_usage_is_a_502_and_credits_nobody(
 
         used = served.app[ACCOUNTS].read_usage()["anonymous"]
         assert (got.status, orjson.loads(got.body)["error"]["code"]) == (502, "engine_garbled")
-        assert (used["prompt_tokens"], used["completion_tokens"]) == (0, 0)
+        assert (used.prompt_tokens, used.completion_tokens) == (0, 0)
 
 
 async def test_stream_with_negative_usage_ends_in_an_error_and_credits_nobody(
@@ -136,7 +136,7 @@ async def test_stream_with_negative_usage_ends_in_an_error_and_credits_nobody(
 
         assert _read_error(got)["code"] == "engine_garbled"
         used = served.app[ACCOUNTS].read_usage()["anonymous"]
-        assert min(used["prompt_tokens"], used["completion_tokens"]) >= 0
+        assert min(used.prompt_tokens, used.completion_tokens) >= 0
 
 
 _PIECE = b'data: {"choices": [{"index": 0, "delta": {"content": "answer:"}}]}\n\n'

@@ -7,6 +7,7 @@ const BY_CODE = {
   broken: "error.broken",
   garbled: "error.garbled",
   invalid_api_key: "error.badKey",
+  key_revoked: "error.badKey",
   missing_key: "error.key",
   forbidden: "error.notAllowed",
   not_admin: "error.notAllowed",

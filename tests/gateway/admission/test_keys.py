@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
+import structlog
 
 from gateway.admission.keys import KEYRING, Keyring, is_loopback, make_key
+from gateway.admission.queue import LANES, QUEUE
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
 from tests.gateway.conftest import Serve, make_settings, until
@@ -54,7 +57,7 @@ async def test_keys_file_that_becomes_a_fifo_stops_nobody(serve: Serve, tmp_path
     async with serve(keys_file=path) as served:
         reload = served.app[KEYRING].reload
         fifo.replace(path)
-        await asyncio.wait_for(asyncio.to_thread(reload), 20)  # if the gateway has not been quicker
+        await asyncio.wait_for(reload(), 20)  # if the gateway has not been quicker
         answer = await served.client.post(
             "/predict", json={"prompt": "a"}, headers=_bearer(keys["alice"])
         )
@@ -81,6 +84,21 @@ async def test_key_may_use_only_its_routes_and_models(serve: Serve, tmp_path: Pa
 
         assert (route.status_code, route.json()["error"]["code"]) == (403, "route_not_allowed")
         assert (model.status_code, model.json()["error"]["code"]) == (403, "model_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/usage", "/ui/status", "/v1/models", "/v1/models/fake"])
+async def test_key_limited_to_routes_reads_no_other(
+    serve: Serve, tmp_path: Path, path: str
+) -> None:
+    path_of_file, keys = _keys_file(
+        tmp_path, bob='routes = ["/predict"]\nadmin = true', root="admin = true"
+    )
+    async with serve(keys_file=path_of_file) as served:
+        refused = await served.client.get(path, headers=_bearer(keys["bob"]))
+        passed = await served.client.get(path, headers=_bearer(keys["root"]))
+
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "route_not_allowed")
+        assert passed.status_code == 200
 
 
 async def test_key_requests_a_minute_are_limited(serve: Serve, tmp_path: Path) -> None:
@@ -240,6 +258,93 @@ async def test_keys_are_read_again_when_the_file_changes(serve: Serve, tmp_path:
             return await status(key) == 200 and await status(keys["old"]) == 401
 
         await until(is_changed)
+
+
+async def test_key_taken_out_of_the_file_ends_what_it_has_running_and_waiting(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path, keys = _keys_file(tmp_path, gone="", stays="")
+    body = {"model": "fake", "messages": [{"role": "user", "content": "x" * 400}], "stream": True}
+    async with serve(keys_file=path, max_running=3) as served:
+        served.engine.stream_gap_s = 0.05
+
+        async def stream(name: str) -> str:
+            answer = await served.client.post(
+                "/v1/chat/completions", json=body, headers=_bearer(keys[name])
+            )
+            return answer.text
+
+        gone, stays = asyncio.create_task(stream("gone")), asyncio.create_task(stream("stays"))
+        await until(lambda: served.engine.running == 2)
+        served.engine.delay_s = 60
+        headers = _bearer(keys["gone"])
+        running = asyncio.create_task(
+            served.client.post("/predict", json={"prompt": "a"}, headers=headers)
+        )
+        await until(lambda: served.engine.running == 3)
+        waiting = asyncio.create_task(
+            served.client.post("/predict", json={"prompt": "b"}, headers=headers)
+        )
+        await until(lambda: served.app[QUEUE].count("interactive")[1] == 1)
+
+        path.write_text(path.read_text().partition("\n\n")[2])
+
+        events = (await gone).split("\n\n")
+        assert [
+            orjson.loads(event[6:])["error"]["code"] for event in events if "error" in event
+        ] == ["key_revoked"]
+        assert events[-2:] == ["data: [DONE]", ""]
+        for call in (running, waiting):
+            answer = await call
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "key_revoked")
+        await until(lambda: served.engine.running == 1)
+        assert not stays.done()
+        served.engine.stream_gap_s = 0.0
+        assert "key_revoked" not in await stays
+        assert [served.app[QUEUE].count(lane) for lane in LANES] == [(0, 0), (0, 0)]
+
+
+async def test_keys_file_of_tens_of_thousands_is_read_beside_the_requests(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Told by what the event loop does in the meantime, not by a clock."""
+    path, keys = _keys_file(tmp_path, alice="")
+    async with serve(keys_file=path, reload_interval_s=3600) as served:
+        hashed = "[[keys]]\nname = 'k{0}'\nhash = 'sha256:{0:064x}'\n"
+        key, entry = make_key("last")
+        path.write_text("".join(map(hashed.format, range(5000))) + entry)
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        with structlog.testing.capture_logs() as logs:
+            os.utime(path, ns=(1, 1))
+            reading = asyncio.create_task(served.app[KEYRING].reload())
+            counting = asyncio.create_task(count_turns())
+            await reading
+            counting.cancel()
+
+        assert turns > 5  # parsed on the loop it would be none or one
+        assert [one["count"] for one in logs if one["event"] == "keys_reloaded"] == [5001]
+        body = {"prompt": "a"}
+        old = await served.client.post("/predict", json=body, headers=_bearer(keys["alice"]))
+        new = await served.client.post("/predict", json=body, headers=_bearer(key))
+        assert (old.status_code, new.status_code) == (401, 200)
+
+
+@pytest.mark.parametrize("same", ["name", "key"])
+def test_key_of_the_environment_and_of_the_file_stops_the_start(tmp_path: Path, same: str) -> None:
+    key, entry = make_key("key-1" if same == "name" else "alice")
+    path = tmp_path / "keys.toml"
+    path.write_text(entry)
+    settings = make_settings(keys_file=path, api_keys=("other" if same == "name" else key,))
+
+    with pytest.raises(SettingsError, match="GATEWAY_API_KEYS"):
+        Keyring(settings)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ What is only learnt about it is its record (`observability/request_record.py`).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,8 @@ class RequestContext:
     carried: Mapping[str, str] = field(default_factory=dict)  # the caller's, for the engine
     engine_calls: int = 0
     is_running: bool = False  # an engine has it, or has had it last
+    sent_at: float = 0.0  # when it got that, by `time.perf_counter`
+    told_tokens: tuple[int, int] = (0, 0)  # in and out, of a batch's sequences that have ended
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
@@ -41,6 +44,10 @@ class RequestContext:
         if self.ended_by is not None and task is not None:
             task.uncancel()
         return self.ended_by
+
+    def running_s(self) -> float:
+        """How long an engine has had it."""
+        return time.perf_counter() - self.sent_at if self.is_running else 0.0
 
     def open_call(self, engine: str, sequences: int) -> tuple[dict[str, str], CallSpan | None]:
         """For each call of an engine: the headers by which it can be followed there, and its span.

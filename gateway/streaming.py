@@ -22,10 +22,12 @@ from gateway.observability.request_record import RequestRecord, StreamTiming
 from gateway.request_context import CONTEXT
 from gateway.schemas.openai import (
     build_stream_error,
+    drop_chunk_usage,
     drop_usage_events,
     has_stream_end,
     name_stream_errors,
     parse_usage,
+    read_chunk_usage,
 )
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -38,13 +40,16 @@ Usage = tuple[int, int]  # tokens in and out
 class EventStream:
     """One stream on its way to a caller."""
 
-    def __init__(self, request: web.Request, *, hides_usage: bool) -> None:
+    def __init__(
+        self, request: web.Request, *, hides_usage: bool, hides_chunk_usage: bool = False
+    ) -> None:
         self._request = request
         self._record: RequestRecord = request[CONTEXT].record
-        self._hides_usage = hides_usage
+        self._hides_usage, self._hides_chunk_usage = hides_usage, hides_chunk_usage
         self._response: web.StreamResponse | None = None
         self.timing = StreamTiming()
         self.usage: Usage | None = None  # as far as it has been told
+        self.chunk_tokens: dict[int, int] = {}  # the same by choice, where chunks tell it
         self.is_writing = False
         self.is_inside_event = False  # no place for a comment
 
@@ -71,9 +76,7 @@ class EventStream:
                     chunk, rest = _split(rest + chunk)
                     self.is_inside_event = bool(rest)
                 if b'"usage":{' in chunk:
-                    self._note_usage(chunk, answer)
-                    if self._hides_usage:
-                        chunk = drop_usage_events(chunk)
+                    chunk = self._read_usage(chunk, answer)
                 if b'data: {"error"' in chunk:
                     chunk = self._note_error(chunk, answer)
                 if chunk:
@@ -102,12 +105,24 @@ class EventStream:
         await self._response.write_eof()
         return self._response
 
-    def _note_usage(self, events: bytes, answer: EngineAnswer) -> None:
+    def _read_usage(self, events: bytes, answer: EngineAnswer) -> bytes:
+        """What the caller gets of events that tell the usage."""
         try:
             self.usage = _add(self.usage, parse_usage(events))
         except EngineError:
             answer.is_at_fault = True
             raise
+        if b'"choices":[{' in events:
+            self.chunk_tokens.update(read_chunk_usage(events))
+        if self._hides_chunk_usage:
+            events = drop_chunk_usage(events)
+        return drop_usage_events(events) if self._hides_usage else events
+
+    @property
+    def told_tokens(self) -> int:
+        """At least a token for each chunk, and what chunks tell of their own choices."""
+        told = self.usage[1] if self.usage else 0
+        return max(told, self.timing.chunks, sum(self.chunk_tokens.values()))
 
     def _note_error(self, events: bytes, answer: EngineAnswer) -> bytes:
         """The engine tells of some failures, and of some refusals, only after its 200."""

@@ -47,6 +47,7 @@ class Behaviour:
     drops_last_choice: bool = False
     stream_cut_after: int | None = None
     stream_gap_s: float = 0.0
+    knows_stream_interval: bool = True
     stream_error: dict[str, Any] | None = None  # told in the stream, after the 200
     flooded_bytes: int = 0
     floods: Callable[[str], bool] = lambda question: False
@@ -57,6 +58,7 @@ class Behaviour:
     unreadable: int = 0
     metrics: str = ""
     scrapes: int = 0
+    slots: asyncio.Semaphore | None = None  # sequences that run; others wait in order of arrival
 
 
 BEHAVIOUR = web.AppKey("behaviour", Behaviour)
@@ -122,8 +124,10 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     if not prompts or not isinstance(prompts, list) or not all(map(_is_prompt, prompts)):
         return _refusal("prompt is a text, token ids or a list of those", "prompt")
     questions = [_question(prompt, request.app[TOKENIZER]) for prompt in prompts]
-    async with _working(behaviour, len(questions)):
-        await asyncio.sleep(behaviour.delay_s + max(map(behaviour.delays, questions)))
+    ends_one_by_one = bool(call.get("stream")) and isinstance(call["prompt"], list)
+    if not ends_one_by_one:
+        async with _working(behaviour, len(questions)):
+            await asyncio.gather(*(_run_sequence(behaviour, one) for one in questions))
     if behaviour.cuts_connection:
         assert request.transport is not None
         request.transport.abort()
@@ -135,7 +139,11 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     if any(behaviour.refuses(question) for question in questions):
         return _refusal("this is not to my taste", behaviour.refused_field)
     if call.get("stream"):
-        return await _stream(request, call, " ".join(questions))
+        return await (
+            _stream_sequences(request, call, questions)
+            if ends_one_by_one
+            else _stream(request, call, " ".join(questions))
+        )
     choices = [
         {
             "index": index,
@@ -159,7 +167,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
     if question is None:
         return _refusal("messages is a list of messages with a text", "messages")
     async with _working(behaviour, 1):
-        await asyncio.sleep(behaviour.delay_s)
+        await _run_sequence(behaviour, question)
     if behaviour.cuts_connection:
         assert request.transport is not None
         request.transport.abort()
@@ -193,7 +201,8 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
     await response.prepare(request)
     behaviour = request.app[BEHAVIOUR]
-    text = "answer:" + question
+    text, sent, options = "answer:" + question, 0, call.get("stream_options")
+    options = options if isinstance(options, dict) else {}
     async with _working(behaviour, 1):
         if behaviour.floods(question):
             await _flood(request, response)
@@ -204,20 +213,69 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
             await asyncio.sleep(0.01)  # or it would leave with the head
             await response.write(b"data: " + orjson.dumps({"error": error}) + b"\n\n")
             text = ""
-        for number, character in enumerate(text):
+        for number, part in enumerate(_cut_text(text, call.get("stream_interval") or 1)):
             if number == behaviour.stream_cut_after:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
-            choice = {"index": 0, "text": character, "delta": {"content": character}}
-            await response.write(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
+            sent += len(part)
+            choice = {"index": 0, "text": part, "delta": {"content": part}}
+            event: dict[str, Any] = {"choices": [choice]}
+            if options.get("continuous_usage_stats"):
+                event["usage"] = {"prompt_tokens": 5, "completion_tokens": sent}
+            await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
             await asyncio.sleep(behaviour.stream_gap_s)
-    options = call.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage"):
+    if options.get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}
         event = {"choices": [], "usage": usage}
         await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
     await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response
+
+
+def _cut_text(text: str, interval: int) -> list[str]:
+    """A first token, here a character, and then so many at a time."""
+    rest = range(1, len(text), interval)
+    return [text[:1], *(text[start : start + interval] for start in rest)] if text else []
+
+
+async def _stream_sequences(
+    request: web.Request, call: dict[str, Any], questions: Sequence[str]
+) -> web.StreamResponse:
+    """Each sequence as it ends: in one chunk for its beginning and one for the rest, or in one for
+    each character where the engine does not know `stream_interval`.
+    """
+    behaviour = request.app[BEHAVIOUR]
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    ended = 0
+
+    async def run(index: int, question: str) -> None:
+        nonlocal ended
+        text = f" answer:{question} "
+        parts = [text[:1], text[1:]] if behaviour.knows_stream_interval else list(text)
+        async with _working(behaviour, 1):
+            await _run_sequence(behaviour, question)
+        if ended == behaviour.stream_cut_after:
+            assert request.transport is not None
+            request.transport.abort()
+            return
+        ended += 1
+        for number, part in enumerate(parts, start=1):
+            choice: dict[str, Any] = {"index": index, "text": part, "finish_reason": None}
+            if number == len(parts):
+                choice["finish_reason"] = "abort" if behaviour.aborts(question) else "stop"
+            usage = {"prompt_tokens": len(call["prompt"][index]), "completion_tokens": 2}
+            event = {"choices": [choice], "usage": usage}
+            await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
+
+    async with asyncio.TaskGroup() as group:
+        for index, question in enumerate(questions):
+            group.create_task(run(index, question))
+    usage = {"prompt_tokens": sum(map(len, call["prompt"])), "completion_tokens": 2 * ended}
+    event = {"choices": [], "usage": usage}
+    await response.write(b"data: " + orjson.dumps(event) + b"\n\ndata: [DONE]\n\n")
     await response.write_eof()
     return response
 
@@ -274,6 +332,11 @@ async def _detokenize(request: web.Request) -> web.Response:
 
 async def _admin(_request: web.Request) -> web.Response:
     return _json({"danger": True})
+
+
+async def _run_sequence(behaviour: Behaviour, question: str) -> None:
+    async with behaviour.slots or contextlib.nullcontext():
+        await asyncio.sleep(behaviour.delay_s + behaviour.delays(question))
 
 
 @contextlib.asynccontextmanager

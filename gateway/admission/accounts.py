@@ -10,11 +10,14 @@ from aiohttp import web
 
 from gateway.admission.keys import Caller, Keyring
 from gateway.admission.limits import Limits
+from gateway.admission.throughput import Pace
+from gateway.admission.tickets import name_tokens, refuse_allowance
 from gateway.config import Settings
-from gateway.errors import RateLimited
 from gateway.observability.metrics import Metrics
 
 _OTHERS = "(others)"  # no key can be called so
+# A long answer is remembered over the next dozens.
+_KEPT_OF_LONGEST = 0.95
 
 
 @dataclass(slots=True)
@@ -34,6 +37,16 @@ class Usage:
 _NOTHING = Usage()  # of a key that nobody has used; only read
 
 
+@dataclass(slots=True)
+class Spent:
+    """By one request, so far: its tokens, and how long so many sequences ran for them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float = 0.0
+    sequences: int = 1
+
+
 class Accounts:
     """One account a key, by its name."""
 
@@ -44,6 +57,9 @@ class Accounts:
         self._limits = limits
         self._metrics = metrics
         self._most_shown = settings.metrics_keys
+        self._usual_answer = settings.max_tokens
+        self._longest: defaultdict[str, float] = defaultdict(float)  # answers lately, in tokens
+        self._pace = Pace()
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         metrics.usage_requests.read = self._list_requests
         metrics.usage_tokens.read = self._list_tokens
@@ -53,36 +69,49 @@ class Accounts:
         self._usage[caller.name].requests += 1
         if caller.tokens_per_minute:
             most = caller.tokens_per_minute
-            if wait_s := await self._limits.take(f"tokens:{caller.name}", 0, most):
-                raise _refusal(wait_s, "tokens_per_minute", most)
+            if wait_s := await self._limits.take(name_tokens(caller.name), 0, most):
+                raise refuse_allowance(wait_s, "tokens_per_minute", most)
         if caller.requests_per_minute:
             most = caller.requests_per_minute
             if wait_s := await self._limits.take(f"requests:{caller.name}", 1, most):
-                raise _refusal(wait_s, "requests_per_minute", most)
+                raise refuse_allowance(wait_s, "requests_per_minute", most)
 
-    async def count_tokens(
-        self, caller: Caller, prompt_tokens: int, completion_tokens: int
-    ) -> None:
+    async def count_tokens(self, caller: Caller, spent: Spent) -> None:
         """What a request used by the engine's own count; known only when it is over."""
-        self._metrics.tokens_in.inc(prompt_tokens)
-        self._metrics.tokens_out.inc(completion_tokens)
-        await self.charge_tokens(caller, prompt_tokens, completion_tokens)
+        self._metrics.tokens_in.inc(spent.prompt_tokens)
+        self._metrics.tokens_out.inc(spent.completion_tokens)
+        each = spent.completion_tokens / max(1, spent.sequences)
+        self._pace.learn(each, spent.seconds)
+        if caller.tokens_per_minute:
+            kept = self._longest[caller.name] * _KEPT_OF_LONGEST
+            self._longest[caller.name] = max(each, kept)
+        await self._charge(caller, spent.prompt_tokens, spent.completion_tokens)
 
-    async def charge_tokens(
-        self, caller: Caller, prompt_tokens: int, completion_tokens: int
+    async def charge_left(
+        self, caller: Caller, told: Spent, most_each: int, ended_tokens: int = 0
     ) -> None:
-        """To the caller's account alone: the engine has not told these figures."""
+        """What a request used whose caller left in the middle: what the engine has told of it, and
+        not less than it makes in that time; beside that, what sequences have that ended before.
+        """
+        made = min(most_each, self._pace.count_tokens(told.seconds)) * told.sequences
+        given = ended_tokens + max(told.completion_tokens, made)
+        await self._charge(caller, told.prompt_tokens, given)
+
+    def expect_answer(self, caller: Caller) -> int:
+        """Tokens that are set aside for an answer whose length nobody has bounded."""
+        return max(self._usual_answer, int(self._longest[caller.name]))
+
+    async def _charge(self, caller: Caller, prompt_tokens: int, completion_tokens: int) -> None:
         used = self._usage[caller.name]
         used.prompt_tokens += prompt_tokens
         used.completion_tokens += completion_tokens
         if caller.tokens_per_minute:
-            account, amount = f"tokens:{caller.name}", prompt_tokens + completion_tokens
+            account, amount = name_tokens(caller.name), prompt_tokens + completion_tokens
             await self._limits.overdraw(account, amount, caller.tokens_per_minute)
 
     def read_usage(self) -> dict[str, Usage]:
         """Requests and tokens of every key there is, used or not."""
-        callers = self._keyring.list_callers()
-        return {caller.name: self._usage.get(caller.name, _NOTHING) for caller in callers}
+        return {name: self._usage.get(name, _NOTHING) for name in self._keyring.list_names()}
 
     def sum_usage(self, names: Iterable[str] | None = None) -> Usage:
         """Of these keys, or of all."""
@@ -104,20 +133,12 @@ class Accounts:
 
     def _read_bounded_usage(self) -> dict[str, Usage]:
         """Thousands of keys would be thousands of series: those far down the file are one."""
-        names = [caller.name for caller in self._keyring.list_callers()]
+        names = self._keyring.list_names()
         first, rest = names[: self._most_shown], names[self._most_shown :]
         shown = {name: self._usage.get(name, _NOTHING) for name in first}
         if rest:
             shown[_OTHERS] = self.sum_usage(rest)
         return shown
-
-
-def _refusal(wait_s: float, limit: str, value: int) -> RateLimited:
-    return RateLimited(
-        f"this key's {limit.replace('_', ' ')} ({value}) are used up",
-        code=limit,
-        retry_after_s=wait_s,
-    )
 
 
 ACCOUNTS = web.AppKey("accounts", Accounts)

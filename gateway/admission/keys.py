@@ -78,6 +78,10 @@ class Caller(BaseModel):
                 )
 
 
+# By hash, as they are in the file: a `Caller` for each would be fifty thousand objects more for the
+# garbage collector to look through, which holds the event loop as long as that takes.
+Entries = dict[str, dict[str, Any]]
+
 ANONYMOUS = Caller(name="anonymous")
 CALLER = web.RequestKey("caller", Caller)
 
@@ -91,19 +95,24 @@ class Keyring:
             _hash(key): Caller(name=f"key-{number}")
             for number, key in enumerate(settings.api_keys, start=1)
         }
-        self._callers: dict[str, Caller] = self._from_environment
+        self._callers = dict(self._from_environment)  # and those of the file who have called
+        self._entries: Entries = {}
         self._open: dict[asyncio.Task[Any], tuple[Caller, RequestContext]] = {}
         if self._file is not None:
             self._file.has_changed()  # before it is read
-            self._callers = self._read(self._file.path)
+            self._entries = self._read(self._file.path)
         self._check_exposure(settings)
 
     @property
     def is_open(self) -> bool:
         return self._file is None and not self._from_environment
 
-    def list_callers(self) -> list[Caller]:
-        return [ANONYMOUS] if self.is_open else list(self._callers.values())
+    def list_names(self) -> list[str]:
+        """Of all callers that there may be, those of the environment first."""
+        if self.is_open:
+            return [ANONYMOUS.name]
+        own = [caller.name for caller in self._from_environment.values()]
+        return own + [entry["name"] for entry in self._entries.values()]
 
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """The caller by their key; `Unauthorized` says how to send one."""
@@ -118,9 +127,16 @@ class Keyring:
         if not key:
             raise Unauthorized("send an API key: 'Authorization: Bearer …'", code="missing_key")
         digest = _hash(key)
-        caller = self._callers.get(digest)
+        caller = self._callers.get(digest) or self._find(digest)
         if caller is None or (caller.hash and not hmac.compare_digest(caller.hash, digest)):
             raise Unauthorized("this API key is not known here", code="invalid_api_key")
+        return caller
+
+    def _find(self, digest: str) -> Caller | None:
+        entry = self._entries.get(digest)
+        if entry is None:
+            return None
+        caller = self._callers[digest] = Caller.model_validate(entry)
         return caller
 
     def open_call(self, caller: Caller, context: RequestContext) -> None:
@@ -140,38 +156,39 @@ class Keyring:
         if self._file is None or not self._file.has_changed():
             return
         try:
-            self._callers = await asyncio.to_thread(self._read, self._file.path)
+            self._entries = await asyncio.to_thread(self._read, self._file.path)
         except SettingsError as error:  # one that is gone is told once, too
             log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 — no traceback to see
         else:
-            log.info("keys_reloaded", count=len(self._callers))
+            self._callers = dict(self._from_environment)
+            log.info("keys_reloaded", count=len(self._entries) + len(self._from_environment))
             self._end_revoked()
 
     def _end_revoked(self) -> None:
         for task, (caller, context) in self._open.items():
-            if caller.hash not in self._callers and context.ended_by is None:
+            if caller.hash not in self._entries and context.ended_by is None:
                 context.ended_by = Unauthorized(
                     "this API key has been withdrawn; what it had asked for ends here",
                     code="key_revoked",
                 )
                 task.cancel()
 
-    def _read(self, path: Path) -> dict[str, Caller]:
-        """The file's and the environment's; what is in both would have two limits."""
-        callers = read_keys(path)
-        names = {caller.name for caller in callers.values()}
+    def _read(self, path: Path) -> Entries:
+        """What is in the environment as well would have two limits."""
+        entries = read_keys(path)
+        names = {entry["name"] for entry in entries.values()}
         for digest, caller in self._from_environment.items():
             if caller.name in names:
                 raise SettingsError(
                     f"{path}: {caller.name} is the name of a key of GATEWAY_API_KEYS; give the "
                     "file's another name"
                 )
-            if digest in callers:
+            if digest in entries:
                 raise SettingsError(
-                    f"{path}: the key of {callers[digest].name} is in GATEWAY_API_KEYS too; "
+                    f"{path}: the key of {entries[digest]['name']} is in GATEWAY_API_KEYS too; "
                     "take it out there"
                 )
-        return self._from_environment | callers
+        return entries
 
     def _check_exposure(self, settings: Settings) -> None:
         if self.is_open and not settings.allow_anonymous and not is_loopback(settings.host):
@@ -199,8 +216,8 @@ async def run_key_reload(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def read_keys(path: Path) -> dict[str, Caller]:
-    """The entries of a keys file by hash; `SettingsError` names the bad one."""
+def read_keys(path: Path) -> Entries:
+    """The entries of a keys file by hash, checked; `SettingsError` names the bad one."""
     try:
         data: dict[str, Any] = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -208,7 +225,7 @@ def read_keys(path: Path) -> dict[str, Caller]:
     entries = data.pop("keys", [])
     if data or not isinstance(entries, list):
         raise SettingsError(f"{path}: a keys file holds [[keys]] entries and nothing else")
-    callers: dict[str, Caller] = {}
+    checked: Entries = {}
     names: set[str] = set()
     for number, entry in enumerate(entries, start=1):
         try:
@@ -219,11 +236,11 @@ def read_keys(path: Path) -> dict[str, Caller]:
             raise SettingsError(f"{path}: key {number}: {field}: {problem['msg']}") from None
         if not caller.hash:
             raise SettingsError(f"{path}: key {number} ({caller.name}) has no hash")
-        if caller.hash in callers or caller.name in names:
+        if caller.hash in checked or caller.name in names:
             raise SettingsError(f"{path}: key {number} ({caller.name}) is there twice")
-        callers[caller.hash] = caller
+        checked[caller.hash] = entry
         names.add(caller.name)
-    return callers
+    return checked
 
 
 def make_key(name: str) -> tuple[str, str]:

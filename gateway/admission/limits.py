@@ -25,7 +25,9 @@ class Limits(Protocol):
         """
 
     async def overdraw(self, account: str, amount: float, per_minute: int) -> None:
-        """Takes the amount whatever is left: what a request used is known when it is over."""
+        """Takes the amount whatever is left: what a request used is known when it is over. One
+        below 0 is given back: it was taken for what might have been used.
+        """
 
     async def hold(self, account: str, amount: int, most: int) -> int:
         """Holds the amount, unless that makes more than `most`: then what is held is returned.

@@ -1,87 +1,58 @@
-"""The queue: how many sequences may be inside the engines, whose turn it is, who waits how long.
+"""The gate before the engines: whose turn it is, who waits how long.
 
-Two lanes, `interactive` and `batch`, share the places by weight: each admission moves its lane's
-clock forward by its size over the lane's weight, and the lane whose clock is furthest behind goes
-next. A batch moves its clock far ahead, so it cannot starve chats; and no request counts for more
-than half of the places, so the largest neither waits for the last long stream nor takes them all.
+There are as many places as the engines run sequences, and a few more that wait inside, so that
+none runs dry. Two lanes, `interactive` and `batch`, share them by weight: each admission moves its
+lane's clock forward by its size over the lane's weight, and the lane whose clock is furthest behind
+goes next. A batch moves its clock far ahead, so it cannot starve chats. A share of what the engines
+run is never the batch lane's: an engine takes what it is sent in order of arrival, and a chat would
+wait there behind it.
 
-The first in that lane is waited for even when it is large, so chats cannot starve a batch. But as
-long as requests older than its turn alone keep it out, waiting helps nobody: whoever fits passes
-it. Once only those who passed are in its way its places are kept free until it is in. Otherwise:
-within a lane, first come, first served.
+A batch that may be cut comes in by pieces, each as soon as there is room for it, and gives places
+back one by one. What cannot be cut counts for the lane's share at most. The first in a lane is
+waited for even when it is large, so chats cannot starve a batch. But as long as requests older than
+its turn alone keep it out, waiting helps nobody: whoever fits passes it. Once only those who passed
+are in its way its places are kept free until it is in. Otherwise: within a lane, first come, first
+served.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Literal
+from typing import Self
 
 from aiohttp import web
 
-from gateway.admission.keys import Caller
 from gateway.admission.limits import Limits
 from gateway.admission.throughput import Throughput
+from gateway.admission.tickets import LANES, LONGEST_RETRY_AFTER_S, Claims, LaneName, Ticket
 from gateway.config import Settings
-from gateway.errors import DeadlineUnreachable, InvalidRequest, Overloaded
+from gateway.engines.timeouts import Deadline
+from gateway.errors import DeadlineUnreachable, Overloaded
 from gateway.observability.metrics import Metrics
 
-LaneName = Literal["interactive", "batch"]
-LANES: tuple[LaneName, ...] = ("interactive", "batch")
-_LONGEST_RETRY_AFTER_S = 120.0
-_DEADLINE_DIGITS = 9
+# Of what the engines run: never the batch lane's; and let in besides, so that something waits there
+# for each place that comes free.
+_INTERACTIVE_SHARE = 1 / 16
+_WAITING_INSIDE = 1 / 8
+# What a batch asks for at a time, of its lane's share: less would be many small calls, more would
+# leave places empty until so many are free.
+_PIECES = 24
 _CLOCK = attrgetter("clock")
-
-
-@dataclass(slots=True)
-class Ticket:
-    """What wants in: how many sequences, in which lane, on whose account, until when."""
-
-    sequences: int
-    lane: LaneName = "interactive"
-    account: str = ""
-    account_limit: int = 0
-    deadline: float | None = None  # on the event loop's clock
-
-
-def build_ticket(
-    headers: Mapping[str, str],
-    caller: Caller,
-    sequences: int,
-    lane: LaneName,
-    deadline: float | None,
-) -> Ticket:
-    """In the key's lane, else the one asked for, else the usual one."""
-    asked = headers.get("X-Priority")
-    if asked is not None and asked not in LANES:
-        raise InvalidRequest("X-Priority is interactive or batch", param="X-Priority")
-    return Ticket(
-        sequences=sequences,
-        lane=caller.lane or asked or lane,
-        account=caller.name,
-        account_limit=caller.max_concurrency,
-        deadline=deadline,
-    )
-
-
-def parse_deadline(headers: Mapping[str, str]) -> float | None:
-    """X-Deadline-Ms from now, on the event loop's clock."""
-    text = headers.get("X-Deadline-Ms")
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > _DEADLINE_DIGITS:
-        raise InvalidRequest("X-Deadline-Ms is a number of milliseconds", param="X-Deadline-Ms")
-    return asyncio.get_running_loop().time() + int(text) / 1000
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    turn: asyncio.Future[int]
-    places: int
+    """Wants as many places as there are, from `least` to `most`."""
+
+    turn: asyncio.Future[tuple[int, int]]  # how many it got, and by which entry
+    least: int
+    most: int
 
 
 @dataclass(slots=True)
@@ -90,33 +61,40 @@ class _Lane:
 
     name: LaneName
     weight: float
+    most: int  # places that it may have
     running: int = 0
     waiting: int = 0
+    rest: int = 0  # of batches that are inside, waiting for their next piece
     clock: float = 0.0
     queue: deque[_Waiter] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
 class _Delay:
-    """Who is next and does not fit; and the places that requests older than its turn still hold."""
+    """Who is next and does not fit; and the places that requests older than its turn still hold,
+    of all and of its own lane.
+    """
 
     lane: _Lane
     waiter: _Waiter
-    older: int
     last_older: int
+    older: int
+    older_own: int
 
 
 class AdmissionQueue:
     """Counts what is inside; the only limit between a caller and the engines."""
 
     def __init__(self, settings: Settings, metrics: Metrics, limits: Limits) -> None:
-        self._capacity = settings.max_running
+        self._most = self._capacity = settings.max_running
+        self._largest = max(1, self._capacity // 2)
+        self.is_feeding = False  # what may be cut comes in by pieces
         self._max_waiting = settings.max_waiting
         self._queue_timeout_s = settings.queue_timeout_s
-        self._interactive = _Lane("interactive", settings.interactive_weight)
-        self._batch = _Lane("batch", settings.batch_weight)
+        self._interactive = _Lane("interactive", settings.interactive_weight, self._capacity)
+        self._batch = _Lane("batch", settings.batch_weight, self._capacity)
         self._lanes = {"interactive": self._interactive, "batch": self._batch}
-        self._limits = limits
+        self._claims = Claims(limits)
         self._clock = 0.0
         self._entries = 0
         self._delayed: _Delay | None = None
@@ -124,31 +102,73 @@ class AdmissionQueue:
         self._throughput = Throughput()
         metrics.running_sequences.read = lambda: [((name,), self.count(name)[0]) for name in LANES]
         metrics.waiting_sequences.read = lambda: [((name,), self.count(name)[1]) for name in LANES]
-        metrics.max_running_sequences.read = lambda: [((), settings.max_running)]
+        metrics.max_running_sequences.read = lambda: [((), self._capacity)]
         metrics.max_waiting_sequences.read = lambda: [((), settings.max_waiting)]
+
+    def change_capacity(self, sequences: int | None) -> None:
+        """To what the engines run at once. Where nobody knows that, everything is let in, and no
+        request counts for more than half.
+        """
+        self.is_feeding = sequences is not None
+        if sequences is None:
+            self._capacity = share = self._most
+            self._largest = max(1, share // 2)
+        else:
+            runs = min(self._most, sequences)
+            self._capacity = min(self._most, math.ceil(sequences * (1 + _WAITING_INSIDE)))
+            self._largest = share = max(1, runs - max(1, round(runs * _INTERACTIVE_SHARE)))
+        self._interactive.most, self._batch.most = self._capacity, share
+        self._admit()
 
     def enter(self, ticket: Ticket) -> Admission:
         """Holds the ticket's places for as long as the block of `async with` runs."""
-        return Admission(self, ticket, min(ticket.sequences, max(1, self._capacity // 2)))
+        return Admission(self, ticket, self._lanes[ticket.lane])
 
-    async def take(self, ticket: Ticket, places: int) -> int:
-        """The number of this entry; `give_back` wants it."""
-        if ticket.account_limit:
-            await self._hold(ticket, places)
+    async def take(self, ticket: Ticket) -> tuple[int, int]:
+        """How many places the ticket got, and the number of this entry; `give_back` wants it."""
+        if ticket.account_limit or ticket.tokens:
+            await self._claims.open(ticket, self._throughput.time_for(ticket.sequences))
         lane = self._lanes[ticket.lane]
-        if self._may_pass(lane) and self._try_enter(lane, places):
-            return self._number_entry()
+        most = min(ticket.sequences, self._largest)
+        least = min(most, self._piece) if ticket.is_divisible and self.is_feeding else most
+        if self._may_pass(lane) and (granted := self._try_enter(lane, least, most)):
+            return granted, self._number_entry()
         try:
-            return await self._wait(ticket, lane, places)
+            return await self._wait(ticket, lane, least, most)
         except BaseException:
-            if ticket.account_limit:
-                await self._limits.release(ticket.account, places)
+            await self.close_claims(ticket)
             raise
 
-    async def give_back(self, ticket: Ticket, places: int, entry: int) -> None:
-        self._give_back(self._lanes[ticket.lane], places, entry)
-        if ticket.account_limit:
-            await self._limits.release(ticket.account, places)
+    async def take_more(self, ticket: Ticket, most: int) -> tuple[int, int]:
+        """The same for the next piece of what is inside already: it waits its turn, however long,
+        and is not turned away.
+        """
+        lane = self._lanes[ticket.lane]
+        most = min(most, self._largest)
+        least = min(most, self._piece)
+        if self._may_pass(lane) and (granted := self._try_enter(lane, least, most)):
+            return granted, self._number_entry()
+        lane.rest += most
+        try:
+            async with Deadline(ticket.deadline):
+                return await self._queue(lane, least, most)
+        finally:
+            lane.rest -= most
+
+    def give_back(self, lane: _Lane, places: int, entry: int) -> None:
+        self._throughput.tick(is_busy=True)
+        self._throughput.count(places)
+        if self._delayed and entry <= self._delayed.last_older:
+            self._delayed.older -= places
+            if self._delayed.lane is lane:
+                self._delayed.older_own -= places
+        lane.running -= places
+        if self._has_queue():
+            self._admit()
+
+    async def close_claims(self, ticket: Ticket) -> None:
+        if ticket.account_limit or ticket.tokens:
+            await self._claims.close(ticket)
 
     @contextlib.asynccontextmanager
     async def enter_beside(self, ticket: Ticket) -> AsyncIterator[None]:
@@ -156,21 +176,24 @@ class AdmissionQueue:
         if not ticket.account_limit:
             yield
             return
-        await self._hold(ticket, ticket.sequences)
+        await self._claims.open(ticket, self._throughput.time_for(ticket.sequences))
         try:
             yield
         finally:
-            await self._limits.release(ticket.account, ticket.sequences)
-
-    def expected_wait_s(self, places: int) -> float:
-        """How long until so many more places have become free, by what the engines did lately."""
-        missing = self._running + self._waiting + places - self._capacity
-        return self._throughput.time_for(missing) if missing > 0 else 0.0
+            await self._claims.close(ticket)
 
     def count(self, lane: LaneName) -> tuple[int, int]:
         """Sequences of a lane that run and that wait."""
         one = self._lanes[lane]
-        return one.running, one.waiting
+        return one.running, one.waiting + one.rest
+
+    def is_alone(self, lane: _Lane, places: int) -> bool:
+        """Whether nobody else of the lane is inside or waits."""
+        return lane.running == places and not lane.queue
+
+    @property
+    def _piece(self) -> int:
+        return max(1, self._largest // _PIECES)
 
     @property
     def _running(self) -> int:
@@ -180,22 +203,19 @@ class AdmissionQueue:
     def _waiting(self) -> int:
         return self._interactive.waiting + self._batch.waiting
 
-    async def _hold(self, ticket: Ticket, places: int) -> None:
-        held = await self._limits.hold(ticket.account, places, ticket.account_limit)
-        if held:
-            wait_s = max(1.0, self._throughput.time_for(places))
-            raise Overloaded(
-                f"this key has {held} sequences running or waiting; its limit is "
-                f"{ticket.account_limit}",
-                code="key_concurrency",
-                retry_after_s=min(wait_s, _LONGEST_RETRY_AFTER_S),
-            )
+    def _expected_wait_s(self, lane: _Lane, places: int) -> float:
+        """How long until so many more places have become free, by what the engines did lately."""
+        missing = max(
+            self._running + self._waiting + places - self._capacity,
+            lane.running + lane.waiting + places - lane.most,
+        )
+        return self._throughput.time_for(missing) if missing > 0 else 0.0
 
-    async def _wait(self, ticket: Ticket, lane: _Lane, places: int) -> int:
-        expected_s = self.expected_wait_s(places)
-        retry_after_s = min(max(1.0, expected_s), _LONGEST_RETRY_AFTER_S)
+    async def _wait(self, ticket: Ticket, lane: _Lane, least: int, most: int) -> tuple[int, int]:
+        expected_s = self._expected_wait_s(lane, least)
+        retry_after_s = min(max(1.0, expected_s), LONGEST_RETRY_AFTER_S)
         waiting = self._waiting
-        if waiting + places > self._max_waiting:
+        if waiting + most > self._max_waiting:
             raise Overloaded(
                 f"{waiting} sequences are waiting already; try again in {retry_after_s:.0f} s",
                 retry_after_s=retry_after_s,
@@ -210,29 +230,30 @@ class AdmissionQueue:
                     f"{max(0.0, patience_s):.1f} s",
                     retry_after_s=retry_after_s,
                 )
-        return await self._queue(lane, places, patience_s, retry_after_s)
+        lane.waiting += most
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._queue(lane, least, most)
+        except TimeoutError:
+            raise Overloaded(
+                f"no place became free within {patience_s:.1f} s",
+                code="queue_timeout",
+                retry_after_s=retry_after_s,
+            ) from None
+        finally:
+            lane.waiting -= most
 
-    async def _queue(
-        self, lane: _Lane, places: int, patience_s: float, retry_after_s: float
-    ) -> int:
+    async def _queue(self, lane: _Lane, least: int, most: int) -> tuple[int, int]:
         if not lane.queue:
             # A lane that was idle starts now; time it did not use is not saved up.
             lane.clock = max(lane.clock, self._clock)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), places)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), least, most)
         lane.queue.append(waiter)
-        lane.waiting += places
         self._admit()
         try:
-            async with asyncio.timeout(patience_s):
-                return await waiter.turn
-        except BaseException as error:
+            return await waiter.turn
+        except BaseException:
             self._leave(lane, waiter)
-            if isinstance(error, TimeoutError):
-                raise Overloaded(
-                    f"no place became free within {patience_s:.1f} s",
-                    code="queue_timeout",
-                    retry_after_s=retry_after_s,
-                ) from None
             raise
 
     def _has_queue(self) -> bool:
@@ -247,16 +268,21 @@ class AdmissionQueue:
         lane.clock = max(lane.clock, self._clock)
         return True
 
-    def _try_enter(self, lane: _Lane, places: int, *, is_delayed: bool = False) -> bool:
+    def _try_enter(self, lane: _Lane, least: int, most: int, *, is_delayed: bool = False) -> int:
+        """How many places it got: none, or as many as there are from `least` to `most`."""
         running = self._running
-        kept = 0 if is_delayed else self._kept
-        if running + kept + places > self._capacity:
-            return False
-        lane.running += places
+        free, free_here = self._capacity - running, lane.most - lane.running
+        if self._kept and not is_delayed and self._delayed is not None:
+            free -= self._kept
+            free_here -= self._kept if self._delayed.lane is lane else 0
+        granted = min(most, free, free_here, self._largest)
+        if granted < min(least, self._largest):  # who came when there were more engines
+            return 0
+        lane.running += granted
         if is_delayed:
             self._kept = 0
         self._throughput.tick(is_busy=running > 0)
-        return True
+        return granted
 
     def _number_entry(self) -> int:
         self._entries += 1
@@ -265,38 +291,30 @@ class AdmissionQueue:
     def _leave(self, lane: _Lane, waiter: _Waiter) -> None:
         if waiter.turn.done() and not waiter.turn.cancelled():
             # Admitted in the very moment it gave up.
-            self._give_back(lane, waiter.places, waiter.turn.result())
+            self.give_back(lane, *waiter.turn.result())
             return
         waiter.turn.cancel()
         lane.queue.remove(waiter)
-        lane.waiting -= waiter.places
         if self._delayed and self._delayed.waiter is waiter:
             self._delayed = None
             self._kept = 0
         self._admit()
-
-    def _give_back(self, lane: _Lane, places: int, entry: int) -> None:
-        self._throughput.tick(is_busy=True)
-        self._throughput.count(places)
-        if self._delayed and entry <= self._delayed.last_older:
-            self._delayed.older -= places
-        lane.running -= places
-        if self._has_queue():
-            self._admit()
 
     def _admit(self) -> None:
         while lane := self._next_lane():
             waiter = lane.queue[0]
             if waiter.turn.cancelled():
                 return  # it is about to leave, and calls again when it has
-            if not self._try_enter(lane, waiter.places, is_delayed=self._delayed is not None):
-                if waiter.places > 1:  # where one place is too many there is nothing to pass for
+            is_delayed = self._delayed is not None
+            granted = self._try_enter(lane, waiter.least, waiter.most, is_delayed=is_delayed)
+            if not granted:
+                if self._running < self._capacity:  # else there is nothing to pass for
                     self._delay(lane, waiter)
                     self._let_pass()
                 return
             self._delayed = None
             self._clock = lane.clock
-            self._start(lane, waiter)
+            self._start(lane, waiter, granted)
 
     def _next_lane(self) -> _Lane | None:
         if self._delayed:
@@ -304,18 +322,19 @@ class AdmissionQueue:
         queued = [lane for lane in self._lanes.values() if lane.queue]
         return min(queued, key=_CLOCK, default=None)
 
-    def _start(self, lane: _Lane, waiter: _Waiter) -> None:
+    def _start(self, lane: _Lane, waiter: _Waiter, granted: int) -> None:
         lane.queue.remove(waiter)
-        lane.waiting -= waiter.places
-        lane.clock += waiter.places / lane.weight
-        waiter.turn.set_result(self._number_entry())
+        lane.clock += granted / lane.weight
+        waiter.turn.set_result((granted, self._number_entry()))
 
     def _delay(self, lane: _Lane, waiter: _Waiter) -> None:
         """Its turn has come and it does not fit. Who came in from now on will not keep it out."""
         if self._delayed is None:
-            self._delayed = _Delay(lane, waiter, self._running, self._entries)
-        if not self._kept and self._delayed.older + waiter.places <= self._capacity:
-            self._kept = waiter.places
+            self._delayed = _Delay(lane, waiter, self._entries, self._running, lane.running)
+        delayed, least = self._delayed, min(waiter.least, self._largest)
+        fits = delayed.older + least <= self._capacity and delayed.older_own + least <= lane.most
+        if not self._kept and fits:
+            self._kept = least
 
     def _let_pass(self) -> None:
         """Those next after the one who is delayed, as long as they fit."""
@@ -327,25 +346,77 @@ class AdmissionQueue:
         if len(lane.queue) <= index:
             return False
         waiter = lane.queue[index]
-        if waiter.turn.cancelled() or not self._try_enter(lane, waiter.places):
+        if waiter.turn.cancelled():
             return False
-        self._start(lane, waiter)
-        return True
+        granted = self._try_enter(lane, waiter.least, waiter.most)
+        if granted:
+            self._start(lane, waiter, granted)
+        return granted > 0
 
 
-class Admission:
+class Places:
+    """Some places inside; they are given back by the sequence or all at once."""
+
+    __slots__ = ("_entry", "_lane", "_queue", "count")
+
+    def __init__(self, queue: AdmissionQueue, lane: _Lane, count: int = 0, entry: int = 0) -> None:
+        self._queue, self._lane = queue, lane
+        self.count, self._entry = count, entry
+
+    def give_back(self, count: int) -> None:
+        count = min(count, self.count)  # all may have been given back already
+        if count > 0:
+            self.count -= count
+            self._queue.give_back(self._lane, count, self._entry)
+
+
+class Admission(Places):
     """A ticket's time inside: a plain object, for a generator would cost each request more."""
 
-    __slots__ = ("_entry", "_places", "_queue", "_ticket")
+    __slots__ = ("_further", "_is_taken", "_ticket")
 
-    def __init__(self, queue: AdmissionQueue, ticket: Ticket, places: int) -> None:
-        self._queue, self._ticket, self._places = queue, ticket, places
+    def __init__(self, queue: AdmissionQueue, ticket: Ticket, lane: _Lane) -> None:
+        super().__init__(queue, lane)
+        self._ticket = ticket
+        self._is_taken = False
+        self._further: list[Places] | tuple[()] = ()  # most have no more than one piece
 
-    async def __aenter__(self) -> None:
-        self._entry = await self._queue.take(self._ticket, self._places)
+    async def __aenter__(self) -> Self:
+        self.count, self._entry = await self._queue.take(self._ticket)
+        return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._queue.give_back(self._ticket, self._places, self._entry)
+        for places in (self, *self._further):
+            places.give_back(places.count)
+        await self._queue.close_claims(self._ticket)
+
+    @property
+    def gate(self) -> Self | None:
+        """For who comes in by pieces; `None` while nobody knows what the engines run at once."""
+        return self if self._queue.is_feeding else None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody waits for what this one gives back early."""
+        return self._queue.is_alone(self._lane, self.count)
+
+    def count_inside(self) -> int:
+        return self.count + sum(places.count for places in self._further)
+
+    async def take(self, most: int) -> Places:
+        """Places for the next piece of a batch, `most` at the most; at first what it entered with,
+        then, when it is its turn again, what is free.
+        """
+        if not self._is_taken:
+            self._is_taken = True
+            self.give_back(self.count - most)
+            return self
+        places = Places(self._queue, self._lane, *await self._queue.take_more(self._ticket, most))
+        if isinstance(self._further, list):
+            self._further.append(places)
+        else:
+            self._further = [places]
+        return places
 
 
 QUEUE = web.AppKey("queue", AdmissionQueue)

@@ -60,6 +60,7 @@ class EngineCall:
     avoid: Engine | None = None  # where it has failed before
     # Reads a body; an `EngineError` from it is a failure of the engine like any other.
     parse: Callable[[int, bytes], Any] | None = None
+    is_stream: bool = False  # what is good comes as one; `parse` is for the rest
     is_relayed: bool = False  # an engine's refusals and errors are passed on in its own words
     n_prompts: int = 0  # of /predict, for the count of those that ran again
 
@@ -137,11 +138,23 @@ class Attempt:
         else:
             await self._leave(error)
 
+    @property
+    def engine(self) -> Engine | None:
+        """Whose answer it is, while it is being read."""
+        return self._engine
+
+    def note_ended(self, sequences: int) -> None:
+        """So many of a stream's run no longer: there is room for others."""
+        self._call.sequences -= sequences
+        if self._engine is not None:
+            self._engine.running -= sequences
+
     async def _try(self, engine: Engine) -> tuple[EngineAnswer | None, GatewayError | None]:
         """What the engine answered, and why that is not good enough."""
         call = self._call
         call.tries_left -= 1
         call.context.is_running = True
+        call.context.sent_at = time.perf_counter()
         self._engine = call.asked = engine
         engine.running += call.sequences
         headers, self._span = call.context.open_call(engine.url, call.sequences)
@@ -185,7 +198,7 @@ class Attempt:
 
     def _judge_stream(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
         """Its end will tell, where a stream can be an answer at all."""
-        if self._call.parse is not None:
+        if self._call.parse is not None and not self._call.is_stream:
             answer.close()
             engine.note_error()
             return EngineError("the engine answered with a stream", code="engine_garbled")

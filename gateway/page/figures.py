@@ -10,7 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS
-from gateway.admission.queue import LANES, QUEUE
+from gateway.admission.queue import QUEUE
+from gateway.admission.tickets import LANES
 from gateway.config import SETTINGS
 from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import POOL

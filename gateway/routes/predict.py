@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from gateway.admission.accounts import ACCOUNTS
+from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
-from gateway.admission.queue import QUEUE, LaneName, build_ticket, parse_deadline
+from gateway.admission.queue import QUEUE
+from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS
 from gateway.engines.deduplication import GENERATOR
 from gateway.engines.pool import POOL
@@ -41,21 +42,22 @@ async def handle_predict(request: web.Request) -> web.Response:
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
     done = Completion([])
     if good:
-        ticket.sequences = len(good)
+        ticket.sequences, ticket.is_divisible = len(good), True
+        if ticket.tokens_per_minute:
+            most = sampling.max_tokens * len(good)
+            ticket.tokens = sum(map(_estimate_tokens, good)) + most
         context.record.note_queued()
-        async with app[QUEUE].enter(ticket):
+        async with app[QUEUE].enter(ticket) as admission:
             context.record.note_entered()
             began = time.perf_counter()
             try:
                 done = await app[GENERATOR].generate(good, sampling, context)
             except (asyncio.CancelledError, DeadlinePassed):
-                # The engine will not tell what it has done; hanging up is not free all the same.
-                taken = sum(map(_estimate_tokens, good))
-                await app[ACCOUNTS].charge_tokens(request[CALLER], taken, 0)
+                await _charge_left(request, good, sampling, admission.count_inside())
                 raise
             finally:
                 context.record.engine_s = time.perf_counter() - began
-        await _count(request, done)
+            await _count(request, done)
     return _build_answer(request, asked, _put_in_order(prompts, done.answers))
 
 
@@ -93,9 +95,21 @@ async def _count(request: web.Request, done: Completion) -> None:
     record = request[CONTEXT].record
     record.prompt_tokens, record.completion_tokens = done.prompt_tokens, done.completion_tokens
     record.shared = done.shared
-    await request.app[ACCOUNTS].count_tokens(
-        request[CALLER], done.prompt_tokens, done.completion_tokens
-    )
+    spent = Spent(done.prompt_tokens, done.completion_tokens)
+    if record.n_prompts == 1:  # of more, each has had a time of its own
+        spent.seconds = request[CONTEXT].running_s()
+    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
+
+
+async def _charge_left(
+    request: web.Request, prompts: Sequence[Prompt], sampling: Sampling, n_inside: int
+) -> None:
+    """An engine tells of what has ended alone; hanging up is not free all the same."""
+    taken, given = request[CONTEXT].told_tokens
+    taken = max(taken, sum(map(_estimate_tokens, prompts)))
+    accounts, running_s = request.app[ACCOUNTS], request[CONTEXT].running_s()
+    inside = Spent(taken, 0, running_s, min(n_inside, len(prompts)))
+    await accounts.charge_left(request[CALLER], inside, sampling.max_tokens, given)
 
 
 def _build_answer(

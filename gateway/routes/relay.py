@@ -11,10 +11,11 @@ from functools import partial
 
 from aiohttp import web
 
-from gateway.admission.accounts import ACCOUNTS
+from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
 from gateway.admission.media_hosts import MEDIA_HOSTS
-from gateway.admission.queue import QUEUE, LaneName, build_ticket, parse_deadline
+from gateway.admission.queue import QUEUE
+from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
@@ -67,6 +68,8 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     if request.path not in GENERATING:
         async with request.app[QUEUE].enter_beside(ticket):
             return await _pass_on(request, call)
+    if ticket.tokens_per_minute:
+        ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
     async with request.app[QUEUE].enter(ticket):
         context.record.note_entered()
@@ -78,8 +81,12 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
     try:
         async with request.app[POOL].attempt(_build_call(request, call)) as answer:
             if answer.body is not None:
-                return await _answer_whole(request, answer, answer.body)
-            stream = EventStream(request, hides_usage=call.hides_usage)
+                return await _answer_whole(request, call, answer)
+            stream = EventStream(
+                request,
+                hides_usage=call.hides_usage,
+                hides_chunk_usage=call.hides_chunk_usage,
+            )
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
     except GatewayError as error:
@@ -88,7 +95,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         if stream is None or not stream.has_started:
             raise
         if isinstance(error, EngineError):
-            await _count(request, stream.usage)
+            await _count(request, call, stream.usage)
         return await stream.end(error)
     except (asyncio.CancelledError, ConnectionError):
         await _charge(request, call, stream)
@@ -98,7 +105,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         if end is None:
             raise
         return await stream.end(end)
-    await _count(request, stream.usage)
+    await _count(request, call, stream.usage)
     return await stream.end()
 
 
@@ -123,12 +130,14 @@ def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:
     )
 
 
-async def _answer_whole(request: web.Request, answer: EngineAnswer, body: bytes) -> web.Response:
-    headers = _pick_headers(answer)
+async def _answer_whole(
+    request: web.Request, call: OpenAIRequest, answer: EngineAnswer
+) -> web.Response:
+    headers, body = _pick_headers(answer), answer.body or b""
     if answer.status == 200:
         if request.method == "GET":
             body = answer.value
-        await _count(request, parse_usage(body))
+        await _count(request, call, parse_usage(body))
     elif answer.status >= 400:
         body = name_engine_error(answer.status, body)
         headers["Content-Type"] = "application/json"
@@ -147,20 +156,39 @@ def _pick_headers(answer: EngineAnswer) -> dict[str, str]:
 
 
 async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream | None) -> None:
-    """For what was left in the middle the engine tells no figures, or only the first: at least a
-    token for each chunk, and for the prompt one for four bytes. Else hanging up would be free.
+    """For what was left in the middle the engine tells no figures, or only the first; for the
+    prompt it is a token for four bytes then. Else hanging up would be free.
     """
     if request.path not in GENERATING or not request[CONTEXT].is_running:
         return
-    taken, given = (stream.usage if stream else None) or (0, 0)
-    taken = taken or len(call.body) // _BYTES_A_TOKEN
-    given = max(given, stream.timing.chunks if stream else 0)
-    await request.app[ACCOUNTS].charge_tokens(request[CALLER], taken, given)
+    told = stream.usage[0] if stream and stream.usage else 0
+    taken = told if told and call.sequences == 1 else len(call.body) // _BYTES_A_TOKEN
+    given = stream.told_tokens if stream else 0
+    spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences)
+    await request.app[ACCOUNTS].charge_left(request[CALLER], spent, _bound_answer(request, call))
 
 
-async def _count(request: web.Request, usage: Usage | None) -> None:
+async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None) -> None:
     if usage is None:
         return
-    record = request[CONTEXT].record
-    record.prompt_tokens, record.completion_tokens = usage
-    await request.app[ACCOUNTS].count_tokens(request[CALLER], *usage)
+    context = request[CONTEXT]
+    context.record.prompt_tokens, context.record.completion_tokens = usage
+    spent = Spent(*usage, context.running_s(), call.sequences)
+    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
+
+
+def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
+    """The most new tokens of a sequence, by the caller's word and by the model's context."""
+    if request.path not in STREAMING:
+        return 0
+    settings, card = request.app[SETTINGS], request.app[POOL].read_card()
+    context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens
+    return min(call.most_new_tokens or context, context)
+
+
+def _expect_tokens(request: web.Request, call: OpenAIRequest) -> int:
+    """What is set aside of the key's minute until it is known what the call has used."""
+    each = _bound_answer(request, call)
+    if call.most_new_tokens is None:
+        each = min(each, request.app[ACCOUNTS].expect_answer(request[CALLER]))
+    return len(call.body) // _BYTES_A_TOKEN + each * call.sequences

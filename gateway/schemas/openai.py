@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from gateway.schemas.sampling import check_sampling
 from gateway.schemas.vllm import garbled_models, parse_engine_error
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_CHUNK_USAGE = re.compile(rb',"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
 _EVENT_STARTS = (b"event:", b"data:")
 _RESPONSE_END = re.compile(rb'"type":\s*"response\.(?:completed|incomplete|failed)"')
 _DONE = b"data: [DONE]"
@@ -45,9 +46,11 @@ class OpenAIRequest:
     body: bytes
     model: str | None = None
     sequences: int = 1
+    most_new_tokens: int | None = None  # of each, where the caller says
     is_stream: bool = False
     is_greedy: bool = False
-    hides_usage: bool = False
+    hides_usage: bool = False  # nobody but the gateway has asked for it
+    hides_chunk_usage: bool = False
     affinity: str = ""
     media_hosts: frozenset[str] = frozenset()
     constraints: tuple[Constraint, ...] = ()
@@ -77,20 +80,22 @@ def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIR
         changed = True  # who goes first is the queue's business
     sequences = _bound_sequences(data, settings)
     _bound_sizes(data, settings)
-    _bound_lengths(data, settings)
+    most_new_tokens = _bound_lengths(data, settings)
     check_sampling(data)
     is_stream = _is_set(data, "stream", "stream")
-    hides_usage = False
+    hides_usage = hides_chunk_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
-        hides_usage = _ask_for_usage(data)
-        changed = changed or hides_usage
+        hides_usage, hides_chunk_usage = _ask_for_usage(data)
+        changed = changed or hides_usage or hides_chunk_usage
     return OpenAIRequest(
         body=orjson.dumps(data) if changed else body,
         model=model,
         sequences=sequences,
+        most_new_tokens=most_new_tokens,
         is_stream=is_stream,
         is_greedy=data.get("temperature") == 0,
         hides_usage=hides_usage,
+        hides_chunk_usage=hides_chunk_usage,
         affinity=_affinity(data, settings),
         media_hosts=read_media_hosts(data, body),
         constraints=read_constraints(data, settings),
@@ -115,7 +120,15 @@ def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
             code="too_many_prompts",
         )
     copies = max(_count(data, "n", settings.max_n), _count(data, "best_of", settings.max_n))
-    return max(1, prompts) * copies
+    sequences = max(1, prompts) * copies
+    if sequences > settings.max_prompts_per_call:
+        raise InvalidRequest(
+            f"{prompts} prompts with {copies} answers each; at most "
+            f"{settings.max_prompts_per_call} sequences are taken in one call",
+            param="n",
+            code="too_many_prompts",
+        )
+    return sequences
 
 
 def _count_prompts(prompt: Any) -> int:
@@ -154,25 +167,37 @@ def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
             )
 
 
-def _bound_lengths(data: Mapping[str, Any], settings: Settings) -> None:
-    """What is no number is the engine's to refuse."""
+def _bound_lengths(data: Mapping[str, Any], settings: Settings) -> int | None:
+    """The longest that is asked for. What is no number is the engine's to refuse."""
+    asked = []
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
         value = data.get(name)
         if isinstance(value, str | float):
             raise wrong_type(name, "a whole number")
         if isinstance(value, int) and value > settings.max_new_tokens:
             raise InvalidRequest(f"{name} must be at most {settings.max_new_tokens}", param=name)
+        if isinstance(value, int):
+            asked.append(value)
+    return max(asked, default=None)
 
 
-def _ask_for_usage(data: dict[str, Any]) -> bool:
-    """Has the engine end a stream with its token counts; true if nobody else had asked."""
+def _ask_for_usage(data: dict[str, Any]) -> tuple[bool, bool]:
+    """Has the engine end a stream with its token counts, and tell them with each chunk where a
+    chunk is not a token: of what is left in the middle nothing else would be known. True for what
+    nobody else had asked for.
+    """
     options = data.get("stream_options")
     if options is not None and not isinstance(options, dict):
-        return False
-    if options and _is_set(options, "include_usage", "stream_options.include_usage"):
-        return False
-    data["stream_options"] = {**(options or {}), "include_usage": True}
-    return True
+        return False, False
+    options = options or {}
+    is_asked = _is_set(options, "include_usage", "stream_options.include_usage")
+    name = "continuous_usage_stats"
+    in_chunks = _is_set(options, name, f"stream_options.{name}") and is_asked
+    adds_chunks = data.get("stream_interval") is not None and not in_chunks
+    if not is_asked or adds_chunks:
+        more = {name: True} if adds_chunks else {}
+        data["stream_options"] = {**options, "include_usage": True, **more}
+    return not is_asked, adds_chunks
 
 
 def _affinity(data: Mapping[str, Any], settings: Settings) -> str:
@@ -221,6 +246,27 @@ def has_stream_end(path: str, events: bytes) -> bool:
 def drop_usage_events(events: bytes) -> bytes:
     """The events of a stream without those that only tell the usage, which nobody asked for."""
     kept = [event for event in events.split(b"\n\n") if _NO_CHOICES not in event]
+    return b"\n\n".join(kept)
+
+
+def read_chunk_usage(events: bytes) -> Iterator[tuple[int, int]]:
+    """What each chunk tells of its own choice: which one, and its tokens so far."""
+    for event in events.split(b"\n\n"):
+        if b'"usage":{' not in event or _NO_CHOICES in event:
+            continue
+        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+            data = orjson.loads(event.removeprefix(b"data: "))
+            tokens = data["usage"]["completion_tokens"]
+            if isinstance(tokens, int) and tokens >= 0:
+                yield data["choices"][0]["index"], tokens
+
+
+def drop_chunk_usage(events: bytes) -> bytes:
+    """The same events, but for those that tell the usage alone, without it."""
+    kept = [
+        event if _NO_CHOICES in event else _CHUNK_USAGE.sub(b"", event)
+        for event in events.split(b"\n\n")
+    ]
     return b"\n\n".join(kept)
 
 

@@ -6,14 +6,19 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import orjson
 import pytest
 import structlog
 
+from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import KEYRING, Keyring, is_loopback, make_key
-from gateway.admission.queue import LANES, QUEUE
+from gateway.admission.queue import QUEUE
+from gateway.admission.throughput import Pace
+from gateway.admission.tickets import LANES
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
 from tests.gateway.conftest import Serve, make_settings, until
@@ -27,6 +32,11 @@ def _keys_file(folder: Path, **extras: str) -> tuple[Path, dict[str, str]]:
         text += f"{entry}{extra}\n\n"
     path.write_text(text)
     return path, keys
+
+
+def _has_made(pace: Pace, begun: float, tokens: int) -> bool:
+    """Whether an engine makes so many in the time since then."""
+    return pace.count_tokens(time.perf_counter() - begun) >= tokens
 
 
 def _bearer(key: str) -> dict[str, str]:
@@ -176,6 +186,96 @@ async def test_key_is_charged_for_what_it_leaves_in_the_middle(
             taken = more
 
 
+@pytest.mark.parametrize("asks_for_usage", [False, True])
+async def test_key_is_charged_for_tokens_and_not_for_chunks(
+    serve: Serve, tmp_path: Path, asks_for_usage: bool
+) -> None:
+    """`stream_interval` puts many tokens into a chunk."""
+    path, keys = _keys_file(tmp_path, eve="", root="admin = true")
+    async with serve(keys_file=path) as served:
+        served.engine.stream_gap_s = 0.05
+        body = {
+            "model": "fake",
+            "messages": [{"role": "user", "content": "x" * 4000}],
+            "stream": True,
+            "stream_interval": 300,
+        }
+        if asks_for_usage:
+            body["stream_options"] = {"include_usage": True}
+        seen = b""
+        async with served.client.stream(
+            "POST", "/v1/chat/completions", json=body, headers=_bearer(keys["eve"])
+        ) as answer:
+            async for chunk in answer.aiter_bytes():
+                seen += chunk
+                if seen.count(b"data: ") >= 4:
+                    break
+        await until(lambda: served.engine.running == 0)
+
+        assert b"usage" not in seen  # it is with each chunk, and was not asked for
+        text = b"".join(part.split(b'"')[0] for part in seen.split(b'"content":"')[1:])
+        usage = (await served.client.get("/usage", headers=_bearer(keys["root"]))).json()
+        assert usage["keys"]["eve"]["completion_tokens"] >= len(text) > 600
+
+        served.engine.stream_gap_s = 0.0
+        whole = await served.client.post(
+            "/v1/chat/completions", json=body, headers=_bearer(keys["eve"])
+        )
+        assert whole.text.count('"usage"') == asks_for_usage
+        assert whole.text.endswith("data: [DONE]\n\n")
+
+
+async def test_key_is_charged_for_the_time_of_a_whole_answer_that_it_leaves(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Nothing is told of it; what other answers took in that time is known."""
+    path, keys = _keys_file(tmp_path, eve="", root="admin = true")
+    async with serve(keys_file=path) as served:
+        served.client.headers.update(_bearer(keys["eve"]))
+        assert (await served.chat("x" * 400, stream=True)).status_code == 200
+
+        async def read_given() -> int:
+            usage = await served.client.get("/usage", headers=_bearer(keys["root"]))
+            return int(usage.json()["keys"]["eve"]["completion_tokens"])
+
+        served.engine.delay_s = 60
+        for most in (3, 5):
+            before = await read_given()
+            call = asyncio.create_task(served.chat("x", max_tokens=most))
+            await until(lambda: served.engine.running == 1)
+            pace, begun = served.app[ACCOUNTS]._pace, time.perf_counter()
+            await until(partial(_has_made, pace, begun, most))
+            call.cancel()
+            await until(lambda: served.engine.running == 0)
+            assert await read_given() == before + most  # and no more than were asked for
+
+
+async def test_key_tokens_a_minute_hold_for_calls_at_the_same_time(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path, keys = _keys_file(tmp_path, eve="tokens_per_minute = 1000")
+    async with serve(keys_file=path) as served:
+        served.client.headers.update(_bearer(keys["eve"]))
+        served.engine.delay_s = 60
+        calls = [asyncio.create_task(served.predict(f"{n}", max_tokens=300)) for n in range(2)] + [
+            asyncio.create_task(served.chat(f"{n}", max_tokens=300)) for n in range(1)
+        ]
+        await until(lambda: served.engine.running == 3)
+
+        for refused in (await served.predict("a", max_tokens=300), await served.chat("a")):
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (429, "tokens_per_minute")
+        small = asyncio.create_task(served.chat("b", max_tokens=2))
+        await until(lambda: served.engine.running == 4)
+
+        for call in (*calls, small):
+            call.cancel()
+        await until(lambda: served.engine.running == 0)
+        served.engine.delay_s = 0
+        # What was set aside is there again; they have used next to nothing of it.
+        assert (await served.predict("c", max_tokens=400)).status_code == 200
+
+
 async def test_usage_needs_an_admin_key(serve: Serve, tmp_path: Path) -> None:
     path, keys = _keys_file(tmp_path, fred="")
     async with serve(keys_file=path) as served:
@@ -217,6 +317,27 @@ async def test_key_concurrency_is_limited_in_sequences(serve: Serve, tmp_path: P
         assert (await first).status_code == 200  # type: ignore[attr-defined]
         large = await ask(["e", "f", "g", "h"])
         assert large.status_code == 200  # type: ignore[attr-defined]
+
+
+async def test_key_concurrency_counts_every_sequence_of_a_list(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """A list takes no more than a share of the places, and counts for all that it is."""
+    path, keys = _keys_file(tmp_path, gina="max_concurrency = 10")
+    async with serve(keys_file=path, max_running=8) as served:
+        served.client.headers.update(_bearer(keys["gina"]))
+        served.engine.delay_s = 60
+        body = {"model": "fake", "prompt": ["a"] * 4, "n": 2}
+        first = asyncio.create_task(served.client.post("/v1/completions", json=body))
+        await until(lambda: served.engine.running == 4)
+
+        refused = await served.chat("a", n=3)
+        passing = asyncio.create_task(served.chat("a", n=2))
+        await until(lambda: served.engine.running == 5)
+
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "key_concurrency")
+        for call in (first, passing):
+            call.cancel()
 
 
 async def test_key_concurrency_counts_what_takes_no_place(serve: Serve, tmp_path: Path) -> None:

@@ -24,6 +24,16 @@ async def test_take_of_nothing_waits_until_an_overdraft_is_paid() -> None:
     assert 29 < await limits.take("a", 0, 60) <= 31
 
 
+async def test_what_was_set_aside_and_not_used_can_be_taken_again() -> None:
+    limits = LocalLimits()
+    assert await limits.take("a", 60, 60) == 0.0
+    assert await limits.take("a", 30, 60) > 29
+
+    await limits.overdraw("a", -60, 60)
+
+    assert await limits.take("a", 60, 60) == 0.0
+
+
 async def test_hold_more_than_the_limit_is_refused_unless_nothing_is_held() -> None:
     limits = LocalLimits()
     assert await limits.hold("a", 5, 4) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.admission.limits import LocalLimits
-from gateway.admission.queue import LANES, AdmissionQueue, Ticket
+from gateway.admission.queue import AdmissionQueue, Places
+from gateway.admission.tickets import LANES, Ticket
 from gateway.errors import Overloaded
 from gateway.observability.metrics import Metrics
 from tests.gateway.conftest import make_settings, until
@@ -69,6 +71,91 @@ async def _crowd(sizes: list[int], capacity: int, chance: random.Random) -> None
     assert _gauge(metrics, "gateway_waiting_sequences") == 0
     async with asyncio.timeout(1), queue.enter(Ticket(capacity)):
         pass  # no place is kept for who has left
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    runs=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+)
+def test_queue_that_feeds_batches_never_gives_them_more_than_their_share(
+    sizes: list[int], runs: int, seed: int
+) -> None:
+    asyncio.run(_feed_crowd(sizes, runs, random.Random(seed)))
+
+
+async def _feed_crowd(sizes: list[int], runs: int, chance: random.Random) -> None:
+    metrics = Metrics()
+    queue = start_queue(metrics, max_waiting=10**6)
+    queue.change_capacity(runs)
+    share = max(1, runs - max(1, round(runs / 16)))
+    places = math.ceil(runs * 1.125)
+
+    def check() -> None:
+        batch, chats = queue.count("batch")[0], queue.count("interactive")[0]
+        assert 0 <= batch <= share
+        assert 0 <= batch + chats <= places
+
+    async def run(room: Places, count: int) -> None:
+        for _ in range(count):
+            await asyncio.sleep(chance.random() * 0.002)
+            room.give_back(1)
+            check()
+
+    async def feed(size: int) -> None:
+        ticket = Ticket(size, chance.choice(LANES), is_divisible=True)
+        async with queue.enter(ticket) as admission, asyncio.TaskGroup() as group:
+            left = size
+            while left:
+                room = await admission.take(left)
+                check()
+                count = min(left, room.count)
+                assert count > 0
+                group.create_task(run(room, count))
+                left -= count
+
+    async def stay(size: int) -> None:
+        async with queue.enter(Ticket(size, chance.choice(LANES))):
+            check()
+            await asyncio.sleep(chance.random() * 0.004)
+
+    tasks = [asyncio.create_task(chance.choice((feed, stay))(size)) for size in sizes]
+    await asyncio.sleep(0.002)
+    for task in tasks:
+        if chance.random() < 0.2:
+            task.cancel()
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+
+    assert all(isinstance(one, type(None) | asyncio.CancelledError) for one in results)
+    assert [queue.count(lane) for lane in LANES] == [(0, 0), (0, 0)]
+    async with asyncio.timeout(1), queue.enter(Ticket(places)):
+        pass  # no place is kept for who has left
+
+
+async def test_queue_chat_enters_while_batches_have_all_of_their_share() -> None:
+    queue = start_queue()
+    queue.change_capacity(16)
+    async with asyncio.timeout(1), queue.enter(Ticket(20, "batch")):
+        waiting = [asyncio.create_task(_stay(queue, Ticket(1, "batch"), 0.0)) for _ in range(3)]
+        await until(lambda: queue.count("batch") == (15, 3))
+        async with queue.enter(Ticket(1)), queue.enter(Ticket(1)), queue.enter(Ticket(1)):
+            assert queue.count("interactive") == (3, 0)
+            late = asyncio.create_task(_stay(queue, Ticket(1), 0.0))
+            await until(lambda: queue.count("interactive") == (3, 1))
+        await late
+    await asyncio.gather(*waiting)
+
+
+async def test_queue_after_an_engine_has_gone_still_lets_large_ones_in() -> None:
+    queue = start_queue()
+    queue.change_capacity(32)
+    async with queue.enter(Ticket(30, "batch")):
+        large = asyncio.create_task(_stay(queue, Ticket(30, "batch"), 0.0))
+        await until(lambda: queue.count("batch") == (30, 30))
+        queue.change_capacity(16)
+    await asyncio.wait_for(large, 1)
+    assert queue.count("batch") == (0, 0)
 
 
 async def test_queue_admits_in_the_order_of_arrival() -> None:

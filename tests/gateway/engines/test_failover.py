@@ -519,4 +519,4 @@ async def test_call_that_nobody_runs_is_not_charged_when_its_caller_leaves(
             await served.client.post("/v1/chat/completions", json=body, timeout=0.5)
 
         usage = served.app[ACCOUNTS].read_usage()["anonymous"]
-        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (0, 0)
+        assert (usage.prompt_tokens, usage.completion_tokens) == (0, 0)

@@ -17,6 +17,8 @@ from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
 from gateway.admission.queue import QUEUE, AdmissionQueue
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.engines.batch import BatchGenerator
+from gateway.engines.capacity import EngineCapacity
+from gateway.engines.client import EngineClient
 from gateway.engines.connections import build_connector, build_session
 from gateway.engines.deduplication import GENERATOR, Deduplicator
 from gateway.engines.discovery import EngineDiscovery
@@ -98,7 +100,11 @@ async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> A
         generator = BatchGenerator(pool, settings, figures)
         app[GENERATOR] = Deduplicator(generator, settings, figures)
         app[LAUNCHERS] = [LauncherClient(url, session) for url in settings.launchers]
-        warmup = Warmup(settings, pool, generator, app[PROMPTS], figures)
+        pool.on_capacity = app[QUEUE].change_capacity
+        capacity = EngineCapacity(
+            settings, pool, lambda url: EngineClient(url, connector, settings)
+        )
+        warmup = Warmup(settings, pool, generator, app[PROMPTS], figures, capacity=capacity)
         discovery = EngineDiscovery(settings, pool, warmup, build_engine, reload)
         discovery.start()
         following = asyncio.create_task(discovery.follow())

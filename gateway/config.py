@@ -210,11 +210,18 @@ class Settings(ProgramSettings):
     max_prompts_per_call: int = Field(
         1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
     )
+    engine_sequences: int = Field(
+        0,
+        ge=0,
+        description="Sequences that each engine runs at once (vLLM's `max-num-seqs`): more are not "
+        "sent to it, but a few that wait there. 0: as its launcher says (GATEWAY_LAUNCHERS), else "
+        "learnt from its metrics. `launcher up` sets it.",
+    )
     max_running: int = Field(
         4096,
         ge=1,
-        description="Sequences that may be inside the engines at once; no request counts for more "
-        "than half of them.",
+        description="Sequences that may be inside the engines at once, whatever they run; while "
+        "that is not known, no request counts for more than half of them.",
     )
     max_waiting: int = Field(
         16_384,

@@ -218,7 +218,7 @@ _FULL = Row(
         ),
         Panel(
             "Places taken",
-            (Query("gateway:fullness:ratio", "of GATEWAY_MAX_RUNNING"),),
+            (Query("gateway:fullness:ratio", "of all places"),),
             "percentunit",
         ),
         Panel("Inside each engine", (Query("gateway_engine_running_sequences", "{{engine}}"),)),

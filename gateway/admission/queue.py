@@ -144,7 +144,6 @@ class AdmissionQueue:
         and is not turned away.
         """
         lane = self._lanes[ticket.lane]
-        most = min(most, self._largest)
         least = min(most, self._piece)
         if self._may_pass(lane) and (granted := self._try_enter(lane, least, most)):
             return granted, self._number_entry()

@@ -1,26 +1,38 @@
 """A batch of prompts over the engines: cut into calls, put together, a bad prompt set apart.
 
 Nobody above knows that a batch is cut, that a call was refused and halved, or that an engine died
-under it.
+under it. A batch for which there is room at once is one call an engine, which answers it whole:
+nothing is cheaper. What is larger, or shares the engines with other batches, is fed to them as
+places come free: such calls are streams, since only these tell the end of each sequence.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from gateway.config import Settings
-from gateway.engines.attempt import EngineCall, may_run_again
+from gateway.engines.attempt import Attempt, EngineCall, may_run_again
+from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import Engine
 from gateway.engines.pool import EnginePool
-from gateway.errors import EngineError, GatewayError, InvalidRequest, PromptRefused, Unavailable
+from gateway.errors import (
+    EngineError,
+    EngineTimeout,
+    GatewayError,
+    InvalidRequest,
+    PromptRefused,
+    Unavailable,
+)
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
 from gateway.schemas.predict import SAMPLING_FIELDS
 from gateway.schemas.vllm import (
     Completion,
+    CompletionStream,
     GeneratedText,
     Prompt,
     Sampling,
@@ -30,8 +42,48 @@ from gateway.schemas.vllm import (
 
 # Fewer prompts than this are not worth a call of their own on a second engine.
 _SMALLEST_SHARE = 16
+# A sequence's first token and the rest of it; more, and the engine does not know `stream_interval`
+# (vLLM before 0.32): its calls are no streams from then on.
+_MOST_CHUNKS = 4
 
 OnAnswer = Callable[[int, GeneratedText], None]
+
+
+class Places(Protocol):
+    """Room for so many sequences."""
+
+    count: int
+
+    def give_back(self, count: int) -> None: ...
+
+
+class Gate(Protocol):
+    """Whoever lets sequences in."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody waits for room that is given back early."""
+
+    async def take(self, most: int) -> Places: ...
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Prompts of a batch that are one call, unless it is refused or lost."""
+
+    places: Sequence[int]
+    room: Places | None = None
+    held: int = 0  # of that room
+    is_stream: bool = False
+
+    def give_back(self, count: int) -> None:
+        count = min(count, self.held)
+        self.held -= count
+        if self.room is not None:
+            self.room.give_back(count)
+
+    def leave(self, _task: asyncio.Task[None]) -> None:
+        self.give_back(self.held)
 
 
 @dataclass(slots=True)
@@ -52,11 +104,19 @@ class _Batch:
 
     def put(self, places: Sequence[int], completion: Completion) -> None:
         for place, answer in zip(places, completion.answers, strict=True):
-            self.answers[place] = answer
-            if isinstance(answer, GeneratedText):
-                self.on_answer(place, answer)
-        self.cost.prompt_tokens += completion.prompt_tokens
-        self.cost.completion_tokens += completion.completion_tokens
+            self.put_one(place, answer)
+        self.count(completion.prompt_tokens, completion.completion_tokens)
+
+    def put_one(self, place: int, answer: GeneratedText | GatewayError) -> None:
+        self.answers[place] = answer
+        if isinstance(answer, GeneratedText):
+            self.on_answer(place, answer)
+
+    def count(self, taken: int, given: int) -> None:
+        self.cost.prompt_tokens += taken
+        self.cost.completion_tokens += given
+        before = self.context.told_tokens
+        self.context.told_tokens = before[0] + taken, before[1] + given
 
 
 class BatchGenerator:
@@ -73,27 +133,50 @@ class BatchGenerator:
         sampling: Sampling,
         context: RequestContext,
         *,
+        gate: Gate | None = None,
         engine: Engine | None = None,
         on_answer: OnAnswer = lambda _place, _answer: None,
     ) -> Completion:
         """An answer or an error for each prompt, in order. With `engine` given, by that one alone,
-        as a warm-up must.
+        as a warm-up must; without a gate, all at once.
         """
         batch = _Batch(prompts, sampling, context, engine, on_answer, [None] * len(prompts))
-        n_engines = 1 if engine else sum(one.is_usable for one in self._pool.engines)
-        pieces = cut(prompts, sampling, n_engines, self._settings.max_prompts_per_call)
         tries = self._settings.max_attempts
         try:
             async with asyncio.TaskGroup() as group:
-                for piece in pieces:
-                    group.create_task(self._answer(batch, piece, tries))
+                async for piece in self._cut(batch, gate):
+                    task = group.create_task(self._answer(batch, piece, piece.places, tries))
+                    task.add_done_callback(piece.leave)
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # one reason is enough for one caller
         answers = [answer for answer in batch.answers if answer is not None]
         return Completion(answers, batch.cost.prompt_tokens, batch.cost.completion_tokens)
 
+    async def _cut(self, batch: _Batch, gate: Gate | None) -> AsyncIterator[_Piece]:
+        """The pieces, each when there is room for it."""
+        prompts, most = batch.prompts, self._settings.max_prompts_per_call
+        start, total = 0, len(prompts)
+        while start < total:
+            room = await gate.take(total - start) if gate else None
+            stop = total if room is None else min(total, start + room.count)
+            is_whole = stop - start == total
+            is_stream = gate is not None and total > 1 and not (is_whole and gate.is_alone)
+            # What came free did so at one engine, and that one has the least to do.
+            shares = 1
+            if start == 0 and batch.engine is None:
+                shares = sum(one.is_usable for one in self._pool.engines)
+            for places in cut(prompts[start:stop], batch.sampling, shares, most):
+                moved = range(places.start + start, places.stop + start)
+                yield _Piece(moved, room, len(moved), is_stream)
+            start = stop
+
     async def _answer(
-        self, batch: _Batch, places: Sequence[int], tries: int, avoid: Engine | None = None
+        self,
+        batch: _Batch,
+        piece: _Piece,
+        places: Sequence[int],
+        tries: int,
+        avoid: Engine | None = None,
     ) -> None:
         """Asks until each place has an answer, or an error that another try would not mend."""
         prompts = [batch.prompts[place] for place in places]
@@ -102,28 +185,81 @@ class BatchGenerator:
             "POST",
             "/v1/completions",
             tries,
-            body=lambda engine: build_completion_call(_model_of(engine), prompts, batch.sampling),
+            body=lambda engine: build_completion_call(
+                _model_of(engine),
+                prompts,
+                batch.sampling,
+                is_stream=piece.is_stream and engine.knows_stream_interval,
+            ),
             sequences=len(prompts),
+            is_stream=piece.is_stream,
             is_repeatable=batch.is_repeatable,
             engine=batch.engine,
             avoid=avoid,
             parse=partial(parse_completion_answer, n_prompts=len(prompts)),
             n_prompts=len(prompts),
         )
+        attempt = self._pool.attempt(call)
+        has_begun = False
         try:
-            async with self._pool.attempt(call) as answer:
-                completion: Completion = answer.value
+            async with attempt as answer:
+                if answer.body is None:
+                    has_begun = True
+                    await self._read_stream(batch, piece, places, attempt, answer)
+                else:
+                    batch.put(places, answer.value)
         except InvalidRequest as refusal:
-            await self._set_apart(batch, places, refusal, call.tries_left + 1)
+            left = [place for place in places if batch.answers[place] is None]
+            if left:
+                await self._set_apart(batch, piece, left, refusal, call.tries_left + 1)
         except (EngineError, Unavailable) as error:
             for place in places:
-                batch.answers[place] = error
+                batch.answers[place] = batch.answers[place] or error
+            if has_begun:  # what is lost before that has been asked again already
+                await self._run_lost_again(batch, piece, places, call)
         else:
-            batch.put(places, completion)
-            await self._run_lost_again(batch, places, call)
+            await self._run_lost_again(batch, piece, places, call)
+
+    async def _read_stream(
+        self,
+        batch: _Batch,
+        piece: _Piece,
+        places: Sequence[int],
+        attempt: Attempt,
+        answer: EngineAnswer,
+    ) -> None:
+        """Each sequence makes room for another as soon as it has ended."""
+        stream = CompletionStream(len(places))
+        try:
+            async with asyncio.timeout(self._settings.engine_timeout_s):
+                while chunk := await answer.read_chunk():
+                    for index, text, taken, given in stream.read(chunk):
+                        batch.put_one(places[index], text)
+                        batch.count(taken, given)
+                        attempt.note_ended(1)
+                        piece.give_back(1)
+        except TimeoutError:
+            raise EngineTimeout("the engine did not answer in time") from None
+        except EngineError:
+            answer.is_at_fault = stream.is_at_fault or None
+            raise
+        if attempt.engine is not None and stream.chunks > _MOST_CHUNKS * len(places):
+            attempt.engine.knows_stream_interval = False
+        n_missing = sum(batch.answers[place] is None for place in places)
+        if n_missing:
+            answer.is_at_fault = True
+            raise EngineError(
+                f"the engine answered {len(places) - n_missing} of {len(places)} prompts",
+                code="engine_garbled",
+            )
 
     async def _set_apart(
-        self, batch: _Batch, places: Sequence[int], refusal: InvalidRequest, tries: int
+        self,
+        batch: _Batch,
+        piece: _Piece,
+        places: Sequence[int],
+        refusal: InvalidRequest,
+        tries: int,
     ) -> None:
         """vLLM refuses a whole list for one bad prompt and does not say which."""
         if refusal.param in SAMPLING_FIELDS:
@@ -134,10 +270,12 @@ class BatchGenerator:
             )
             return
         middle = len(places) // 2
-        await self._answer(batch, places[:middle], tries)
-        await self._answer(batch, places[middle:], tries)
+        await self._answer(batch, piece, places[:middle], tries)
+        await self._answer(batch, piece, places[middle:], tries)
 
-    async def _run_lost_again(self, batch: _Batch, places: Sequence[int], call: EngineCall) -> None:
+    async def _run_lost_again(
+        self, batch: _Batch, piece: _Piece, places: Sequence[int], call: EngineCall
+    ) -> None:
         """What an engine gave up within a call that it answered."""
         if batch.engine is not None or call.tries_left <= 0:
             return
@@ -152,7 +290,9 @@ class BatchGenerator:
         if isinstance(reason, GatewayError):
             self._metrics.retried_calls.labels(reason.error_code).inc()
         self._metrics.retried.inc(len(lost))
-        await self._answer(batch, lost, call.tries_left, call.asked)
+        for place in lost:
+            batch.answers[place] = None
+        await self._answer(batch, piece, lost, call.tries_left, call.asked)
 
 
 def _model_of(engine: Engine) -> str:

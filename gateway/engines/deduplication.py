@@ -10,7 +10,7 @@ from typing import Self
 from aiohttp import web
 
 from gateway.config import Settings
-from gateway.engines.batch import BatchGenerator
+from gateway.engines.batch import BatchGenerator, Gate
 from gateway.engines.timeouts import Deadline
 from gateway.errors import EngineError, GatewayError, Unavailable
 from gateway.observability.metrics import Metrics
@@ -32,16 +32,20 @@ class Deduplicator:
         self._in_flight: dict[_Key, _Shared] = {}
 
     async def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, context: RequestContext
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        context: RequestContext,
+        gate: Gate | None = None,
     ) -> Completion:
-        """An answer or an error for each prompt, in order.
+        """An answer or an error for each prompt, in order, let in by the gate.
 
         Raises only when nothing at all was answered and an engine is to blame.
         """
         if self._is_on and sampling.temperature == 0:
-            whole = await self._generate_once(prompts, sampling, context)
+            whole = await self._generate_once(prompts, sampling, context, gate)
         else:
-            whole = await self._generator.generate(prompts, sampling, context)
+            whole = await self._generator.generate(prompts, sampling, context, gate=gate)
         if not any(isinstance(answer, GeneratedText) for answer in whole.answers):
             for answer in whole.answers:
                 if isinstance(answer, EngineError | Unavailable):
@@ -49,7 +53,11 @@ class Deduplicator:
         return whole
 
     async def _generate_once(
-        self, prompts: Sequence[Prompt], sampling: Sampling, context: RequestContext
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        context: RequestContext,
+        gate: Gate | None,
     ) -> Completion:
         head = repr(sampling).encode()
         keys = [
@@ -63,7 +71,7 @@ class Deduplicator:
         if own:
             with _Shares(self._in_flight, list(own)) as shares:
                 whole = await self._generator.generate(
-                    list(own.values()), sampling, context, on_answer=shares.settle
+                    list(own.values()), sampling, context, gate=gate, on_answer=shares.settle
                 )
                 known.update(zip(own, whole.answers, strict=True))
                 shares.settle_rest(whole.answers)
@@ -71,7 +79,7 @@ class Deduplicator:
             known.update(await _collect(others))
         lost = {key: prompt for key, prompt in wanted.items() if key not in known}
         if lost:  # whoever asked for them has hung up, or failed
-            rest = await self._generator.generate(list(lost.values()), sampling, context)
+            rest = await self._generator.generate(list(lost.values()), sampling, context, gate=gate)
             known.update(zip(lost, rest.answers, strict=True))
             whole.prompt_tokens += rest.prompt_tokens
             whole.completion_tokens += rest.completion_tokens

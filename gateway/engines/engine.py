@@ -53,6 +53,9 @@ class Engine:
         self.reason = "not looked at yet"
         self.card: ModelCard | None = None
         self.running = 0  # sequences
+        self.sequences: int | None = None  # that it runs at once, where that is known
+        self.is_capacity_told = False  # not only learnt
+        self.knows_stream_interval = True
         self.starts = 0  # times that it became ready
         self.down_since = time.monotonic()
         self.typical_start_s: float | None = None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from aiohttp import web
@@ -36,6 +36,8 @@ class EnginePool:
         self._settings = settings
         self._metrics = metrics
         self._changed = asyncio.Condition()
+        # Whoever must know how many sequences the engines run at once; `None`: nobody does.
+        self.on_capacity: Callable[[int | None], None] = lambda _sequences: None
         metrics.engine_ready.read = self._read_ready
         metrics.engine_state.read = self._read_states
         metrics.engine_breaker_open.read = self._read_breakers
@@ -63,13 +65,21 @@ class EnginePool:
     async def set_state(self, engine: Engine, state: EngineState, reason: str = "") -> None:
         async with self._changed:
             engine.enter_state(state, reason)
+            self.tell_capacity()
             self._changed.notify_all()
 
     async def set_engines(self, engines: Iterable[Engine]) -> None:
         """Those that are gone finish what they have; nothing new is sent to them."""
         async with self._changed:
             self.engines = list(engines)
+            self.tell_capacity()
             self._changed.notify_all()
+
+    def tell_capacity(self) -> None:
+        """After every change: of the engines that serve, or of all while none does."""
+        ready = [one for one in self.engines if one.state is EngineState.READY] or self.engines
+        known = [one.sequences for one in ready if one.sequences is not None]
+        self.on_capacity(sum(known) if len(known) == len(ready) else None)
 
     async def wait_ready(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

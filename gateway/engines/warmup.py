@@ -16,6 +16,7 @@ import structlog
 from common.questions import BadQuestions, read_questions
 from gateway.config import Settings, SettingsError
 from gateway.engines.batch import BatchGenerator
+from gateway.engines.capacity import EngineCapacity
 from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import EnginePool
 from gateway.errors import EngineError, EngineTimeout, GatewayError, Unavailable
@@ -39,9 +40,12 @@ class Warmup:
         generator: BatchGenerator,
         builder: PromptBuilder,
         metrics: Metrics,
+        *,
+        capacity: EngineCapacity,
     ) -> None:
         self._settings = settings
         self._pool = pool
+        self._capacity = capacity
         self._generator = generator
         self._builder = builder
         self._metrics = metrics
@@ -79,6 +83,8 @@ class Warmup:
             if engine.is_on_trial:
                 await self._try(engine)
             await self._pool.set_state(engine, EngineState.READY)
+        else:
+            await self._capacity.look(engine)
 
     async def _warm(self, engine: Engine) -> None:
         await self._pool.set_state(engine, EngineState.WARMING, "answering its warm-up")
@@ -86,6 +92,7 @@ class Warmup:
         if not cards:
             raise EngineError("it serves no model", code="no_model")
         engine.card = cards[0]
+        await self._capacity.ask(engine)
         started = time.perf_counter()
         async with asyncio.timeout(self._settings.warmup_timeout_s):
             tokens = await self._run_batch(

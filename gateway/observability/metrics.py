@@ -201,7 +201,9 @@ class Metrics:
             "waiting_sequences", "Sequences waiting to enter.", "lane"
         )
         self.max_running_sequences = self._live_gauge(
-            "max_running_sequences", "Sequences that may be inside at once (GATEWAY_MAX_RUNNING)."
+            "max_running_sequences",
+            "Sequences that may be inside at once: what the engines run and an eighth more, where "
+            "that is known; GATEWAY_MAX_RUNNING at most.",
         )
         self.max_waiting_sequences = self._live_gauge(
             "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING)."

@@ -51,7 +51,7 @@ async def handle_predict(request: web.Request) -> web.Response:
             context.record.note_entered()
             began = time.perf_counter()
             try:
-                done = await app[GENERATOR].generate(good, sampling, context)
+                done = await app[GENERATOR].generate(good, sampling, context, admission.gate)
             except (asyncio.CancelledError, DeadlinePassed):
                 await _charge_left(request, good, sampling, admission.count_inside())
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ _LOAD_METRICS = {
     "vllm:time_to_first_token_seconds_sum": "first_token_sum_s",
     "vllm:time_to_first_token_seconds_count": "first_token_count",
 }
+_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)
 _LOAD_LINE = re.compile(rf"^(?:{'|'.join(_LOAD_METRICS)})[{{ ].*$", re.MULTILINE)
 
 
@@ -85,12 +86,22 @@ class EngineLoad:
     first_token_count: float = 0.0
 
 
+def garbled_answer(error: Exception) -> EngineError:
+    return EngineError(
+        f"the engine's answer could not be read ({type(error).__name__})", code="engine_garbled"
+    )
+
+
 def garbled_models() -> EngineError:
     return EngineError("the engine's model list could not be read", code="engine_garbled")
 
 
-def build_completion_call(model: str, prompts: Sequence[Prompt], sampling: Sampling) -> bytes:
-    """The body of the one list-prompt call that answers `prompts`."""
+def build_completion_call(
+    model: str, prompts: Sequence[Prompt], sampling: Sampling, *, is_stream: bool = False
+) -> bytes:
+    """The body of the one list-prompt call that answers `prompts`, all at once or, as a stream,
+    each as it comes to its end.
+    """
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(prompts),
@@ -103,7 +114,57 @@ def build_completion_call(model: str, prompts: Sequence[Prompt], sampling: Sampl
     }
     if sampling.seed is not None:
         body["seed"] = sampling.seed
+    if is_stream:
+        # Two chunks a sequence, its first token and all the rest: one for each token would cost
+        # the engine's front end more than the tokens do.
+        body |= {"stream": True, "stream_interval": sampling.max_tokens}
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     return orjson.dumps(body)
+
+
+class CompletionStream:
+    """Puts the texts of a streamed list-prompt call together."""
+
+    def __init__(self, n_prompts: int) -> None:
+        self._texts: dict[int, list[str]] = {place: [] for place in range(n_prompts)}
+        self._rest = b""
+        self.chunks = 0
+        self.is_at_fault = False  # what came made no sense, or told of a fault of the engine's
+
+    def read(self, data: bytes) -> Iterator[tuple[int, GeneratedText | GatewayError, int, int]]:
+        """The sequences that have ended: which, how, and their tokens in and out."""
+        *events, self._rest = (self._rest + data).split(b"\n\n")
+        for event in events:
+            text = event.removeprefix(b"data: ")
+            if text in (event, b"[DONE]"):
+                continue
+            try:
+                yield from self._read_event(orjson.loads(text))
+            except (EngineError, orjson.JSONDecodeError, *_UNREADABLE) as error:
+                self.is_at_fault = True
+                if isinstance(error, EngineError):
+                    raise
+                raise garbled_answer(error) from error
+
+    def _read_event(
+        self, data: Mapping[str, Any]
+    ) -> Iterator[tuple[int, GeneratedText | GatewayError, int, int]]:
+        if "error" in data:
+            status, message = data["error"].get("code"), str(data["error"]["message"])
+            if isinstance(status, int) and 400 <= status < 500:
+                raise InvalidRequest(message, code="engine_refused")
+            raise EngineError(f"the engine failed in the middle: {message}")
+        for choice in data["choices"]:
+            self.chunks += 1
+            place = choice["index"]
+            parts = self._texts[place]
+            parts.append(choice["text"])
+            if choice.get("finish_reason") is not None:
+                del self._texts[place]  # what comes after its end is nobody's
+                usage = data.get("usage") or {}
+                taken = _read_count(usage, "prompt_tokens")
+                given = _read_count(usage, "completion_tokens")
+                yield place, _read_choice({**choice, "text": "".join(parts)}), taken, given
 
 
 def parse_completion_answer(status: int, body: bytes, *, n_prompts: int) -> Completion:
@@ -130,10 +191,8 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
             answers[place] = _read_choice(choice)
         prompt_tokens = _read_count(usage, "prompt_tokens")
         completion_tokens = _read_count(usage, "completion_tokens")
-    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise EngineError(
-            f"the engine's answer could not be read ({type(error).__name__})", code="engine_garbled"
-        ) from error
+    except (orjson.JSONDecodeError, *_UNREADABLE) as error:
+        raise garbled_answer(error) from error
     if len(choices) > n_prompts:
         raise EngineError("the engine answered a prompt twice", code="engine_garbled")
     present = [answer for answer in answers if answer is not None]

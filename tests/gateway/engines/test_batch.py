@@ -6,6 +6,7 @@ import asyncio
 
 import aiohttp
 import orjson
+import pytest
 from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +15,12 @@ from gateway.engines.batch import BatchGenerator
 from gateway.engines.connections import build_connector
 from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import EnginePool
+from gateway.errors import GatewayError
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.request_context import RequestContext
 from gateway.schemas.predict import default_sampling
-from gateway.schemas.vllm import Completion, GeneratedText
+from gateway.schemas.vllm import Completion, CompletionStream, GeneratedText
 from tests.fake_engine import serve_app
 from tests.gateway.conftest import make_settings
 
@@ -82,3 +84,40 @@ def test_generate_answers_each_prompt_once_in_order(
     assert sorted(picky.answered) == sorted(set(prompts) - picky.bad)
     pieces = -(-count // per_call)
     assert picky.calls <= pieces + 2 * len(bad) * max(1, per_call.bit_length())
+
+
+def _event(**fields: object) -> bytes:
+    choice = {"index": 0, "text": "a", "finish_reason": None} | fields
+    usage = {"prompt_tokens": 3, "completion_tokens": 2}
+    return b"data: " + orjson.dumps({"choices": [choice], "usage": usage}) + b"\n\n"
+
+
+def test_stream_is_put_together_however_it_is_cut() -> None:
+    whole = _event() + _event(index=1, text="b", finish_reason="length")
+    whole += _event(text="c", finish_reason="stop") + b"data: [DONE]\n\n"
+    for cut_at in range(len(whole)):
+        stream = CompletionStream(2)
+        ended = [*stream.read(whole[:cut_at]), *stream.read(whole[cut_at:])]
+        assert ended == [
+            (1, GeneratedText("b", "length"), 3, 2),
+            (0, GeneratedText("ac", "stop"), 3, 2),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("events", "code"),
+    [
+        (_event(finish_reason="stop") * 2, "engine_garbled"),  # it ends twice
+        (_event(index=1), "engine_garbled"),
+        (_event(index=-1), "engine_garbled"),
+        (_event(text=None, finish_reason="stop"), "engine_garbled"),
+        (b"data: {\n\n", "engine_garbled"),
+        (b"data: []\n\n", "engine_garbled"),
+        (b'data: {"error": {"message": "no", "code": 400}}\n\n', "engine_refused"),
+        (b'data: {"error": {"message": "no", "code": 500}}\n\n', "engine_failed"),
+    ],
+)
+def test_stream_that_makes_no_sense_or_tells_an_error_is_one(events: bytes, code: str) -> None:
+    with pytest.raises(GatewayError) as raised:
+        list(CompletionStream(1).read(events))
+    assert raised.value.error_code == code

@@ -103,6 +103,8 @@ class FakeLauncher:
 async def serve_with_launcher(
     serve: Serve, launcher: FakeLauncher, engine: Behaviour | None = None, **settings: Any
 ) -> AsyncIterator[Served]:
+    """Only the page asks it: what the engine runs at once is set."""
+    settings = {"engine_sequences": 16} | settings
     async with (
         serve_app(launcher.build()) as url,
         serve(engine or Behaviour(), launchers=(url,), **settings) as served,

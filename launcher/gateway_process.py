@@ -135,6 +135,8 @@ def build_environment(
         ours["GATEWAY_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.status_port_used:
         ours["GATEWAY_LAUNCHERS"] = settings.status_url
+    if plan.sequences:
+        ours["GATEWAY_ENGINE_SEQUENCES"] = str(plan.sequences)
     servers = int(plan.value("api-server-count", 1))
     if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
         size = -(-plan.warmup_prompts // servers)

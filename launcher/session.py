@@ -113,6 +113,9 @@ class Session:
             "profile": plan.profile,
             "model": plan.model.served_name,
             "device": plan.device.title,
+            # By these a gateway that was started elsewhere knows how much it may send where.
+            "engine_port": settings.engine_port,
+            "max_num_seqs": plan.sequences,
             "versions": versions,
             "fingerprint": fingerprint,
             "argv": prepared.command.argv,

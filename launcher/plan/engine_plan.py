@@ -71,6 +71,13 @@ class EnginePlan:
     def value(self, name: str, default: Any = None) -> Any:
         return next((option.value for option in self.options if option.name == name), default)
 
+    @property
+    def sequences(self) -> int | None:
+        """That it runs at once; `None` where that is left to vLLM."""
+        each = self.value("max-num-seqs")
+        copies = self.value("data-parallel-size") or 1
+        return int(each) * int(copies) if str(each).isdigit() else None
+
 
 def choose_profile(wanted: str, device: Device) -> str:
     """`auto` is the course's with a GPU, because that is what the gateway serves first of all."""

@@ -265,6 +265,20 @@ def test_set_reaches_every_technique_by_name(pair: str, name: str, value: object
     assert plan.value(name) == value
 
 
+@pytest.mark.parametrize(
+    ("pairs", "sequences"),
+    [
+        (("max-num-seqs=512",), 512),
+        (("max-num-seqs=512", "data-parallel-size=2"), 1024),  # vLLM's limit is each copy's
+        (("max-num-seqs=",), None),
+    ],
+)
+def test_plan_says_how_many_sequences_the_engine_runs(
+    pairs: tuple[str, ...], sequences: int | None
+) -> None:
+    assert make_plan("course", "4x H200", "qwen3-0.6b", *pairs).sequences == sequences
+
+
 def test_set_empty_leaves_an_option_out() -> None:
     assert (
         make_plan("course", "H200", "qwen3-0.6b", "attention-backend=").value("attention-backend")

@@ -48,6 +48,18 @@ def test_up_prints_one_line_whose_curl_works(launcher: Launcher) -> None:
     assert launcher.processes() == []
 
 
+def test_up_gateway_lets_in_what_the_engine_runs_at_once(launcher: Launcher) -> None:
+    launcher.settings["LAUNCHER_SET"] = "max-num-seqs=160"
+    with running(launcher):
+        wait_ready(launcher)
+        status = launcher.status()
+        metrics = httpx.get(f"http://127.0.0.1:{launcher.port}/metrics", trust_env=False).text
+
+        assert (status["max_num_seqs"], status["engine_port"]) == (160, launcher.engine_port)
+        assert "\ngateway_max_running_sequences 180.0\n" in metrics  # and an eighth more
+        assert launcher.stop() == 0
+
+
 def test_up_logs_of_both_are_told_apart_without_colour(launcher: Launcher) -> None:
     launcher.settings["LAUNCHER_ENGINE_LOG"] = "all"
     with running(launcher):

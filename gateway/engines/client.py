@@ -65,7 +65,7 @@ class EngineAnswer:
         if self._content.at_eof():
             self._connection.release()
         else:
-            self._connection.close()
+            _drop(self._connection)
 
 
 class EngineClient:
@@ -113,7 +113,7 @@ class EngineClient:
                 return answer
         except BaseException as error:
             if connection is not None:
-                connection.close()
+                _drop(connection)
             if isinstance(error, aiohttp.ClientError | HttpProcessingError | OSError):
                 raise translate(error) from error
             raise
@@ -153,6 +153,15 @@ async def _read_head(protocol: ResponseHandler) -> tuple[RawResponseMessage, aio
             return message, content
         if message.code == 101:  # none would come any more
             raise EngineError("the engine switched to another protocol", code="engine_garbled")
+
+
+def _drop(connection: Connection) -> None:
+    """At once: a plain close would keep a request's body until an engine that reads nothing has
+    taken it.
+    """
+    if connection.transport is not None:
+        connection.transport.abort()
+    connection.close()
 
 
 def translate(error: Exception) -> EngineError | OutOfFiles:

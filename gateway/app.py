@@ -32,6 +32,7 @@ from gateway.observability.runtime import watch_event_loop
 from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builder import PROMPTS, PromptBuilder
+from gateway.request_body import BODIES, HeldBodies
 from gateway.routes import health, metrics, page, predict, relay, usage
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
@@ -49,6 +50,7 @@ def build_app(
     app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
     app[METRICS] = Metrics()
     app[PROMPTS] = build_prompts(settings)
+    app[BODIES] = HeldBodies(settings, app[METRICS])
     app[KEYRING] = Keyring(settings)
     app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS])
     app[QUEUE] = AdmissionQueue(settings, app[METRICS], limits)

@@ -171,6 +171,25 @@ class Settings(ProgramSettings):
     )
 
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body.")
+    max_body_values: int = Field(
+        4_000_000,
+        ge=1,
+        description="Most values (numbers, texts and so on) in a request body; an object or a list "
+        "counts for 100.",
+    )
+    max_held_bytes: int = Field(
+        128 * 2**20,
+        ge=1024,
+        description="Bytes of request bodies that may be in memory at once, from their arrival "
+        "until an engine answers; those above 64 KiB leave an eighth of it to the others.",
+    )
+    max_bytes_per_token: int = Field(
+        16,
+        ge=1,
+        description="Longest text of a call, as so many bytes for each token of the model's "
+        "context (of /predict, characters); what is longer is refused before it is cut into "
+        "tokens.",
+    )
     max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
     max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
     max_logprobs: int = Field(20, ge=0, description="Largest `logprobs` of a /v1 call.")

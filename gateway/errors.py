@@ -39,6 +39,7 @@ REFUSALS = (
     "host_not_allowed",
     "cross_site",
     "body_too_large",
+    "too_many_bodies",
     "requests_per_minute",
     "tokens_per_minute",
     "key_concurrency",

@@ -30,6 +30,7 @@ from gateway.errors import (
 from gateway.observability.metrics import METRICS, STOPPING
 from gateway.observability.request_record import RequestRecord
 from gateway.observability.tracing import SPAN, TRACER
+from gateway.request_body import BODIES
 from gateway.request_context import CONTEXT, RequestContext
 from gateway.schemas.openai import build_error
 
@@ -96,6 +97,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     finally:
         open_requests.count -= counts
         request.app[KEYRING].close_call()
+        request.app[BODIES].release(context)
         _finish(request.app, context, status)
 
 

@@ -1,4 +1,6 @@
-"""Reading a request's body: JSON, all of it, bounded in size (sent and inflated) and in time."""
+"""Reading a request's body: JSON, all of it, bounded in size (sent and inflated), in time, in
+values, and in what all bodies together take; and the count of those that are held.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,62 @@ import zlib
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
 
-from gateway.config import SETTINGS
-from gateway.errors import BodyTimeout, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from gateway.config import SETTINGS, Settings
+from gateway.errors import (
+    BodyTimeout,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+from gateway.observability.metrics import Metrics
+from gateway.request_context import CONTEXT, RequestContext
 
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-_WORTH_A_THREAD_BYTES = 2**16
+# What is smaller has few values, whatever it holds; and large bodies leave room for it.
+_SMALL_BYTES = 2**16
+_SHARE_OF_LARGE = 7 / 8
+_SLICE_BYTES = 2**16
+_SLICES_AT_ONCE = 4  # inflated and counted between two looks at the event loop
+# An object or a list costs whoever parses it as much as so many numbers.
+_VALUES_A_CONTAINER = 100
+_RETRY_AFTER_S = 1
 _JSON = re.compile(r"(application|text)/([\w.+-]+\+)?json", re.IGNORECASE)
+
+
+class HeldBodies:
+    """The bytes of all bodies in memory: each from its arrival until an engine has answered.
+
+    Nobody bounds that otherwise: while an engine reads nothing, requests wait for it with theirs.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._most = settings.max_held_bytes
+        self._held = 0
+        metrics.held_body_bytes.read = lambda: [((), self._held)]
+
+    def hold(self, context: RequestContext, size: int) -> None:
+        """So many bytes more; `Overloaded` where that is too much. One body alone always fits."""
+        own, others = context.held_bytes + size, self._held - context.held_bytes
+        most = self._most if own <= _SMALL_BYTES else self._most * _SHARE_OF_LARGE
+        if others and others + own > most:
+            raise Overloaded(
+                f"the bodies of other requests take {others} bytes already; try again in "
+                f"{_RETRY_AFTER_S} s, or with a smaller one",
+                code="too_many_bodies",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        context.held_bytes = own
+        self._held += size
+
+    def release(self, context: RequestContext, size: int | None = None) -> None:
+        """All of the request's, or so many of them."""
+        size = context.held_bytes if size is None else size
+        self._held -= size
+        context.held_bytes -= size
+
+
+BODIES = web.AppKey("bodies", HeldBodies)
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -24,16 +76,16 @@ async def read_body(request: web.Request) -> bytes:
         raise _too_large(settings.max_body_bytes)
     encoding = request.headers.get("Content-Encoding")
     if encoding is None or encoding == "identity":
-        return await _read(request)
+        return await _read(request, counts_values=True)
     window = _WINDOWS.get(encoding.strip().lower())
     if window is None:
         raise InvalidRequest(
             "send the body as it is, or with Content-Encoding gzip or deflate", code="bad_encoding"
         )
-    packed = await _read(request)
-    if len(packed) < _WORTH_A_THREAD_BYTES:
-        return _inflate(packed, window, settings.max_body_bytes)
-    return await asyncio.to_thread(_inflate, packed, window, settings.max_body_bytes)
+    packed = await _read(request, counts_values=False)
+    body = await _inflate(request, packed, window)
+    request.app[BODIES].release(request[CONTEXT], len(packed))
+    return body
 
 
 def _check_type(given: str) -> None:
@@ -44,35 +96,106 @@ def _check_type(given: str) -> None:
         )
 
 
-def _inflate(packed: bytes, window: int, most: int) -> bytes:
-    """At most so many bytes of it: a few megabytes of zeros unfold to gigabytes."""
-    inflater = zlib.decompressobj(window)
+async def _read(request: web.Request, *, counts_values: bool) -> bytes:
+    settings, bodies, context = request.app[SETTINGS], request.app[BODIES], request[CONTEXT]
+    content = request.content
     try:
-        body = inflater.decompress(packed, most + 1)
-    except zlib.error as error:
-        raise InvalidRequest(f"the body cannot be decoded: {error}", code="bad_encoding") from None
-    if len(body) > most:
-        raise _too_large(most)
-    if not inflater.eof or inflater.unused_data:
-        raise InvalidRequest(
-            "the body cannot be decoded: it is cut off or has a tail", code="bad_encoding"
-        )
-    return body
+        if content.is_eof():  # all here already, as small bodies are
+            whole = await request.read()
+            bodies.hold(context, len(whole))
+            if counts_values and len(whole) > _SMALL_BYTES:
+                _ValueCount(settings.max_body_values).add(whole)
+            return whole
+        values = _ValueCount(settings.max_body_values)
+        body = bytearray()  # and no list of pieces, which may be of a byte each
+        async with asyncio.timeout(settings.body_timeout_s):
+            while piece := await content.readany():
+                if len(body) + len(piece) > settings.max_body_bytes:
+                    raise _too_large(settings.max_body_bytes)
+                bodies.hold(context, len(piece))
+                body += piece
+                if counts_values:
+                    values.add(piece)
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not arrive within {settings.body_timeout_s:g} s") from None
+    except (HttpProcessingError, PayloadEncodingError, web.RequestPayloadError) as error:
+        reason = str(error).splitlines()[-1].strip()  # aiohttp's has a status and a line break too
+        raise _not_decoded(reason) from None
+    return bytes(body)
+
+
+async def _inflate(request: web.Request, packed: bytes, window: int) -> bytes:
+    """Slice by slice: a few kilobytes unfold to gigabytes, or to millions of values."""
+    settings, bodies, context = request.app[SETTINGS], request.app[BODIES], request[CONTEXT]
+    values = _ValueCount(settings.max_body_values)
+    inflater = zlib.decompressobj(window)
+    pieces: list[bytes] = []
+    size = taken = 0
+    rest = b""
+    while not inflater.eof and (rest or taken < len(packed) or _is_full(pieces)):
+        if not rest:
+            rest = packed[taken : taken + _SLICE_BYTES]
+            taken += len(rest)
+        try:
+            piece = inflater.decompress(rest, _SLICE_BYTES)
+        except zlib.error as error:
+            raise _not_decoded(str(error)) from None
+        rest = inflater.unconsumed_tail
+        size += len(piece)
+        if size > settings.max_body_bytes:
+            raise _too_large(settings.max_body_bytes)
+        bodies.hold(context, len(piece))
+        pieces.append(piece)
+        values.add(piece)
+        if len(pieces) % _SLICES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    if not inflater.eof or inflater.unused_data or taken < len(packed):
+        raise _not_decoded("it is cut off or has a tail")
+    return b"".join(pieces)
+
+
+def _is_full(pieces: list[bytes]) -> bool:
+    """Whether the last one may have left something back."""
+    return bool(pieces) and len(pieces[-1]) == _SLICE_BYTES
 
 
 def _too_large(most: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than {most} bytes; send it in parts")
 
 
-async def _read(request: web.Request) -> bytes:
-    settings = request.app[SETTINGS]
-    try:
-        if request.content.is_eof():
-            return await request.read()  # all here already, as small bodies are
-        async with asyncio.timeout(settings.body_timeout_s):
-            return await request.read()
-    except TimeoutError:
-        raise BodyTimeout(f"the body did not arrive within {settings.body_timeout_s:g} s") from None
-    except (HttpProcessingError, PayloadEncodingError, web.RequestPayloadError) as error:
-        reason = str(error).splitlines()[-1].strip()  # aiohttp's has a status and a line break too
-        raise InvalidRequest(f"the body cannot be decoded: {reason}", code="bad_encoding") from None
+def _not_decoded(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"the body cannot be decoded: {reason}", code="bad_encoding")
+
+
+class _ValueCount:
+    """Counts the values of a body as it comes, and refuses what has too many.
+
+    Commas and brackets outside of texts tell how many there are: a tenth of what parsing costs.
+    """
+
+    __slots__ = ("_before", "_is_in_text", "_most", "_number")
+
+    def __init__(self, most: int) -> None:
+        self._most, self._number = most, 0
+        self._is_in_text = False
+        self._before = b""  # half an escape
+
+    def add(self, data: bytes) -> None:
+        if self._before or b'"' in data or self._is_in_text:
+            data = self._leave_texts_out(data)
+        containers = data.count(b"{") + data.count(b"[")
+        self._number += data.count(b",") + containers * _VALUES_A_CONTAINER
+        if self._number > self._most:
+            raise InvalidRequest(
+                f"the body has more than {self._most} values (an object or a list counts for "
+                f"{_VALUES_A_CONTAINER}); send it in parts",
+                code="too_many_values",
+            )
+
+    def _leave_texts_out(self, data: bytes) -> bytes:
+        data = (self._before + data).replace(rb"\\", b"").replace(rb"\"", b"")
+        self._before = b"\\" if data.endswith(b"\\") else b""
+        pieces = data.split(b'"')
+        outside = b"".join(pieces[self._is_in_text :: 2])
+        self._is_in_text ^= len(pieces) % 2 == 0
+        return outside

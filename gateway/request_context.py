@@ -34,6 +34,7 @@ class RequestContext:
     sent_at: float = 0.0  # when it got that, by `time.perf_counter`
     told_tokens: tuple[int, int] = (0, 0)  # in and out, of a batch's sequences that have ended
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
+    held_bytes: int = 0  # of its body, see `request_body.py`
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
         self.carried = {name: headers[name] for name in names if name in headers}

@@ -18,10 +18,8 @@ served.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections import deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Self
@@ -167,18 +165,6 @@ class AdmissionQueue:
 
     async def close_claims(self, ticket: Ticket) -> None:
         if ticket.account_limit or ticket.tokens:
-            await self._claims.close(ticket)
-
-    @contextlib.asynccontextmanager
-    async def enter_beside(self, ticket: Ticket) -> AsyncIterator[None]:
-        """For what takes no place in an engine's batch: it counts against its key's limit alone."""
-        if not ticket.account_limit:
-            yield
-            return
-        await self._claims.open(ticket, self._throughput.time_for(ticket.sequences))
-        try:
-            yield
-        finally:
             await self._claims.close(ticket)
 
     def count(self, lane: LaneName) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections.abc import Sequence
 from typing import Self
 
@@ -19,6 +18,7 @@ from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
 
 # Bytes keep their hash, tuples do not. A gateway's prompts are all texts or all tokens.
 _Key = bytes
+_BYTES_AT_ONCE = 2**21  # between two looks at the event loop
 _Shared = asyncio.Future[GeneratedText | GatewayError]
 
 
@@ -60,9 +60,7 @@ class Deduplicator:
         gate: Gate | None,
     ) -> Completion:
         head = repr(sampling).encode()
-        keys = [
-            head + (one.encode() if isinstance(one, str) else array("q", one)) for one in prompts
-        ]
+        keys = await _build_keys(head, prompts)
         wanted = dict(zip(keys, prompts, strict=True))
         others = {key: self._in_flight[key] for key in wanted if key in self._in_flight}
         own = {key: prompt for key, prompt in wanted.items() if key not in others}
@@ -117,6 +115,19 @@ class _Shares:
     def settle_rest(self, answers: Sequence[GeneratedText | GatewayError]) -> None:
         for place, answer in enumerate(answers):
             self.settle(place, answer)
+
+
+async def _build_keys(head: bytes, prompts: Sequence[Prompt]) -> list[_Key]:
+    keys, size = [], 0
+    for one in prompts:
+        key = head + (one.encode() if isinstance(one, str) else one.tobytes())
+        hash(key)  # which bytes keep: of megabytes that takes as long as the rest
+        keys.append(key)
+        size += len(key)
+        if size > _BYTES_AT_ONCE:
+            size = 0
+            await asyncio.sleep(0)
+    return keys
 
 
 async def _collect(others: dict[_Key, _Shared]) -> dict[_Key, GeneratedText]:

@@ -114,6 +114,12 @@ class EnginePool:
         """What a usable engine says of the model that it serves."""
         return next((engine.card for engine in self.engines if engine.is_usable), None)
 
+    async def find_max_model_len(self, deadline: float | None) -> int | None:
+        """The longest context of the engines; held while none has told what it serves."""
+        if not any(engine.card for engine in self.engines):
+            await self.ensure_ready(deadline)
+        return max((engine.max_model_len or 0 for engine in self.engines), default=0) or None
+
     async def acquire(
         self, affinity: str = "", avoid: Engine | None = None, deadline: float | None = None
     ) -> Engine:

@@ -208,6 +208,10 @@ class Metrics:
         self.max_waiting_sequences = self._live_gauge(
             "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING)."
         )
+        self.held_body_bytes = self._live_gauge(
+            "held_body_bytes",
+            "Bytes of request bodies in memory; at most GATEWAY_MAX_HELD_BYTES.",
+        )
         self.tokens = self._counter(
             "tokens", "Tokens by the engine's count; direction is in or out.", "direction"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from gateway.config import Settings, SettingsError
 from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
 from gateway.prompts.templates import STYLE_STOPS, compile_template
 from gateway.schemas.fields import MAX_STOPS, is_text
-from gateway.schemas.vllm import Prompt, Sampling
+from gateway.schemas.vllm import ID_TYPE, Prompt, Sampling
 
 # No question contains it; a template that trims, quotes or escapes its question alters it.
 _MARKER = " \n\"'\\<&\ue000question\ue001 "
@@ -111,7 +112,7 @@ class PromptBuilder:
             if self._is_hopeless(around + (0 if limit else len(one)), max_model_len)
         }
         texts = [
-            self._text(one if is_text(one) and place not in long else "", system)
+            self._text(one if place not in long and is_text(one) else "", system)
             for place, one in enumerate(questions)
         ]
         if self._tokenizer is None:
@@ -121,9 +122,12 @@ class PromptBuilder:
                 texts, add_special_tokens=self._adds_special
             )
             prompts = [
-                self._cut(question, system, encoding, limit)
-                if limit and len(encoding) > limit
-                else encoding.ids
+                array(
+                    ID_TYPE,
+                    self._cut(question, system, encoding, limit)
+                    if limit and len(encoding) > limit
+                    else encoding.ids,
+                )
                 for question, encoding in zip(questions, encodings, strict=True)
             ]
         return [
@@ -134,12 +138,13 @@ class PromptBuilder:
         ]
 
     def _is_hopeless(self, characters: int, max_model_len: int | None) -> bool:
-        """Too long even if all its tokens were the longest: megabytes of text would be cut into
-        tokens, at a hundred times their size in memory, only to be refused.
+        """Too long for any tokens that a text has: megabytes of it would be cut into tokens, at a
+        hundred times their size in memory, only to be refused.
         """
         if max_model_len is None or not self._longest_token:
             return False
-        return characters > self._longest_token * max_model_len
+        most = min(self._longest_token, self._settings.max_bytes_per_token)
+        return characters > most * max_model_len
 
     def _text(self, question: str, system: str | None) -> str:
         system = self._system if system is None else system

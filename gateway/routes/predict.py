@@ -13,7 +13,7 @@ from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
 from gateway.admission.queue import QUEUE
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
-from gateway.config import SETTINGS
+from gateway.config import SETTINGS, Settings
 from gateway.engines.deduplication import GENERATOR
 from gateway.engines.pool import POOL
 from gateway.engines.timeouts import Deadline
@@ -22,15 +22,22 @@ from gateway.observability.metrics import METRICS
 from gateway.prompts.builder import PROMPTS
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
-from gateway.schemas.predict import PredictRequest, build_predict_response, parse_predict
+from gateway.schemas.large_json import SMALL_BYTES
+from gateway.schemas.predict import (
+    PredictRequest,
+    build_predict_response,
+    parse_large_predict,
+    parse_predict,
+)
 from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
 
 _CHARACTERS_A_TOKEN = 4
+_ANSWERS_AT_ONCE = 1000  # between two looks at the event loop
 
 
 async def handle_predict(request: web.Request) -> web.Response:
     app, context = request.app, request[CONTEXT]
-    asked = parse_predict(await read_body(request), app[SETTINGS])
+    asked = await _parse(await read_body(request), app[SETTINGS])
     count = context.record.n_prompts = len(asked.questions)
     app[METRICS].predict_prompts.observe(count)
     context.carry(request.headers, TRACE_HEADERS)
@@ -58,7 +65,13 @@ async def handle_predict(request: web.Request) -> web.Response:
             finally:
                 context.record.engine_s = time.perf_counter() - began
             await _count(request, done)
-    return _build_answer(request, asked, _put_in_order(prompts, done.answers))
+    return await _build_answer(request, asked, _put_in_order(prompts, done.answers))
+
+
+async def _parse(body: bytes, settings: Settings) -> PredictRequest:
+    if len(body) <= SMALL_BYTES:
+        return parse_predict(body, settings)
+    return await parse_large_predict(body, settings)
 
 
 async def _build_prompts(
@@ -112,17 +125,21 @@ async def _charge_left(
     await accounts.charge_left(request[CALLER], inside, sampling.max_tokens, given)
 
 
-def _build_answer(
+async def _build_answer(
     request: web.Request, asked: PredictRequest, answers: Sequence[GeneratedText | GatewayError]
 ) -> web.Response:
     app, clean = request.app, request.app[PROMPTS].clean
-    texts = [clean(one.text) if isinstance(one, GeneratedText) else one for one in answers]
+    texts: list[str | GatewayError] = []
+    for place, one in enumerate(answers, start=1):
+        texts.append(clean(one.text) if isinstance(one, GeneratedText) else one)
+        if place % _ANSWERS_AT_ONCE == 0:
+            await asyncio.sleep(0)
     for text in texts:
         if isinstance(text, GatewayError):
             app[METRICS].prompts_failed.labels(text.error_code).inc()
     characters = sum(len(text) for text in texts if isinstance(text, str))
     app[METRICS].count_answers(request[CONTEXT].record, characters)
-    body = build_predict_response(asked, texts, single_as_list=app[SETTINGS].single_as_list)
+    body = await build_predict_response(asked, texts, single_as_list=app[SETTINGS].single_as_list)
     response = web.Response(body=body, content_type="application/json")
     if asked.ignored_fields:
         response.headers["X-Ignored-Fields"] = ", ".join(asked.ignored_fields)

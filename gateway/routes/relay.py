@@ -21,12 +21,14 @@ from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.engines.pool import POOL
 from gateway.errors import DeadlinePassed, EngineError, GatewayError
-from gateway.request_body import read_body
+from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
+from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
     OpenAIRequest,
     build_models,
     name_engine_error,
+    parse_large_openai_request,
     parse_openai_request,
     parse_usage,
 )
@@ -34,12 +36,12 @@ from gateway.streaming import EventStream, Usage
 
 STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 GENERATING = (*STREAMING, "/v1/embeddings")
+# All that keeps an engine busy takes a place; cutting megabytes into tokens is work, too.
+ENTERING = (*GENERATING, "/tokenize", "/detokenize")
 ROUTES = (
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model:.+}"),
-    *(("POST", path) for path in GENERATING),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
+    *(("POST", path) for path in ENTERING),
 )
 # Lists of what passes, not of what does not: who the caller is, who goes first and how the
 # connection is kept are the gateway's business, and the engine needs nothing else.
@@ -47,6 +49,7 @@ _SENT = ("Accept", "X-Session-Id", "anthropic-version", *TRACE_HEADERS)
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
 _RETRY_AFTER_S = "1"
 _BYTES_A_TOKEN = 4
+_SHORT_BYTES = 4096  # no model's context is too short for that
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
@@ -55,20 +58,17 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         # Nothing is generated, so it may be asked again like a greedy call.
         return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
     context, caller = request[CONTEXT], request[CALLER]
-    call = parse_openai_request(request.path, await read_body(request), request.app[SETTINGS])
+    context.deadline = parse_deadline(request.headers)
+    call = await _parse(request, await read_body(request))
     if caller.models:
         caller.check_model(call.model)
     if call.constraints:
         caller.check_constraints(call.constraints, request.app[SETTINGS].structured_outputs)
     if call.media_hosts:
         await request.app[MEDIA_HOSTS].ensure_allowed(call.media_hosts)
-    context.deadline = parse_deadline(request.headers)
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
     ticket = build_ticket(request.headers, caller, call.sequences, lane, context.deadline)
-    if request.path not in GENERATING:
-        async with request.app[QUEUE].enter_beside(ticket):
-            return await _pass_on(request, call)
-    if ticket.tokens_per_minute:
+    if ticket.tokens_per_minute and request.path in GENERATING:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
     async with request.app[QUEUE].enter(ticket):
@@ -76,10 +76,25 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         return await _pass_on(request, call)
 
 
+async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
+    settings = request.app[SETTINGS]
+    if len(body) <= _SHORT_BYTES:
+        return parse_openai_request(request.path, body, settings)
+    length = await request.app[POOL].find_max_model_len(request[CONTEXT].deadline)
+    most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
+    if len(body) <= min(SMALL_BYTES, most):
+        return parse_openai_request(request.path, body, settings)
+    return await parse_large_openai_request(request.path, body, settings, length)
+
+
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
     stream: EventStream | None = None
     try:
-        async with request.app[POOL].attempt(_build_call(request, call)) as answer:
+        engine_call = _build_call(request, call)
+        async with request.app[POOL].attempt(engine_call) as answer:
+            # It is not sent again, and a stream may last.
+            engine_call.body, call.body = None, b""
+            request.app[BODIES].release(request[CONTEXT])
             if answer.body is not None:
                 return await _answer_whole(request, call, answer)
             stream = EventStream(
@@ -162,7 +177,7 @@ async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream
     if request.path not in GENERATING or not request[CONTEXT].is_running:
         return
     told = stream.usage[0] if stream and stream.usage else 0
-    taken = told if told and call.sequences == 1 else len(call.body) // _BYTES_A_TOKEN
+    taken = told if told and call.sequences == 1 else call.size // _BYTES_A_TOKEN
     given = stream.told_tokens if stream else 0
     spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences)
     await request.app[ACCOUNTS].charge_left(request[CALLER], spent, _bound_answer(request, call))
@@ -191,4 +206,4 @@ def _expect_tokens(request: web.Request, call: OpenAIRequest) -> int:
     each = _bound_answer(request, call)
     if call.most_new_tokens is None:
         each = min(each, request.app[ACCOUNTS].expect_answer(request[CALLER]))
-    return len(call.body) // _BYTES_A_TOKEN + each * call.sequences
+    return call.size // _BYTES_A_TOKEN + each * call.sequences

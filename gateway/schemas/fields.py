@@ -15,13 +15,17 @@ MAX_STOPS = 4  # vLLM's own limit
 MAX_STOP_CHARACTERS = 256
 
 
-def parse_json_object(body: bytes, *, takes_surrogates: bool = False) -> dict[str, Any]:
+def parse_json(body: bytes, takes_surrogates: bool = False) -> Any:
     try:
-        value = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         if not takes_surrogates or "surrogate" not in str(error):
             raise InvalidRequest(f"the body is not JSON: {error}", code="invalid_json") from None
-        value = _parse_leniently(body, error)
+        return _parse_leniently(body, error)
+
+
+def parse_json_object(body: bytes, *, takes_surrogates: bool = False) -> dict[str, Any]:
+    value = parse_json(body, takes_surrogates)
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_type")
     return value
@@ -94,9 +98,10 @@ def read_stops(value: Any, default: tuple[str, ...]) -> tuple[str, ...]:
     if value is None:
         return default
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(
-        isinstance(stop, str) and is_text(stop) for stop in stops
-    ):
+    if not isinstance(stops, list):
+        raise wrong_type("stop", "a string or a list of strings")
+    few = stops[: MAX_STOPS + 1]
+    if not all(isinstance(stop, str) and is_text(stop) for stop in few):
         raise wrong_type("stop", "a string or a list of strings")
     if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
         raise InvalidRequest(

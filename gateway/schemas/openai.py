@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -15,9 +15,10 @@ import orjson
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
 from gateway.schemas.fields import parse_json_object, read_stops, wrong_type
-from gateway.schemas.grammars import Constraint, read_constraints
+from gateway.schemas.grammars import CONSTRAINING, Constraint, read_constraints
+from gateway.schemas.large_json import LargeObject, scan_object
 from gateway.schemas.media import read_media_hosts
-from gateway.schemas.sampling import check_sampling
+from gateway.schemas.sampling import TOKEN_LISTS, check_sampling
 from gateway.schemas.vllm import garbled_models, parse_engine_error
 
 _USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
@@ -37,6 +38,10 @@ _STREAM_ENDS: Mapping[str, tuple[bytes, ...]] = {
     "/v1/messages": (b"event: message_stop\n", b"event: error\n"),
 }
 _NO_CHOICES = b'"choices":[]'
+_SCHEMA_FIELDS = ("response_format", "structured_outputs", "tools", "guided_json", "text")
+_LARGEST_TOKEN_LIST_BYTES = 2**19
+_WITH_MEDIA = frozenset(("messages", "input"))
+_NOT_TOKENIZED = frozenset(("logit_bias", "allowed_token_ids", "prompt_embeds"))
 
 
 @dataclass(slots=True)  # not frozen: that doubles the cost of making one, once a request
@@ -54,12 +59,55 @@ class OpenAIRequest:
     affinity: str = ""
     media_hosts: frozenset[str] = frozenset()
     constraints: tuple[Constraint, ...] = ()
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.body)
 
 
 def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRequest:
     """Bounds what could harm the engine or other callers; passes every other field on untouched."""
+    return _read_openai_request(path, body, parse_json_object(body), orjson.dumps, settings)
+
+
+async def parse_large_openai_request(
+    path: str, body: bytes, settings: Settings, max_model_len: int | None
+) -> OpenAIRequest:
+    """The same of a body that takes long, or whose texts may be more than the model takes."""
+    # What is judged by what is in it.
+    whole = dict.fromkeys(TOKEN_LISTS, _LARGEST_TOKEN_LIST_BYTES)
+    whole |= dict.fromkeys((*_SCHEMA_FIELDS, *CONSTRAINING), settings.max_schema_bytes)
+    large = await scan_object(body, settings.max_prompts, whole)
+    if max_model_len is not None:
+        await _bound_texts(large, settings, max_model_len)
+    return _read_openai_request(path, body, large.fields, large.dump, settings)
+
+
+async def _bound_texts(large: LargeObject, settings: Settings, max_model_len: int) -> None:
+    """By its bytes, escapes and all: a prompt as the engine's tokenizer gets it is shorter."""
+    most = max_model_len * settings.max_bytes_per_token
+    for name, member in large.members.items():
+        size = 0 if name in _NOT_TOKENIZED else large.measure_longest(member)
+        if size > most and name in _WITH_MEDIA:
+            size -= await large.measure_media(member)
+        if size > most:
+            raise InvalidRequest(
+                f"{name} has a text of {size} bytes; the model takes {max_model_len} tokens, and "
+                f"at most {settings.max_bytes_per_token} bytes are read for each. Shorten it",
+                param=name,
+                code="prompt_too_long",
+            )
+
+
+def _read_openai_request(
+    path: str,
+    body: bytes,
+    data: dict[str, Any],
+    dump: Callable[[dict[str, Any]], bytes],
+    settings: Settings,
+) -> OpenAIRequest:
     try:
-        return _parse_openai_request(path, body, settings)
+        return _parse_openai_request(path, body, data, dump, settings)
     except orjson.JSONEncodeError as error:
         # Read but not writable again: nested too deep, or half a surrogate pair.
         raise InvalidRequest(
@@ -67,8 +115,13 @@ def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRe
         ) from None
 
 
-def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRequest:
-    data = parse_json_object(body)
+def _parse_openai_request(
+    path: str,
+    body: bytes,
+    data: dict[str, Any],
+    dump: Callable[[dict[str, Any]], bytes],
+    settings: Settings,
+) -> OpenAIRequest:
     model = data.get("model")
     if model is not None and not isinstance(model, str):
         raise wrong_type("model", "a string")
@@ -88,7 +141,7 @@ def _parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIR
         hides_usage, hides_chunk_usage = _ask_for_usage(data)
         changed = changed or hides_usage or hides_chunk_usage
     return OpenAIRequest(
-        body=orjson.dumps(data) if changed else body,
+        body=dump(data) if changed else body,
         model=model,
         sequences=sequences,
         most_new_tokens=most_new_tokens,
@@ -160,7 +213,7 @@ def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
     stop = data.get("stop")
     if isinstance(stop, str | list):
         read_stops(stop, ()) if stop else None
-    for name in ("response_format", "structured_outputs", "tools", "guided_json", "text"):
+    for name in _SCHEMA_FIELDS:
         if name in data and len(orjson.dumps(data[name])) > settings.max_schema_bytes:
             raise InvalidRequest(
                 f"{name} is larger than {settings.max_schema_bytes} bytes", param=name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from gateway.schemas.fields import (
     read_stops,
     wrong_type,
 )
+from gateway.schemas.large_json import scan_object
 from gateway.schemas.openai import describe_error
 from gateway.schemas.vllm import Sampling
 
@@ -27,6 +29,7 @@ SAMPLING_FIELDS = frozenset(("max_tokens", "temperature", "top_p", "top_k", "sto
 PREDICT_FIELDS = SAMPLING_FIELDS | {"prompt", "prompts", "system"}
 
 
+_CHARACTERS_AT_ONCE = 2**20
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -44,7 +47,19 @@ class PredictRequest:
 
 def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
     """The request as the contract reads it; `InvalidRequest` names the field that is wrong."""
-    data = parse_json_object(body, takes_surrogates=True)
+    return _read_predict(parse_json_object(body, takes_surrogates=True), settings)
+
+
+async def parse_large_predict(body: bytes, settings: Settings) -> PredictRequest:
+    """The same of a body that takes long to parse: piece by piece."""
+    large = await scan_object(body, settings.max_prompts)
+    for name in ("prompt" if "prompt" in large.fields else "prompts", "system"):
+        if name in large.fields:
+            large.fields[name] = await large.load(name, takes_surrogates=True)
+    return _read_predict(large.fields, settings)
+
+
+def _read_predict(data: Mapping[str, Any], settings: Settings) -> PredictRequest:
     name = "prompt" if "prompt" in data else "prompts"
     if name not in data:
         raise InvalidRequest(
@@ -56,15 +71,15 @@ def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
     questions = [value] if isinstance(value, str) else value
     if not isinstance(questions, list):
         raise wrong_type(name, "a string or a list of strings")
-    for index, question in enumerate(questions):
-        if not isinstance(question, str):
-            raise wrong_type(f"{name}[{index}]", "a string")
     if len(questions) > settings.max_prompts:
         raise InvalidRequest(
             f"{len(questions)} prompts in one call; at most {settings.max_prompts} are taken",
             param=name,
             code="too_many_prompts",
         )
+    for index, question in enumerate(questions):
+        if not isinstance(question, str):
+            raise wrong_type(f"{name}[{index}]", "a string")
     system = data.get("system")
     if system is not None and (not isinstance(system, str) or not is_text(system)):
         raise wrong_type("system", "a string")
@@ -99,21 +114,34 @@ def default_sampling(settings: Settings) -> Sampling:
     return parse_sampling({}, settings)
 
 
-def build_predict_response(
+async def build_predict_response(
     request: PredictRequest, answers: Sequence[str | GatewayError], *, single_as_list: bool
 ) -> bytes:
     """The body of a /predict answer. A single prompt that failed is raised, not written."""
     if request.is_single and isinstance(answers[0], GatewayError):
         raise answers[0]
     texts = [answer if isinstance(answer, str) else "" for answer in answers]
-    body: dict[str, Any] = {"response": texts}
-    if request.is_single and not single_as_list:
-        body["response"] = texts[0]
+    is_text = request.is_single and not single_as_list
+    body = b'{"response":' + (orjson.dumps(texts[0]) if is_text else await _dump_texts(texts))
     errors = {
         str(index): describe_error(answer)
         for index, answer in enumerate(answers)
         if isinstance(answer, GatewayError)
     }
     if errors:
-        body["errors"] = errors
-    return orjson.dumps(body)
+        body += b',"errors":' + orjson.dumps(errors)
+    return body + b"}"
+
+
+async def _dump_texts(texts: Sequence[str]) -> bytes:
+    """Some at a time: the answers of a large batch are megabytes."""
+    pieces, start, size = [], 0, 0
+    for place, text in enumerate(texts, start=1):
+        size += len(text)
+        if size > _CHARACTERS_AT_ONCE or place == len(texts):
+            pieces.append(orjson.dumps(texts[start:place])[1:-1])
+            start = place
+        if size > _CHARACTERS_AT_ONCE:
+            size = 0
+            await asyncio.sleep(0)
+    return b"[" + b",".join(pieces) + b"]"

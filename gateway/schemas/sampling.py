@@ -20,7 +20,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "thinking_token_budget": (-1, _INT32),
     "stream_interval": (1, _INT32),
 }
-_TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
+TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
 _MOST_TOKEN_DIGITS = 10
 # How engines hand work to each other; it names hosts that the engine would then speak to.
 _INTERNAL_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
@@ -34,7 +34,7 @@ def check_sampling(data: Mapping[str, Any]) -> None:
             low, high = _RANGES[name]
             if not low <= value <= high:
                 raise InvalidRequest(f"{name} must be {low} to {high}", param=name)
-    for name in _TOKEN_LISTS:
+    for name in TOKEN_LISTS:
         _check_tokens(name, data.get(name))
     _check_biases(data.get("logit_bias"))
     extra = data.get("vllm_xargs")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 
 from common.prometheus_text import parse_samples
 from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequest
 
-Prompt = str | list[int]
+# Ids in four bytes each: as a list of numbers they take ten times as much while they wait.
+Prompt: TypeAlias = "str | array[int]"
+ID_TYPE = "I"
 
 _LOAD_METRICS = {
     "vllm:num_requests_running": "running",
@@ -104,7 +107,7 @@ def build_completion_call(
     """
     body: dict[str, Any] = {
         "model": model,
-        "prompt": list(prompts),
+        "prompt": [one if isinstance(one, str) else one.tolist() for one in prompts],
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -37,6 +37,11 @@ class GatewayProcess:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def cpu_s(self) -> float:
+        """What its threads have worked so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def count_sockets(self) -> int:
         count = 0
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
@@ -52,10 +57,13 @@ async def serve_process(
     *flags: str,
     wrapper: Sequence[str] = (),
     stderr: int | None = None,
+    blocks: Path | None = None,
 ) -> AsyncIterator[GatewayProcess]:
     """`wrapper`: a program that becomes the gateway, such as a shell with other limits. `stderr`:
-    where its log goes instead of to a file.
+    where its log goes instead of to a file. `blocks`: the file in which `loop_watch` notes what
+    kept its event loop busy.
     """
+    program = ["gateway"] if blocks is None else ["tests.gateway.loop_watch", str(blocks)]
     port = 0 if stderr is None else find_free_ports(1)[0]
     command = ["--port", str(port), "--engines", engine_url, "--tokenizer", str(MODEL_FOLDER)]
     command += ["--warmup-prompts", "2", "--log-format", "json"]
@@ -63,7 +71,7 @@ async def serve_process(
     with path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             *wrapper,
-            *(sys.executable, "-m", "gateway", *command, *flags),
+            *(sys.executable, "-m", *program, *command, *flags),
             stderr=log if stderr is None else stderr,
         )
     try:
@@ -71,6 +79,8 @@ async def serve_process(
         served = GatewayProcess(process, f"http://127.0.0.1:{port or _port(path)}", path)
         async with httpx.AsyncClient(base_url=served.url, verify=NO_TLS) as client:
             await until(lambda: _is_ready(client), _LONGEST_START_S)
+        if blocks is not None:
+            os.truncate(blocks, 0)  # a start may take its time
         yield served
     finally:
         if process.returncode is None:

@@ -1,7 +1,8 @@
 """Ten thousand requests, most of them spoilt, at a gateway in a process of its own.
 
 Never a 500, never a traceback, never an answer without OpenAI's envelope, never one caller's text
-in another's answer, nothing left behind. `FUZZ_SEED=7 FUZZ_CASES=100000` tries others by hand.
+in another's answer, never a blocked event loop, nothing left behind. `FUZZ_SEED=7
+FUZZ_CASES=100000` tries others by hand.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.fuzz_cases import KEY, Case, make_cases, mark
+from tests.gateway.loop_watch import check_blocks
 from tests.gateway.process import serve_process
 from tests.gateway.raw import NotHTTP, RawAnswer, connect, read_answer
 
@@ -61,7 +63,8 @@ async def test_fuzz_spoilt_requests_get_an_envelope_and_nothing_leaks(tmp_path: 
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
         serve_process(
-            tmp_path, engine_url, "--api-keys", KEY, "--max-body-bytes", "1000000"
+            *(tmp_path, engine_url, "--api-keys", KEY, "--max-body-bytes", "1000000"),
+            blocks=tmp_path / "blocks.jsonl",
         ) as gateway,
     ):
         cases = make_cases(SEED, COUNT)
@@ -78,6 +81,7 @@ async def test_fuzz_spoilt_requests_get_an_envelope_and_nothing_leaks(tmp_path: 
         log = gateway.read_log()
         await until(lambda: gateway.count_sockets() < 12)
 
+    check_blocks(tmp_path / "blocks.jsonl")
     assert last.json() == {"response": "answer:still here"}
     for line in log.splitlines():
         assert line.startswith("{"), f"a line that is no event: {line}"

@@ -97,7 +97,7 @@ async def test_stream_gone_caller_frees_the_engine_at_once(served: Served) -> No
 
 async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None:
     """Nothing is queued for them: the engine is held back, then their stream is ended."""
-    async with serve(client_write_timeout_s=0.5) as served:
+    async with serve(client_write_timeout_s=0.5, max_bytes_per_token=1000) as served:
         content = "x" * 200_000
         host, port = served.url.removeprefix("http://").split(":")
         body = orjson.dumps(CHAT | {"messages": [{"role": "user", "content": content}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ TOKENIZER = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
 
 async def _text(builder: PromptBuilder, question: str, system: str | None = None) -> str:
     prompt = (await builder.build([question], system, None))[0]
-    assert isinstance(prompt, list)
-    return TOKENIZER.decode(prompt, skip_special_tokens=False)
+    assert isinstance(prompt, array)
+    return TOKENIZER.decode(prompt.tolist(), skip_special_tokens=False)
 
 
 def _folder(tmp_path: Path, **config: Any) -> Path:
@@ -128,9 +129,9 @@ async def test_long_question_is_cut_and_its_template_kept_whole() -> None:
 
     prompt = (await builder.build(["共享内存与合并访问" * 100], None, None))[0]
 
-    assert isinstance(prompt, list)
+    assert isinstance(prompt, array)
     assert 30 <= len(prompt) <= 40
-    text = TOKENIZER.decode(prompt, skip_special_tokens=False)
+    text = TOKENIZER.decode(prompt.tolist(), skip_special_tokens=False)
     assert text.startswith("<|im_start|>user\n共享内存")
     assert text.endswith("<think>\n\n</think>\n\n")
     assert "\ufffd" not in text
@@ -141,7 +142,7 @@ async def test_prompt_as_long_as_the_context_is_refused_alone() -> None:
 
     fits, refused = await builder.build(["q", "q" * 5000], None, 64)
 
-    assert isinstance(fits, list)
+    assert isinstance(fits, array)
     assert isinstance(refused, PromptRefused)
     assert refused.error_code == "prompt_too_long"
 

@@ -1,0 +1,320 @@
+"""Large bodies, honest and hostile: what they cost the event loop, the memory and others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import itertools
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from tests.fake_engine import Behaviour, build_fake_engine, serve_app
+from tests.gateway.conftest import Serve, until
+from tests.gateway.loop_watch import check_blocks
+from tests.gateway.process import GatewayProcess, serve_process
+from tests.gateway.raw import RawAnswer, ask, build_request
+from tests.gateway.scripted_engine import whole_answer
+
+MEGABYTE = 10**6
+TEXT = "Every kernel waits for its warps; 什么是 warp?\n"
+LONG_CONTEXT = Behaviour(max_model_len=2**20)
+
+
+@contextlib.asynccontextmanager
+async def serve_watched(folder: Path, engine: Behaviour) -> AsyncIterator[GatewayProcess]:
+    """A gateway in a process of its own, whose event loop nothing may keep for more than 50 ms."""
+    blocks = folder / "blocks.jsonl"
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(folder, engine_url, blocks=blocks) as gateway,
+    ):
+        yield gateway
+    check_blocks(blocks)
+
+
+@pytest.fixture
+async def watched(tmp_path: Path) -> AsyncIterator[GatewayProcess]:
+    async with serve_watched(tmp_path, LONG_CONTEXT) as gateway:
+        yield gateway
+
+
+async def post(
+    gateway: GatewayProcess, path: str, body: bytes, *, packed: bool = False
+) -> RawAnswer:
+    headers = [("Content-Type", "application/json")]
+    if packed:
+        headers.append(("Content-Encoding", "gzip"))
+        body = await asyncio.to_thread(gzip.compress, body, 6)
+    return await ask(gateway.url, build_request("POST", path, body, headers), timeout_s=60)
+
+
+def fill(text: str, size: int) -> str:
+    return text * (size // len(text.encode()))
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def long_chat(size: int) -> list[dict[str, str]]:
+    return [user(fill(TEXT, size // 1000))] * 1000
+
+
+def batch_of_texts(size: int) -> list[str]:
+    return [f"{number} {fill(TEXT, size // 1000)}" for number in range(1000)]
+
+
+def batch_of_ids() -> list[list[int]]:
+    return [[100_000 + number for number in range(1500)]] * 1000
+
+
+HONEST: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "text": ("/v1/completions", lambda: {"prompt": fill(TEXT, 10 * MEGABYTE)}),
+    "chat": (
+        "/v1/chat/completions",
+        lambda: {"messages": long_chat(10 * MEGABYTE)},
+    ),
+    "stream": (
+        "/v1/chat/completions",
+        lambda: {"messages": [*long_chat(10 * MEGABYTE), user("hi")], "stream": True},
+    ),
+    "texts": ("/v1/completions", lambda: {"prompt": batch_of_texts(10 * MEGABYTE)}),
+    "ids": ("/v1/completions", lambda: {"prompt": batch_of_ids()}),
+    "one list of ids": (
+        "/detokenize",
+        lambda: {"tokens": [1000 + number % 3000 for number in range(2_000_000)]},
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("kind", HONEST)
+async def test_honest_body_of_ten_megabytes_blocks_nobody(
+    watched: GatewayProcess, kind: str, packed: bool
+) -> None:
+    path, build = HONEST[kind]
+    fields = build()
+    LONG_CONTEXT.calls.clear()
+    body = orjson.dumps({"model": "fake", **fields})
+    assert len(body) > 9 * MEGABYTE
+
+    answer = await post(watched, path, body, packed=packed)
+
+    assert answer.status == 200, answer.body[:500]
+    (call,) = LONG_CONTEXT.calls
+    for name, value in fields.items():
+        assert call[name] == value
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+async def test_honest_predict_of_ten_megabytes_blocks_nobody(
+    watched: GatewayProcess, packed: bool
+) -> None:
+    questions = [f"{number} {fill(TEXT, 1000)}" for number in range(9000)]
+
+    body = orjson.dumps({"prompt": questions, "system": "Be short. " * 10})
+    answer = await post(watched, "/predict", body, packed=packed)
+
+    assert answer.status == 200, answer.body[:500]
+    assert orjson.loads(answer.body)["response"] == [f"answer:{one}".strip() for one in questions]
+
+
+def fill_list(item: bytes, size: int) -> bytes:
+    return b"[" + (item + b",") * (size // (len(item) + 1)) + item + b"]"
+
+
+def pairs(size: int) -> bytes:
+    return b"{" + b",".join(b'"k%07d":1' % number for number in range(size // 13)) + b"}"
+
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "objects": lambda: fill_list(b"{}", 33 * MEGABYTE),
+    "lists": lambda: fill_list(b"[]", 33 * MEGABYTE),
+    "few enough objects": lambda: fill_list(b"{}", MEGABYTE // 2),
+    "depth": lambda: b"[" * 200_000 + b"]" * 200_000,
+    "numbers": lambda: fill_list(b"1", 33 * MEGABYTE),
+    "long numbers": lambda: fill_list(b"1" * 5000, 30 * MEGABYTE),
+    "pairs": lambda: pairs(30 * MEGABYTE),
+    "few enough pairs": lambda: pairs(MEGABYTE // 2),
+    "empty texts": lambda: fill_list(b'""', 33 * MEGABYTE),
+    "empty texts in a list": lambda: b"[" + fill_list(b'""', 11 * MEGABYTE) + b"]",
+    "escapes": lambda: b'"' + b"\\n" * (15 * MEGABYTE) + b'"',
+    "half characters": lambda: b'"' + b"\\ud800" * (5 * MEGABYTE) + b'"',
+    "one text": lambda: b'"' + "é".encode() * (16 * MEGABYTE) + b'"',
+    "texts": lambda: fill_list(b'"' + b"a " * 2000 + b'"', 3 * MEGABYTE),
+    "commas in a text": lambda: b'"' + b"{[,:" * (8 * MEGABYTE) + b'"',
+    "spaces": lambda: b" " * (33 * MEGABYTE) + b"1",
+    "no end": lambda: b'"' + b"a" * (33 * MEGABYTE),
+    "pictures": lambda: fill_list(b'{"url":"data:a"}', 2 * MEGABYTE),
+}
+FIELD_OF = {
+    "/predict": b"prompt",
+    "/v1/completions": b"prompt",
+    "/v1/chat/completions": b"messages",
+    "/v1/responses": b"input",
+    "/v1/messages": b"messages",
+    "/v1/embeddings": b"input",
+    "/tokenize": b"prompt",
+    "/detokenize": b"tokens",
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+async def test_hostile_body_blocks_nobody_on_any_route(tmp_path: Path) -> None:
+    async with serve_watched(tmp_path, Behaviour(max_model_len=2**17)) as gateway:
+        memory = gateway.rss_bytes()
+        await send_hostile_bodies(gateway)
+        assert gateway.rss_bytes() - memory < 200 * MEGABYTE
+
+
+async def send_hostile_bodies(gateway: GatewayProcess) -> None:
+    relayed = itertools.cycle(list(FIELD_OF)[1:])
+    for kind, build in HOSTILE.items():
+        value = build()
+        for path in ("/predict", next(relayed)):
+            name = FIELD_OF[path]
+            field = name if kind not in {"pairs", "few enough pairs"} else b"metadata"
+            body = b'{"model":"fake","max_tokens":1,"stream":true,"%s":%s}' % (field, value)
+            answer = await post(gateway, path, body)
+            assert answer.status in {200, 400, 413, 502}, (kind, path, answer.body[:300])
+            assert b"internal_error" not in answer.body, (kind, path)
+
+
+async def test_bomb_of_objects_is_refused_while_it_unfolds(watched: GatewayProcess) -> None:
+    bomb = gzip.compress(b'{"prompt":' + fill_list(b"{}", 33 * MEGABYTE) + b"}", 9)
+    assert len(bomb) < 40_000
+    headers = [("Content-Type", "application/json"), ("Content-Encoding", "gzip")]
+    request = build_request("POST", "/predict", bomb, headers)
+    await ask(watched.url, build_request("POST", "/predict", b'{"prompt":"a"}', headers[:1]))
+    memory, busy_s = watched.rss_bytes(), watched.cpu_s()
+
+    for _ in range(10):
+        answer = await ask(watched.url, request)
+        assert (answer.status, orjson.loads(answer.body)["error"]["code"]) == (
+            400,
+            "too_many_values",
+        )
+
+    assert watched.rss_bytes() - memory < 10 * MEGABYTE
+    assert (watched.cpu_s() - busy_s) / 10 < 0.05
+
+
+class DeafEngine:
+    """Answers looks and small calls, and reads nothing of a large one."""
+
+    def __init__(self) -> None:
+        self.deaf_to = 0
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1"):
+                length = int(head.lower().partition("content-length: ")[2].split("\r")[0] or 0)
+                if length > MEGABYTE:
+                    self.deaf_to += 1
+                    reader.feed_data(b"x" * 2**18)  # so that asyncio takes no more
+                    await asyncio.Event().wait()
+                await reader.readexactly(length)
+                writer.write(self._answer(head.split(" ")[1]))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.transport.abort()
+
+    def _answer(self, path: str) -> bytes:
+        card = {"id": "fake", "max_model_len": 2**20}
+        choice = {"index": 0, "text": "hi", "message": {"content": "hi"}, "finish_reason": "stop"}
+        if path == "/v1/models":
+            return whole_answer(orjson.dumps({"data": [card]}))
+        return whole_answer(orjson.dumps({"choices": [choice]}))
+
+
+@pytest.fixture
+async def deaf_engine() -> AsyncIterator[tuple[DeafEngine, str]]:
+    engine = DeafEngine()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            await engine.talk(reader, writer)
+
+    server = await asyncio.start_server(meet, "127.0.0.1", 0, limit=2**16)
+    yield engine, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_callers(
+    tmp_path: Path, deaf_engine: tuple[DeafEngine, str]
+) -> None:
+    engine, engine_url = deaf_engine
+    body = orjson.dumps({"model": "fake", "prompt": [fill(TEXT, MEGABYTE)] * 20})
+    request = build_request("POST", "/v1/completions", body)
+    flags = ("--warmup-prompts", "1", "--max-held-bytes", str(100 * MEGABYTE))
+    async with (
+        serve_process(tmp_path, engine_url, *flags) as gateway,
+        httpx.AsyncClient(base_url=gateway.url) as client,
+    ):
+        memory = gateway.rss_bytes()
+        callers = [asyncio.create_task(ask(gateway.url, request, timeout_s=60)) for _ in range(24)]
+        await until(lambda: engine.deaf_to + sum(one.done() for one in callers) == 24, 60)
+
+        refused = [one.result() for one in callers if one.done()]
+        assert engine.deaf_to == 4  # of the 87.5 MB that large ones may take
+        assert {one.status for one in refused} == {429}
+        assert {orjson.loads(one.body)["error"]["code"] for one in refused} == {"too_many_bodies"}
+        assert all("retry-after" in one.headers for one in refused)
+        assert await _held_bytes(client) == 4 * len(body)
+        assert gateway.rss_bytes() - memory < 200 * MEGABYTE
+        # Small ones pass all the while.
+        chat = await client.post("/v1/chat/completions", json={"model": "fake", "messages": []})
+        assert chat.status_code == 200
+
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        await until(lambda: _is_empty(client))
+        await until(lambda: gateway.rss_bytes() - memory < 60 * MEGABYTE)
+        assert (await client.get("/readyz")).status_code == 200
+
+
+async def _held_bytes(client: httpx.AsyncClient) -> float:
+    text = (await client.get("/metrics")).text
+    return float(text.partition("\ngateway_held_body_bytes ")[2].partition("\n")[0])
+
+
+async def _is_empty(client: httpx.AsyncClient) -> bool:
+    return await _held_bytes(client) == 0
+
+
+async def test_stream_holds_its_body_no_longer_than_its_first_byte(serve: Serve) -> None:
+    async with serve(max_held_bytes=200_000) as served:
+        served.engine.stream_gap_s = 0.05
+        long = [user("x " * 40), user("a long answer")]
+        body = {"model": "fake", "messages": long, "stream": True}
+        async with served.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            async for _ in answer.aiter_lines():
+                break
+            assert await _held_bytes(served.client) == 0
+
+
+async def test_media_at_the_end_of_a_large_body_are_looked_at_too(serve: Serve) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:8001/metrics"}}
+    turns = [*long_chat(MEGABYTE), {"role": "user", "content": [picture]}]
+    async with serve(max_bytes_per_token=10_000) as served:
+        body = {"model": "fake", "messages": turns}
+        answer = await served.client.post("/v1/chat/completions", json=body)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "media_refused")
+    assert served.engine.calls == []

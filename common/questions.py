@@ -19,7 +19,7 @@ from common.files import read_file
 from common.json_text import is_whole, parse_json
 
 # The start of a block: `（1. 问题：`, with or without the bracket, the dot and the number's spaces.
-_BLOCK = re.compile(r"(?:^|\n)\s*[(（]?\d+\s*[.．、]?\s*问题[：:]")
+_BLOCK = re.compile(r"(?:^|\n)[^\S\n]*+[(（]?\d++\s*+[.．、]?\s*+问题[：:]")
 _QUESTION = re.compile(r"问题[：:]")
 _ANSWER = re.compile(r"答案[：:]")
 _QUESTION_KEYS = ("question", "prompt", "query", "问题")

@@ -29,7 +29,7 @@ from common.web.foreign_pages import check_hosts
 
 PREFIX = "LAUNCHER_"
 _LAST_PORT = 65535
-_NEXT_PAIR = re.compile(r"\s+(?=[A-Za-z][\w.-]*=)")
+_NEXT_PAIR = re.compile(r"(?<!\s)\s++(?=[A-Za-z][\w.-]*+=)")
 
 
 class LauncherSettings(ProgramSettings):

@@ -30,7 +30,7 @@ _SECRETS = (
         r"(?i)((?:key|token|secret|password|passwd|credential)s?['\"]?\s*[:=]\s*[\[('\"]*)"
         r"(?!\d+\b)[^\s'\",)\]}]{8,}"
     ),
-    re.compile(r"(?i)(--[\w-]*(?:key|token|secret|password)\s+)\S+"),
+    re.compile(r"(?i)((?<!-)--[\w-]{0,60}?(?:key|token|secret|password)\s+)\S+"),
     re.compile(r"()\b(?:hf_|sk-|vg-|ghp_|AKIA)[\w-]{8,}"),
 )
 

@@ -8,7 +8,6 @@ gateway together. A template that changes its question (trims it, say) is render
 from __future__ import annotations
 
 import asyncio
-import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,8 +31,6 @@ _LARGEST_SLICE_CHARACTERS = 500_000
 _BUILDERS = 2  # slices at once, of all callers
 _LARGEST_CACHED_SYSTEM = 20_000
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "</s>")
-_THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
-_LINE_BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
 
 class PromptBuilder:
@@ -176,9 +173,11 @@ class PromptBuilder:
     def clean(self, text: str) -> str:
         """An engine's text as an answer: stripped, without thinking, on one line if so set."""
         if self._settings.strip_thinking and "</think>" in text:
-            text = _THINKING.sub("", text, count=1)
+            text = text.partition("</think>")[2]
         if self._settings.single_line:
-            text = _LINE_BREAKS.sub(" ", text)
+            # Not by a pattern: what folds a break with the spaces around it tries each space anew.
+            lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+            text = " ".join(line for line in lines if line)
         return text.strip()
 
 

@@ -23,7 +23,7 @@ _OTHERS = 1 << 128
 _ALL = (1 << 129) - 1
 _DEEPEST = 50
 _PLAIN = re.compile(r"[^\\^$.|?*+()\[\]{}]+(?![*+?{])")
-_QUANTIFIER = re.compile(r"\{[ ]*(\d*)[ ]*(?:(,)[ ]*(\d*)[ ]*)?\}")
+_QUANTIFIER = re.compile(r"\{[ ]*+(\d*+)[ ]*+(?:(,)[ ]*+(\d*+)[ ]*+)?\}")
 _GROUP_START = re.compile(r"\?(?:P?<[A-Za-z_]\w*>|<?[=!]|[a-zA-Z-]*:|>)")
 _CODE_POINT = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|[xu]\{([0-9a-fA-F]+)\}")
 _LONGEST_COUNT = 9  # digits

@@ -1,4 +1,8 @@
-"""What vLLM's log lines mean: how far it has got, what went wrong, what nobody needs to see."""
+"""What vLLM's log lines mean: how far it has got, what went wrong, what nobody needs to see.
+
+Callers' texts can stand in them, so every pattern takes a time that grows with the line and no
+faster (`tests/test_patterns.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,22 +23,22 @@ _STAGES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("reading_config", re.compile(r"Resolved architecture: (?P<detail>\w+)")),
     ("starting_core", re.compile(r"Initializing a V1 LLM engine")),
     ("loading_weights", re.compile(r"Starting to load model")),
-    ("loading_weights", re.compile(r"Loading .*?checkpoint shards:\s+(?P<percent>\d+)% Completed")),
+    ("loading_weights", re.compile(r"checkpoint shards:\s++(?P<percent>\d+)% Completed")),
     ("loading_weights", re.compile(r"(?:Model l|L)oading (?:weights )?took (?P<detail>.+)")),
     ("compiling", re.compile(r"(?:Start compiling|Dynamo bytecode transform|Compiling a graph)")),
     ("compiling", re.compile(r"torch\.compile (?:takes|took) (?P<detail>[\d.]+ s)")),
     ("compiled_before", re.compile(r"Directly load the compiled graph|Directly load AOT")),
     ("sizing_cache", re.compile(r"KV cache size: (?P<detail>[\d,]+ tokens)")),
-    ("capturing_graphs", re.compile(r"Capturing CUDA graphs?.*?:\s+(?P<percent>\d+)%")),
+    ("capturing_graphs", re.compile(r"Capturing CUDA graphs?[^:]{0,99}+:\s++(?P<percent>\d+)%")),
     ("capturing_graphs", re.compile(r"Graph capturing finished in (?P<detail>.+)")),
-    ("warming_kernels", re.compile(r"init engine \(.*?\) took (?P<detail>[\d.]+ s)")),
+    ("warming_kernels", re.compile(r"init engine \([^)]{0,200}+\) took (?P<detail>[\d.]+ s)")),
     ("listening", re.compile(r"Starting vLLM (?:API )?server|Application startup complete")),
 )
 # Banners, argparse's usage (three hundred lines before the one that matters), and warnings about
 # what is so by design on a CPU: nobody can act on them.
 _NOISE = re.compile(
     r"Route: /|Available routes are|nanobind|leaked (?:instance|type|function)|\.\.\. skipped rem"
-    r"|reference counting issue|api_utils\.py:\d+\]\s*[█▄▀ ]*(?:$|[█▄▀])|checkpoint shards"
+    r"|reference counting issue|api_utils\.py:\d+\]\s*+(?:$|[█▄▀])|checkpoint shards"
     r"|Triton is (?:not )?installed|requires Triton|Enforce eager set|Inductor compilation was"
     r"|Reset SSM cache|reduce_op|triton_utils/dispatcher|hasattr\(value, |wrapper = lookup\("
     r"|^usage: |^\s{12,}[\[{]"
@@ -42,8 +46,10 @@ _NOISE = re.compile(
     r"|NUMA binding|found in LD_PRELOAD|OMP_NUM_THREADS=\d+ is|torch\.set_num_threads|Found ulimit"
 )
 _LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
-_ORIGIN = re.compile(r"^\((?P<who>\w+)[^)]*\) ")
-_STAMP = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]+\]\s*")
+_ORIGIN = re.compile(r"^\((?P<who>\w++)[^)]*+\) ")
+_STAMP = re.compile(
+    r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d [\d:]{1,20}+ \[[^\]]{1,200}+\]\s*"
+)
 _LINE = re.compile(
     r"^(?:\((?P<process>\w+)(?: pid=(?P<pid>\d+))?\) )?"
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)"

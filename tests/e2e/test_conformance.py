@@ -30,6 +30,7 @@ _VOLATILE = frozenset(
         "sequence_number",
     )
 )
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
 USER = [{"role": "user", "content": "什么是 warp？"}]
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -157,7 +158,7 @@ CASES: dict[str, Case] = {
         CHAT,
         {
             "messages": [
-                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}
             ]
         },
     ),

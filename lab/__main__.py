@@ -1,4 +1,4 @@
-"""The lab's command line: `python -m lab grade|bench|gpu|selftest|load|attack|results …`.
+"""The lab's command line: `python -m lab grade|bench|gpu|scheduler|selftest|load|attack|results …`.
 
 A command's module is loaded only when the command is given, so that help is quick. What ends any
 of them is here: failures, Ctrl-C, SIGTERM.
@@ -23,6 +23,7 @@ COMMANDS = {
     "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),
     "load": ("lab.load.run_load", "a soak: mixed traffic and faults, every answer checked"),
     "attack": ("lab.load.run_attack", "what a hostile caller costs the others"),
+    "scheduler": ("lab.scheduler.run_scheduler", "what a step costs vLLM's scheduler and ours"),
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
 }
 _BAD_OPTIONS, _INTERRUPTED = 2, 130

@@ -17,4 +17,5 @@ class EngineSetup:
     policy: str = "fcfs"
     has_prefix_cache: bool = True
     chunk_tokens: int = 0  # the most of a prompt in one step; 0: as much as fits
+    window: int = 0  # of attention; 0: all of the context
     has_clients: bool = False  # several front ends, each told which of its requests ended

@@ -18,12 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import CacheConfig, DeviceConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -62,13 +68,18 @@ def build_config(setup: EngineSetup) -> VllmConfig:
     return config
 
 
-def build_scheduler(setup: EngineSetup, build: Callable[..., Scheduler]) -> Scheduler:
+def build_scheduler(
+    setup: EngineSetup, config: VllmConfig, build: Callable[..., Scheduler]
+) -> Scheduler:
     """`build` is a scheduler's class, or whatever else `--scheduler-cls` may name."""
-    spec = FullAttentionSpec(
-        block_size=setup.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
+    shape = {"num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+    spec = (
+        SlidingWindowSpec(block_size=setup.block_size, sliding_window=setup.window, **shape)
+        if setup.window
+        else FullAttentionSpec(block_size=setup.block_size, **shape)
     )
     scheduler = build(
-        vllm_config=build_config(setup),
+        vllm_config=config,
         kv_cache_config=KVCacheConfig(
             num_blocks=setup.blocks,
             kv_cache_tensors=[],
@@ -90,6 +101,19 @@ def build_hasher(setup: EngineSetup) -> Callable[[Request], list[Any]] | None:
     init_none_hash(sha256)
     hasher: Callable[[Request], list[Any]] = get_request_block_hasher(setup.block_size, sha256)
     return hasher
+
+
+def build_request(
+    name: str, prompt: list[int], most_tokens: int, is_stream: bool, hasher: Any
+) -> Request:
+    """Greedy, and ended by its length alone."""
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=most_tokens,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA if is_stream else RequestOutputKind.FINAL_ONLY,
+    )
+    return Request(name, prompt, params, None, block_hasher=hasher)
 
 
 class AnyGrammar:

@@ -31,10 +31,8 @@ class DecodeBatch:
         self,
         requests: Sequence[Request],
         *,
-        block_counts: Sequence[int],
         cached_counts: Sequence[int],
         held_counts: Sequence[int],
-        block_size: int,
         max_model_len: int,
     ) -> None:
         self.requests = list(requests)
@@ -46,7 +44,6 @@ class DecodeBatch:
         self.known_before = self.known.copy()
         self.prompt = column(r.num_prompt_tokens for r in requests)
         self.end = column(r.num_prompt_tokens + r.max_tokens for r in requests)
-        self.room = column(block_counts) * block_size  # tokens that its blocks can hold
         self.cached = column(cached_counts)  # blocks that the prefix cache knows
         self.handed = column(map(len, self.answers)) - column(held_counts)
         self.may_wait = np.array([may_wait(r) for r in requests], dtype=np.bool_)
@@ -111,38 +108,27 @@ class DecodeBatch:
 
     def settle(self, *, has_placeholders: bool, decode_stagger: int) -> dict[str, list[int]]:
         """Writes the counters back; returns what was held of the answers, by request."""
-        for request, position, known, known_before in zip(
+        # What is known is counted anew: a batch that contradicts itself is settled too.
+        for request, text, position, known_before in zip(
             self.requests,
+            self.texts,
             self.position.tolist(),
-            self.known.tolist(),
             self.known_before.tolist(),
             strict=True,
         ):
             scheduled = position - request.num_computed_tokens
-            received = known - known_before
+            received = len(text) - known_before
             request.num_computed_tokens = position
             request.num_in_flight_tokens += scheduled - received
             if has_placeholders:
                 request.num_output_placeholders += scheduled - received
             if decode_stagger and scheduled:
                 request.next_decode_eligible_step = self.last_step + decode_stagger
-        return {
-            self.ids[place]: self.answers[place][self.handed[place] :]
-            for place in np.flatnonzero(self.known - self.prompt > self.handed).tolist()
-        }
+        held = zip(self.ids, self.answers, self.handed.tolist(), strict=True)
+        return {name: answer[handed:] for name, answer, handed in held if len(answer) > handed}
 
 
-COLUMNS: tuple[str, ...] = (
-    "position",
-    "known",
-    "known_before",
-    "prompt",
-    "end",
-    "room",
-    "cached",
-    "handed",
-)
-COLUMNS += ("may_wait",)
+COLUMNS = ("position", "known", "known_before", "prompt", "end", "cached", "handed", "may_wait")
 
 
 def column(numbers: Any) -> Column:

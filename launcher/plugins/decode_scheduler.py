@@ -189,14 +189,14 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         goes = ~batch.find_ending()
         if not goes.any():
             return None
-        growing: list[int] = np.flatnonzero((batch.position >= batch.room) & goes).tolist()
+        needs_block = (batch.position % self._manager.block_size == 0) & goes
+        growing: list[int] = np.flatnonzero(needs_block).tolist()
         if len(growing) > self.kv_cache_manager.block_pool.get_num_free_blocks():
             return None  # somebody has to be preempted
         for place in growing:
-            blocks = self._manager.req_to_blocks[batch.ids[place]]
-            room = len(blocks) * self._manager.block_size
-            if not room == batch.room[place] == batch.position[place]:
-                raise Contradiction(f"room for {room} tokens, {batch.room[place]} booked")
+            room = len(self._manager.req_to_blocks[batch.ids[place]]) * self._manager.block_size
+            if room != batch.position[place]:
+                raise Contradiction(f"blocks for {room} tokens, {batch.position[place]} booked")
         return None if goes.all() else goes, growing
 
     def _take_blocks(
@@ -209,7 +209,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
                 batch.ids[place], tokens, tokens
             )
             blocks[place] = tuple([block.block_id for block in group] for group in taken)
-        batch.room[growing] += self._manager.block_size
         return blocks
 
     def _cache_blocks(self, batch: DecodeBatch, tokens: Column, goes: Mask | None = None) -> None:
@@ -346,6 +345,7 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
                     finish_reason=reason,
                     stop_reason=request.stop_reason,
                     trace_headers=request.trace_headers,
+                    num_nans_in_logits=request.num_nans_in_logits,
                 )
             )
             batch.handed[place] = len(answer)
@@ -384,10 +384,8 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         manager = self._manager
         self._batch = DecodeBatch(
             running,
-            block_counts=[len(manager.req_to_blocks[name]) for name in names],
             cached_counts=[manager.num_cached_block.get(name, 0) for name in names],
             held_counts=[len(self._held.pop(name, ())) for name in names],
-            block_size=manager.block_size,
             max_model_len=self.max_model_len,
         )
         return self._batch

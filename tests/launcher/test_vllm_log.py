@@ -6,12 +6,14 @@ import pytest
 
 from launcher.engine.vllm_log import (
     Progress,
+    SchedulerState,
     find_cause,
     find_killed_child,
     is_noise,
     is_request,
     level_of,
     read_progress,
+    read_scheduler,
     split_line,
 )
 
@@ -151,3 +153,31 @@ def test_line_of_no_request_is_none() -> None:
     for message in ("Requests are queued", "GPU KV cache size: 4 tokens", "Added a route"):
         assert "request_id" not in split_line(STAMP.format("INFO") + message)
         assert not is_request(STAMP.format("INFO") + message)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            STAMP.format("INFO") + "Decode scheduler: on, bundles of 16 tokens",
+            SchedulerState("on"),
+        ),
+        (
+            STAMP.format("INFO") + "Decode scheduler: off, vLLM's own runs: it speculates",
+            SchedulerState("off", "it speculates"),
+        ),
+        (
+            STAMP.format("WARNING")
+            + "Decode scheduler: gave up, vLLM's own runs from here on: Contradiction: a: b",
+            SchedulerState("gave up", "Contradiction: a: b"),
+        ),
+        (STAMP.format("WARNING") + "Using custom scheduler class launcher.plugins.x", None),
+    ],
+)
+def test_scheduler_line_is_read(line: str, expected: SchedulerState | None) -> None:
+    assert read_scheduler(line) == expected
+
+
+def test_scheduler_that_gives_up_is_shown_and_vllms_warning_is_not() -> None:
+    assert not is_noise(STAMP.format("WARNING") + "Decode scheduler: gave up, vLLM's own runs: x")
+    assert is_noise(STAMP.format("WARNING") + "Using custom scheduler class a.b. This scheduler")

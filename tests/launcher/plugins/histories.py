@@ -60,46 +60,62 @@ Event = Arrival | Abort | Pause | ResetCache | AbortAll | Steps
 
 setups = st.builds(
     EngineSetup,
-    is_async=st.sampled_from((True, True, False)),
+    is_async=st.sampled_from((True, True, True, False)),
     is_v2_runner=st.booleans(),
-    block_size=st.sampled_from((1, 2, 4, 6, 16)),
-    blocks=st.integers(12, 60),
-    sequences=st.sampled_from((2, 5, 12)),
-    step_tokens=st.sampled_from((12, 16, 40, 200)),
-    context=st.sampled_from((24, 48, 200)),
+    block_size=st.sampled_from((2, 4, 6, 16, 1)),
+    blocks=st.sampled_from((120, 60, 30, 20)),
+    sequences=st.sampled_from((12, 5, 2)),
+    step_tokens=st.sampled_from((200, 40, 12)),
+    context=st.sampled_from((200, 48, 24)),
     policy=st.sampled_from(("fcfs", "priority")),
-    has_prefix_cache=st.sampled_from((True, True, False)),
-    chunk_tokens=st.sampled_from((0, 0, 4)),
+    has_prefix_cache=st.sampled_from((True, True, True, False)),
+    chunk_tokens=st.sampled_from((0, 0, 0, 4)),
     has_clients=st.booleans(),
 )
-arrivals = st.builds(
-    Arrival,
-    prefix=st.integers(0, 2),
-    prefix_tokens=st.sampled_from((0, 0, 4, 8, 12)),
-    own_tokens=st.integers(1, 10),
-    most_tokens=st.one_of(st.integers(1, 4), st.integers(5, 60)),
-    least_tokens=st.sampled_from((0, 0, 5)),
-    kind=st.sampled_from(("whole", "whole", "whole", "stream", "so far")),
-    extra=st.sampled_from(("",) * 12 + ("logprobs", "prompt logprobs", "grammar", "stop string")),
-    stops=st.sampled_from(((), (), (3,), (5, 6))),
-    ignores_eos=st.booleans(),
-    priority=st.integers(0, 2),
-    client=st.integers(0, 1),
-)
-histories = st.lists(
-    st.one_of(
-        arrivals,
-        arrivals,
-        arrivals,
+
+
+def draw_arrivals(extras: tuple[str, ...]) -> st.SearchStrategy[Arrival]:
+    return st.builds(
+        Arrival,
+        prefix=st.integers(0, 2),
+        prefix_tokens=st.sampled_from((0, 0, 4, 8, 12)),
+        own_tokens=st.integers(1, 10),
+        most_tokens=st.one_of(st.integers(15, 60), st.integers(10, 40), st.integers(1, 4)),
+        least_tokens=st.sampled_from((0, 0, 5)),
+        kind=st.sampled_from(("whole", "whole", "whole", "stream", "so far")),
+        extra=st.sampled_from(extras),
+        stops=st.sampled_from(((), (), (3,), (5, 6))),
+        ignores_eos=st.booleans(),
+        priority=st.integers(0, 2),
+        client=st.integers(0, 1),
+    )
+
+
+def draw_histories(extras: tuple[str, ...]) -> st.SearchStrategy[list[Event]]:
+    """Rounds of a few events and some steps; hardly ever paused for long."""
+    some = st.lists(draw_arrivals(extras), min_size=1, max_size=4)
+    aborts = st.builds(Abort, st.integers(0, 9), st.booleans()).map(lambda one: [one])
+    pauses = st.tuples(
+        st.builds(Pause, st.sampled_from(("PAUSED_ALL", "PAUSED_NEW"))),
         st.builds(Steps, st.integers(1, 4)),
-        st.builds(Steps, st.integers(5, 40)),
-        st.builds(Abort, st.integers(0, 9), st.booleans()),
-        st.builds(Pause, st.sampled_from(("PAUSED_ALL", "PAUSED_NEW", "UNPAUSED"))),
-        st.builds(ResetCache, st.booleans()),
-        st.builds(AbortAll),
-    ),
-    min_size=3,
-    max_size=40,
+        st.just(Pause("UNPAUSED")),
+    ).map(list)
+    resets = st.builds(ResetCache, st.booleans()).map(lambda one: [one])
+    ends = st.just([AbortAll()])
+    rounds = st.tuples(
+        st.one_of(some, some, some, some, aborts, aborts, pauses, resets, ends),
+        st.builds(Steps, st.integers(1, 30)),
+    )
+    return st.lists(rounds, min_size=2, max_size=14).map(
+        lambda drawn: [event for events, steps in drawn for event in (*events, steps)]
+    )
+
+
+histories = st.one_of(
+    draw_histories(("", "stop string")),
+    draw_histories(("",)),
+    draw_histories(("",) * 5 + ("logprobs", "prompt logprobs")),
+    draw_histories(("", "", "", "grammar")),
 )
 
 

@@ -114,12 +114,12 @@ class Engine:
         self.ended: defaultdict[int, set[str]] = defaultdict(set)
         self.messages: list[list[str]] = []
 
-    def step(self) -> Any:
+    def step(self) -> tuple[Any, list[EngineCoreOutput]]:
         scheduled, outputs = self.loop.step()
-        self.take(outputs)
-        return scheduled
+        self._take(outputs)
+        return scheduled, [output for group in outputs.values() for output in group.outputs]
 
-    def take(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+    def _take(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for client, group in outputs.items():
             for output in group.outputs:
                 self.received[output.request_id].add(output)
@@ -142,8 +142,11 @@ class Twins:
         hasher = made_up_engine.build_hasher(setup)
         self._hasher = hasher
         stock = AsyncScheduler if setup.is_async else Scheduler
-        self.theirs = Engine(setup, made_up_engine.build_scheduler(setup, stock), seed)
-        self.ours = Engine(setup, made_up_engine.build_scheduler(setup, build_scheduler), seed)
+        config = made_up_engine.build_config(setup)
+        self.theirs, self.ours = (
+            Engine(setup, made_up_engine.build_scheduler(setup, config, build), seed)
+            for build in (stock, build_scheduler)
+        )
         self.both = (self.theirs, self.ours)
         self.arrivals: dict[str, Arrival] = {}
         self.steps = 0
@@ -198,18 +201,43 @@ class Twins:
     def step(self) -> None:
         self.steps += 1
         before = dict(self.ours.scheduler.steps)
-        theirs, ours = (engine.step() for engine in self.both)
+        (theirs, outputs), (ours, _) = (engine.step() for engine in self.both)
         assert (theirs is None) == (ours is None)
         if theirs is not None:
             compare_steps(theirs, ours)
-            self._note_kind(theirs, before)
+        after = self.ours.scheduler.steps
+        for way in ("short", "long"):
+            if after[way] > before[way]:
+                self.kinds.update((kind, way) for kind in find_step_kinds(theirs))
+                if self.theirs.scheduler.waiting:
+                    self.kinds["somebody waits", way] += 1
+            if after[f"{way}_updates"] > before[f"{way}_updates"]:
+                self.kinds.update((kind, way) for kind in self._find_output_kinds(outputs))
         compare_books(self.theirs.scheduler, self.ours.scheduler)
         self.compare_received()
 
-    def _note_kind(self, step: Any, before: dict[str, int]) -> None:
-        way = "short" if self.ours.scheduler.steps["short"] > before["short"] else "long"
-        for kind in find_kinds(step):
-            self.kinds[kind, way] += 1
+    def step_each(self) -> None:
+        """Where the two may go on differently, as long as the answers are the same."""
+        self.steps += 1
+        assert self.steps < MOST_STEPS
+        for engine in self.both:
+            engine.step()
+
+    def _find_output_kinds(self, outputs: list[EngineCoreOutput]) -> set[str]:
+        """What is remarkable about the tokens of a step."""
+        kinds = set()
+        for output in outputs:
+            arrival = self.arrivals[output.request_id]
+            kinds.add(f"{arrival.kind} answer")
+            if output.finish_reason is not None:
+                kinds.add(f"end by {output.finish_reason.name.lower()}")
+            if output.prefill_stats is not None:
+                kinds.add("first token")
+            if arrival.extra:
+                kinds.add(arrival.extra)
+        if len(self.theirs.scheduler.running) < len(outputs):
+            kinds.add("fewer go on")
+        return kinds
 
     def compare_received(self) -> None:
         for name, theirs in self.theirs.received.items():
@@ -237,8 +265,8 @@ class Twins:
         assert self.ours.scheduler._is_on, "it gave up"
 
 
-def find_kinds(step: Any) -> Iterator[str]:
-    """What is remarkable about a step; every kind is shown to be taken as it should."""
+def find_step_kinds(step: Any) -> Iterator[str]:
+    """What is remarkable about a step that was planned."""
     known = step.scheduled_cached_reqs
     if not step.num_scheduled_tokens:
         yield "nothing"

@@ -1,0 +1,125 @@
+"""The launcher's own scheduler in the real engine: the answers are those of vLLM's own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Stack
+from tests.launcher.programs import Launcher, running, wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+Pairs = list[dict[str, str]]
+START_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An engine with vLLM's own scheduler."""
+    settings = {"LAUNCHER_SET": "scheduler-cls=", "LAUNCHER_KILL_TIMEOUT_S": "15"}
+    launcher = Launcher(tmp_path_factory.mktemp("stock"), settings=settings, fake=None)
+    with running(launcher):
+        status = launcher.wait_state("ready", within_s=START_S)
+        assert status["scheduler"]["planned"].startswith("vLLM's own")
+        assert status["scheduler"]["state"] == ""
+        assert "Decode scheduler" not in (launcher.state / "engine.log").read_text()
+        yield launcher.engine_url
+
+
+def ask(url: str, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 120, "temperature": 0} | fields
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300, trust_env=False).json()
+    choices: list[dict[str, Any]] = answer["choices"]
+    for choice in choices:
+        choice["usage"] = answer["usage"]
+    return sorted(choices, key=lambda choice: int(choice["index"]))
+
+
+def read_stream(url: str, prompt: str, **fields: Any) -> list[str]:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 120, "temperature": 0} | fields
+    body["stream"] = True
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json=body, timeout=300, trust_env=False
+    ) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
+
+
+def read_scheduler(stack: Stack) -> dict[str, Any]:
+    return dict(httpx.get(f"{stack.status}/status").json()["scheduler"])
+
+
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"ignore_eos": True, "max_tokens": 37},
+    {"max_tokens": 1},
+    {"stop": ["。"]},
+    {"stop_token_ids": [50, 60, 70, 80]},
+    {"min_tokens": 20},
+    {"n": 2, "temperature": 0.8, "seed": 7},
+    {"logprobs": 1, "max_tokens": 8},
+    {"echo": True, "max_tokens": 9},
+)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_batch_is_answered_as_by_vllms_own(
+    stack: Stack, stock: str, pairs: Pairs, fields: dict[str, Any]
+) -> None:
+    questions = [pair["question"] for pair in pairs]
+    assert ask(stack.engine, questions, **fields) == ask(stock, questions, **fields)
+
+
+def test_streams_beside_a_batch_and_the_batch_are_answered_as_by_vllms_own(
+    stack: Stack, stock: str, pairs: Pairs
+) -> None:
+    questions = [pair["question"] for pair in pairs]
+    expected = ask(stock, questions, ignore_eos=True)
+    with ThreadPoolExecutor(9) as threads:
+        batch = threads.submit(ask, stack.engine, questions, ignore_eos=True)
+        streams = [threads.submit(read_stream, stack.engine, one) for one in questions[:8]]
+        chunks = [stream.result() for stream in streams]
+    assert batch.result() == expected
+    alone = [choice["text"] for choice in ask(stock, questions[:8])]
+    assert ["".join(parts) for parts in chunks] == alone
+    assert all(len(parts) > 3 for parts in chunks)  # handed over as they came, not in the end
+
+
+def test_caller_gone_amid_a_batch_costs_the_other_batch_nothing(
+    stack: Stack, stock: str, pairs: Pairs
+) -> None:
+    questions = [pair["question"] for pair in pairs]
+    expected = ask(stock, questions[:100])
+    gone = threading.Thread(target=hang_up, args=(stack.engine, questions))
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(ask, stack.engine, questions[:100])
+        gone.start()
+        assert other.result() == expected
+    gone.join()
+    wait_for(lambda: count_running(stack) == 0, "the engine is idle", within_s=30)
+    assert ask(stack.engine, questions[:100]) == expected
+
+
+def hang_up(url: str, questions: list[str]) -> None:
+    body = {"model": "demo", "prompt": questions, "max_tokens": 1500, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=0.7, trust_env=False)
+
+
+def count_running(stack: Stack) -> float:
+    lines = httpx.get(f"{stack.engine}/metrics", trust_env=False).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if "num_requests_running{" in line)
+
+
+def test_scheduler_after_all_this_is_still_the_launchers(stack: Stack) -> None:
+    scheduler = read_scheduler(stack)
+    if not scheduler["planned"].startswith("the launcher's"):
+        pytest.skip("this run is without it")
+    assert (scheduler["state"], scheduler["fallbacks"]) == ("on", 0)

@@ -195,7 +195,8 @@ class MadeUpWorker:
                 request.blocks = list(blocks[0])
             elif blocks is not None:
                 request.blocks += blocks[0]
-            if not self._setup.is_v2_runner and name not in self._last:
+            is_fresh = name in known.resumed_req_ids or name not in self._last
+            if is_fresh and not self._setup.is_v2_runner:
                 check(outputs == 0 or name in known.all_token_ids, f"{name} is forgotten")
                 if name in known.all_token_ids:
                     request.length = len(known.all_token_ids[name])

@@ -84,6 +84,7 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
     reset_preempted_req_ids: set[str]
 
     def __init__(self, *args: Any, **rest: Any) -> None:
+        self.num_executed_steps = 0  # vLLM's own from 0.33 on
         super().__init__(*args, **rest)
         self._manager: Any = None
         self._batch: DecodeBatch | None = None
@@ -143,6 +144,7 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         if goes is not None:
             positions, outputs, ids = positions[goes], outputs[goes], list(compress(ids, goes))
         self.current_step += 1
+        self.num_executed_steps += 1
         self.kv_cache_manager.new_step_starts()
         new_blocks = self._take_blocks(batch, growing)
         if self.kv_cache_manager.enable_caching:
@@ -498,6 +500,10 @@ def find_obstacle(scheduler: Scheduler) -> str:
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "it cuts contexts into parts",
+        ),
+        (
+            getattr(scheduler, "local_prefill_interval", 1) > 1,
+            "it holds prompts back for some steps",
         ),
         (scheduler.enable_kv_cache_events, "it publishes the events of its KV cache"),
         (scheduler.return_sampling_mask, "it returns sampling masks"),

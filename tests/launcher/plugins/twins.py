@@ -298,6 +298,8 @@ def compare_books(theirs: Scheduler, ours: Scheduler) -> None:
     assert list(theirs.requests) == list(ours.requests)
     assert theirs.finished_req_ids == ours.finished_req_ids
     assert theirs.current_step == ours.current_step
+    if hasattr(theirs, "num_executed_steps"):  # from 0.33 on
+        assert theirs.num_executed_steps == ours.num_executed_steps
     assert theirs.prefill_capacity_bound == ours.prefill_capacity_bound
     assert theirs.prev_step_scheduled_req_ids == ours.prev_step_scheduled_req_ids
     assert read_blocks(theirs) == read_blocks(ours)

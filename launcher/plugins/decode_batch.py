@@ -51,7 +51,6 @@ class DecodeBatch:
         # First tokens and what happened to a request travel with its next output: vLLM's own way.
         self.has_news = any(r.prefill_stats is not None or r.events for r in requests)
         self.max_model_len = max_model_len
-        self.last_step = -1  # the scheduler's number of the last one scheduled from here
         self._name(r.request_id for r in requests)
 
     def _name(self, ids: Any) -> None:
@@ -106,7 +105,7 @@ class DecodeBatch:
             setattr(self, name, getattr(self, name)[stays])
         self._name(compress(self.ids, stays))
 
-    def settle(self, *, has_placeholders: bool, decode_stagger: int) -> dict[str, list[int]]:
+    def settle(self, *, has_placeholders: bool, next_step: int) -> dict[str, list[int]]:
         """Writes the counters back; returns what was held of the answers, by request."""
         # What is known is counted anew: a batch that contradicts itself is settled too.
         for request, text, position, known_before in zip(
@@ -122,8 +121,8 @@ class DecodeBatch:
             request.num_in_flight_tokens += scheduled - received
             if has_placeholders:
                 request.num_output_placeholders += scheduled - received
-            if decode_stagger and scheduled:
-                request.next_decode_eligible_step = self.last_step + decode_stagger
+            if next_step and scheduled:
+                request.next_decode_eligible_step = next_step
         held = zip(self.ids, self.answers, self.handed.tolist(), strict=True)
         return {name: answer[handed:] for name, answer, handed in held if len(answer) > handed}
 

@@ -100,12 +100,11 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
             return
         (self._manager,) = self.kv_cache_manager.coordinator.single_type_managers
         size = self._manager.block_size
-        # A divisor of the block, so that a full block and a full bundle come together.
-        self._bundle = max(n for n in range(1, HELD_TOKENS + 1) if size % n == 0)
-        if self.vllm_config.weight_transfer_config is not None:
-            self._bundle = (
-                1  # tokens are labelled with the weights of the time they are handed over
-            )
+        # A divisor of the block, so that a full block and a full bundle come together. None where
+        # weights are exchanged: tokens are labelled with those of the time they are handed over.
+        is_exchanged = self.vllm_config.weight_transfer_config is not None
+        most = 1 if is_exchanged else HELD_TOKENS
+        self._bundle = max(n for n in range(1, most + 1) if size % n == 0)
         budgets = (self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
         self._most_requests = min(budgets)
         logger.info("Decode scheduler: on, bundles of %d tokens", self._bundle)
@@ -139,10 +138,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         if plan is None:
             return None
         goes, growing = plan
-        positions, ids = batch.position, batch.ids
-        outputs = positions + 1 - batch.prompt
-        if goes is not None:
-            positions, outputs, ids = positions[goes], outputs[goes], list(compress(ids, goes))
         self.current_step += 1
         self.num_executed_steps += 1
         self.kv_cache_manager.new_step_starts()
@@ -150,22 +145,36 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         if self.kv_cache_manager.enable_caching:
             # As `allocate_slots` does: blocks whose last token is known, if not yet computed.
             self._cache_blocks(batch, batch.known, goes)
+        output = self._build_step(batch, goes, new_blocks)
+        batch.position += 1 if goes is None else goes
+        self.finished_req_ids, self.reset_preempted_req_ids = set(), set()
+        waiting = self.get_request_counts()[1]
+        self.prefill_capacity_bound = waiting > len(self.deferred_waiting)
+        return output
+
+    def _build_step(
+        self, batch: DecodeBatch, goes: Mask | None, new_blocks: list[Any]
+    ) -> SchedulerOutput:
+        """Of copies: the last step's may still be on its way to the worker."""
+        ids, positions, one_token_each = batch.ids, batch.position, batch.one_token_each
+        outputs = positions + 1 - batch.prompt
+        if goes is not None:
+            ids, new_blocks = list(compress(ids, goes)), list(compress(new_blocks, goes))
+            positions, outputs = positions[goes], outputs[goes]
+            one_token_each = dict.fromkeys(ids, 1)
         cached = CachedRequestData(
             req_ids=ids.copy(),
             resumed_req_ids=set(),
             new_token_ids=[],
             all_token_ids=self._note_scheduled(batch, ids),
-            new_block_ids=new_blocks if goes is None else list(compress(new_blocks, goes)),
+            new_block_ids=new_blocks,
             num_computed_tokens=positions.tolist(),
             num_output_tokens=outputs.tolist(),
         )
-        output = SchedulerOutput(
+        return SchedulerOutput(
             scheduled_new_reqs=[],
             scheduled_cached_reqs=cached,
-            # Copies, here and above: the last step's may still be on its way to the worker.
-            num_scheduled_tokens=(
-                batch.one_token_each.copy() if goes is None else dict.fromkeys(ids, 1)
-            ),
+            num_scheduled_tokens=one_token_each.copy(),
             total_num_scheduled_tokens=len(ids),
             scheduled_spec_decode_tokens={},
             scheduled_encoder_inputs={},
@@ -175,12 +184,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
             ec_manager_metadata=self.encoder_cache_manager.get_manager_metadata(),
         )
-        batch.position += 1 if goes is None else goes
-        batch.last_step = self.current_step
-        self.finished_req_ids, self.reset_preempted_req_ids = set(), set()
-        waiting = self.get_request_counts()[1]
-        self.prefill_capacity_bound = waiting > len(self.deferred_waiting)
-        return output
 
     def _plan_step(self, batch: DecodeBatch) -> tuple[Mask | None, list[int]] | None:
         """Who goes (None: all), and who needs a block for it; None: vLLM's way."""
@@ -225,9 +228,7 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
 
     def _note_scheduled(self, batch: DecodeBatch, ids: list[str]) -> dict[str, list[int]]:
         """The V1 runner forgets whom a step left out, and is told their tokens again."""
-        if self.use_v2_model_runner:
-            return {}
-        if self._scheduled_ids is ids:
+        if self.use_v2_model_runner or self._scheduled_ids is ids:
             return {}
         before = self.prev_step_scheduled_req_ids
         texts = dict(zip(batch.ids, batch.texts, strict=True))
@@ -406,12 +407,10 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         batch, self._batch = self._batch, None
         self._scheduled_ids = None
         if batch is not None:
-            stagger = (
-                self.decode_stagger if self.use_v2_model_runner and self.has_placeholders else 0
-            )
-            self._held |= batch.settle(
-                has_placeholders=self.has_placeholders, decode_stagger=stagger
-            )
+            is_staggered = self.use_v2_model_runner and self.has_placeholders
+            # The last step of all was the batch's own, or it would have been settled before.
+            next_step = self.current_step + self.decode_stagger if is_staggered else 0
+            self._held |= batch.settle(has_placeholders=self.has_placeholders, next_step=next_step)
 
     def _try(self, plan: Callable[[], T | None]) -> T | None:
         """A plan changes nothing, so whatever goes wrong in it leaves vLLM's way open."""

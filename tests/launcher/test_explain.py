@@ -55,6 +55,26 @@ def test_explain_warns_where_the_batch_would_run_in_waves(launcher: Launcher) ->
     assert "warning" not in large
 
 
+def test_explain_says_whose_scheduler_runs(launcher: Launcher) -> None:
+    _, out, _ = call(launcher, "explain")
+    (line,) = (line for line in out.splitlines() if line.startswith("schedule "))
+    assert "vLLM's own: this vLLM 0.32.0 has another scheduler than the one released" in line
+    assert "--scheduler-cls" not in out
+
+
+@pytest.mark.engine
+def test_explain_and_fingerprint_name_the_launchers_scheduler(launcher: Launcher) -> None:
+    launcher.fake = None
+    for arguments, name, start in (
+        ((), "launcher.plugins.decode_scheduler.build_scheduler", "the launcher's"),
+        (("--set", "scheduler-cls="), "vllm", "vLLM's own"),
+    ):
+        facts = json.loads(call(launcher, "explain", "--json", *arguments)[1])
+        assert facts["scheduler"].startswith(start)
+        assert facts["fingerprint"]["scheduler"] == name
+        assert ("--scheduler-cls" in facts["argv"]) == (name != "vllm")
+
+
 def test_explain_says_whether_the_next_start_is_warm(launcher: Launcher) -> None:
     assert "cold" in call(launcher, "explain")[1]
     with running(launcher):
@@ -85,7 +105,7 @@ def test_doctor_healthy_host_exits_0_with_a_line_per_finding(launcher: Launcher)
     assert (code, err) == (0, "")
     subjects = {line.split()[1] for line in out.splitlines()}
     named = {"vllm", "torch", "device", "model", "memory", "flags", "gateway", "port", "disk"}
-    assert named <= subjects
+    assert named | {"schedule"} <= subjects
 
 
 @pytest.mark.engine

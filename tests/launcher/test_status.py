@@ -138,6 +138,19 @@ async def test_metrics_take_a_remark_of_nvidia_smi_for_no_gpu(
     assert "launcher_gpu_" not in text
 
 
+async def test_metrics_say_whose_scheduler_runs_and_how_often_it_gave_up() -> None:
+    state = SchedulerStatus("the launcher's", "on")
+    source = make_source("ready", "ready", scheduler=lambda: state)
+    text = await read_metrics(source)
+    assert "launcher_engine_own_scheduler 1.0" in text
+    assert "launcher_engine_scheduler_fallbacks_total 0.0" in text
+
+    state = SchedulerStatus("the launcher's", "gave up", "Contradiction: …", 1)
+    text = await read_metrics(source)
+    assert "launcher_engine_own_scheduler 0.0" in text
+    assert "launcher_engine_scheduler_fallbacks_total 1.0" in text
+
+
 async def test_metrics_count_restarts_from_zero_and_date_the_last_crash() -> None:
     source = make_source("ready", "ready", crash=lambda: CRASH)
     source.programs["engine"].restarts["signal"] = 2

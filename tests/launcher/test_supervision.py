@@ -450,3 +450,23 @@ def test_group_whose_first_thread_is_dead_is_still_alive() -> None:
         finally:
             process.kill()
     assert members_of(process.pid) == []
+
+
+def test_scheduler_that_gives_up_is_shown_counted_and_tried_again(launcher: Launcher) -> None:
+    line = "(EngineCore pid=7) {} 01-01 00:00:00 [decode_scheduler.py:1] Decode scheduler: {}"
+    with running(launcher):
+        status = launcher.wait_state("ready")
+        assert status["scheduler"]["planned"].startswith("vLLM's own: ")  # the fake is no vLLM
+        assert status["scheduler"]["state"] == ""
+
+        launcher.order(say=line.format("INFO", "on, bundles of 16 tokens"))
+        wait_for(lambda: launcher.status()["scheduler"]["state"] == "on", "it is on")
+        launcher.order(say=line.format("WARNING", "gave up, vLLM's own runs from here on: why"))
+        wait_for(lambda: launcher.status()["scheduler"]["state"] == "gave up", "it gave up")
+        scheduler = launcher.status()["scheduler"]
+        assert (scheduler["reason"], scheduler["fallbacks"]) == ("why", 1)
+        assert "gave up" in launcher.err + launcher.out
+
+        launcher.order(exit=1)
+        scheduler = launcher.wait_state("ready", restarts=1)["scheduler"]
+        assert (scheduler["state"], scheduler["fallbacks"]) == ("", 1)

@@ -156,6 +156,8 @@ def play_all(twins: Any) -> None:
     pair.play([Arrival(own_tokens=20 + n, most_tokens=50, ignores_eos=True) for n in range(12)])
     steps = pair.ours.scheduler.steps
     assert steps["short"] > 0.8 * (steps["short"] + steps["long"])
+    ours, theirs = (sum(map(len, engine.messages)) for engine in (pair.ours, pair.theirs))
+    assert ours < theirs / 2
 
     @settings(
         max_examples=HISTORIES,

@@ -78,6 +78,7 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
     """Over vLLM's scheduler for engines that wait for each step's tokens before the next step."""
 
     has_placeholders = False
+    _manager: Any  # of the one group of KV caches
     # vLLM's own, which it does not declare.
     running: list[Request]
     finished_req_ids: set[str]
@@ -86,7 +87,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **rest: Any) -> None:
         self.num_executed_steps = 0  # vLLM's own from 0.33 on
         super().__init__(*args, **rest)
-        self._manager: Any = None
         self._batch: DecodeBatch | None = None
         self._held: dict[str, list[int]] = {}  # of requests that are in no batch
         self._blocker: Request | None = None

@@ -69,7 +69,10 @@ def main() -> int:
 
 def mutate(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
     """Every statement of a function left out, every operator turned into its neighbour."""
+    notes = {id(part) for one in ast.walk(tree) for part in list_annotation(one)}
     for number, node in enumerate(ast.walk(tree)):
+        if id(node) in notes:
+            continue
         for what, change in list_changes(node):
             changed = copy.deepcopy(tree)
             twin = next(one for at, one in enumerate(ast.walk(changed)) if at == number)
@@ -109,6 +112,13 @@ def leave_out(name: str, at: int) -> Any:
         getattr(node, name)[at] = ast.Pass()
 
     return change
+
+
+def list_annotation(node: ast.AST) -> Iterator[ast.AST]:
+    """Types, which nothing runs."""
+    for name in ("annotation", "returns"):
+        if (note := getattr(node, name, None)) is not None:
+            yield from ast.walk(note)
 
 
 def is_text(statement: ast.stmt) -> bool:

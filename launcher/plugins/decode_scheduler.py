@@ -90,7 +90,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
         self._batch: DecodeBatch | None = None
         self._held: dict[str, list[int]] = {}  # of requests that are in no batch
         self._blocker: Request | None = None
-        self._scheduled_ids: list[str] | None = None  # of the last step, if it went the short way
         self._updated_at = 0.0
         self.steps = {"short": 0, "long": 0, "short_updates": 0, "long_updates": 0}
         obstacle = find_obstacle(self)
@@ -146,6 +145,8 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
             # As `allocate_slots` does: blocks whose last token is known, if not yet computed.
             self._cache_blocks(batch, batch.known, goes)
         output = self._build_step(batch, goes, new_blocks)
+        if not self.use_v2_model_runner:
+            self.prev_step_scheduled_req_ids = set(output.num_scheduled_tokens)
         batch.position += 1 if goes is None else goes
         self.finished_req_ids, self.reset_preempted_req_ids = set(), set()
         waiting = self.get_request_counts()[1]
@@ -166,7 +167,7 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
             req_ids=ids.copy(),
             resumed_req_ids=set(),
             new_token_ids=[],
-            all_token_ids=self._note_scheduled(batch, ids),
+            all_token_ids={},
             new_block_ids=new_blocks,
             num_computed_tokens=positions.tolist(),
             num_output_tokens=outputs.tolist(),
@@ -191,6 +192,9 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
             raise Contradiction("requests came or went unseen")
         if not self.has_placeholders and (batch.position >= batch.known).any():
             return None  # a step is under way, and this kind of engine waits for it
+        is_v1 = not self.use_v2_model_runner
+        if is_v1 and not self.prev_step_scheduled_req_ids.issuperset(batch.ids):
+            return None  # it forgets whom a step leaves out, and must be told their tokens again
         goes = ~batch.find_ending()
         if not goes.any():
             return None
@@ -225,18 +229,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
             request = batch.requests[place]
             self.kv_cache_manager.coordinator.cache_blocks(request, int(tokens[place]))
         batch.cached[is_new] = full[is_new]
-
-    def _note_scheduled(self, batch: DecodeBatch, ids: list[str]) -> dict[str, list[int]]:
-        """The V1 runner forgets whom a step left out, and is told their tokens again."""
-        if self.use_v2_model_runner or self._scheduled_ids is ids:
-            return {}
-        before = self.prev_step_scheduled_req_ids
-        texts = dict(zip(batch.ids, batch.texts, strict=True))
-        told = {name: texts[name].copy() for name in ids if name not in before}
-        before.clear()
-        before.update(ids)
-        self._scheduled_ids = ids
-        return told
 
     # --- its tokens ---
 
@@ -405,7 +397,6 @@ class DecodeScheduler(Scheduler):  # type: ignore[misc]
 
     def _settle(self) -> None:
         batch, self._batch = self._batch, None
-        self._scheduled_ids = None
         if batch is not None:
             is_staggered = self.use_v2_model_runner and self.has_placeholders
             # The last step of all was the batch's own, or it would have been settled before.

@@ -143,6 +143,20 @@ def test_books_that_contradict_vllms_end_the_short_way_and_no_answer(
     assert state.reason
 
 
+def test_step_with_somebody_who_is_alive_elsewhere_goes_vllms_way(twins: Any) -> None:
+    pair = twins.Twins(EngineSetup(blocks=400))
+    for number in range(3):
+        pair.apply(Arrival(own_tokens=20 + number, most_tokens=50, ignores_eos=True))
+    for _ in range(10):
+        pair.step()
+    scheduler, (planned, tokens) = pair.ours.scheduler, pair.ours.loop.under_way[0]
+    assert scheduler._plan_update(scheduler._batch, planned, tokens) is not None
+    planned.num_scheduled_tokens["r9"] = 1
+    assert scheduler._plan_update(scheduler._batch, planned, tokens) is not None  # it has ended
+    scheduler.requests["r9"] = scheduler.requests["r1"]
+    assert scheduler._plan_update(scheduler._batch, planned, tokens) is None
+
+
 def test_answers_of_a_slow_engine_are_handed_over_each_step(
     twins: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,8 @@ class Engine:
         )
         self.received: defaultdict[str, Received] = defaultdict(Received)
         self.counts: Counter[str] = Counter()
-        self.ended: defaultdict[int, set[str]] = defaultdict(set)
+        self.ended: Counter[tuple[int, str]] = Counter()
+        self.gauges: tuple[Any, ...] = ()  # what was last told of the engine's state
         self.messages: list[list[str]] = []
 
     def step(self) -> tuple[Any, list[EngineCoreOutput]]:
@@ -127,9 +128,10 @@ class Engine:
                     self.scheduler.requests[output.request_id].client_index == client
                 )
             self.messages.append([output.request_id for output in group.outputs])
-            self.ended[client] |= group.finished_requests or set()
-            if group.scheduler_stats is not None:
-                cache = group.scheduler_stats.prefix_cache_stats
+            self.ended.update((client, name) for name in group.finished_requests or ())
+            if (stats := group.scheduler_stats) is not None:
+                self.gauges = (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage)
+                cache = stats.prefix_cache_stats
                 self.counts.update({k: v for k, v in vars_of(cache).items() if isinstance(v, int)})
 
     def is_idle(self) -> bool:
@@ -259,6 +261,7 @@ class Twins:
         assert set(self.ours.received) == set(self.theirs.received)
         assert self.ours.ended == self.theirs.ended
         assert self.ours.counts == self.theirs.counts
+        assert self.ours.gauges == self.theirs.gauges
         for name in ("running", "waiting", "requests", "finished_req_ids"):
             assert not getattr(self.ours.scheduler, name), name
         assert not self.ours.scheduler._held

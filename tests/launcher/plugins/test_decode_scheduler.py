@@ -157,6 +157,19 @@ def test_step_with_somebody_who_is_alive_elsewhere_goes_vllms_way(twins: Any) ->
     assert scheduler._plan_update(scheduler._batch, planned, tokens) is None
 
 
+def test_aborted_request_leaves_nothing_for_a_later_one_of_its_name(twins: Any) -> None:
+    pair = twins.Twins(EngineSetup(blocks=400))
+    for number in range(3):
+        pair.apply(Arrival(own_tokens=20 + number, most_tokens=50, ignores_eos=True))
+    for _ in range(12):
+        pair.step()
+    ours = pair.ours.scheduler
+    finished = ours.finish_requests(["r0", "r7"], twins.RequestStatus.FINISHED_ABORTED)
+    assert [request.request_id for request in finished] == ["r0"]
+    assert "r0" not in ours._held
+    assert "r2" in ours._held  # for its next output
+
+
 def test_answers_of_a_slow_engine_are_handed_over_each_step(
     twins: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,8 +371,7 @@ class Admission(Places):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for places in (self, *self._further):
-            places.give_back(places.count)
+        self.give_all_back()
         await self._queue.close_claims(self._ticket)
 
     @property
@@ -384,6 +383,12 @@ class Admission(Places):
     def is_alone(self) -> bool:
         """Whether nobody waits for what this one gives back early."""
         return self._queue.is_alone(self._lane, self.count)
+
+    def give_all_back(self) -> None:
+        """What is needed afterwards has to be taken anew."""
+        self._is_taken = True
+        for places in (self, *self._further):
+            places.give_back(places.count)
 
     def count_inside(self) -> int:
         return self.count + sum(places.count for places in self._further)

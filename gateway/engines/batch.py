@@ -66,6 +66,9 @@ class Gate(Protocol):
 
     async def take(self, most: int) -> Places: ...
 
+    def give_all_back(self) -> None:
+        """For who has nothing of its own to run for now."""
+
 
 @dataclass(slots=True)
 class _Piece:

@@ -73,6 +73,8 @@ class Deduplicator:
                 )
                 known.update(zip(own, whole.answers, strict=True))
                 shares.settle_rest(whole.answers)
+        if others and gate is not None:
+            gate.give_all_back()  # or those whose answers are awaited would find no room for them
         async with Deadline(context.deadline):
             known.update(await _collect(others))
         lost = {key: prompt for key, prompt in wanted.items() if key not in known}

@@ -11,6 +11,7 @@ from aiohttp import web
 from gateway.admission.queue import QUEUE
 from gateway.admission.tickets import LANES
 from gateway.engines.pool import POOL
+from gateway.middleware import OPEN_REQUESTS
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.conftest import Serve, Served, until
 
@@ -145,6 +146,40 @@ async def test_fed_batch_whose_deadline_passes_leaves_nothing_behind(serve: Serv
 
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_passed")
         await until(lambda: _is_empty(served) and served.engine.running == 0)
+
+
+async def test_prompts_of_a_batch_asked_for_again_take_no_room_from_it(serve: Serve) -> None:
+    """They wait for its answers; it waits for the room."""
+    engine = Behaviour(delay_s=0.02)
+    async with serve(engine, engine_sequences=16) as served:
+        batch = asyncio.create_task(served.predict([f"{n}" for n in range(100)]))
+        await until(lambda: engine.running >= 15)
+        again = [asyncio.create_task(served.predict("99")) for _ in range(25)]
+
+        answers = [one.json() for one in await asyncio.gather(*again)]
+
+        assert answers == [{"response": "answer:99"}] * 25
+        assert (await batch).json()["response"][99] == "answer:99"
+        assert _sent(engine) == 100
+        await until(lambda: _is_empty(served))
+
+
+async def test_prompt_whose_first_asker_left_is_let_in_again(serve: Serve) -> None:
+    engine = Behaviour()
+    async with serve(engine, engine_sequences=16) as served:
+        engine.delay_s = 60
+        first = asyncio.create_task(served.predict(["a", "b"]))
+        await until(lambda: engine.running == 2)
+        second = asyncio.create_task(served.predict("a"))
+        await until(lambda: served.app[OPEN_REQUESTS].count == 2)
+        # It has nothing in the engine, so it takes no room there.
+        await until(lambda: served.app[QUEUE].count("interactive") == (0, 0))
+
+        engine.delay_s = 0
+        first.cancel()
+
+        assert (await second).json() == {"response": "answer:a"}
+        await until(lambda: _is_empty(served))
 
 
 async def test_engine_that_sends_each_token_is_asked_for_whole_answers_from_then_on(

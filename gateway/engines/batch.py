@@ -85,8 +85,10 @@ class _Piece:
         if self.room is not None:
             self.room.give_back(count)
 
-    def leave(self, _task: asyncio.Task[None]) -> None:
-        self.give_back(self.held)
+    def leave(self, task: asyncio.Task[None]) -> None:
+        # What is cut short ends the batch, which is charged for the places that it has then.
+        if not task.cancelled() and task.exception() is None:
+            self.give_back(self.held)
 
 
 @dataclass(slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.queue import QUEUE
 from gateway.admission.tickets import LANES
 from gateway.engines.pool import POOL
@@ -180,6 +182,33 @@ async def test_prompt_whose_first_asker_left_is_let_in_again(serve: Serve) -> No
 
         assert (await second).json() == {"response": "answer:a"}
         await until(lambda: _is_empty(served))
+
+
+@pytest.mark.parametrize("end", ["hang-up", "deadline"])
+async def test_fed_batch_left_in_the_middle_is_charged_for_what_it_had_running(
+    serve: Serve, end: str
+) -> None:
+    engine = Behaviour()
+    async with serve(engine, engine_sequences=16) as served:
+        engine.delay_s = 60
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        before = served.app[ACCOUNTS].sum_usage().completion_tokens
+        asking = asyncio.create_task(
+            served.client.post(
+                "/predict",
+                json={"prompt": [f"{n}" for n in range(40)], "max_tokens": 10},
+                headers={"X-Deadline-Ms": "600"} if end == "deadline" else {},
+            )
+        )
+        await until(lambda: engine.running == 15)
+        if end == "hang-up":
+            enough = time.perf_counter() + 0.2  # a token is made in 10 ms
+            await until(lambda: time.perf_counter() > enough)
+            asking.cancel()
+
+        await until(lambda: _is_empty(served) and engine.running == 0)
+        await until(lambda: served.app[ACCOUNTS].sum_usage().completion_tokens - before == 150)
+        await asyncio.wait({asking})
 
 
 async def test_engine_that_sends_each_token_is_asked_for_whole_answers_from_then_on(

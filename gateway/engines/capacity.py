@@ -24,6 +24,10 @@ from gateway.errors import EngineError, OutOfFiles
 _FEWEST = 16
 # How much more it is given when it has been seen running all it was given, with none waiting.
 _GROWTH = 1.5
+# Batches alone never fill it, since a share is not theirs. From this on it may be that it could run
+# more; so it is tried, though after many looks only: where it could not, some wait inside then.
+_NEARLY = 7 / 8
+_LOOKS_BEFORE_GROWTH = 30
 
 
 class EngineCapacity:
@@ -36,6 +40,7 @@ class EngineCapacity:
         self._pool = pool
         self._launchers = {url: build_client(url) for url in settings.launchers}
         self._before: dict[Engine, float] = {}  # what ran at the last look, with others waiting
+        self._looks: dict[Engine, int] = {}  # at one nearly full, since others waited there
 
     async def ask(self, engine: Engine) -> None:
         """Before an engine serves: it may be another one than before its restart."""
@@ -47,21 +52,28 @@ class EngineCapacity:
         """Learns by what a full engine says: two looks in a row, since after a burst it has some
         waiting for a moment that it will run.
         """
-        if engine.is_capacity_told or engine.running < (engine.sequences or _FEWEST):
+        least = _FEWEST if engine.sequences is None else engine.sequences * _NEARLY
+        if engine.is_capacity_told or engine.running < least:
             return
         load = await engine.read_load()
         if load is None:
             return
         if not load.waiting:
             self._before.pop(engine, None)
-            if engine.sequences is not None and load.running >= engine.sequences:
-                engine.sequences = math.ceil(engine.sequences * _GROWTH)
-                self._pool.tell_capacity()
+            if engine.sequences is not None and load.running >= least:
+                self._grow(engine, engine.sequences, load.running)
             return
+        self._looks.pop(engine, None)
         before = self._before.get(engine)
         self._before[engine] = load.running
         if before is not None:
             engine.sequences = max(_FEWEST, int(max(before, load.running)))
+            self._pool.tell_capacity()
+
+    def _grow(self, engine: Engine, sequences: int, running: float) -> None:
+        looks = self._looks[engine] = self._looks.get(engine, 0) + 1
+        if running >= sequences or looks > _LOOKS_BEFORE_GROWTH:
+            engine.sequences = math.ceil(sequences * _GROWTH)
             self._pool.tell_capacity()
 
     async def _ask_launchers(self, engine: Engine) -> int:

@@ -271,6 +271,27 @@ async def test_places_of_an_unknown_engine_are_learnt_from_its_metrics(serve: Se
         batch.cancel()
 
 
+async def test_places_learnt_too_few_grow_while_batches_alone_come(serve: Serve) -> None:
+    """A share is never theirs, so they never fill what is known."""
+    engine = Behaviour(metrics=_load(5, 100))  # it was still reading long prompts
+    async with serve(engine, probe_interval_s=0.02) as served:
+        engine.delay_s = 60
+        first = asyncio.create_task(served.predict([f"{n}" for n in range(148)]))
+        known = served.app[POOL].engines[0]
+        await until(lambda: known.sequences == 16)
+        first.cancel()
+        await until(lambda: engine.running == 0)
+
+        second = asyncio.create_task(served.predict([f"again {n}" for n in range(148)]))
+        await until(lambda: engine.running == 15)
+        engine.metrics = _load(15, 0)
+        await until(lambda: (known.sequences or 0) > 16)
+
+        await until(lambda: engine.running > 15)
+        second.cancel()
+        await until(lambda: _is_empty(served))
+
+
 async def test_places_are_those_that_the_engines_launcher_tells(serve: Serve) -> None:
     told: dict[str, Any] = {"max_num_seqs": 64}
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from gateway.config import Settings
 from gateway.engines.attempt import Attempt, EngineCall
 from gateway.engines.engine import Engine, EngineState
+from gateway.engines.timeouts import Deadline
 from gateway.errors import DeadlineUnreachable, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.schemas.vllm import ModelCard
@@ -117,7 +118,8 @@ class EnginePool:
     async def find_max_model_len(self, deadline: float | None) -> int | None:
         """The longest context of the engines; held while none has told what it serves."""
         if not any(engine.card for engine in self.engines):
-            await self.ensure_ready(deadline)
+            async with Deadline(deadline):
+                await self.ensure_ready(deadline)
         return max((engine.max_model_len or 0 for engine in self.engines), default=0) or None
 
     async def acquire(

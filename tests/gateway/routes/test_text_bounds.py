@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
 BYTES = 16 * 512  # what the fake engine's context may hold, by the setting's default
@@ -102,3 +103,14 @@ async def test_tokenizer_waits_at_the_gate_like_others(
 
         assert (await first).status_code == 200
         assert (await served.client.post(path, json=body)).status_code == 200
+
+
+async def test_deadline_holds_while_no_engine_has_told_what_its_model_takes(serve: Serve) -> None:
+    engine = Behaviour(is_healthy=False)
+    async with serve(engine, wait_ready=False, restart_hold_s=15) as served:
+        asked = {"model": "fake", "messages": [{"role": "user", "content": "x" * 10_000}]}
+        answer = await served.client.post(
+            "/v1/chat/completions", json=asked, headers={"X-Deadline-Ms": "200"}
+        )
+
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_passed")

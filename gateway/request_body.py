@@ -101,7 +101,10 @@ async def _read(request: web.Request, *, counts_values: bool) -> bytes:
     content = request.content
     try:
         if content.is_eof():  # all here already, as small bodies are
-            whole = await request.read()
+            # `request.read` would keep it until the request has ended.
+            whole = content.read_nowait()
+            if len(whole) > settings.max_body_bytes:
+                raise _too_large(settings.max_body_bytes)
             bodies.hold(context, len(whole))
             if counts_values and len(whole) > _SMALL_BYTES:
                 _ValueCount(settings.max_body_values).add(whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import itertools
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from aiohttp import web
 
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, until
@@ -307,6 +309,25 @@ async def test_stream_holds_its_body_no_longer_than_its_first_byte(serve: Serve)
             async for _ in answer.aiter_lines():
                 break
             assert await _held_bytes(served.client) == 0
+
+
+async def test_stream_keeps_no_body_that_it_no_longer_holds(serve: Serve) -> None:
+    async with serve(max_bytes_per_token=1000) as served:
+        served.engine.stream_gap_s = 0.05
+        fields = {"model": "fake", "messages": [user("x" * 50_000)], "stream": True}
+        body = orjson.dumps(fields)
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(served.url).port)
+        writer.write(
+            build_request("POST", "/v1/chat/completions", body)
+        )  # at once, as small ones come
+        await reader.readuntil(b"data: ")
+
+        # Of the gateway and of the engine, which is in this process, too, and keeps its own.
+        kept = [one._read_bytes for one in gc.get_objects() if isinstance(one, web.Request)]
+        assert kept.count(body) == 0
+        assert sum(map(bool, kept)) == 1
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_media_at_the_end_of_a_large_body_are_looked_at_too(serve: Serve) -> None:

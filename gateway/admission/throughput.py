@@ -45,7 +45,7 @@ class Pace:
         self._token_s = 0.0
 
     def learn(self, tokens: float, seconds: float) -> None:
-        if tokens >= _FEWEST_TOKENS:
+        if tokens >= _FEWEST_TOKENS and seconds > 0:  # else nobody has looked how long it took
             known_s, one_s = self._token_s, seconds / tokens
             self._token_s = known_s + (one_s - known_s) * _SHARE_OF_NEWEST if known_s else one_s
 

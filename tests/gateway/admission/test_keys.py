@@ -276,6 +276,32 @@ async def test_key_tokens_a_minute_hold_for_calls_at_the_same_time(
         assert (await served.predict("c", max_tokens=400)).status_code == 200
 
 
+async def test_key_whose_batch_was_long_has_as_much_set_aside_as_one_answer_takes(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path, keys = _keys_file(tmp_path, eve="tokens_per_minute = 10000")
+    async with serve(keys_file=path, max_tokens=20) as served:
+        served.client.headers.update(_bearer(keys["eve"]))
+        assert (await served.predict([f"{n}" for n in range(250)])).status_code == 200
+        served.engine.delay_s = 60
+
+        calls = [asyncio.create_task(served.chat(f"{n}")) for n in range(10)]
+
+        await until(lambda: served.engine.running == 10)
+        for call in calls:
+            call.cancel()
+
+
+async def test_batches_do_not_tell_how_long_a_token_takes(serve: Serve) -> None:
+    async with serve() as served:
+        pace = served.app[ACCOUNTS]._pace
+        pace.learn(100, 1)
+        for n in range(10):
+            await served.predict([f"{n} {m}" for m in range(20)])
+
+        assert pace.count_tokens(1) == 100
+
+
 async def test_usage_needs_an_admin_key(serve: Serve, tmp_path: Path) -> None:
     path, keys = _keys_file(tmp_path, fred="")
     async with serve(keys_file=path) as served:

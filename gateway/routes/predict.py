@@ -108,9 +108,10 @@ async def _count(request: web.Request, done: Completion) -> None:
     record = request[CONTEXT].record
     record.prompt_tokens, record.completion_tokens = done.prompt_tokens, done.completion_tokens
     record.shared = done.shared
-    n_run = max(1, record.n_prompts - done.shared)
+    n_prompts = record.n_prompts or 1
+    n_run = max(1, n_prompts - done.shared)
     spent = Spent(done.prompt_tokens, done.completion_tokens, sequences=n_run)
-    if record.n_prompts == 1:  # of more, each has had a time of its own
+    if n_prompts == 1:  # of more, each has had a time of its own
         spent.seconds = request[CONTEXT].running_s()
     await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
 

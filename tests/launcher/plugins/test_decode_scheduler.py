@@ -77,8 +77,12 @@ def test_scheduler_over_random_histories_does_as_vllms_own(twins: Any) -> None:
     assert not short & LONG_WAY
 
 
-def test_scheduler_over_a_plain_batch_decodes_the_short_way(twins: Any) -> None:
-    pair = twins.Twins(EngineSetup(blocks=400))
+@pytest.mark.parametrize("is_v2_runner", [True, False], ids=["v2", "v1"])
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+def test_scheduler_over_a_plain_batch_decodes_the_short_way(
+    twins: Any, is_async: bool, is_v2_runner: bool
+) -> None:
+    pair = twins.Twins(EngineSetup(blocks=400, is_async=is_async, is_v2_runner=is_v2_runner))
     pair.play([Arrival(own_tokens=20 + n, most_tokens=50, ignores_eos=True) for n in range(12)])
     steps = pair.ours.scheduler.steps
     assert steps["short"] > 0.8 * (steps["short"] + steps["long"]), steps

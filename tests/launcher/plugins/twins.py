@@ -203,7 +203,9 @@ class Twins:
     def step(self) -> None:
         self.steps += 1
         before = dict(self.ours.scheduler.steps)
-        (theirs, outputs), (ours, _) = (engine.step() for engine in self.both)
+        (theirs, outputs), (ours, told) = (engine.step() for engine in self.both)
+        if told:  # what the front end hears of the engine's state comes with the tokens
+            assert self.ours.gauges == self.theirs.gauges
         assert (theirs is None) == (ours is None)
         if theirs is not None:
             compare_steps(theirs, ours)

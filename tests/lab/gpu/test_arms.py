@@ -20,6 +20,8 @@ from lab.gpu.arms import (
 from launcher.plan.flags import read_shipped_flags
 from launcher.plan.hardware import GIB, Device, parse_device
 
+# They ask what the installed vLLM is, which the other Pythons' environments have not.
+pytestmark = pytest.mark.slow
 MODEL = Path(__file__).parents[2] / "launcher" / "models" / "qwen3-0.6b"
 BATCH = AskedBatch(358, 90, 256)
 

@@ -142,6 +142,7 @@ def test_real_engines_answer_the_same_by_every_way_and_scheduler(tmp_path: Path)
     assert list_left(tmp_path) == []
 
 
+@pytest.mark.slow  # where vLLM is installed
 async def test_card_that_nvidia_smi_tells_of_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ async def test_session_is_stopped_woken_and_ended_as_one(
         await session.end()
 
     assert session.has_ended
-    assert list_group(leader) == []
+    wait_for(lambda: not list_group(leader), "nothing to be left")
 
 
 def test_stopped_session_dies_with_its_starter(tmp_path: Path, environment: dict[str, str]) -> None:

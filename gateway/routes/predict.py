@@ -142,6 +142,8 @@ async def _build_answer(
     characters = sum(len(text) for text in texts if isinstance(text, str))
     app[METRICS].count_answers(request[CONTEXT].record, characters)
     body = await build_predict_response(asked, texts, single_as_list=app[SETTINGS].single_as_list)
+    if len(texts) > _ANSWERS_AT_ONCE:
+        await asyncio.sleep(0)  # what follows copies all of it again
     response = web.Response(body=body, content_type="application/json")
     if asked.ignored_fields:
         response.headers["X-Ignored-Fields"] = ", ".join(asked.ignored_fields)

@@ -114,6 +114,7 @@ async def test_honest_body_of_ten_megabytes_blocks_nobody(
         assert call[name] == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 async def test_honest_predict_of_ten_megabytes_blocks_nobody(
     watched: GatewayProcess, packed: bool

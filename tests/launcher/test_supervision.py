@@ -465,7 +465,7 @@ def test_scheduler_that_gives_up_is_shown_counted_and_tried_again(launcher: Laun
         wait_for(lambda: launcher.status()["scheduler"]["state"] == "gave up", "it gave up")
         scheduler = launcher.status()["scheduler"]
         assert (scheduler["reason"], scheduler["fallbacks"]) == ("why", 1)
-        assert "gave up" in launcher.err + launcher.out
+        wait_for(lambda: "gave up" in launcher.err + launcher.out, "its line")
 
         launcher.order(exit=1)
         scheduler = launcher.wait_state("ready", restarts=1)["scheduler"]

@@ -104,6 +104,7 @@ def test_vllms_scheduler_is_a_candidate_where_the_profile_has_the_launchers(gpu:
     assert "scheduler" not in names
 
 
+@pytest.mark.slow  # where vLLM is installed
 def test_installed_parser_accepts_every_candidate() -> None:
     commands = {}
     for gpu in GPUS:

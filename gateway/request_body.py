@@ -50,6 +50,8 @@ class HeldBodies:
         own, others = context.held_bytes + size, self._held - context.held_bytes
         most = self._most if own <= _SMALL_BYTES else self._most * _SHARE_OF_LARGE
         if others and others + own > most:
+            # At once: it is given up, and others who arrive must not be refused for its sake, too.
+            self.release(context)
             raise Overloaded(
                 f"the bodies of other requests take {others} bytes already; try again in "
                 f"{_RETRY_AFTER_S} s, or with a smaller one",

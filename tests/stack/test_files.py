@@ -260,6 +260,7 @@ def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() 
     assert {source for source in sources if not source.startswith("scripts/")} == {
         "demo",
         "common/__init__.py",
+        "common/files.py",
         "common/project.py",
         "launcher/__init__.py",
         "launcher/models/__init__.py",

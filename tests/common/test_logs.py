@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from typing import Any, Self
 
 import orjson
 import pytest
+
+from tests.outputs import require_mounts
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -240,15 +241,9 @@ def test_log_to_a_pipe_that_does_not_block_loses_nothing_that_is_read(tmp_path: 
         assert [row["number"] for row in rows] == list(range(2_001))
 
 
-def can_mount() -> bool:
-    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    return bool(shutil.which("unshare")) and not subprocess.run(command, check=False).returncode
-
-
 def test_log_on_a_disk_that_gets_room_again_goes_on_with_a_whole_line(tmp_path: Path) -> None:
     """A file system of 64 KB, mounted where this program and its children alone see it."""
-    if not can_mount():
-        pytest.skip("needs the right to mount")
+    require_mounts()
     disk = tmp_path / "disk"
     disk.mkdir()
     within = (

@@ -120,6 +120,5 @@ def count_running(stack: Stack) -> float:
 
 def test_scheduler_after_all_this_is_still_the_launchers(stack: Stack) -> None:
     scheduler = read_scheduler(stack)
-    if not scheduler["planned"].startswith("the launcher's"):
-        pytest.skip("this run is without it")
+    assert scheduler["planned"].startswith("the launcher's")
     assert (scheduler["state"], scheduler["fallbacks"]) == ("on", 0)

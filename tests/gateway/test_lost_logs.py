@@ -17,15 +17,10 @@ import pytest
 from common.prometheus_text import parse_samples, sum_samples
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.process import GatewayProcess, serve_process
+from tests.outputs import full_disk, full_pipe_nobody_reads
 
 _CALLS = 40
 _SOON_S = 15.0
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[int]:
-    with Path("/dev/full").open("wb") as full:
-        yield full.fileno()
 
 
 @contextlib.contextmanager
@@ -34,19 +29,6 @@ def pipe_without_reader() -> Iterator[int]:
     os.close(reader)
     yield writer
     os.close(writer)
-
-
-@contextlib.contextmanager
-def full_pipe_nobody_reads() -> Iterator[int]:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 4096)
-    os.set_blocking(writer, True)
-    yield writer
-    os.close(writer)
-    os.close(reader)
 
 
 async def ask_all(gateway: GatewayProcess) -> None:

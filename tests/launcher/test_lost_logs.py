@@ -17,12 +17,7 @@ import pytest
 from common.prometheus_text import parse_samples, sum_by_labels
 from launcher.engine.polling import poll
 from tests.launcher.programs import Launcher, running, wait_for
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[int]:
-    with Path("/dev/full").open("wb") as full:
-        yield full.fileno()
+from tests.outputs import full_disk, full_pipe_nobody_reads
 
 
 @contextlib.contextmanager
@@ -34,19 +29,6 @@ def reader_of_one_line() -> Iterator[int]:
     yield writer
     os.close(writer)
     head.wait(30)
-
-
-@contextlib.contextmanager
-def full_pipe_nobody_reads() -> Iterator[int]:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 4096)
-    os.set_blocking(writer, True)
-    yield writer
-    os.close(writer)
-    os.close(reader)
 
 
 @pytest.mark.parametrize("place", [full_disk, reader_of_one_line, full_pipe_nobody_reads])

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -63,6 +63,24 @@ def build_page_guard(settings: LauncherSettings) -> PageGuard:
     return PageGuard(settings.status_host, allowed, variable)
 
 
+def describe_launch(
+    prepared: Prepared, versions: Mapping[str, str], fingerprint: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the status tells of it and no restart changes."""
+    plan = prepared.plan
+    return {
+        "profile": plan.profile,
+        "model": plan.model.served_name,
+        "device": plan.device.title,
+        # By these a gateway that was started elsewhere knows how much it may send where.
+        "engine_port": prepared.settings.engine_port,
+        "max_num_seqs": plan.sequences,
+        "versions": versions,
+        "fingerprint": fingerprint,
+        "argv": prepared.command.argv,
+    }
+
+
 class Session:
     """One life of the launcher."""
 
@@ -109,17 +127,7 @@ class Session:
                 inherited=(held,),
             )
             self.gateway = Supervisor(self._gateway, policy, terminal, folder)
-        self._facts: dict[str, Any] = {
-            "profile": plan.profile,
-            "model": plan.model.served_name,
-            "device": plan.device.title,
-            # By these a gateway that was started elsewhere knows how much it may send where.
-            "engine_port": settings.engine_port,
-            "max_num_seqs": plan.sequences,
-            "versions": versions,
-            "fingerprint": fingerprint,
-            "argv": prepared.command.argv,
-        }
+        self._facts = describe_launch(prepared, versions, fingerprint)
         self._progress = lambda: asdict(engine.progress) if engine.progress else None
         self._scheduler = partial(describe_scheduler, plan.scheduler, engine)
         self._signals = 0

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from common.project import DEMO_MODEL
-from launcher.models import files
+from launcher.models import model_files
 from launcher.models.retrying import HubError, retry
 
 DEMO = "demo"
@@ -49,7 +49,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
     if not _HUB_NAME.fullmatch(name) or ".." in name.split("/"):
         raise ModelError(f"{name!r} is neither a hub's name (Qwen/Qwen3-0.6B) nor a folder's")
     place = folder / name
-    if files.is_complete(place):
+    if model_files.is_complete(place):
         print(f"model: {place} is there")
         return
     part = folder / ".part" / name
@@ -61,7 +61,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
             fetch(name, part, hub)
         else:
             raise ModelError(f"there is no model in {place}; put one there, or name one of a hub")
-        if not files.is_complete(part):
+        if not model_files.is_complete(part):
             raise ModelError(f"what the hub has as {name} is no model with weights")
         shutil.rmtree(part / ".cache", ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def fetch(name: str, into: Path, hub: str) -> None:
             importlib.import_module("modelscope").snapshot_download(name, local_dir=str(into))
             return
         importlib.import_module("huggingface_hub").snapshot_download(
-            name, local_dir=into, ignore_patterns=files.NOT_WEIGHTS, token=token
+            name, local_dir=into, ignore_patterns=model_files.NOT_WEIGHTS, token=token
         )
 
     token = read_token() if hub == "huggingface" else None

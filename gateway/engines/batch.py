@@ -49,7 +49,7 @@ _MOST_CHUNKS = 4
 OnAnswer = Callable[[int, GeneratedText], None]
 
 
-class Places(Protocol):
+class Room(Protocol):
     """Room for so many sequences."""
 
     count: int
@@ -64,7 +64,7 @@ class Gate(Protocol):
     def is_alone(self) -> bool:
         """Whether nobody waits for room that is given back early."""
 
-    async def take(self, most: int) -> Places: ...
+    async def take(self, most: int) -> Room: ...
 
     def give_all_back(self) -> None:
         """For who has nothing of its own to run for now."""
@@ -75,7 +75,7 @@ class _Piece:
     """Prompts of a batch that are one call, unless it is refused or lost."""
 
     places: Sequence[int]
-    room: Places | None = None
+    room: Room | None = None
     held: int = 0  # of that room
     is_stream: bool = False
 

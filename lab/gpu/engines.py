@@ -36,7 +36,7 @@ _WATCHER = "parent_death"
 _ROLES = {"EngineCore": "EngineCore", "Worker": "worker"}
 
 
-class Session:
+class ProgramSession:
     """One program with all that it starts."""
 
     def __init__(self, role: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -100,7 +100,7 @@ class RunningArm:
         self.engines = [self._start_engine(place, port) for place, port in enumerate(engines)]
         self.gateways = [self._start_gateway(gateway)] if planned.plan else []
 
-    def _start_engine(self, place: int, port: int) -> Session:
+    def _start_engine(self, place: int, port: int) -> ProgramSession:
         command, each = self.planned.command, self.planned.cards_each
         words = (*command.arguments, "--host", "127.0.0.1", "--port", str(port))
         environment = engine_environment(command, os.environ)
@@ -108,23 +108,23 @@ class RunningArm:
             cards = ",".join(seen[place * each : (place + 1) * each])
             environment["CUDA_VISIBLE_DEVICES"] = cards
         argv = bind_to_parent(command.module, *words, kill_s=_KILL_S)
-        return Session("API server", argv, environment, self._log(f"engine{place}"))
+        return ProgramSession("API server", argv, environment, self._log(f"engine{place}"))
 
-    def _start_gateway(self, port: int) -> Session:
+    def _start_gateway(self, port: int) -> ProgramSession:
         assert self.planned.plan is not None  # noqa: S101 - a gateway is a profile's
         words = ["--port", str(port), "--status-port", "0"]
         settings = load_settings(LauncherSettings, words)
         environment = build_environment(settings, self.planned.plan, "json")
         environment["GATEWAY_ENGINES"] = ",".join(self.engine_urls)
         argv = bind_to_parent("gateway", kill_s=_KILL_S)
-        return Session("gateway", argv, environment, self._log("gateway"))
+        return ProgramSession("gateway", argv, environment, self._log("gateway"))
 
     def _log(self, name: str) -> Path:
         arm = self.arm.word.replace("*", "x").replace(" ", ".").replace("/", "_")
         return self._folder / f"{arm}.{name}.log"
 
     @property
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[ProgramSession]:
         return [*self.engines, *self.gateways]
 
     def find_end(self) -> str:

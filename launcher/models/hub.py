@@ -10,7 +10,7 @@ from typing import Literal
 import structlog
 
 from common.errors import SettingsError
-from launcher.models.files import NOT_WEIGHTS, is_complete, is_described
+from launcher.models.model_files import NOT_WEIGHTS, is_complete, is_described
 from launcher.models.retrying import HubError, retry
 
 log = structlog.get_logger("launcher")

@@ -14,7 +14,7 @@ from common.files import read_file
 from common.project import DEMO_MODEL
 from launcher.config import LauncherSettings
 from launcher.models.hub import fetch_model
-from launcher.models.media import reads_media
+from launcher.models.multimodal import reads_media
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights per element, packed scales included, by the checkpoint's own quantisation.

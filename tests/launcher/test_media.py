@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from launcher.config import LauncherSettings
-from launcher.models.media import reads_media
 from launcher.models.model import find_model
+from launcher.models.multimodal import reads_media
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
 from launcher.plan.engine_plan import build_plan
 from launcher.plan.flags import read_shipped_flags

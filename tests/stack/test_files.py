@@ -264,7 +264,7 @@ def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() 
         "common/project.py",
         "launcher/__init__.py",
         "launcher/models/__init__.py",
-        "launcher/models/files.py",
+        "launcher/models/model_files.py",
         "launcher/models/retrying.py",
     }
 

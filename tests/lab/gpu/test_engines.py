@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from common.processes import find_session
-from lab.gpu.engines import Session
+from lab.gpu.engines import ProgramSession
 from launcher.engine.process import bind_to_parent, list_group
 from tests.launcher.programs import ROOT, wait_for
 
@@ -20,10 +20,10 @@ _CHILD = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'while T
 _STARTER = """
 import os, signal, sys, time
 from pathlib import Path
-from lab.gpu.engines import Session
+from lab.gpu.engines import ProgramSession
 from launcher.engine.process import bind_to_parent
 argv = bind_to_parent("busy", kill_s=0.2)
-Session("busy", argv, os.environ, Path("log"))
+ProgramSession("busy", argv, os.environ, Path("log"))
 time.sleep(600)
 """
 
@@ -43,7 +43,9 @@ def list_states(leader: int) -> list[tuple[bool, str]]:
 async def test_session_is_stopped_woken_and_ended_as_one(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    session = Session("busy", bind_to_parent("busy", kill_s=1), environment, tmp_path / "log")
+    session = ProgramSession(
+        "busy", bind_to_parent("busy", kill_s=1), environment, tmp_path / "log"
+    )
     leader = session.pid
     try:
         wait_for(lambda: list_states(leader), "the program, its child, its watcher")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow  # another Python runs all tests from the wheel
 ROOT = Path(__file__).parent.parent
 MODEL = Path(__file__).parent / "launcher" / "models" / "qwen3-0.6b"
 PACKAGES = ("common", "gateway", "lab", "launcher")
-_START_S = 30
+_START_S = 90
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from common.ports import find_free_ports
 from tests.deploy.expressions import RULES
 from tests.plain_http import NO_TLS
 
-_START_S = 30
+_START_S = 90
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.conftest import Stack
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 _VOLATILE = frozenset(
     (

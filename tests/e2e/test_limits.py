@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import Stack
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 _WAITING = re.compile(r'^gateway_waiting_sequences\{lane="batch"\} (\S+)$', re.MULTILINE)
 _RUNNING = re.compile(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", re.MULTILINE)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import ROOT, Stack
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 def test_soak_of_the_real_engine_holds(stack: Stack) -> None:

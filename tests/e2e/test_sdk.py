@@ -26,7 +26,7 @@ from tests.e2e.clients import KINDS, Kind, Sdk, open_sdk
 from tests.e2e.conftest import ROOT, Stack
 from tests.plain_http import NO_TLS
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 USER: list[dict[str, Any]] = [{"role": "user", "content": "什么是 warp？"}]
 DIGIT = {"type": "integer", "enum": [7]}

@@ -17,6 +17,7 @@ from gateway.app import build_app
 from gateway.config import Settings
 from gateway.engines.pool import POOL
 from gateway.server import Runner
+from tests.fair_clock import FairLoop
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 from tests.plain_http import NO_TLS
 
@@ -43,6 +44,10 @@ class Served:
 
     async def predict(self, prompt: object, **fields: object) -> httpx.Response:
         return await self.client.post("/predict", json={"prompt": prompt, **fields})
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"fair": FairLoop}
 
 
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
@@ -85,7 +90,7 @@ async def serve_gateway(
         app = build_app(options, reload or (lambda: options))
         url = await stack.enter_async_context(serve_app(app, port, Runner(app, options)))
         client = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=url, timeout=20, verify=NO_TLS)
+            httpx.AsyncClient(base_url=url, timeout=60, verify=NO_TLS)
         )
         served = Served(url, client, app, engines[0], urls[0], engines[1:])
         if wait_ready:
@@ -96,7 +101,7 @@ async def serve_gateway(
         yield served
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
     """Polls a condition, plain or awaitable, until it holds."""
     async with asyncio.timeout(timeout_s):
         while True:

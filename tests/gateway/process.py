@@ -19,7 +19,7 @@ from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import until
 from tests.plain_http import NO_TLS
 
-_LONGEST_START_S = 30
+_LONGEST_START_S = 90
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ async def connect(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio
         writer.transport.abort()
 
 
-async def ask(url: str, request: bytes, method: str = "POST", timeout_s: float = 20) -> RawAnswer:
+async def ask(url: str, request: bytes, method: str = "POST", timeout_s: float = 60) -> RawAnswer:
     """One request on a connection of its own, and its answer."""
     async with connect(url) as (reader, writer), asyncio.timeout(timeout_s):
         writer.write(request)

@@ -25,7 +25,7 @@ from tests.gateway.scripted_engine import (
     whole_answer,
 )
 
-_LONGEST_ANSWER_S = 10.0
+_LONGEST_ANSWER_S = 60.0
 _DONE = b"data: [DONE]\n\n"
 
 

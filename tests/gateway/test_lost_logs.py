@@ -33,7 +33,7 @@ def pipe_without_reader() -> Iterator[int]:
 
 async def ask_all(gateway: GatewayProcess) -> None:
     """Batches, chats and streams: each is answered, and whole."""
-    async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as client:
 
         async def ask(number: int) -> None:
             questions = [f"question {number}", f"another {number}"]

@@ -17,7 +17,7 @@ from tests.gateway.process import GatewayProcess, serve_process
 
 async def _ask(url: str, number: int) -> httpx.Response:
     """On a connection of its own, so that the kernel spreads the calls."""
-    async with httpx.AsyncClient(timeout=20) as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         return await client.post(f"{url}/predict", json={"prompt": f"q{number}"})
 
 

@@ -28,7 +28,7 @@ SLACK_S = 0.001
 PROBES = 300
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 async def test_slow_readers_take_little_memory_and_slow_nobody(tmp_path: Path) -> None:
     engine = Behaviour(floods=lambda question: question == "flood")

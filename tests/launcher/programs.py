@@ -28,7 +28,7 @@ MODEL = DEMO_MODEL
 _PLAIN: dict[str, Any] = {"trust_env": False, "verify": NO_TLS}
 
 
-def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 20.0) -> Any:
+def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 60.0) -> Any:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if found := check():
@@ -92,7 +92,7 @@ class Launcher:
                 argv, cwd=ROOT, env=self.environment(), stdout=own[0], stderr=own[1]
             )
 
-    def wait(self, *, within_s: float = 30.0) -> int:
+    def wait(self, *, within_s: float = 90.0) -> int:
         assert self.process is not None
         return self.process.wait(within_s)
 
@@ -127,7 +127,7 @@ class Launcher:
         return dict(response.json()) if response else none
 
     def wait_state(
-        self, state: str, *, restarts: int = 0, within_s: float = 20.0
+        self, state: str, *, restarts: int = 0, within_s: float = 60.0
     ) -> dict[str, Any]:
         def check() -> dict[str, Any] | None:
             status = self.status()

@@ -16,7 +16,7 @@ from launcher.engine.process import list_group
 from launcher.engine.temporary_folder import find_temporary_folder
 from tests.launcher.programs import MODEL, Launcher, ask_in_background, running, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 START_S = 90.0
 
 

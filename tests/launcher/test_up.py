@@ -89,7 +89,7 @@ def test_up_signal_while_it_imports_ends_it_with_0_and_no_word(
     with running(launcher):
         wait_for(mark.exists, "the imports have begun")
         launcher.send(number)
-        assert launcher.wait(within_s=10) == 0
+        assert launcher.wait(within_s=40) == 0
     assert launcher.err == ""
 
 
@@ -147,7 +147,7 @@ def test_up_second_signal_ends_a_busy_gateway_at_once(launcher: Launcher) -> Non
         launcher.send(signal.SIGTERM)
         wait_for(lambda: "gateway_draining" in launcher.err, "the gateway drains")
         launcher.send(signal.SIGTERM)
-        assert launcher.wait(within_s=10) == 0
+        assert launcher.wait(within_s=40) == 0
         assert launcher.processes() == []
 
 

@@ -32,7 +32,7 @@ TWO_GATEWAYS = (
 _CGROUP = "vllm-gateway-stack-test"
 _SCRATCH = "vllm-gateway-stack-"
 _CLONE_NEWNET = 0x40000000
-_START_S = 30
+_START_S = 90
 _STOP_S = 60
 # On the machine's own network the daemon changes nothing.
 _BUILD_NETWORK = ("--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false")

@@ -12,10 +12,10 @@ from gateway.engines.timeouts import CallTimeouts
 
 async def test_call_that_takes_too_long_is_a_timeout() -> None:
     timeouts = CallTimeouts()
-    started = time.perf_counter()
+    started = time.monotonic()
     with pytest.raises(TimeoutError), timeouts.limit(0.05):
         await asyncio.sleep(10)
-    assert 0.04 < time.perf_counter() - started < 2
+    assert 0.04 < time.monotonic() - started < 2
 
 
 async def test_call_that_ends_in_time_is_left_alone() -> None:

@@ -350,10 +350,10 @@ async def test_body_that_unfolds_to_gigabytes_is_refused_unfolded(served: Served
 
     # Also where nobody reads the body.
     for path, status in (("/predict", 413), ("/nosuch", 404)):
-        started = time.perf_counter()
+        started = time.monotonic()
         answer = await served.client.post(path, content=bomb, headers=headers)
         assert answer.status_code == status
-        assert time.perf_counter() - started < 2
+        assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(("encoding", "window"), [("gzip", 31), ("deflate", 15)])
@@ -381,18 +381,18 @@ async def test_body_in_an_encoding_that_it_has_not_is_400(
 
 
 async def test_prompt_of_megabytes_is_refused_before_it_is_tokenised(served: Served) -> None:
-    started = time.perf_counter()
+    started = time.monotonic()
     answer = await served.predict(["hi", "什么 " * 2_000_000])
 
     assert answer.json()["response"] == ["answer:hi", ""]
     assert answer.json()["errors"]["1"]["code"] == "prompt_too_long"
-    assert time.perf_counter() - started < 2
+    assert time.monotonic() - started < 2
 
 
 async def test_prompt_of_megabytes_is_cut_where_that_is_asked_for(serve: Serve) -> None:
     async with serve(max_input_tokens=40) as served:
-        started = time.perf_counter()
+        started = time.monotonic()
         answer = await served.predict("a " * 3_000_000)
 
     assert answer.json()["response"].startswith("answer:a a")
-    assert time.perf_counter() - started < 2
+    assert time.monotonic() - started < 2

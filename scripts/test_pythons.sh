@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every test, in two lanes side by side, each as much as about one core can do. The first has the Python that is set up
 # already: the tests with the real engine and those marked `slow`, then the others. The second has those others on
-# every other Python that this project supports and that is installed here, one after the other; on the last of them
-# with the built wheel in place of the checkout.
+# every other Python that this project supports and that is installed here, one after the other: on those between the
+# first and the last without the ones marked `programs`, on the last with the built wheel in place of the checkout.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,6 +22,7 @@ run() {
   [ "$code" = 0 ] || [ "$code" = 5 -a ${#arguments[@]} -gt 0 ] || echo "$label" >>"$failures"
 }
 run_rest() { run "$1" "not engine and not slow" "${@:2}"; }
+run_between() { run "$1" "not engine and not slow and not programs" "${@:2}"; }
 
 others=()
 for version in 3.11 3.12 3.13; do
@@ -42,7 +43,7 @@ test_others() {
   fi
   last=${ready[-1]}
   unset 'ready[-1]'
-  for version in "${ready[@]}"; do run_rest "$version" ".venv-$version/bin/python" -m pytest; done
+  for version in "${ready[@]}"; do run_between "$version" ".venv-$version/bin/python" -m pytest; done
   run_rest "$last, wheel" scripts/test_wheel.sh ".venv-$last"
 }
 

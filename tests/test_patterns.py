@@ -26,6 +26,8 @@ from launcher import config
 from launcher.engine import vllm_log
 from launcher.models import families, model
 
+pytestmark = pytest.mark.programs
+
 MODULES = (
     *(json_text, questions, settings, middleware, metrics, launchers, page, openai),
     *(

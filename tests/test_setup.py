@@ -17,6 +17,8 @@ from scripts import setup
 from scripts.locked import LockError, Pin, read_lock, select_pins
 from scripts.setup import Record, build_environment, read_cpu_torch, write_commands
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).parent.parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
     "optional-dependencies"

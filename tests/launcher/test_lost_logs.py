@@ -19,6 +19,8 @@ from launcher.engine.polling import poll
 from tests.launcher.programs import Launcher, running, wait_for
 from tests.outputs import full_disk, full_pipe_nobody_reads
 
+pytestmark = pytest.mark.programs
+
 
 @contextlib.contextmanager
 def reader_of_one_line() -> Iterator[int]:

@@ -17,6 +17,8 @@ from tests.launcher.fake_hub import FakeHub, serve_hub
 from tests.launcher.programs import MODEL, Launcher, running
 from tests.launcher.test_explain import call
 
+pytestmark = pytest.mark.programs
+
 MODELS = Path(__file__).parent / "models"
 
 

@@ -25,6 +25,8 @@ from tests.launcher.programs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Launcher:

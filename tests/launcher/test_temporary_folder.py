@@ -15,6 +15,8 @@ from launcher.engine import temporary_folder
 from launcher.engine.temporary_folder import find_temporary_folder, make_temporary_folder
 from tests.launcher.programs import Launcher, running, wait_for
 
+pytestmark = pytest.mark.programs
+
 
 def read_temporary_folder(pid: int) -> Path:
     """As the engine itself sees it."""

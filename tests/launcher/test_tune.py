@@ -29,6 +29,8 @@ from tests.launcher.programs import Launcher, running, wait_for
 from tests.launcher.test_explain import call
 from tests.launcher.test_profiles import GPUS, make_plan
 
+pytestmark = pytest.mark.programs
+
 FLAGS = read_shipped_flags()
 
 

@@ -22,6 +22,8 @@ from launcher.plan.flags import read_flags
 from launcher.plan.prepare import decide
 from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Launcher:

@@ -17,6 +17,8 @@ import pytest
 from scripts.image_packages import find_lacking, list_installed, read_floors, release
 from scripts.locked import Pin, read_lock, select_pins
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).parent.parent.parent
 PINS = [
     Pin("aiohttp", "3.14.5", ("sha256:aa",)),

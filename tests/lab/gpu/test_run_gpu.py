@@ -24,6 +24,8 @@ from lab.reports.console import ProgressLine
 from launcher.plan.command import find_vllm
 from tests.launcher.programs import FAKE_VLLM, ROOT
 
+pytestmark = pytest.mark.programs
+
 
 def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LAUNCHER_", "GATEWAY_"))}

@@ -19,6 +19,8 @@ from lab.load.run_attack import Trial
 from tests.fake_engine import serve_app
 from tests.gateway.conftest import serve_gateway
 
+pytestmark = pytest.mark.programs
+
 
 async def attack(url: str, *options: str) -> int:
     fixed = ["--url", url, "--status", "", "--attack", "grammars", "--callers", "8"]

@@ -16,6 +16,8 @@ from lab.load import run_load
 from tests.fake_engine import serve_app
 from tests.gateway.conftest import serve_gateway
 
+pytestmark = pytest.mark.programs
+
 Forward = Callable[[web.Request, bytes], Awaitable[web.Response]]
 
 

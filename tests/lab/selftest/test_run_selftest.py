@@ -22,6 +22,8 @@ from lab.selftest.run_selftest import CHECKS, CheckOutcome, perform
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.conftest import serve_gateway
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).parents[3]
 Handler = Callable[[Any], tuple[int, Any]]
 _NOBODY = "http://127.0.0.1:9"

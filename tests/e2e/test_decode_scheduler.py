@@ -14,9 +14,9 @@ import pytest
 from tests.e2e.conftest import Stack
 from tests.launcher.programs import Launcher, running, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 Pairs = list[dict[str, str]]
-START_S = 90.0
+START_S = 240.0
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,9 @@ def twins() -> Any:
     """Imported late: vLLM takes ten seconds, which nobody should wait for to deselect this."""
     logging.getLogger("vllm").setLevel(logging.ERROR)  # two lines for every scheduler
     # torch imports setuptools, which refuses to where another test has imported distutils before.
-    os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
-    return importlib.import_module("tests.launcher.plugins.twins")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+        return importlib.import_module("tests.launcher.plugins.twins")
 
 
 @pytest.fixture(autouse=True)

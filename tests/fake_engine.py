@@ -13,10 +13,12 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from tokenizers import Tokenizer
 
 from common.project import DEMO_MODEL
@@ -24,6 +26,13 @@ from common.project import DEMO_MODEL
 FLOOD_BYTES = 256 * 2**20
 _FLOOD_EVENT = b"data: " + b"x" * 2**14 + b"\n\n"
 MODEL_FOLDER = DEMO_MODEL
+# Where each of them finds its texts.
+POOLING_ROUTES = {
+    **dict.fromkeys(("/pooling", "/classify"), "input"),
+    **dict.fromkeys(("/score", "/v1/score"), "text_2"),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "documents"),
+    "/v2/embed": "texts",
+}
 _USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
@@ -33,6 +42,7 @@ class Behaviour:
 
     model: str = "fake"
     max_model_len: int = 512
+    routes: frozenset[str] | None = None  # where its model is for some alone
     is_healthy: bool = True
     delay_s: float = 0.0
     delays: Callable[[str], float] = lambda question: 0.0
@@ -66,7 +76,7 @@ TOKENIZER = web.AppKey("tokenizer", Tokenizer)
 
 
 def build_fake_engine(behaviour: Behaviour) -> web.Application:
-    app = web.Application(client_max_size=2**30)
+    app = web.Application(client_max_size=2**30, middlewares=[_leave_routes_out])
     app[BEHAVIOUR] = behaviour
     app[TOKENIZER] = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
     app.router.add_get("/health", _health)
@@ -77,6 +87,8 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app.router.add_post("/v1/responses", _responses)
     app.router.add_post("/v1/messages", _messages)
     app.router.add_post("/v1/embeddings", _embeddings)
+    for path, texts in POOLING_ROUTES.items():
+        app.router.add_post(path, partial(_pool_texts, name=texts))
     app.router.add_post("/tokenize", _tokenize)
     app.router.add_post("/detokenize", _detokenize)
     app.router.add_post("/collective_rpc", _admin)
@@ -97,6 +109,15 @@ async def serve_app(
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+@web.middleware
+async def _leave_routes_out(request: web.Request, handler: Handler) -> web.StreamResponse:
+    routes = request.app[BEHAVIOUR].routes
+    is_known = request.match_info.http_exception is None
+    if request.method == "POST" and not (is_known and (routes is None or request.path in routes)):
+        return _json({"detail": "Not Found"}, 404)
+    return await handler(request)
 
 
 async def _health(request: web.Request) -> web.Response:
@@ -309,11 +330,38 @@ async def _messages(request: web.Request) -> web.Response:
 
 
 async def _embeddings(request: web.Request) -> web.Response:
-    text = (await _read(request)).get("input")
-    if not isinstance(text, str):
-        return _refusal("input is a text", "input")
-    data = [{"index": 0, "object": "embedding", "embedding": [ord(one) for one in text[:20]]}]
-    return _json({"object": "list", "data": data, "usage": {"prompt_tokens": len(text)}})
+    texts = await _read_texts(request, "input")
+    if isinstance(texts, web.Response):
+        return texts
+    data = [
+        {"index": place, "object": "embedding", "embedding": [ord(one) for one in text[:20]]}
+        for place, text in enumerate(texts)
+    ]
+    usage = {"prompt_tokens": sum(map(len, texts))}
+    return _json({"object": "list", "data": data, "usage": usage})
+
+
+async def _pool_texts(request: web.Request, name: str) -> web.Response:
+    texts = await _read_texts(request, name)
+    if isinstance(texts, web.Response):
+        return texts
+    data = [{"index": place, "data": [len(text)]} for place, text in enumerate(texts)]
+    return _json({"data": data, "usage": {"prompt_tokens": sum(map(len, texts))}})
+
+
+async def _read_texts(request: web.Request, name: str) -> list[str] | web.Response:
+    """What a pooling call is about, once the engine is through with it, or what is answered."""
+    behaviour, texts = request.app[BEHAVIOUR], (await _read(request)).get(name)
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return _refusal(f"{name} is a text or a list of texts", name)
+    if any(map(behaviour.refuses, texts)):
+        return _refusal("this is not to my taste", behaviour.refused_field)
+    async with _working(behaviour, len(texts)):
+        await asyncio.gather(*(_run_sequence(behaviour, text) for text in texts))
+    if behaviour.status != 200:
+        return _json({"error": {"message": "broken", "code": 500}}, behaviour.status)
+    return texts
 
 
 async def _tokenize(request: web.Request) -> web.Response:

@@ -50,6 +50,8 @@ const BY_CODE = {
   unsupported_media_type: "error.refused",
   missing_field: "error.refused",
   not_found: "error.refused",
+  route_not_served: "error.noModel",
+  no_route: "error.noModel",
   internal_error: "error.gateway",
   engine_aborted: "error.engine",
   engine_failed: "error.engine",

@@ -23,6 +23,7 @@ from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
 from gateway.engines.warmup import read_warmup_questions
+from gateway.listening import listen
 from gateway.observability.metrics import METRICS
 from gateway.server import Runner
 
@@ -115,9 +116,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
     runner = Runner(app, settings)
     await runner.setup()
     try:
-        await web.TCPSite(
-            runner, settings.host, settings.port, backlog=1024, reuse_port=settings.reuse_port
-        ).start()
+        await listen(runner, settings.host, settings.port, reuse_port=settings.reuse_port)
     except OSError as error:
         await runner.cleanup()
         raise SettingsError(

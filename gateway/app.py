@@ -33,7 +33,7 @@ from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builder import PROMPTS, PromptBuilder
 from gateway.request_body import BODIES, HeldBodies
-from gateway.routes import health, metrics, page, predict, relay, usage
+from gateway.routes import health, metrics, page, predict, relay, usage, version
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 
@@ -75,8 +75,10 @@ def build_app(
 def add_routes(app: web.Application) -> None:
     """A route is one file and one line here."""
     app.router.add_get("/", health.handle_root)
-    app.router.add_get("/healthz", health.handle_healthz)
+    for path in ("/health", "/healthz"):
+        app.router.add_get(path, health.handle_healthz)
     app.router.add_get("/readyz", health.handle_readyz)
+    app.router.add_get("/version", version.handle_version)
     app.router.add_get("/metrics", metrics.handle_metrics)
     app.router.add_get("/usage", usage.handle_usage)
     page.add_page(app)

@@ -192,7 +192,12 @@ class Settings(ProgramSettings):
     )
     max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
     max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
-    max_logprobs: int = Field(20, ge=0, description="Largest `logprobs` of a /v1 call.")
+    max_logprobs: int = Field(
+        20,
+        ge=-1,
+        description="Largest `logprobs` of a /v1 call; -1: as many as the engine allows, which may "
+        "be its whole vocabulary.",
+    )
     max_new_tokens: int = Field(
         131_072, ge=1, description="Largest `max_tokens` of a /v1 call, by whichever name."
     )

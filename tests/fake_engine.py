@@ -42,6 +42,7 @@ class Behaviour:
 
     model: str = "fake"
     max_model_len: int = 512
+    fingerprint: str = "vllm-fake"
     routes: frozenset[str] | None = None  # where its model is for some alone
     is_healthy: bool = True
     delay_s: float = 0.0
@@ -81,6 +82,7 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app[TOKENIZER] = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
     app.router.add_get("/health", _health)
     app.router.add_get("/metrics", _metrics)
+    app.router.add_get("/version", _version)
     app.router.add_get("/v1/models", _models)
     app.router.add_post("/v1/completions", _completions)
     app.router.add_post("/v1/chat/completions", _chat)
@@ -128,6 +130,10 @@ async def _metrics(request: web.Request) -> web.Response:
     behaviour = request.app[BEHAVIOUR]
     behaviour.scrapes += 1
     return web.Response(text=behaviour.metrics, status=200 if behaviour.metrics else 404)
+
+
+async def _version(_request: web.Request) -> web.Response:
+    return _json({"version": "0.32.0"})
 
 
 async def _models(request: web.Request) -> web.Response:
@@ -178,7 +184,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 2 * len(questions)}
     # Order is the field `index`, not the place in the list.
     whole = {"id": "cmpl-1", "model": call.get("model"), "choices": choices[::-1], "usage": usage}
-    return _json(whole)
+    return _json({**whole, "system_fingerprint": behaviour.fingerprint})
 
 
 async def _chat(request: web.Request) -> web.StreamResponse:
@@ -240,15 +246,19 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
                 request.transport.abort()
                 return response
             sent += len(part)
-            choice = {"index": 0, "text": part, "delta": {"content": part}}
+            choice: dict[str, Any] = {"index": 0, "text": part, "delta": {"content": part}}
             event: dict[str, Any] = {"choices": [choice]}
-            if options.get("continuous_usage_stats"):
+            if sent == len(text):
+                choice["finish_reason"] = "stop"
+                if not options.get("include_usage"):  # else the last event has it
+                    event["system_fingerprint"] = behaviour.fingerprint
+            if options.get("include_usage") and options.get("continuous_usage_stats"):
                 event["usage"] = {"prompt_tokens": 5, "completion_tokens": sent}
             await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
             await asyncio.sleep(behaviour.stream_gap_s)
     if options.get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}
-        event = {"choices": [], "usage": usage}
+        event = {"choices": [], "usage": usage, "system_fingerprint": behaviour.fingerprint}
         await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()

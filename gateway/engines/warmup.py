@@ -199,6 +199,7 @@ class Warmup:
         for answer in completion.answers:
             if isinstance(answer, GatewayError):
                 raise answer
+        engine.fingerprint = completion.fingerprint
         return completion.completion_tokens
 
 

@@ -7,6 +7,7 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 
 from aiohttp import web
@@ -25,6 +26,7 @@ from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
+    NotWritable,
     OpenAIRequest,
     build_models,
     name_engine_error,
@@ -78,12 +80,14 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
 
 async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
     settings = request.app[SETTINGS]
-    if len(body) <= _SHORT_BYTES:
-        return parse_openai_request(request.path, body, settings)
-    length = await request.app[POOL].find_max_model_len(request[CONTEXT].deadline)
-    most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
+    length, most = None, _SHORT_BYTES
+    if len(body) > _SHORT_BYTES:
+        length = await request.app[POOL].find_max_model_len(request[CONTEXT].deadline)
+        most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
-        return parse_openai_request(request.path, body, settings)
+        # What is nested too deep to be written again is copied where it lies, as what is large.
+        with contextlib.suppress(NotWritable):
+            return parse_openai_request(request.path, body, settings)
     return await parse_large_openai_request(request.path, body, settings, length)
 
 
@@ -101,6 +105,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
                 request,
                 hides_usage=call.hides_usage,
                 hides_chunk_usage=call.hides_chunk_usage,
+                fingerprint=engine_call.asked.fingerprint if engine_call.asked else "",
             )
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
@@ -154,7 +159,7 @@ async def _answer_whole(
             body = answer.value
         await _count(request, call, parse_usage(body))
     elif answer.status >= 400:
-        body = name_engine_error(answer.status, body)
+        body = name_engine_error(answer.status, body, request.path)
         headers["Content-Type"] = "application/json"
         if answer.status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say

@@ -71,6 +71,7 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     shared: int = 0  # prompts that were answered by another's answer
+    fingerprint: str = ""  # of the engine and its settings, as it tells them
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,8 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
         raise EngineError(
             f"the engine answered {len(present)} of {n_prompts} prompts", code="engine_garbled"
         )
-    return Completion(present, prompt_tokens, completion_tokens)
+    fingerprint = str(data.get("system_fingerprint") or "")
+    return Completion(present, prompt_tokens, completion_tokens, fingerprint=fingerprint)
 
 
 def _read_choice(choice: Mapping[str, Any]) -> GeneratedText | EngineError:
@@ -269,6 +271,15 @@ def parse_models(body: bytes) -> list[ModelCard]:
         ]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise garbled_models() from error
+
+
+def parse_version(status: int, body: bytes) -> str | None:
+    """As `GET /version` tells it; an engine may have no such route."""
+    try:
+        version = orjson.loads(body)["version"] if status == 200 else None
+    except (orjson.JSONDecodeError, *_UNREADABLE):
+        return None
+    return str(version) if version is not None else None
 
 
 def parse_engine_load(metrics: bytes) -> EngineLoad | None:

@@ -209,7 +209,9 @@ def test_gateway_answers_as_the_engine_does(stack: Stack, name: str) -> None:
         assert told["error"].pop("source") == "engine"  # the one word the gateway adds
     said = _read(direct)
     if "detail" in said:  # a route the engine has not for this model
-        assert told["error"]["message"] == f"the engine answered 404: {said['detail']}"
+        reason = f"the engine answered 404: {said['detail']}"
+        message = f"{reason}; the model that it serves is not for {path}"
+        assert (told["error"]["code"], told["error"]["message"]) == ("route_not_served", message)
     else:
         assert told == said
     assert through.headers["content-type"] == direct.headers["content-type"]

@@ -33,7 +33,7 @@ from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builder import PROMPTS, PromptBuilder
 from gateway.request_body import BODIES, HeldBodies
-from gateway.routes import health, metrics, page, predict, relay, usage, version
+from gateway.routes import health, metrics, page, predict, relay, responses, usage, version
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 
@@ -85,10 +85,14 @@ def add_routes(app: web.Application) -> None:
     app.router.add_post("/predict", predict.handle_predict)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
+    for method, path in responses.ROUTES:
+        app.router.add_route(method, path, responses.handle_response)
     # So that the first call of each is seen in the metrics.
     routes = {resource.canonical for resource in app.router.resources()} - middleware.QUIET_ROUTES
     entering = ("/predict", *relay.GENERATING)
-    app[METRICS].expect_routes(sorted(routes), entering=entering, streaming=relay.STREAMING)
+    app[METRICS].expect_routes(
+        sorted(routes - relay.SELDOM), entering=entering, streaming=relay.STREAMING
+    )
 
 
 async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> AsyncIterator[None]:

@@ -64,6 +64,8 @@ class Behaviour:
     floods: Callable[[str], bool] = lambda question: False
     calls: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    responses: tuple[str, ...] = ()  # that it has kept
+    asked_responses: list[str] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
     unreadable: int = 0
@@ -74,6 +76,10 @@ class Behaviour:
 
 BEHAVIOUR = web.AppKey("behaviour", Behaviour)
 TOKENIZER = web.AppKey("tokenizer", Tokenizer)
+
+
+# Those whose answers count here are as the real engine's; of the rest it says which they are.
+ECHOED_ROUTES = ("/v1/chat/completions/batch", "/v1/messages/count_tokens")
 
 
 def build_fake_engine(behaviour: Behaviour) -> web.Application:
@@ -91,6 +97,13 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app.router.add_post("/v1/embeddings", _embeddings)
     for path, texts in POOLING_ROUTES.items():
         app.router.add_post(path, partial(_pool_texts, name=texts))
+    for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+        app.router.add_post(path, _transcribe)
+    app.router.add_get("/v1/responses/{id}", _tell_response)
+    app.router.add_post("/v1/responses/{id}/cancel", _tell_response)
+    for path in ECHOED_ROUTES:
+        app.router.add_post(path, _echo)
+    app.router.add_get("/tokenizer_info", _tell_tokenizer)
     app.router.add_post("/tokenize", _tokenize)
     app.router.add_post("/detokenize", _detokenize)
     app.router.add_post("/collective_rpc", _admin)
@@ -356,7 +369,16 @@ async def _pool_texts(request: web.Request, name: str) -> web.Response:
     if isinstance(texts, web.Response):
         return texts
     data = [{"index": place, "data": [len(text)]} for place, text in enumerate(texts)]
-    return _json({"data": data, "usage": {"prompt_tokens": sum(map(len, texts))}})
+    usage = {"prompt_tokens": sum(map(len, texts))}
+    form = request.app[BEHAVIOUR].calls[-1].get("encoding_format", "float")
+    if form.startswith("bytes"):
+        told = {} if form == "bytes_only" else {"metadata": orjson.dumps({"usage": usage}).decode()}
+        body, kind = bytes(map(len, texts)), "application/octet-stream"
+        return web.Response(body=body, content_type=kind, headers=told)
+    if request.path == "/v2/embed":
+        billed = {"billed_units": {"input_tokens": usage["prompt_tokens"]}}
+        return _json({"data": data, "meta": billed})
+    return _json({"data": data, "usage": usage})
 
 
 async def _read_texts(request: web.Request, name: str) -> list[str] | web.Response:
@@ -369,9 +391,48 @@ async def _read_texts(request: web.Request, name: str) -> list[str] | web.Respon
         return _refusal("this is not to my taste", behaviour.refused_field)
     async with _working(behaviour, len(texts)):
         await asyncio.gather(*(_run_sequence(behaviour, text) for text in texts))
-    if behaviour.status != 200:
-        return _json({"error": {"message": "broken", "code": 500}}, behaviour.status)
+    status = _choose_status(behaviour, {}, texts)
+    if status != 200:
+        return _json({"error": {"message": "broken", "code": status}}, status)
     return texts
+
+
+async def _transcribe(request: web.Request) -> web.StreamResponse:
+    """Says how long the sound was."""
+    behaviour, form = request.app[BEHAVIOUR], await request.post()
+    sound = form.get("file")
+    if not isinstance(sound, web.FileField):
+        return _refusal("send a file", "file")
+    with sound.file as file:
+        data = file.read()
+    fields = {name: value for name, value in form.items() if isinstance(value, str)}
+    behaviour.calls.append({**fields, "file": data, "filename": sound.filename})
+    behaviour.headers.append(dict(request.headers))
+    async with _working(behaviour, 1):
+        await _run_sequence(behaviour, "")
+    if fields.get("stream") == "true":
+        return await _stream(request, {}, str(len(data)))
+    return _json({"text": f"{len(data)} bytes", "usage": {"type": "duration", "seconds": 1}})
+
+
+async def _tell_response(request: web.Request) -> web.Response:
+    behaviour, name = request.app[BEHAVIOUR], request.match_info["id"]
+    behaviour.asked_responses.append(f"{request.method} {request.path}")
+    if name not in behaviour.responses:
+        error = {"message": f"Response with id '{name}' not found.", "code": 404}
+        return _json({"error": error}, 404)
+    return _json({"id": name, "model": behaviour.model, "status": "completed"})
+
+
+async def _echo(request: web.Request) -> web.Response:
+    behaviour, call = request.app[BEHAVIOUR], await _read(request)
+    async with _working(behaviour, 1):
+        await _run_sequence(behaviour, "")
+    return _json({"path": request.path, "call": call, "usage": {"completion_tokens": 7}})
+
+
+async def _tell_tokenizer(_request: web.Request) -> web.Response:
+    return _json({"tokenizer_class": "Fake"})
 
 
 async def _tokenize(request: web.Request) -> web.Response:

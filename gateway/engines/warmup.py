@@ -34,8 +34,8 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.prompts.builder import PromptBuilder
 from gateway.request_context import RequestContext
-from gateway.schemas.pooling import WARMUP_ROUTES, build_pooling_call, parse_pooling_answer
 from gateway.schemas.predict import default_sampling
+from gateway.schemas.warmup import WARMUP_ROUTES, build_warmup_call, parse_warmup_answer
 
 log = structlog.get_logger("gateway")
 _SHORTEST_PAUSE_S = 0.02
@@ -152,19 +152,8 @@ class Warmup:
         texts = texts[: self._settings.max_prompts_per_call]
         refusal: InvalidRequest | None = None
         for path in (engine.pools_at,) if engine.pools_at else WARMUP_ROUTES:
-            body = build_pooling_call(path, engine.card.name if engine.card else "", texts)
-            call = EngineCall(
-                _make_context(),
-                "POST",
-                path,
-                tries_left=1,
-                body=body,
-                sequences=len(texts),
-                engine=engine,
-                parse=partial(parse_pooling_answer, path=path, n_texts=len(texts)),
-            )
             try:
-                async with self._pool.attempt(call) as answer:
+                async with self._pool.attempt(_build_call(engine, path, texts)) as answer:
                     engine.pools_at = path
                     return int(answer.value)
             except RouteNotServed:
@@ -201,6 +190,22 @@ class Warmup:
                 raise answer
         engine.fingerprint = completion.fingerprint
         return completion.completion_tokens
+
+
+def _build_call(engine: Engine, path: str, texts: list[str]) -> EngineCall:
+    context = _make_context()
+    body, kind = build_warmup_call(path, engine.card.name if engine.card else "", texts)
+    context.carried = {"Content-Type": kind}
+    return EngineCall(
+        context,
+        "POST",
+        path,
+        tries_left=1,
+        body=body,
+        sequences=len(texts),
+        engine=engine,
+        parse=partial(parse_warmup_answer, path=path, n_texts=len(texts)),
+    )
 
 
 def _make_context() -> RequestContext:

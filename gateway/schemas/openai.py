@@ -27,7 +27,7 @@ from gateway.schemas.media import read_media_hosts
 from gateway.schemas.sampling import TOKEN_LISTS, check_sampling
 from gateway.schemas.vllm import garbled_models, lacks_route, no_route, parse_engine_error
 
-_USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_USAGE = re.compile(rb'"(?:usage|billed_units)":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _CHUNK_USAGE = re.compile(rb',"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
 _EVENT_STARTS = (b"event:", b"data:")
 _RESPONSE_END = re.compile(rb'"type":\s*"response\.(?:completed|incomplete|failed)"')
@@ -62,6 +62,7 @@ CHOICE_END = b'"finish_reason":"'
 _FINGERPRINT = b'"system_fingerprint":"'
 _SCHEMA_FIELDS = ("response_format", "structured_outputs", "tools", "guided_json", "text")
 _LARGEST_TOKEN_LIST_BYTES = 2**19
+CHAT_BATCH = "/v1/chat/completions/batch"
 # Numbers that are bounded here. The engine reads 500.0 and "500" as one, too, so they become one
 # before they are judged, and what was judged is what the engine gets.
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
@@ -69,7 +70,18 @@ _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _COPIES = ("n", "best_of")
 _WHOLE_NUMBERS = frozenset((*_LENGTHS, "top_logprobs", "prompt_logprobs"))
 # Where the number of copies means something.
-_COPYING = frozenset(("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch"))
+_COPYING = frozenset(("/v1/completions", "/v1/chat/completions", CHAT_BATCH))
+# Where each route for vectors, classes and scores finds its texts, beside `input` and `prompt`.
+_PAIRS = ("text_1", "text_2", "queries", "documents", "items", "data_1", "data_2")
+_TEXT_LISTS: Mapping[str, tuple[str, ...]] = {
+    "/v1/embeddings": ("messages",),
+    "/v2/embed": ("texts", "images", "inputs"),
+    **dict.fromkeys(("/pooling", "/classify", "/v1/classify"), ("messages",)),
+    **dict.fromkeys(("/score", "/v1/score"), _PAIRS),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), ("documents",)),
+}
+POOLING = tuple(_TEXT_LISTS)
+_MANY: Mapping[str, tuple[str, ...]] = {**_TEXT_LISTS, CHAT_BATCH: ("messages",)}
 _NUMBERS_OF = {path: _WHOLE_NUMBERS.union(_COPIES) for path in _COPYING}
 _NUMBERS_OF["/v1/completions"] |= {"logprobs"}  # in a chat it is a flag
 _MAX_STOP_CHARACTERS = (
@@ -94,10 +106,11 @@ class OpenAIRequest:
     sequences: int = 1
     most_new_tokens: int | None = None  # of each, where the caller says
     is_stream: bool = False
-    is_greedy: bool = False
+    is_greedy: bool = False  # the same answer would come again
     hides_usage: bool = False  # nobody but the gateway has asked for it
     hides_chunk_usage: bool = False
     affinity: str = ""
+    content_type: str = ""  # where it is no JSON
     media_hosts: frozenset[str] = frozenset()
     constraints: tuple[Constraint, ...] = ()
     size: int = field(init=False)
@@ -172,6 +185,8 @@ def _parse_openai_request(
         changed = True  # who goes first is the queue's business
     if _name_plainly(path, data):
         changed = True
+    if path == "/v1/responses" and data.get("background"):
+        _refuse_background(data)
     sequences = _bound_sequences(path, data, settings)
     _bound_sizes(data, settings)
     most_new_tokens = _bound_lengths(data, settings)
@@ -187,7 +202,7 @@ def _parse_openai_request(
         sequences=sequences,
         most_new_tokens=most_new_tokens,
         is_stream=is_stream,
-        is_greedy=data.get("temperature") == 0,
+        is_greedy=path in _TEXT_LISTS or data.get("temperature") == 0,
         hides_usage=hides_usage,
         hides_chunk_usage=hides_chunk_usage,
         affinity=_affinity(data, settings),
@@ -211,13 +226,27 @@ def _name_plainly(path: str, data: dict[str, Any]) -> bool:
     return changed
 
 
+def _refuse_background(data: Mapping[str, Any]) -> None:
+    """It would run on after its answer, past the queue and past the limits of its key."""
+    if read_flag(data["background"], "background"):
+        raise InvalidRequest(
+            "background responses are not served here; ask without `background`, as a stream if "
+            "the answer takes long",
+            param="background",
+            code="background_not_served",
+        )
+
+
 def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> int:
     # Which of the two a route reads is the engine's affair; the other is no way around the bound.
-    prompts = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input")))
+    prompts, param = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input"))), ""
+    for name in _MANY.get(path, ()):
+        if name in data and (count := _count_texts(name, data[name])) > prompts:
+            prompts, param = count, name
     if prompts > settings.max_prompts_per_call:
         raise InvalidRequest(
             f"{prompts} prompts in one call; at most {settings.max_prompts_per_call} are taken",
-            param="prompt",
+            param=param or "prompt",
             code="too_many_prompts",
         )
     copies = 1
@@ -238,6 +267,12 @@ def _count_prompts(prompt: Any) -> int:
     """The ids of one prompt are one, and so are the turns of a conversation."""
     is_many = isinstance(prompt, list) and (not prompt or isinstance(prompt[0], str | list))
     return len(prompt) if is_many else 1
+
+
+def _count_texts(name: str, value: Any) -> int:
+    if name == "messages":  # one conversation is a list, too
+        return _count_prompts(value)
+    return len(value) if isinstance(value, list) else 1
 
 
 def _count(data: Mapping[str, Any], name: str, most: int) -> int:

@@ -33,7 +33,17 @@ from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builder import PROMPTS, PromptBuilder
 from gateway.request_body import BODIES, HeldBodies
-from gateway.routes import health, metrics, page, predict, relay, responses, usage, version
+from gateway.routes import (
+    health,
+    metrics,
+    openapi,
+    page,
+    predict,
+    relay,
+    responses,
+    usage,
+    version,
+)
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 
@@ -78,6 +88,9 @@ def add_routes(app: web.Application) -> None:
     for path in ("/health", "/healthz"):
         app.router.add_get(path, health.handle_healthz)
     app.router.add_get("/readyz", health.handle_readyz)
+    app[openapi.API_DESCRIPTION] = openapi.ApiDescription()
+    app.router.add_get("/openapi.json", openapi.handle_openapi)
+    app.router.add_get("/docs", openapi.handle_docs)
     app.router.add_get("/version", version.handle_version)
     app.router.add_get("/metrics", metrics.handle_metrics)
     app.router.add_get("/usage", usage.handle_usage)

@@ -40,7 +40,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
 # Whoever asks for these, by whatever name, learns that somebody is there.
 _HEALTH_ROUTES = frozenset(("/", "/health", "/healthz", "/readyz"))
-_OPEN_ROUTES = _HEALTH_ROUTES | {"/metrics", "other"} | _PAGE_ROUTES
+_OPEN_ROUTES = _HEALTH_ROUTES | {"/metrics", "/openapi.json", "/docs", "other"} | _PAGE_ROUTES
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
 QUIET_ROUTES = _HEALTH_ROUTES | {"/metrics"} | _PAGE_ROUTES

@@ -66,6 +66,7 @@ class Behaviour:
     headers: list[dict[str, str]] = field(default_factory=list)
     responses: tuple[str, ...] = ()  # that it has kept
     asked_responses: list[str] = field(default_factory=list)
+    described: int = 0
     running: int = 0
     cancelled: int = 0
     unreadable: int = 0
@@ -88,6 +89,7 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app[TOKENIZER] = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
     app.router.add_get("/health", _health)
     app.router.add_get("/metrics", _metrics)
+    app.router.add_get("/openapi.json", _tell_openapi)
     app.router.add_get("/version", _version)
     app.router.add_get("/v1/models", _models)
     app.router.add_post("/v1/completions", _completions)
@@ -99,8 +101,8 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
         app.router.add_post(path, partial(_pool_texts, name=texts))
     for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
         app.router.add_post(path, _transcribe)
-    app.router.add_get("/v1/responses/{id}", _tell_response)
-    app.router.add_post("/v1/responses/{id}/cancel", _tell_response)
+    app.router.add_get("/v1/responses/{response_id}", _tell_response)
+    app.router.add_post("/v1/responses/{response_id}/cancel", _tell_response)
     for path in ECHOED_ROUTES:
         app.router.add_post(path, _echo)
     app.router.add_get("/tokenizer_info", _tell_tokenizer)
@@ -143,6 +145,24 @@ async def _metrics(request: web.Request) -> web.Response:
     behaviour = request.app[BEHAVIOUR]
     behaviour.scrapes += 1
     return web.Response(text=behaviour.metrics, status=200 if behaviour.metrics else 404)
+
+
+async def _tell_openapi(request: web.Request) -> web.Response:
+    """Of every route that it has, the administrative ones included, as vLLM does."""
+    behaviour = request.app[BEHAVIOUR]
+    behaviour.described += 1
+    schemas = {
+        "Call": {"properties": {"x": {"$ref": "#/components/schemas/Part"}}, "required": ["x"]},
+        "Part": {"type": "string"},
+        "Secret": {"type": "string"},
+    }
+    body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Call"}}}}
+    paths: dict[str, Any] = {"/health": {"get": {}}}
+    for route in request.app.router.routes():
+        path = route.resource.canonical if route.resource else ""
+        if behaviour.routes is None or path in behaviour.routes:
+            paths.setdefault(path, {})[route.method.lower()] = {"requestBody": body}
+    return _json({"paths": paths, "components": {"schemas": schemas}})
 
 
 async def _version(_request: web.Request) -> web.Response:
@@ -416,7 +436,7 @@ async def _transcribe(request: web.Request) -> web.StreamResponse:
 
 
 async def _tell_response(request: web.Request) -> web.Response:
-    behaviour, name = request.app[BEHAVIOUR], request.match_info["id"]
+    behaviour, name = request.app[BEHAVIOUR], request.match_info["response_id"]
     behaviour.asked_responses.append(f"{request.method} {request.path}")
     if name not in behaviour.responses:
         error = {"message": f"Response with id '{name}' not found.", "code": 404}

@@ -115,11 +115,11 @@ def test_doctor_names_refused_flag_bad_setting_and_taken_port(launcher: Launcher
     with socket.socket() as other:
         other.bind(("127.0.0.1", launcher.engine_port))
         other.listen()
-        code, out, _ = call(launcher, "doctor", "--set", "kv-cache-dtype=fp9")
+        code, out, _ = call(launcher, "doctor", "--set", "seed=none")
     assert code == 2
     failures = [line for line in out.splitlines() if line.startswith("FAIL")]
     assert len(failures) == 3
-    assert "kv-cache-dtype" in failures[0]
+    assert "seed" in failures[0]
     assert "GATEWAY_PROMPT_STYLE" in failures[1]
     assert "LAUNCHER_ENGINE_PORT" in failures[2]
 

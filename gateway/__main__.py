@@ -16,6 +16,7 @@ import structlog
 import uvloop
 from aiohttp import web
 
+from common.command_line.help import format_example, format_help, wants_help
 from common.logs import configure_logging
 from common.project import read_version
 from common.settings import build_schema
@@ -37,7 +38,10 @@ def main() -> int:
     if arguments[:1] == ["new-key"]:
         return print_new_key(arguments[1:])
     try:
-        if arguments[:1] in (["--version"], ["schema"], ["completion"]):
+        if wants_help(arguments):
+            print(format_help(Settings))
+            return 0
+        if arguments[:1] in (["--version"], ["schema"], ["example"], ["completion"]):
             print(describe(arguments[0], arguments[1:]))
             return 0
         if arguments[:1] == ["check"]:
@@ -85,11 +89,14 @@ def describe(command: str, arguments: list[str]) -> str:
         return f"vllm-gateway {read_version()}"
     if command == "schema":
         return json.dumps(build_schema(Settings), indent=2, ensure_ascii=False)
+    if command == "example":
+        return format_example(Settings).rstrip()
     # Imported late: its library is of no use to anything else.
-    from common.completion import build_parser, complete  # noqa: PLC0415
+    from common.command_line.completion import build_parser, complete  # noqa: PLC0415
 
     others = {
         "check": "Judges the settings and starts nothing.",
+        "example": "Prints a settings file with every setting.",
         "new-key": "Makes an API key and its entry for the keys file.",
         "schema": "Prints the JSON schema of the settings file.",
     }

@@ -83,10 +83,10 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal = Terminal(settings.log_format, settings.engine_log)
     terminal.configure_logging("warning" if command == "tune" else "info")
     if isinstance(settings, ExplainSettings):
-        print(explain(settings, as_json=settings.json_output))
+        print(explain(settings, as_json=settings.json_output, is_long=settings.all_options))
         return 0
     if command == "doctor":
-        return run_doctor(settings, print)
+        return run_doctor(settings, partial(print, flush=True), sys.stderr)
     if isinstance(settings, TuneSettings):
         return tune(settings, partial(print, flush=True))  # minutes between two lines
     return asyncio.run(run(prepare(settings), terminal, with_gateway=command == "up"))

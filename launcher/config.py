@@ -261,10 +261,15 @@ class ExplainSettings(LauncherSettings):
 
     # A field named `json` would hide one of pydantic's own.
     model_config = SettingsConfigDict(
-        cli_prog_name="python -m launcher explain", cli_shortcuts={"json-output": "json"}
+        cli_prog_name="python -m launcher explain",
+        cli_shortcuts={"json-output": "json", "all-options": "all"},
     )
 
     json_output: bool = Field(False, description="Print JSON instead of text; `--json` for short.")
+    all_options: bool = Field(
+        False,
+        description="Print every option with its reason, and the command; `--all` for short.",
+    )
 
 
 class TuneSettings(LauncherSettings):

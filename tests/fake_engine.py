@@ -66,6 +66,7 @@ class Behaviour:
     headers: list[dict[str, str]] = field(default_factory=list)
     responses: tuple[str, ...] = ()  # that it has kept
     asked_responses: list[str] = field(default_factory=list)
+    describes: bool = True  # vLLM does not with --disable-fastapi-docs
     described: int = 0
     running: int = 0
     cancelled: int = 0
@@ -151,6 +152,8 @@ async def _tell_openapi(request: web.Request) -> web.Response:
     """Of every route that it has, the administrative ones included, as vLLM does."""
     behaviour = request.app[BEHAVIOUR]
     behaviour.described += 1
+    if not behaviour.describes:
+        return _json({"detail": "Not Found"}, 404)
     schemas = {
         "Call": {"properties": {"x": {"$ref": "#/components/schemas/Part"}}, "required": ["x"]},
         "Part": {"type": "string"},

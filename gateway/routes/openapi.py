@@ -54,19 +54,20 @@ async def _describe(request: web.Request) -> ApiDescription:
     known = app[API_DESCRIPTION]
     if life is not None and known.life == life:
         return known
-    told = None if engine is None else await _ask(request, engine)
+    told, is_known = (None, False) if engine is None else await _ask(request, engine)
     document = build_openapi(
         list_routes(app), read_version(), app[SETTINGS], told, needs_key=not app[KEYRING].is_open
     )
     description = ApiDescription(life, orjson.dumps(document), render_docs(document))
-    if told is not None:
+    if is_known:
         # It is the same to everybody, and large.
         known.life = life
         known.document, known.page = description.document, description.page
     return description
 
 
-async def _ask(request: web.Request, engine: Engine) -> dict[str, Any] | None:
+async def _ask(request: web.Request, engine: Engine) -> tuple[dict[str, Any] | None, bool]:
+    """What the engine says of itself, if it does; and whether it would say the same again."""
     call = EngineCall(
         request[CONTEXT],
         "GET",
@@ -78,10 +79,9 @@ async def _ask(request: web.Request, engine: Engine) -> dict[str, Any] | None:
     )
     try:
         async with request.app[POOL].attempt(call) as answer:
-            told: dict[str, Any] | None = answer.value
-            return told
+            return answer.value, answer.status < 500
     except GatewayError:
-        return None  # of what is passed on there is less to say then
+        return None, False
 
 
 def _parse(status: int, body: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from functools import partial
 
 from aiohttp import web
@@ -104,9 +103,11 @@ async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
         length = await request.app[POOL].find_max_model_len(request[CONTEXT].deadline)
         most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
-        # What is nested too deep to be written again is copied where it lies, as what is large.
-        with contextlib.suppress(NotWritable):
+        try:
             return parse_openai_request(request.path, body, settings)
+        except NotWritable:
+            # Nested too deep to be written again: copied where it lies, as what is large.
+            return await parse_large_openai_request(request.path, body, settings, length)
     return await parse_large_openai_request(request.path, body, settings, length)
 
 

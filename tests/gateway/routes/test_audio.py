@@ -129,6 +129,14 @@ async def test_what_is_no_form_is_refused(
     assert f'"code":"{code}"'.encode() in answer.body
 
 
+async def test_form_of_a_foreign_page_is_refused(served: Served) -> None:
+    """A browser sends forms to any server without asking it first."""
+    answer = await served.client.post(PATH, files=FILE, headers={"Sec-Fetch-Site": "cross-site"})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_site")
+    assert served.engine.calls == []
+
+
 async def test_form_is_no_way_around_the_other_routes(served: Served) -> None:
     """JSON alone is taken where JSON is asked for."""
     answer = await served.client.post("/v1/completions", files=FILE)

@@ -68,6 +68,15 @@ async def test_openapi_without_an_engine_has_all_that_may_be(serve: Serve) -> No
     assert {"/v1/embeddings", "/v1/chat/completions", "/v1/audio/transcriptions"} < paths.keys()
 
 
+async def test_openapi_of_an_engine_that_tells_nothing_is_asked_for_once(serve: Serve) -> None:
+    async with serve(Behaviour(describes=False)) as served:
+        documents = [await _read(served) for _ in range(3)]
+
+    assert "/v1/chat/completions" in documents[0]["paths"]
+    assert documents[0] == documents[2]
+    assert served.engine.described == 1
+
+
 async def test_openapi_of_predict_has_its_fields(served: Served) -> None:
     schema = (await _read(served))["components"]["schemas"]["PredictRequest"]
 

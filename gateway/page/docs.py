@@ -90,9 +90,9 @@ def _find_objects(
 def _render_field(name: str, field: Mapping[str, Any], is_required: bool) -> str:
     said = [field.get("description", "")]
     if is_required:
-        said.insert(0, "Must be there.")
+        said.insert(0, "Required.")
     if field.get("default") is not None:
-        said.append(f"Else {json.dumps(field['default'], ensure_ascii=False)}.")
+        said.append(f"Default {json.dumps(field['default'], ensure_ascii=False)}.")
     text = " ".join(" ".join(filter(None, said)).split())
     if len(text) > _MOST_CHARACTERS:
         text = text[:_MOST_CHARACTERS].rsplit(" ", 1)[0] + " …"

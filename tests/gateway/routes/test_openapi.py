@@ -122,4 +122,4 @@ async def test_docs_bring_nothing_from_elsewhere(served: Served) -> None:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "<script" not in answer.text
     assert re.findall(r"(?:src|href)=.(?!openapi)", answer.text) == []
-    assert "Must be there." in answer.text
+    assert "Required." in answer.text

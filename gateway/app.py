@@ -12,7 +12,7 @@ from common.web.foreign_pages import PageGuard
 from gateway import middleware
 from gateway.admission.accounts import ACCOUNTS, Accounts
 from gateway.admission.keys import KEYRING, Keyring, run_key_reload
-from gateway.admission.limits import LocalLimits
+from gateway.admission.limits import LIMITS, Limits, LocalLimits
 from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
 from gateway.admission.queue import QUEUE, AdmissionQueue
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
@@ -55,10 +55,10 @@ def build_app(
         client_max_size=settings.max_body_bytes,
         middlewares=[middleware.surround],
     )
-    limits = LocalLimits()
     app[SETTINGS] = settings
     app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
     app[METRICS] = Metrics()
+    limits = app[LIMITS] = build_limits(app)
     app[PROMPTS] = build_prompts(settings)
     app[BODIES] = HeldBodies(settings, app[METRICS])
     app[KEYRING] = Keyring(settings)
@@ -155,6 +155,17 @@ def build_prompts(settings: Settings) -> PromptBuilder:
     except GatewayError as error:
         raise SettingsError(f"{PREFIX}{(error.param or '').upper()}: {error}") from None
     return builder
+
+
+def build_limits(app: web.Application) -> Limits:
+    """Redis's client is loaded only where there is a Redis: it takes its time."""
+    if not app[SETTINGS].redis_url:
+        return LocalLimits()
+    from gateway.admission.redis_limits import RedisLimits  # noqa: PLC0415
+
+    limits = RedisLimits(app[SETTINGS], app[METRICS])
+    app.cleanup_ctx.append(limits.run)
+    return limits
 
 
 def build_tracer(endpoint: str) -> Tracer:

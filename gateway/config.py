@@ -174,6 +174,23 @@ class Settings(ProgramSettings):
         description="TOML file with hashed keys and their limits; read again when it changes. "
         "`python -m gateway new-key NAME` makes an entry.",
     )
+    redis_url: str = Field(
+        "",
+        repr=False,
+        description="Redis in which several gateways keep the keys' limits together "
+        "(`redis://:password@host:6379/0`, `rediss://` for TLS, `unix://`); empty: each gateway "
+        "keeps its own.",
+    )
+    redis_away: Literal["local", "refuse"] = Field(
+        "local",
+        description="What becomes of calls of keys with limits while Redis is away: local limits "
+        "them in each gateway alone, refuse answers 503.",
+    )
+    redis_timeout_s: float = Field(
+        0.5,
+        gt=0,
+        description="How long a request waits for Redis before Redis counts as away.",
+    )
     allow_anonymous: bool = Field(
         False, description="Serve everybody on an address that is not the loopback's, without keys."
     )

@@ -16,6 +16,7 @@ GatewayError
 ├── DeadlineUnreachable 503   the request's own deadline cannot be met
 ├── Unavailable 503           no engine is ready: warming, restarting, draining
 │   ├── EngineBusy 503        the engine has too much to do already
+│   ├── LimitsAway 503        nobody can say what the key has left
 │   └── OutOfFiles 503        the gateway itself may open no more connections
 └── EngineError 502           the engine failed
     ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
@@ -44,6 +45,7 @@ REFUSALS = (
     "requests_per_minute",
     "tokens_per_minute",
     "key_concurrency",
+    "limits_away",
     "overloaded",
     "queue_timeout",
     "deadline_unreachable",
@@ -165,6 +167,12 @@ class Unavailable(GatewayError):
 
 class EngineBusy(Unavailable):
     code = "engine_busy"
+
+
+class LimitsAway(Unavailable):
+    """Where all gateways keep them does not answer, and the operator wants nothing let in then."""
+
+    code = "limits_away"
 
 
 class OutOfFiles(Unavailable):

@@ -16,6 +16,8 @@ from aiohttp.typedefs import Handler
 from common.web.foreign_pages import PageGuard
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER, KEYRING
+from gateway.admission.limits import CLAIM, Claim
+from gateway.admission.tickets import open_claim
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
 from gateway.errors import (
@@ -98,6 +100,8 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         open_requests.count -= counts
         request.app[KEYRING].close_call()
         request.app[BODIES].release(context)
+        if context.rates is not None:
+            request.app[ACCOUNTS].close_claim(request[CLAIM])
         _finish(request.app, context, status)
 
 
@@ -182,7 +186,11 @@ async def _admit(request: web.Request, record: RequestRecord) -> None:
     caller.check_route(record.route)
     request[CALLER] = caller
     request.app[KEYRING].open_call(caller, request[CONTEXT])
-    await request.app[ACCOUNTS].take_request(caller)
+    claim: Claim | None = None
+    if caller.has_limits:
+        claim = open_claim(caller, may_reserve=request.method == "POST")
+        request[CLAIM] = request[CONTEXT].rates = claim
+    await request.app[ACCOUNTS].take_request(caller, claim)
 
 
 def translate(

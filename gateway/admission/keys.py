@@ -48,6 +48,10 @@ class Caller(BaseModel):
     structured_outputs: tuple[Kind, ...] | None = None  # as the setting says
     admin: bool = False
 
+    @property
+    def has_limits(self) -> bool:
+        return bool(self.requests_per_minute or self.tokens_per_minute or self.max_concurrency)
+
     def check_route(self, route: str) -> None:
         if self.routes and route not in self.routes:
             raise Forbidden(f"this key may not use {route}", code="route_not_allowed")

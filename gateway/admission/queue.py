@@ -124,8 +124,9 @@ class AdmissionQueue:
 
     async def take(self, ticket: Ticket) -> tuple[int, int]:
         """How many places the ticket got, and the number of this entry; `give_back` wants it."""
-        if ticket.account_limit or ticket.tokens:
-            await self._claims.open(ticket, self._throughput.time_for(ticket.sequences))
+        if ticket.claim is not None:
+            usual_wait_s = self._throughput.time_for(ticket.sequences)
+            await self._claims.open(ticket, ticket.claim, usual_wait_s)
         lane = self._lanes[ticket.lane]
         most = min(ticket.sequences, self._largest)
         least = min(most, self._piece) if ticket.is_divisible and self.is_feeding else most
@@ -134,7 +135,7 @@ class AdmissionQueue:
         try:
             return await self._wait(ticket, lane, least, most)
         except BaseException:
-            await self.close_claims(ticket)
+            self.close_claim(ticket)
             raise
 
     async def take_more(self, ticket: Ticket, most: int) -> tuple[int, int]:
@@ -163,9 +164,9 @@ class AdmissionQueue:
         if self._has_queue():
             self._admit()
 
-    async def close_claims(self, ticket: Ticket) -> None:
-        if ticket.account_limit or ticket.tokens:
-            await self._claims.close(ticket)
+    def close_claim(self, ticket: Ticket) -> None:
+        if ticket.claim is not None:
+            self._claims.close(ticket.claim)
 
     def count(self, lane: LaneName) -> tuple[int, int]:
         """Sequences of a lane that run and that wait."""
@@ -372,7 +373,7 @@ class Admission(Places):
 
     async def __aexit__(self, *_: object) -> None:
         self.give_all_back()
-        await self._queue.close_claims(self._ticket)
+        self._queue.close_claim(self._ticket)
 
     @property
     def gate(self) -> Self | None:

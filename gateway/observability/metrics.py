@@ -208,6 +208,17 @@ class Metrics:
         self.max_waiting_sequences = self._live_gauge(
             "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING)."
         )
+        self.redis_away = self._live_gauge(
+            "redis_away", "1 while Redis, which is to keep all gateways' limits, does not answer."
+        )
+        self.redis_away.read = lambda: [((), 0)]  # where there is none to be away
+        self.limits_without_redis = self._counter(
+            "limits_without_redis",
+            "Calls of keys with limits while Redis was away; outcome is local or refused.",
+            "outcome",
+        )
+        for outcome in ("local", "refused"):
+            self.limits_without_redis.labels(outcome)
         self.held_body_bytes = self._live_gauge(
             "held_body_bytes",
             "Bytes of request bodies in memory; at most GATEWAY_MAX_HELD_BYTES.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import orjson
 from aiohttp import web
 
+from gateway.admission.limits import LIMITS
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
-from gateway.errors import Unavailable
+from gateway.errors import LimitsAway, Unavailable
 
 _RETRY_AFTER_S = 1
 
@@ -29,6 +30,14 @@ async def handle_readyz(request: web.Request) -> web.Response:
     pool = request.app[POOL]
     if not pool.is_ready:
         raise Unavailable(pool.describe(), retry_after_s=_RETRY_AFTER_S)
+    away = request.app[LIMITS].away
+    if away == "refused":
+        raise LimitsAway(
+            "Redis does not answer, so calls of keys with limits are refused (GATEWAY_REDIS_AWAY)",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+    if request.app[SETTINGS].redis_url:
+        return _json({"status": "ready", "limits": away or "shared"})
     return _json({"status": "ready"})
 
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
+from gateway.admission.limits import CLAIM
 from gateway.admission.queue import QUEUE
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS, Settings
@@ -43,14 +44,15 @@ async def handle_predict(request: web.Request) -> web.Response:
     context.carry(request.headers, TRACE_HEADERS)
     context.deadline = parse_deadline(request.headers)
     lane: LaneName = "batch" if count > 1 else "interactive"
-    ticket = build_ticket(request.headers, request[CALLER], count, lane, context.deadline)
+    caller, claim = request[CALLER], request.get(CLAIM)
+    ticket = build_ticket(request.headers, caller, count, lane, context.deadline, claim=claim)
 
     prompts, sampling = await _build_prompts(request, asked)
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
     done = Completion([])
     if good:
         ticket.sequences, ticket.is_divisible = len(good), True
-        if ticket.tokens_per_minute:
+        if caller.tokens_per_minute:
             most = sampling.max_tokens * len(good)
             ticket.tokens = sum(map(_estimate_tokens, good)) + most
         context.record.note_queued()
@@ -113,7 +115,7 @@ async def _count(request: web.Request, done: Completion) -> None:
     spent = Spent(done.prompt_tokens, done.completion_tokens, sequences=n_run)
     if n_prompts == 1:  # of more, each has had a time of its own
         spent.seconds = request[CONTEXT].running_s()
-    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
+    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 
 async def _charge_left(
@@ -122,9 +124,9 @@ async def _charge_left(
     """An engine tells of what has ended alone; hanging up is not free all the same."""
     taken, given = request[CONTEXT].told_tokens
     taken = max(taken, sum(map(_estimate_tokens, prompts)))
-    accounts, running_s = request.app[ACCOUNTS], request[CONTEXT].running_s()
-    inside = Spent(taken, 0, running_s, min(n_inside, len(prompts)))
-    await accounts.charge_left(request[CALLER], inside, sampling.max_tokens, given)
+    accounts, caller, claim = request.app[ACCOUNTS], request[CALLER], request.get(CLAIM)
+    inside = Spent(taken, 0, request[CONTEXT].running_s(), min(n_inside, len(prompts)))
+    await accounts.charge_left(caller, inside, sampling.max_tokens, given, claim)
 
 
 async def _build_answer(

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
+from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
 from gateway.admission.queue import QUEUE
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
@@ -81,8 +82,15 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     if call.media_hosts:
         await request.app[MEDIA_HOSTS].ensure_allowed(call.media_hosts)
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
-    ticket = build_ticket(request.headers, caller, call.sequences, lane, context.deadline)
-    if ticket.tokens_per_minute and request.path in _USING_TOKENS:
+    ticket = build_ticket(
+        request.headers,
+        caller,
+        call.sequences,
+        lane,
+        context.deadline,
+        claim=request.get(CLAIM),
+    )
+    if caller.tokens_per_minute and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
     async with request.app[QUEUE].enter(ticket):
@@ -231,7 +239,8 @@ async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream
     taken = told if told and call.sequences == 1 else _guess_prompt(request, call)
     given = stream.told_tokens if stream else 0
     spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences)
-    await request.app[ACCOUNTS].charge_left(request[CALLER], spent, _bound_answer(request, call))
+    caller, most = request[CALLER], _bound_answer(request, call)
+    await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=request.get(CLAIM))
 
 
 async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None) -> None:
@@ -240,7 +249,7 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
     context = request[CONTEXT]
     context.record.prompt_tokens, context.record.completion_tokens = usage
     spent = Spent(*usage, context.running_s(), call.sequences)
-    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
+    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 
 def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:

@@ -53,6 +53,9 @@ REFUSALS = (
 )
 
 
+_LONGEST_RETRY_AFTER_S = 60.0
+
+
 class GatewayError(Exception):
     """What a handler raises and the middleware turns into OpenAI's envelope."""
 
@@ -60,6 +63,8 @@ class GatewayError(Exception):
     kind: ClassVar[str] = "api_error"
     code: ClassVar[str] = "internal_error"
     source: ClassVar[Source] = "gateway"
+    # Sent again it would fail again, or only do again what was too much at once.
+    is_final: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -74,6 +79,13 @@ class GatewayError(Exception):
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
+
+    @property
+    def is_not_for_retry(self) -> bool:
+        """Clients of OpenAI's come again within seconds if they are told a longer time."""
+        is_own_fault = type(self) is GatewayError
+        is_long = (self.retry_after_s or 0) > _LONGEST_RETRY_AFTER_S
+        return self.is_final or is_own_fault or is_long
 
 
 class InvalidRequest(GatewayError):
@@ -157,6 +169,7 @@ class DeadlinePassed(GatewayError):
     status = 504
     kind = "service_unavailable"
     code = "deadline_passed"
+    is_final = True
 
 
 class Unavailable(GatewayError):
@@ -199,3 +212,4 @@ class EngineAborted(EngineError):
 class EngineTimeout(EngineError):
     status = 504
     code = "engine_timeout"
+    is_final = True

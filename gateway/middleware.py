@@ -233,6 +233,8 @@ def _build_refusal(error: GatewayError, path: str = "") -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.is_not_for_retry:
+        headers["x-should-retry"] = "false"  # else OpenAI's clients do
     return web.Response(
         body=build_error(error, path),
         status=error.status,

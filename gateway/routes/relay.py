@@ -203,6 +203,8 @@ async def _answer_whole(
     elif answer.status >= 400:
         body = name_engine_error(answer.status, body, request.path)
         headers["Content-Type"] = "application/json"
+        if answer.status == 501:
+            headers["x-should-retry"] = "false"  # what it does not know it will not learn
         if answer.status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
     return web.Response(status=answer.status, headers=headers, body=body)

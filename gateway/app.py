@@ -8,6 +8,7 @@ from functools import partial
 
 from aiohttp import web
 
+from common.web.cors import ANY, CORS, CrossOrigin
 from common.web.foreign_pages import PageGuard
 from gateway import middleware
 from gateway.admission.accounts import ACCOUNTS, Accounts
@@ -66,6 +67,12 @@ def build_app(
     app[QUEUE] = AdmissionQueue(settings, app[METRICS], limits)
     app[MEDIA_HOSTS] = MediaHosts(settings)
     is_open = app[KEYRING].is_open
+    app[CORS] = CrossOrigin(settings.cors_origins) if settings.cors_origins else None
+    if is_open and ANY in settings.cors_origins:
+        raise SettingsError(
+            f"{PREFIX}CORS_ORIGINS=* without API keys would let any web page that somebody opens "
+            "use the engine: list the origins, or set GATEWAY_KEYS_FILE or GATEWAY_API_KEYS"
+        )
     app[middleware.PAGE_GUARD] = build_page_guard(settings) if is_open else None
 
     # First, so that it ends last: a drain can be watched.
@@ -142,6 +149,7 @@ def build_page_guard(settings: Settings) -> PageGuard:
         settings.allowed_hosts,
         f"{PREFIX}ALLOWED_HOSTS",
         only_browsers=settings.allow_anonymous and not settings.allowed_hosts,
+        origins=settings.cors_origins,
     )
 
 

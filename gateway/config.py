@@ -28,6 +28,7 @@ from common.settings import (
     describe_settings,
     read_settings,
 )
+from common.web.cors import check_origins
 from common.web.foreign_pages import check_hosts
 
 __all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_settings"]
@@ -200,6 +201,13 @@ class Settings(ProgramSettings):
         "be called, separated by commas; `.example.com` is all names below it, `*` any. Addresses, "
         "names of one word and names that no public DNS has (`x.internal`, `x.local`) always may. "
         "With GATEWAY_ALLOW_ANONYMOUS and no list, only browsers are held to it.",
+    )
+
+    cors_origins: CommaList = Field(
+        (),
+        description="Origins whose web pages may call this gateway from a browser "
+        "(`https://app.example.com`), separated by commas; `*` any, which needs keys. Empty: none "
+        "but the gateway's own.",
     )
 
     reload_interval_s: float = Field(
@@ -437,6 +445,11 @@ class Settings(ProgramSettings):
     @classmethod
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return check_hosts(value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_origins(value)
 
     @cached_property
     def alias_map(self) -> dict[str, str]:

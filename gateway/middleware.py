@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from common.web.cors import CORS, CrossOrigin
 from common.web.foreign_pages import PageGuard
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER, KEYRING
@@ -75,6 +76,9 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     status = _GONE
     open_requests = request.app[OPEN_REQUESTS]
     counts = record.route not in QUIET_ROUTES
+    cors = request.app[CORS]
+    if cors is not None:
+        handler = _let_page_in(request, cors, handler)
     open_requests.count += counts
     try:
         try:
@@ -169,6 +173,12 @@ def _answer_exception(request: web.Request, error: Exception) -> web.Response:
         context.record.note_error(error.error_code, error.source)
         raise ConnectionResetError(error.message) from error
     return _answer_error(request, error)
+
+
+def _let_page_in(request: web.Request, cors: CrossOrigin, handler: Handler) -> Handler:
+    """Its browser is told so with every answer, and in advance where it asks with OPTIONS."""
+    request[CONTEXT].cors_headers = cors.build_headers(request.headers.get("Origin"))
+    return cors.answer_options if request.method == "OPTIONS" else handler
 
 
 def _refuse_foreign_page(request: web.Request) -> None:

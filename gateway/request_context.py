@@ -43,6 +43,7 @@ class RequestContext:
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
     held_bytes: int = 0  # of its body, see `request_body.py`
     rates: Rates | None = None  # of a key that has limits
+    cors_headers: Mapping[str, str] | None = None  # for the web page that asks
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
         self.carried = {name: headers[name] for name in names if name in headers}
@@ -88,6 +89,8 @@ class RequestContext:
         headers["Server-Timing"] = self.record.server_timing()
         if self.rates is not None:
             self.rates.put_headers(headers)
+        if self.cors_headers is not None:
+            headers.update(self.cors_headers)
 
     def log_fields(self) -> dict[str, object]:
         fields = self.record.log_fields()

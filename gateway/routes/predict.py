@@ -18,7 +18,7 @@ from gateway.config import SETTINGS, Settings
 from gateway.engines.deduplication import GENERATOR
 from gateway.engines.pool import POOL
 from gateway.engines.timeouts import Deadline
-from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest
+from gateway.errors import DeadlinePassed, EngineTimeout, GatewayError, InvalidRequest
 from gateway.observability.metrics import METRICS
 from gateway.prompts.builder import PROMPTS
 from gateway.request_body import read_body
@@ -61,12 +61,13 @@ async def handle_predict(request: web.Request) -> web.Response:
             began = time.perf_counter()
             try:
                 done = await app[GENERATOR].generate(good, sampling, context, admission.gate)
-            except (asyncio.CancelledError, DeadlinePassed):
+            except (asyncio.CancelledError, DeadlinePassed, EngineTimeout):
                 await _charge_left(request, good, sampling, admission.count_inside())
                 raise
             finally:
                 context.record.engine_s = time.perf_counter() - began
             await _count(request, done)
+            await _charge_late(request, good, done, sampling)
     return await _build_answer(request, asked, _put_in_order(prompts, done.answers))
 
 
@@ -127,6 +128,20 @@ async def _charge_left(
     accounts, caller, claim = request.app[ACCOUNTS], request[CALLER], request.get(CLAIM)
     inside = Spent(taken, 0, request[CONTEXT].running_s(), min(n_inside, len(prompts)))
     await accounts.charge_left(caller, inside, sampling.max_tokens, given, claim)
+
+
+async def _charge_late(
+    request: web.Request, prompts: Sequence[Prompt], done: Completion, sampling: Sampling
+) -> None:
+    """What took too long has been generated all the same, as far as it came."""
+    pairs = zip(prompts, done.answers, strict=True)
+    late = [prompt for prompt, answer in pairs if isinstance(answer, EngineTimeout)]
+    if late:
+        n_run = min(len(late), len(prompts) - done.shared)
+        taken, caller = sum(map(_estimate_tokens, late)) * n_run // len(late), request[CALLER]
+        spent = Spent(taken, 0, request.app[SETTINGS].engine_timeout_s, n_run)
+        most, claim = sampling.max_tokens, request.get(CLAIM)
+        await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=claim)
 
 
 async def _build_answer(

@@ -21,7 +21,7 @@ from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.engines.pool import POOL
-from gateway.errors import DeadlinePassed, EngineError, GatewayError
+from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayError
 from gateway.forms import read_form
 from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
@@ -138,11 +138,11 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
     except GatewayError as error:
-        if isinstance(error, DeadlinePassed):
+        if isinstance(error, DeadlinePassed | EngineTimeout):
             await _charge(request, call, stream)
         if stream is None or not stream.has_started:
             raise
-        if isinstance(error, EngineError):
+        if isinstance(error, EngineError) and not isinstance(error, EngineTimeout):
             await _count(request, call, stream.usage)
         return await stream.end(error)
     except (asyncio.CancelledError, ConnectionError):

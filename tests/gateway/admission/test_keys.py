@@ -250,6 +250,45 @@ async def test_key_is_charged_for_the_time_of_a_whole_answer_that_it_leaves(
             assert await read_given() == before + most  # and no more than were asked for
 
 
+async def test_key_is_charged_for_what_the_engine_made_until_its_time_was_over(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """A call that takes too long has kept the engine busy for longest of all."""
+    path, keys = _keys_file(tmp_path, eve="tokens_per_minute = 100000", root="admin = true")
+    async with serve(keys_file=path, engine_timeout_s=1.0, max_prompts_per_call=1) as served:
+        served.client.headers.update(_bearer(keys["eve"]))
+
+        async def read_used() -> tuple[int, int]:
+            usage = await served.client.get("/usage", headers=_bearer(keys["root"]))
+            row = usage.json()["keys"]["eve"]
+            return row["prompt_tokens"], row["completion_tokens"]
+
+        served.app[ACCOUNTS]._pace.learn(1000, 1)  # a thousand tokens a second
+        served.engine.stream_gap_s = 60
+        taken, given = 0, 0
+        for delay_s, ask in (
+            (60, lambda: served.chat("x" * 400, max_tokens=50)),
+            (0, lambda: served.chat("x" * 400, max_tokens=50, stream=True)),
+            (60, lambda: served.predict("y " * 150, max_tokens=50)),
+        ):
+            served.engine.delay_s = delay_s
+            assert "engine_timeout" in (await ask()).text
+            then_taken, then_given = await read_used()
+            assert then_taken >= taken + 100
+            assert then_given == given + 50
+            taken, given = then_taken, then_given
+        served.engine.delay_s = 0
+        served.engine.delays = lambda question: 60 if "y" in question else 0
+        batch = await served.predict(["z", "y " * 150], max_tokens=50)
+        while batch.status_code != 200:  # the one that is answered took too long, too
+            taken, given = await read_used()
+            batch = await served.predict(["z", "y " * 150], max_tokens=50)
+        assert set(batch.json()["errors"]) == {"1"}
+        then_taken, then_given = await read_used()
+        assert then_taken >= taken + 100
+        assert then_given == given + 2 + 50
+
+
 async def test_key_tokens_a_minute_hold_for_calls_at_the_same_time(
     serve: Serve, tmp_path: Path
 ) -> None:

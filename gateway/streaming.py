@@ -76,7 +76,8 @@ class EventStream:
 
     async def copy(self, answer: EngineAnswer) -> None:
         """The path of every chunk, so each line here is felt."""
-        read, note_chunk = answer.read_chunk, self.timing.note_chunk
+        read, timing = answer.read_chunk, self.timing
+        note_chunk, note_written = timing.note_chunk, timing.note_written
         last = rest = b""  # rest: of an event whose end has not come yet
         with IdleTimer(self._request, answer, self):
             while chunk := await read():
@@ -95,6 +96,7 @@ class EventStream:
                     self.is_writing = True
                     await self.write(chunk)
                     self.is_writing = False
+                    note_written()
             if answer.status == 200 and not has_stream_end(self._request.path, rest or last):
                 raise EngineError("the engine's stream ended without its end")
             if rest:

@@ -71,6 +71,7 @@ class Behaviour:
     running: int = 0
     cancelled: int = 0
     unreadable: int = 0
+    streamed: int = 0  # characters, in chats and completions of one prompt
     metrics: str = ""
     scrapes: int = 0
     slots: asyncio.Semaphore | None = None  # sequences that run; others wait in order of arrival
@@ -291,6 +292,7 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
             if options.get("include_usage") and options.get("continuous_usage_stats"):
                 event["usage"] = {"prompt_tokens": 5, "completion_tokens": sent}
             await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
+            behaviour.streamed += len(part)
             await asyncio.sleep(behaviour.stream_gap_s)
     if options.get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}

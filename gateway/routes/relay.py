@@ -64,6 +64,7 @@ _SENT = ("Accept", "X-Session-Id", "anthropic-version", *TRACE_HEADERS)
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After", "metadata")
 _RETRY_AFTER_S = "1"
 _BYTES_A_TOKEN = 4
+_HELD_SHARE = 0.25  # of a stream's time; to write takes some itself where an engine is quick
 _SHORT_BYTES = 4096  # no model's context is too short for that
 
 
@@ -250,7 +251,10 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
         return
     context = request[CONTEXT]
     context.record.prompt_tokens, context.record.completion_tokens = usage
-    spent = Spent(*usage, context.running_s(), call.sequences)
+    timing, running_s = context.record.stream, context.running_s()
+    if timing is not None and timing.held_s > running_s * _HELD_SHARE:
+        running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
+    spent = Spent(*usage, running_s, call.sequences)
     await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 

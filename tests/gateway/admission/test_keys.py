@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,9 @@ from gateway.admission.throughput import Pace
 from gateway.admission.tickets import LANES
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
+from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, make_settings, until
+from tests.gateway.raw import address, build_request
 
 
 def _keys_file(folder: Path, **extras: str) -> tuple[Path, dict[str, str]]:
@@ -287,6 +290,37 @@ async def test_key_is_charged_for_what_the_engine_made_until_its_time_was_over(
         then_taken, then_given = await read_used()
         assert then_taken >= taken + 100
         assert then_given == given + 2 + 50
+
+
+async def test_slow_reader_does_not_tell_how_long_a_token_takes(serve: Serve) -> None:
+    """Else whoever reads slowly would make it cheap for everybody to leave in the middle."""
+    content = "x" * 8_000  # more than the gateway writes to who reads nothing
+    body = {"model": "fake", "messages": [{"role": "user", "content": content}], "stream": True}
+    async with serve(Behaviour(max_model_len=100_000)) as served:
+        pace, engine, began = served.app[ACCOUNTS]._pace, served.engine, time.monotonic()
+        pace.learn(10**6, 1)
+        known = pace.count_tokens(10**6)
+        loop = asyncio.get_running_loop()
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.setblocking(False)
+            await loop.sock_connect(slow, address(served.url))
+            request = build_request("POST", "/v1/chat/completions", orjson.dumps(body))
+            await loop.sock_sendall(slow, request)
+            at_last = -1
+            while at_last != engine.streamed or not at_last:  # until nothing moves
+                at_last = engine.streamed
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(3 * (time.monotonic() - began))  # most of the time is the reader's
+            while not (await loop.sock_recv(slow, 2**16)).endswith(b"0\r\n\r\n"):
+                pass
+        await until(lambda: served.app[ACCOUNTS].sum_usage().completion_tokens >= len(content))
+
+        assert pace.count_tokens(10**6) == known
+        engine.stream_gap_s = 0.005
+        quick = await served.chat("x" * 40, stream=True)
+        assert quick.status_code == 200
+        assert pace.count_tokens(10**6) != known
 
 
 async def test_key_tokens_a_minute_hold_for_calls_at_the_same_time(

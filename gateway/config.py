@@ -254,6 +254,12 @@ class Settings(ProgramSettings):
         "their addresses are no public ones, separated by commas; `.example.com` is all names "
         "below it, `*` any host whatsoever.",
     )
+    media_options: bool = Field(
+        False,
+        description="Let callers say how the engine reads and prepares media (`media_io_kwargs`, "
+        "`mm_processor_kwargs`): how many frames and pixels it makes of a file, which nobody "
+        "bounds.",
+    )
     structured_outputs: CommaList = Field(
         ("json", "choice", "regex", "tools"),
         description="Constraints that callers may put on an answer's form: json, choice, regex, "

@@ -23,7 +23,7 @@ from gateway.schemas.fields import (
 )
 from gateway.schemas.grammars import CONSTRAINING, Constraint, read_constraints
 from gateway.schemas.large_json import LargeObject, scan_object
-from gateway.schemas.media import read_media_hosts
+from gateway.schemas.media import read_media_hosts, refuse_media_options
 from gateway.schemas.sampling import TOKEN_LISTS, check_sampling
 from gateway.schemas.vllm import garbled_models, lacks_route, no_route, parse_engine_error
 
@@ -191,6 +191,8 @@ def _parse_openai_request(
     _bound_sizes(data, settings)
     most_new_tokens = _bound_lengths(data, settings)
     check_sampling(data)
+    if not settings.media_options:
+        refuse_media_options(data)
     is_stream = bool(data.get("stream"))
     hides_usage = hides_chunk_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:

@@ -269,13 +269,10 @@ async def test_key_is_charged_for_what_the_engine_made_until_its_time_was_over(
         served.app[ACCOUNTS]._pace.learn(1000, 1)  # a thousand tokens a second
         served.engine.stream_gap_s = 60
         taken, given = 0, 0
-        for delay_s, ask in (
-            (60, lambda: served.chat("x" * 400, max_tokens=50)),
-            (0, lambda: served.chat("x" * 400, max_tokens=50, stream=True)),
-            (60, lambda: served.predict("y " * 150, max_tokens=50)),
-        ):
+        chat, stream = partial(served.chat, "x" * 400), partial(served.chat, "x" * 400, stream=True)
+        for delay_s, ask in ((60, chat), (0, stream), (60, partial(served.predict, "y " * 150))):
             served.engine.delay_s = delay_s
-            assert "engine_timeout" in (await ask()).text
+            assert "engine_timeout" in (await ask(max_tokens=50)).text
             then_taken, then_given = await read_used()
             assert then_taken >= taken + 100
             assert then_given == given + 50

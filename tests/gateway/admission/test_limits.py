@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -215,6 +216,25 @@ async def test_gateway_that_lives_tells_what_it_holds_again(
 async def _is_later(read_orders: object, first: int) -> bool:
     orders = await read_orders()  # type: ignore[operator]
     return bool(orders) and orders[0] > first
+
+
+async def test_overdraft_is_remembered_until_it_is_paid(redis: RedisServer, account: str) -> None:
+    """Also where a gateway tells meanwhile what else it holds."""
+    async with _open_redis(redis, lease_s=1.0) as limits:
+        running = _claim(account, tokens=60, sequences=9)
+        assert await limits.reserve(running, 0, 1) is None
+        claim = _claim(account, tokens=60)
+        claim.used_tokens = 60 * 31
+        await _settle(limits, claim)
+        orders = []
+
+        async def is_told_again() -> bool:
+            told: Any = await limits._redis.hgetall(f"vllm-gateway:limits:{account}")
+            orders.append(next(text for name, text in told.items() if name.startswith(b"held:")))
+            return len(set(orders)) > 1
+
+        await until(is_told_again)
+        assert await limits._redis.ttl(f"vllm-gateway:limits:{account}") > 60 * 30
 
 
 async def test_calls_that_overtake_each_other_leave_what_is_held(

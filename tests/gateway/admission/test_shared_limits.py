@@ -16,7 +16,7 @@ import pytest
 from redis.asyncio import Redis
 
 from gateway.admission.keys import make_key
-from gateway.admission.limits import LIMITS
+from gateway.admission.limits import LIMITS, Claim
 from gateway.admission.redis_limits import RedisLimits
 from gateway.app import build_app
 from gateway.config import SettingsError
@@ -185,32 +185,35 @@ async def test_key_concurrency_holds_over_gateways_and_is_given_back(
         await until(is_free)
 
 
+def _count_questions(limits: RedisLimits) -> list[str]:
+    """The keys for which a call waits for Redis from now on."""
+    ask, asked = limits._ask, []
+
+    async def note(claim: Claim, *wanted: int, **named: int) -> list[Any] | None:
+        asked.append(claim.account)
+        return await ask(claim, *wanted, **named)
+
+    limits._ask = note  # type: ignore[method-assign]
+    return asked
+
+
 async def test_limited_request_asks_redis_once_and_unlimited_never(
     redis: RedisServer, tmp_path: Path
 ) -> None:
     limits = "requests_per_minute = 100000\ntokens_per_minute = 10000000\nmax_concurrency = 100"
     entries = {"limited": limits, "free": ""}
     async with _serve_gateways(redis, tmp_path, 1, entries=entries) as gateways:
-        asked = 0
-        ask_redis = gateways.limits._ask
-
-        async def count(*arguments: object, **named: object) -> object:
-            nonlocal asked
-            asked += 1
-            return await ask_redis(*arguments, **named)  # type: ignore[arg-type]
-
-        gateways.limits._ask = count  # type: ignore[method-assign,assignment]
         assert (await gateways.ask(0, "limited")).status_code == 200  # nothing was known before
-        asked = 0
+        asked = _count_questions(gateways.limits)
         for _ in range(20):
             assert (await gateways.ask(0, "limited")).status_code == 200
-        assert asked == 20
+        assert asked == ["limited"] * 20
 
         await until(lambda: not gateways.limits._settlements)
         before = await gateways.count_scripts()
         for _ in range(20):
             assert (await gateways.ask(0, "free")).status_code == 200
-        assert asked == 20
+        assert len(asked) == 20
         assert await gateways.count_scripts() <= before + 4  # looks whether Redis is there
 
 
@@ -316,9 +319,12 @@ async def test_redis_that_answers_nothing_holds_no_request(
         redis.freeze()
         try:
             answers = await asyncio.gather(*(gateways.ask(0, "a") for _ in range(20)))
+            asked = _count_questions(gateways.limits)
+            answers += [await gateways.ask(0, "a") for _ in range(20)]
         finally:
             redis.thaw()
         assert {answer.status_code for answer in answers} == {200}
+        assert asked == []  # those that came when it was known to be away
         await until(lambda: _is_shared(gateways.all[0]), _PATIENCE_S)
 
 

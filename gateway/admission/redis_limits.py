@@ -92,6 +92,8 @@ class RedisLimits:
         return "refused" if self._refuses else "local"
 
     async def count(self, claim: Claim) -> Refusal | None:
+        if not (claim.requests_per_minute or claim.tokens_per_minute):
+            return None
         if not self._is_away:
             if claim.may_reserve and self._has_room(claim):
                 return None
@@ -102,11 +104,14 @@ class RedisLimits:
         return await self._count_alone(claim)
 
     async def reserve(self, claim: Claim, tokens: int, sequences: int) -> Refusal | None:
-        requests = self._stop_owing(claim)
+        requests, claim.owed_requests = claim.owed_requests, 0
         if not (claim.is_local or self._is_away):
             if not (requests or tokens or sequences):
                 return None
-            reply = await self._ask(claim, requests, tokens, sequences)
+            try:
+                reply = await self._ask(claim, requests, tokens, sequences)
+            finally:
+                self._note_counted(claim, requests)
             if reply is not None:
                 refusal = _judge(claim, reply, tokens)
                 if refusal is None:
@@ -123,11 +128,13 @@ class RedisLimits:
         if claim.is_local:
             self._local.settle(claim)
             return
-        requests = self._stop_owing(claim)
+        requests = claim.owed_requests
         self._hold(claim, -claim.sequences)
         tokens = claim.note_settled()
         claim.tokens_left -= tokens
-        if not self._is_away:
+        if self._is_away:
+            self._note_counted(claim, requests)
+        else:
             self._settlements.append((claim, requests, tokens))
             self._wake.set()
 
@@ -145,7 +152,7 @@ class RedisLimits:
     def _has_room(self, claim: Claim) -> bool:
         """Whether the request may be let in on what is known here, to be counted later."""
         if not (claim.tokens_per_minute or claim.max_concurrency):
-            return False  # nothing will be reserved
+            return False  # nothing will be set aside, so now is as good as later
         seen = self._seen.get(claim.account)
         if seen is None:
             return False
@@ -163,11 +170,10 @@ class RedisLimits:
         seen.undecided += 1
         return True
 
-    def _stop_owing(self, claim: Claim) -> int:
-        owed, claim.owed_requests = claim.owed_requests, 0
-        if owed:
-            self._seen[claim.account].undecided -= owed
-        return owed
+    def _note_counted(self, claim: Claim, requests: int) -> None:
+        """Redis knows of them, or will not be told."""
+        if requests:
+            self._seen[claim.account].undecided -= requests
 
     def _hold(self, claim: Claim, sequences: int) -> None:
         self._held[claim.account] += sequences
@@ -254,7 +260,7 @@ class RedisLimits:
                 batch = [self._settlements.popleft() for _ in range(count)]
                 async with asyncio.timeout(self._timeout_s):
                     await self._tell(batch)
-        except _FAILURES as error:
+        except Exception as error:  # noqa: BLE001 — whatever it is, one day Redis is asked again
             self._note_away(error)
         else:
             if is_due and self._is_away:
@@ -267,18 +273,24 @@ class RedisLimits:
 
     async def _tell(self, settlements: list[tuple[Claim, int, int]]) -> None:
         """In one go; of each, the requests and tokens to take."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for claim, requests, tokens in settlements:
-                held = self._held.get(claim.account, 0)
-                arguments = self._build_arguments("settle", claim, (requests, tokens, 0), held)
-                await self._script([_NAMES + claim.account], arguments, client=pipe)
-            replies = await pipe.execute()
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for claim, requests, tokens in settlements:
+                    held = self._held.get(claim.account, 0)
+                    arguments = self._build_arguments("settle", claim, (requests, tokens, 0), held)
+                    await self._script([_NAMES + claim.account], arguments, client=pipe)
+                replies = await pipe.execute()
+        finally:
+            for claim, requests, _ in settlements:
+                self._note_counted(claim, requests)
         for (claim, _, _), reply in zip(settlements, replies, strict=True):
             if claim.requests_per_minute or claim.tokens_per_minute:
                 self._note_seen(claim, reply)
 
     def _note_away(self, error: BaseException) -> None:
-        self._settlements.clear()
+        while self._settlements:
+            claim, requests, _ = self._settlements.popleft()
+            self._note_counted(claim, requests)
         if not self._is_away:
             self._is_away = True
             self._wake.set()  # from now on it is asked more often whether it is back

@@ -21,7 +21,9 @@ from gateway.admission.redis_limits import RedisLimits
 from gateway.app import build_app
 from gateway.config import SettingsError
 from gateway.engines.pool import POOL
+from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Served, make_settings, serve_gateway, until
+from tests.gateway.process import serve_process
 from tests.redis_server import RedisServer, run_redis
 
 _PATIENCE_S = 30.0  # what a busy machine must not overrun
@@ -201,20 +203,54 @@ async def test_limited_request_asks_redis_once_and_unlimited_never(
     redis: RedisServer, tmp_path: Path
 ) -> None:
     limits = "requests_per_minute = 100000\ntokens_per_minute = 10000000\nmax_concurrency = 100"
-    entries = {"limited": limits, "free": ""}
+    entries = {"limited": limits, "held": "max_concurrency = 100", "free": ""}
     async with _serve_gateways(redis, tmp_path, 1, entries=entries) as gateways:
         assert (await gateways.ask(0, "limited")).status_code == 200  # nothing was known before
         asked = _count_questions(gateways.limits)
         for _ in range(20):
             assert (await gateways.ask(0, "limited")).status_code == 200
-        assert asked == ["limited"] * 20
+            assert (await gateways.ask(0, "held")).status_code == 200
+        assert asked == ["limited", "held"] * 20
 
         await until(lambda: not gateways.limits._settlements)
         before = await gateways.count_scripts()
         for _ in range(20):
             assert (await gateways.ask(0, "free")).status_code == 200
-        assert len(asked) == 20
+        assert len(asked) == 40
         assert await gateways.count_scripts() <= before + 4  # looks whether Redis is there
+
+
+async def test_gateway_that_is_killed_leaves_what_it_holds_for_seconds(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """A process of its own, as users run it."""
+    key, entry = make_key("a")
+    path = tmp_path / "keys.toml"
+    path.write_text(f"{entry}requests_per_minute = 100\nmax_concurrency = 5\n")
+    engine = Behaviour()
+    flags = ("--keys-file", str(path), "--redis-url", redis.url, "--redis-timeout-s", "30")
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url, *flags) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, timeout=60) as client,
+    ):
+        client.headers["Authorization"] = f"Bearer {key}"
+        answer = await client.post("/v1/chat/completions", json=_HI)
+        assert answer.headers["x-ratelimit-remaining-requests"] == "99"
+        engine.delay_s = 60
+        running = asyncio.create_task(client.post("/v1/chat/completions", json=_HI))
+        await until(lambda: engine.running == 1)
+        gateway.process.kill()
+        with pytest.raises(httpx.TransportError):
+            await running
+
+    async with Redis.from_url(redis.url) as client_of_redis:
+        told: Any = await client_of_redis.hgetall("vllm-gateway:limits:a")
+        now = (await client_of_redis.time())[0]
+        (held,) = (text for name, text in told.items() if name.startswith(b"held:"))
+        count, _, expires = held.split()
+        assert int(count) == 1
+        assert float(expires) <= now + 16
 
 
 async def test_refused_bodies_are_counted_though_nothing_is_reserved_for_them(

@@ -26,6 +26,9 @@ from tests.gateway.conftest import Served, make_settings, serve_gateway, until
 from tests.gateway.process import serve_process
 from tests.redis_server import RedisServer, run_redis
 
+# Redis and its client are the same on every Python; `test_limits.py` runs on each.
+pytestmark = pytest.mark.slow
+
 _PATIENCE_S = 30.0  # what a busy machine must not overrun
 _TOLERANCE = 0.02
 _HI = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}

@@ -22,7 +22,7 @@ const BY_CODE = {
   requests_per_minute: "error.allowance",
   tokens_per_minute: "error.allowance",
   key_concurrency: "error.allowance",
-  limits_away: "error.busy",
+  limits_away: "error.limits",
   overloaded: "error.busy",
   queue_timeout: "error.busy",
   engine_busy: "error.busy",

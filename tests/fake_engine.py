@@ -85,7 +85,10 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
 
 @contextlib.asynccontextmanager
 async def serve_app(
-    app: web.Application, port: int = 0, runner: web.AppRunner | None = None
+    app: web.Application,
+    port: int = 0,
+    runner: web.AppRunner | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[str]:
     """Any app on a free port of the loopback; as aiohttp serves it, unless `runner` knows more."""
     runner = runner or web.AppRunner(
@@ -93,8 +96,8 @@ async def serve_app(
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, host, port).start()
+        yield f"http://{host}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 

@@ -18,7 +18,7 @@ from gateway.config import Settings
 from gateway.engines.attempt import Attempt, EngineCall, may_run_again
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import Engine
-from gateway.engines.pool import EnginePool
+from gateway.engines.pool import ModelPool
 from gateway.errors import (
     EngineError,
     EngineTimeout,
@@ -127,7 +127,7 @@ class _Batch:
 class BatchGenerator:
     """Has every prompt of a batch answered, or says why it is not."""
 
-    def __init__(self, pool: EnginePool, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, pool: ModelPool, settings: Settings, metrics: Metrics) -> None:
         self._pool = pool
         self._settings = settings
         self._metrics = metrics

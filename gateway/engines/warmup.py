@@ -22,7 +22,7 @@ from gateway.engines.pool import EnginePool
 from gateway.errors import EngineError, EngineTimeout, GatewayError, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
-from gateway.prompts.builder import PromptBuilder
+from gateway.prompts.builders import PromptBuilders
 from gateway.request_context import RequestContext
 from gateway.schemas.predict import default_sampling
 
@@ -38,7 +38,7 @@ class Warmup:
         settings: Settings,
         pool: EnginePool,
         generator: BatchGenerator,
-        builder: PromptBuilder,
+        prompts: PromptBuilders,
         metrics: Metrics,
         *,
         capacity: EngineCapacity,
@@ -47,7 +47,7 @@ class Warmup:
         self._pool = pool
         self._capacity = capacity
         self._generator = generator
-        self._builder = builder
+        self._prompts = prompts
         self._metrics = metrics
         self._questions = read_warmup_questions(settings)
 
@@ -91,7 +91,7 @@ class Warmup:
         cards = await engine.read_model_cards()
         if not cards:
             raise EngineError("it serves no model", code="no_model")
-        engine.card = cards[0]
+        await self._pool.set_cards(engine, cards)
         await self._capacity.ask(engine)
         started = time.perf_counter()
         async with asyncio.timeout(self._settings.warmup_timeout_s):
@@ -104,7 +104,7 @@ class Warmup:
         log.info(
             "warmup_done",
             engine=engine.url,
-            model=engine.card.name,
+            model=cards[0].name,
             n_prompts=self._settings.warmup_prompts,
             completion_tokens=tokens,
             duration_s=round(took_s, 3),
@@ -126,7 +126,8 @@ class Warmup:
 
     async def _run_batch(self, engine: Engine, n_prompts: int, max_tokens: int) -> int:
         questions = list(itertools.islice(itertools.cycle(self._questions), n_prompts))
-        prompts = await self._builder.build(questions, None, engine.max_model_len)
+        builder = self._prompts.find(engine.card.name if engine.card else "")
+        prompts = await builder.build(questions, None, engine.max_model_len)
         good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
         if not good:
             raise next(prompt for prompt in prompts if isinstance(prompt, GatewayError))
@@ -137,7 +138,7 @@ class Warmup:
         name = f"warmup-{uuid.uuid4().hex[:12]}"
         completion = await self._generator.generate(
             good,
-            self._builder.complete(sampling),
+            builder.complete(sampling),
             RequestContext(name, RequestRecord("warmup")),
             engine=engine,
         )

@@ -14,18 +14,18 @@ from aiohttp import web
 from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
 from gateway.admission.media_hosts import MEDIA_HOSTS
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS, SERVED_MODEL
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
-from gateway.engines.pool import POOL
 from gateway.errors import DeadlinePassed, EngineError, GatewayError
 from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
     OpenAIRequest,
+    build_model_list,
     build_models,
     name_engine_error,
     parse_large_openai_request,
@@ -55,13 +55,17 @@ _SHORT_BYTES = 4096  # no model's context is too short for that
 async def handle_relay(request: web.Request) -> web.StreamResponse:
     """Read, check, enter the queue, pass on."""
     if request.method == "GET":
-        # Nothing is generated, so it may be asked again like a greedy call.
-        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
-    context, caller = request[CONTEXT], request[CALLER]
+        return await _answer_models(request)
+    context, caller, models = request[CONTEXT], request[CALLER], request.app[MODELS]
     context.deadline = parse_deadline(request.headers)
     call = await _parse(request, await read_body(request))
     if caller.models:
         caller.check_model(call.model)
+    served = models.by_name.get(call.model)
+    if served is None:
+        served = await models.find(call.model, caller, context.deadline)
+    served.requests += 1
+    request[SERVED_MODEL] = served
     if call.constraints:
         caller.check_constraints(call.constraints, request.app[SETTINGS].structured_outputs)
     if call.media_hosts:
@@ -71,7 +75,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     if ticket.tokens_per_minute and request.path in GENERATING:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
-    async with request.app[QUEUE].enter(ticket):
+    async with served.queue.enter(ticket):
         context.record.note_entered()
         return await _pass_on(request, call)
 
@@ -80,18 +84,33 @@ async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
     settings = request.app[SETTINGS]
     if len(body) <= _SHORT_BYTES:
         return parse_openai_request(request.path, body, settings)
-    length = await request.app[POOL].find_max_model_len(request[CONTEXT].deadline)
+    models = request.app[MODELS]
+    length = await models.find_shortest_context(request[CONTEXT].deadline)
     most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
         return parse_openai_request(request.path, body, settings)
-    return await parse_large_openai_request(request.path, body, settings, length)
+    return await parse_large_openai_request(
+        request.path, body, settings, lambda model: models.find_context(model) or length
+    )
+
+
+async def _answer_models(request: web.Request) -> web.StreamResponse:
+    """Nothing is generated, so an engine may be asked again like a greedy call; of several models
+    the gateway knows itself.
+    """
+    models, caller = request.app[MODELS], request[CALLER]
+    if not models.is_several:
+        request[SERVED_MODEL] = models.all[0]
+        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
+    body = build_model_list(models.list_cards(caller), request.match_info.get("model"))
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
     stream: EventStream | None = None
     try:
         engine_call = _build_call(request, call)
-        async with request.app[POOL].attempt(engine_call) as answer:
+        async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
             # It is not sent again, and a stream may last.
             engine_call.body, call.body = None, b""
             request.app[BODIES].release(request[CONTEXT])
@@ -188,6 +207,7 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
         return
     context = request[CONTEXT]
     context.record.prompt_tokens, context.record.completion_tokens = usage
+    request[SERVED_MODEL].count_tokens(*usage)
     spent = Spent(*usage, context.running_s(), call.sequences)
     await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
 
@@ -196,7 +216,7 @@ def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
     """The most new tokens of a sequence, by the caller's word and by the model's context."""
     if request.path not in STREAMING:
         return 0
-    settings, card = request.app[SETTINGS], request.app[POOL].read_card()
+    settings, card = request.app[SETTINGS], request[SERVED_MODEL].pool.read_card()
     context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens
     return min(call.most_new_tokens or context, context)
 

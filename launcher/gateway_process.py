@@ -18,6 +18,7 @@ from launcher.engine.hang_detector import SilenceDetector
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, bind_to_parent
 from launcher.plan.engine_plan import EnginePlan
+from launcher.plan.prepare import Prepared
 
 _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
@@ -37,9 +38,12 @@ class GatewayProcess:
         log_format: str,
         engine_ready: asyncio.Event,
         inherited: Sequence[int] = (),
+        others: Sequence[Prepared] = (),
     ) -> None:
+        """`settings` and `plan` are the first engine's."""
         self._settings = settings
         self._plan = plan
+        self._others = others
         self._client = client
         self._log_format = log_format
         self._engine_ready = engine_ready
@@ -50,7 +54,7 @@ class GatewayProcess:
         self.inherited: Sequence[int] = inherited
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
-        environment = build_environment(self._settings, self._plan, self._log_format)
+        environment = build_environment(self._settings, self._plan, self._log_format, self._others)
         kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
         return bind_to_parent("gateway", kill_s=kill_s), environment
 
@@ -96,12 +100,14 @@ class GatewayProcess:
         return response.status_code == httpx.codes.OK
 
 
-def check_gateway(settings: LauncherSettings, plan: EnginePlan) -> None:
+def check_gateway(
+    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Prepared] = ()
+) -> None:
     """Its settings are its own to judge; asked first, it costs half a second and no engine."""
     try:
         result = subprocess.run(
             [sys.executable, "-m", "gateway", "check"],
-            env=build_environment(settings, plan, "json"),
+            env=build_environment(settings, plan, "json", others),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -119,13 +125,17 @@ def check_gateway(settings: LauncherSettings, plan: EnginePlan) -> None:
 
 
 def build_environment(
-    settings: LauncherSettings, plan: EnginePlan, log_format: str
+    settings: LauncherSettings,
+    plan: EnginePlan,
+    log_format: str,
+    others: Sequence[Prepared] = (),
 ) -> dict[str, str]:
     """Its settings, as variables: what the launcher knows, under what the user exported."""
+    urls = [settings.engine_url, *(one.settings.engine_url for one in others)]
     ours = {
         "GATEWAY_HOST": settings.host,
         "GATEWAY_PORT": str(settings.port),
-        "GATEWAY_ENGINES": settings.engine_url,
+        "GATEWAY_ENGINES": ",".join(urls),
         "GATEWAY_TOKENIZER": str(plan.model.path),
         "GATEWAY_WARMUP_PROMPTS": str(plan.warmup_prompts),
         "GATEWAY_LOG_FORMAT": log_format,
@@ -135,7 +145,12 @@ def build_environment(
         ours["GATEWAY_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.status_port_used:
         ours["GATEWAY_LAUNCHERS"] = settings.status_url
-    if plan.sequences:
+    if others:
+        ours["GATEWAY_DEFAULT_MODEL"] = plan.served_name
+        paths = {one.plan.served_name: one.plan.model.path for one in others}
+        paths.pop(plan.served_name, None)
+        ours["GATEWAY_TOKENIZERS"] = ",".join(f"{name}={path}" for name, path in paths.items())
+    elif plan.sequences:
         ours["GATEWAY_ENGINE_SEQUENCES"] = str(plan.sequences)
     servers = int(plan.value("api-server-count", 1))
     if servers > 1:  # one call stays in one API server, so the batch is cut for all of them

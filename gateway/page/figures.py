@@ -53,7 +53,7 @@ class PageFigures:
             "used": asdict(self._app[ACCOUNTS].sum_usage()),
             "limits": self._describe_limits(),
             "engines": described,
-            "launchers": [one for one in launchers if one is not None],
+            "launchers": [one for told in launchers for one in told],
         }
         self._read_at = time.monotonic()
 

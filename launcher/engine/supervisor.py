@@ -116,8 +116,13 @@ class Supervisor:
         terminal: Terminal,
         folder: Path,
         on_crash: OnCrash | None = None,
+        *,
+        label: str = "",
     ) -> None:
+        """With a label its lines and events say which one of several it is."""
         self._program = program
+        self._label = label
+        self._log = log.bind(**{program.name: label}) if label else log
         self._policy = policy
         self._terminal = terminal
         self._record = folder / f"{program.name}.json"
@@ -214,7 +219,7 @@ class Supervisor:
 
     async def _watch(self, child: ChildProcess) -> str:
         detail = await self._program.watch(child)
-        log.error(f"{self._program.name}_hung", detail=detail)
+        self._log.error(f"{self._program.name}_hung", detail=detail)
         self._hang_detail = detail
         return "hang"
 
@@ -251,7 +256,7 @@ class Supervisor:
         name = self._program.name
         if self._on_crash:
             await self._on_crash(report, self.status)
-        log.error(f"{name}_crashed", **_summary(report))
+        self._log.error(f"{name}_crashed", **_summary(report))
         if not report.was_ready and self.status.start_seconds is None:
             raise _never_ready(name, report, self.lines.path)
         now = time.monotonic()
@@ -268,7 +273,7 @@ class Supervisor:
     async def _pause(self) -> None:
         delay = self._policy.delay_after(len(self._crashes))
         self._set_state("waiting")
-        log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
+        self._log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), delay)
 
@@ -284,14 +289,14 @@ class Supervisor:
     def _take_line(self, stream: str, line: str) -> None:
         self.lines.add(line)
         self._program.read_line(line)
-        self._terminal.show_line(self._program.name, stream, line)
+        self._terminal.show_line(self._program.name, stream, line, label=self._label)
 
     def _set_state(self, state: str) -> None:
         if state != self.status.state:
             self.status.state, self.status.since = state, time.monotonic()
             took = self.status.start_seconds if state == "ready" else None
             extra = {"start_s": round(took, 1)} if took else {}
-            log.info(f"{self._program.name}_{state}", **extra)
+            self._log.info(f"{self._program.name}_{state}", **extra)
 
     def _report_exit(
         self, child: ChildProcess, reason: str, began: float, was_ready: bool, dump: list[str]

@@ -66,10 +66,10 @@ def make_other_model(folder: Path) -> Path:
     vocabulary = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).get_vocab_size()
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=256,
+        intermediate_size=768,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
         bos_token_id=None,

@@ -34,7 +34,7 @@ from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builders import PromptBuilders
 from gateway.request_body import BODIES, HeldBodies
-from gateway.routes import health, metrics, page, predict, relay, usage
+from gateway.routes import adapters, health, metrics, page, predict, relay, usage
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 
@@ -82,6 +82,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/usage", usage.handle_usage)
     page.add_page(app)
     app.router.add_post("/predict", predict.handle_predict)
+    app.router.add_post(adapters.LOAD, adapters.handle_load)
+    app.router.add_post(adapters.UNLOAD, adapters.handle_unload)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
     # So that the first call of each is seen in the metrics.
@@ -103,9 +105,10 @@ async def run_engines(
     def build_engine(url: str) -> Engine:
         return Engine(url, settings, connector, figures)
 
-    def build_model(pool: ModelPool) -> ServedModel:
-        queue = AdmissionQueue(settings, limits)
-        pool.on_capacity = queue.change_capacity
+    def build_model(pool: ModelPool, queue: AdmissionQueue | None) -> ServedModel:
+        if queue is None:
+            queue = AdmissionQueue(settings, limits)
+            pool.on_capacity = queue.change_capacity
         generator = BatchGenerator(pool, settings, figures)
         return ServedModel(pool, queue, Deduplicator(generator, settings, figures))
 

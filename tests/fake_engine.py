@@ -32,6 +32,8 @@ class Behaviour:
     """What the engine does; tests change it while it runs."""
 
     model: str = "fake"
+    adapters: list[str] = field(default_factory=list)
+    takes_adapters: bool = True
     max_model_len: int = 512
     is_healthy: bool = True
     delay_s: float = 0.0
@@ -80,6 +82,8 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app.router.add_post("/tokenize", _tokenize)
     app.router.add_post("/detokenize", _detokenize)
     app.router.add_post("/collective_rpc", _admin)
+    app.router.add_post("/v1/load_lora_adapter", _load_adapter)
+    app.router.add_post("/v1/unload_lora_adapter", _unload_adapter)
     return app
 
 
@@ -115,7 +119,25 @@ async def _metrics(request: web.Request) -> web.Response:
 async def _models(request: web.Request) -> web.Response:
     behaviour = request.app[BEHAVIOUR]
     card = {"id": behaviour.model, "object": "model", "max_model_len": behaviour.max_model_len}
-    return _json({"object": "list", "data": [card]})
+    cards = [card, *({"id": one, "parent": behaviour.model} for one in behaviour.adapters)]
+    return _json({"object": "list", "data": cards})
+
+
+async def _load_adapter(request: web.Request) -> web.Response:
+    behaviour, order = request.app[BEHAVIOUR], await request.json()
+    if not behaviour.takes_adapters:
+        return _json({"detail": "Not Found"}, 404)
+    if order["lora_path"] == "/nowhere":
+        message = f"No adapter found for {order['lora_path']}"
+        return _json({"error": {"message": message, "code": 404}}, 404)
+    behaviour.adapters.append(order["lora_name"])
+    behaviour.calls.append(order)
+    return web.Response(text="Success")
+
+
+async def _unload_adapter(request: web.Request) -> web.Response:
+    request.app[BEHAVIOUR].adapters.remove((await request.json())["lora_name"])
+    return web.Response(text="Success")
 
 
 async def _completions(request: web.Request) -> web.StreamResponse:
@@ -182,7 +204,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         if behaviour.retry_after_s is not None:
             answer.headers["Retry-After"] = str(behaviour.retry_after_s)
         return answer
-    if call.get("model") != behaviour.model:
+    if call.get("model") not in {behaviour.model, *behaviour.adapters}:
         body = {
             "error": {"message": f"The model `{call.get('model')}` does not exist.", "code": 404}
         }

@@ -7,7 +7,7 @@ matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -54,7 +54,7 @@ class ServedModels:
         settings: Settings,
         pool: EnginePool,
         prompts: PromptBuilders,
-        build: Callable[[ModelPool], ServedModel],
+        build: Callable[[ModelPool, AdmissionQueue | None], ServedModel],
         metrics: Metrics,
     ) -> None:
         self._settings = settings
@@ -62,15 +62,17 @@ class ServedModels:
         self._build = build
         self.prompts = prompts
         self.all: list[ServedModel] = []
+        self._adapters: list[ServedModel] = []
         # By each name that an engine tells; `None` is for calls that name none.
         self.by_name: dict[str | None, ServedModel] = {}
         pool.on_models = self._note
-        self._note(pool.models)
+        self._note()
         self._tell(metrics)
 
     @property
     def is_several(self) -> bool:
-        return len(self.all) > 1
+        """Whether it matters by which name one asks."""
+        return len(self.all) + len(self._adapters) > 1
 
     def list_names(self, caller: Caller) -> list[str]:
         """What this caller may ask for, aliases included."""
@@ -160,14 +162,20 @@ class ServedModels:
     def _resolve(self, name: str) -> str:
         return self._settings.alias_map.get(name, name)
 
-    def _note(self, pools: Mapping[str, ModelPool]) -> None:
-        known = {id(one.pool): one for one in self.all}
-        self.all = [known.get(id(pool)) or self._build(pool) for pool in pools.values()]
-        by_name: dict[str | None, ServedModel] = {}
-        for one in self.all:
-            for engine in one.pool.engines:
-                by_name.update((card.name, one) for card in engine.cards)
-        by_name.update((one.name, one) for one in self.all if one.name)
+    def _note(self) -> None:
+        known = {id(one.pool): one for one in (*self.all, *self._adapters)}
+        pools = self._pool.models.values()
+        self.all = [known.get(id(pool)) or self._build(pool, None) for pool in pools]
+        # An adapter runs on its model's engines, so it takes its model's places.
+        queues = {one.name: one.queue for one in self.all}
+        self._adapters = [
+            known.get(id(pool)) or self._build(pool, queues[pool.base])
+            for pool in self._pool.adapters.values()
+        ]
+        named = [one for one in self.all if one.name]
+        by_name: dict[str | None, ServedModel] = {
+            one.name: one for one in (*named, *self._adapters)
+        }
         default = by_name.get(self._default) if self._default else None
         if default is None and not self._default and len(self.all) == 1:
             default = self.all[0]
@@ -209,11 +217,12 @@ class ServedModels:
         metrics.model_tokens.read = self._read_tokens
 
     def _list_named(self) -> Sequence[ServedModel]:
-        return [one for one in self.all if one.name]
+        """Models and adapters; the sequences of an adapter are its model's."""
+        return [one for one in (*self.all, *self._adapters) if one.name]
 
     def _count_each(self, place: int) -> Iterator[tuple[Sequence[str], float]]:
-        for one in self._list_named():
-            for lane in LANES:
+        for one in self.all:
+            for lane in LANES if one.name else ():
                 yield (one.name, lane), one.queue.count(lane)[place]
 
     def _read_tokens(self) -> Iterator[tuple[Sequence[str], float]]:

@@ -157,6 +157,12 @@ class BatchGenerator:
         answers = [answer for answer in batch.answers if answer is not None]
         return Completion(answers, batch.cost.prompt_tokens, batch.cost.completion_tokens)
 
+    def _name_model(self, engine: Engine) -> str:
+        """As its engine calls it: an adapter by its own name."""
+        if self._pool.base:
+            return self._pool.name
+        return engine.card.name if engine.card else ""
+
     async def _cut(self, batch: _Batch, gate: Gate | None) -> AsyncIterator[_Piece]:
         """The pieces, each when there is room for it."""
         prompts, most = batch.prompts, self._settings.max_prompts_per_call
@@ -191,7 +197,7 @@ class BatchGenerator:
             "/v1/completions",
             tries,
             body=lambda engine: build_completion_call(
-                _model_of(engine),
+                self._name_model(engine),
                 prompts,
                 batch.sampling,
                 is_stream=piece.is_stream and engine.knows_stream_interval,
@@ -298,10 +304,6 @@ class BatchGenerator:
         for place in lost:
             batch.answers[place] = None
         await self._answer(batch, piece, lost, call.tries_left, call.asked)
-
-
-def _model_of(engine: Engine) -> str:
-    return engine.card.name if engine.card else ""
 
 
 def cut(prompts: Sequence[Prompt], sampling: Sampling, n_engines: int, most: int) -> list[range]:

@@ -206,6 +206,15 @@ class Engine:
         self.note_failure()
         raise EngineError(f"the engine answered {status}: {message}")
 
+    async def change_adapter(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Has it load or drop one; its answer, whatever that is."""
+        headers = {"Content-Type": "application/json"}
+        answer = await self.client.send("POST", path, headers, body)
+        if answer.body is None:
+            answer.close()
+            raise EngineError(f"the engine answered {path} with a stream", code="engine_garbled")
+        return answer.status, answer.body
+
     async def read_load(self) -> EngineLoad | None:
         """Its own figures; `None` when it has none to give."""
         try:

@@ -54,8 +54,12 @@ class ModelPool:
         settings: Settings,
         metrics: Metrics,
         shared: _Shared,
+        *,
+        base: str = "",
     ) -> None:
+        """With a `base` it is for another name of that model's, which some of its engines know."""
         self.name = name
+        self.base = base
         self.engines = list(engines)
         self._settings = settings
         self._metrics = metrics
@@ -195,8 +199,10 @@ class EnginePool(ModelPool):
     def __init__(self, engines: Iterable[Engine], settings: Settings, metrics: Metrics) -> None:
         super().__init__("", engines, settings, metrics, _Shared())
         self.models: dict[str, ModelPool] = {}
+        # By a model's further names, such as its adapters': the engines that have it.
+        self.adapters: dict[str, ModelPool] = {}
         # Whoever must know which models there are.
-        self.on_models: Callable[[Mapping[str, ModelPool]], None] = lambda _models: None
+        self.on_models: Callable[[], None] = lambda: None
         self._group()
         metrics.engine_ready.read = self._read_ready
         metrics.engine_state.read = self._read_states
@@ -257,7 +263,25 @@ class EnginePool(ModelPool):
             pool.name = name
             pool.engines = [one for one in self.engines if not one.card or one.card.name == name]
         self.models = known
-        self.on_models(known)
+        self._group_adapters()
+        self.on_models()
+
+    def _group_adapters(self) -> None:
+        """One may be loaded in some of its model's engines alone."""
+        holders: dict[str, list[Engine]] = {}
+        for engine in self.engines:
+            for card in engine.cards[1:]:
+                if card.name not in self.models:
+                    holders.setdefault(card.name, []).append(engine)
+        before, self.adapters = self.adapters, {}
+        for name, engines in holders.items():
+            base = engines[0].cards[0].name
+            pool = before.get(name)
+            if pool is None or pool.base != base:
+                pool = ModelPool(name, (), self._settings, self._metrics, self._shared, base=base)
+            # Two models may have adapters of one name: the first one's is meant.
+            pool.engines = [one for one in engines if one.cards[0].name == base]
+            self.adapters[name] = pool
 
     def _make_pool(
         self, name: str, before: Mapping[str, ModelPool], names: Sequence[str]

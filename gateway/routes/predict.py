@@ -45,7 +45,7 @@ async def handle_predict(request: web.Request) -> web.Response:
     ticket = build_ticket(request.headers, request[CALLER], count, lane, context.deadline)
 
     served = await _find_model(request, asked)
-    builder = app[MODELS].prompts.find(served.name)
+    builder = app[MODELS].prompts.find(served.pool.base or served.name)
     prompts, sampling = await _build_prompts(request, asked, served, builder)
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
     done = Completion([])

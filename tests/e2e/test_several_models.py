@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -19,10 +20,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.project import DEMO_MODEL
+from gateway.admission.keys import make_key
 from tests.e2e.conftest import Stack
 from tests.gateway.process import serve_process
 from tests.launcher.programs import Launcher, running, wait_for
@@ -40,6 +43,8 @@ class Fleet:
     """A gateway, the name server that tells it of engines, and those that this module started."""
 
     gateway: str
+    headers: dict[str, str]
+    folder: Path
     names: NameServer
     demo: int  # the ports of the engines: of the session's stack,
     second: Launcher  # of the demo model once more,
@@ -49,7 +54,12 @@ class Fleet:
         self.names.records[NAME, "SRV"] = [f"0 0 {port} localhost." for port in ports]
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.gateway}{path}", json=body, timeout=200, verify=NO_TLS)
+        url = f"{self.gateway}{path}"
+        return httpx.post(url, json=body, headers=self.headers, timeout=200, verify=NO_TLS)
+
+    def list_models(self) -> list[dict[str, Any]]:
+        answer = httpx.get(f"{self.gateway}/v1/models", headers=self.headers, verify=NO_TLS)
+        return list(answer.json()["data"])
 
     def read_figure(self, start: str) -> float:
         text = httpx.get(f"{self.gateway}/metrics", verify=NO_TLS).text
@@ -83,13 +93,34 @@ def make_other_model(folder: Path) -> Path:
     return folder
 
 
+def make_adapter(folder: Path) -> Path:
+    """For that model; strong enough to change what it says."""
+    torch.manual_seed(2)
+    folder.mkdir()
+    weights = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 256), ("v_proj", 128)):
+            head = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{head}.lora_A.weight"] = torch.randn(8, 256)
+            weights[f"{head}.lora_B.weight"] = torch.randn(width, 8)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def fleet(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     model = make_other_model(folder / "other-model")
-    more = {"LAUNCHER_SET": "max-num-seqs=64"}
-    second = Launcher(folder / "second", settings=more, fake=None)
-    other = Launcher(folder / "other", settings=more | {"LAUNCHER_MODEL": str(model)}, fake=None)
+    few = "max-num-seqs=64"
+    second = Launcher(folder / "second", settings={"LAUNCHER_SET": few}, fake=None)
+    own = {
+        "LAUNCHER_MODEL": str(model),
+        "LAUNCHER_SET": f"{few} enable-lora=true max-lora-rank=8",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    other = Launcher(folder / "other", settings=own, fake=None)
     demo = int(stack.engine.rpartition(":")[2])
     names = NameServer()
     with running(second), running(other):
@@ -98,8 +129,11 @@ def fleet(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
         names.records[NAME, "SRV"] = [
             f"0 0 {port} localhost." for port in (demo, other.engine_port)
         ]
+        key, entry = make_key("admin")
+        (folder / "keys.toml").write_text(f"{entry}admin = true\n")
+        headers = {"Authorization": f"Bearer {key}"}
         with serve_in_thread(folder, names) as url:
-            yield Fleet(url, names, demo, second, other)
+            yield Fleet(url, headers, folder, names, demo, second, other)
 
 
 @contextlib.contextmanager
@@ -117,8 +151,9 @@ def serve_in_thread(folder: Path, names: NameServer) -> Iterator[str]:
     async def start() -> str:
         await stack.enter_async_context(run_name_server(names))
         flags = ["--dns-server", names.address, "--discovery-interval-s", "1"]
+        flags += ["--keys-file", str(folder / "keys.toml")]
         flags += ["--default-model", "demo", "--max-tokens", "32"]
-        flags += ["--restart-hold-s", "120", "--dedup", "false"]
+        flags += ["--restart-hold-s", "120", "--no-dedup"]
         served = serve_process(folder, f"srv+http://{NAME}", *flags)
         return (await stack.enter_async_context(served)).url
 
@@ -132,7 +167,7 @@ def serve_in_thread(folder: Path, names: NameServer) -> Iterator[str]:
 
 
 def test_call_is_answered_by_its_model(fleet: Fleet, pairs: list[dict[str, str]]) -> None:
-    listed = httpx.get(f"{fleet.gateway}/v1/models", verify=NO_TLS).json()["data"]
+    listed = fleet.list_models()
     question = pairs[0]["question"]
     messages = [{"role": "user", "content": question}]
     answers = {
@@ -158,6 +193,28 @@ def test_call_is_answered_by_its_model(fleet: Fleet, pairs: list[dict[str, str]]
     assert "demo, other-model" in none.json()["error"]["message"]
     assert predicted == pairs[0]["answer"]
     assert other != predicted
+
+
+def test_adapter_is_loaded_served_by_its_name_and_dropped(fleet: Fleet) -> None:
+    def ask(model: str) -> httpx.Response:
+        body = {"model": model, "prompt": "What is a warp?", "max_tokens": 16, "temperature": 0}
+        return fleet.post("/v1/completions", body)
+
+    order = {"lora_name": "odd", "lora_path": str(make_adapter(fleet.folder / "odd"))}
+    loaded = fleet.post("/v1/load_lora_adapter", {**order, "model": "other-model"})
+    listed = [card["id"] for card in fleet.list_models()]
+    plain, odd = ask("other-model").json(), ask("odd").json()
+    predicted = fleet.post("/predict", {"prompt": "What is a warp?", "model": "odd"})
+    dropped = fleet.post("/v1/unload_lora_adapter", {"lora_name": "odd"})
+    refused = fleet.post("/v1/load_lora_adapter", order)  # the default model's engines cannot
+
+    assert loaded.status_code == 200, loaded.text
+    assert listed == ["demo", "other-model", "odd"]
+    assert (plain["model"], odd["model"]) == ("other-model", "odd")
+    assert plain["choices"][0]["text"] != odd["choices"][0]["text"]
+    assert predicted.status_code == 200
+    assert (dropped.status_code, ask("odd").status_code) == (200, 404)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "adapters_not_changed")
 
 
 def test_engine_joins_takes_work_and_leaves_without_a_lost_request(

@@ -129,6 +129,11 @@ class Settings(ProgramSettings):
         description="Model that /predict and calls without `model` ask, where the engines serve "
         "several; GATEWAY_TOKENIZER is then this one's. Empty: the only one.",
     )
+    expected_models: CommaList = Field(
+        (),
+        description="Models that engines will come to serve, separated by commas: a call of one is "
+        "held while it has no engine, not refused. `launcher up` sets it where engines take turns.",
+    )
     tokenizers: CommaList = Field(
         (),
         description="Folders with tokenizer and chat template of further models: "

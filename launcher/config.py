@@ -67,6 +67,16 @@ class LauncherSettings(ProgramSettings):
         description="Share of each device's memory, and of a CPU's cores, that the engine may use; "
         "several engines that do not say share evenly.",
     )
+    takes_turns: bool = Field(
+        False,
+        description="Of several engines: stop it while another of its device that takes turns is "
+        "wanted, and start it again when it is. Each is planned with all that is left to them.",
+    )
+    shortest_turn_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long an engine that takes turns serves at least before another's turn.",
+    )
     engine: tuple[dict[str, Any], ...] = Field(
         (),
         description="Several engines for `up`: an `[[engine]]` section of the settings file for "

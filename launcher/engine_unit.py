@@ -52,6 +52,14 @@ class EngineUnit:
         server.lines = self.supervisor.lines
         self._facts = describe_launch(prepared, versions, self._fingerprint)
 
+    @property
+    def model(self) -> str:
+        return self.prepared.plan.served_name
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.prepared.settings.takes_turns
+
     def log_start(self) -> None:
         plan = self.prepared.plan
         log.info(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import httpx
 
 from common.errors import SettingsError
+from common.files import write_file
 from launcher.config import LauncherSettings
 from launcher.engine import vllm_log
 from launcher.engine.hang_detector import SilenceDetector
@@ -24,6 +27,8 @@ _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
 _QUICK_TIMEOUT_S = 5.0
 _CHECK_TIMEOUT_S = 30.0
+# Where engines take turns: their list is looked at so often, and a start is waited for so long.
+_RELOAD_S, _TURN_HOLD_S = "0.2", "300"
 
 
 class GatewayProcess:
@@ -141,6 +146,8 @@ def build_environment(
         "GATEWAY_LOG_FORMAT": log_format,
         "GATEWAY_DRAIN_TIMEOUT_S": str(settings.drain_timeout_s),
     }
+    turns = _build_turn_settings(settings, plan, others)
+    ours |= turns
     if settings.otlp_endpoint:
         ours["GATEWAY_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.status_port_used:
@@ -159,4 +166,37 @@ def build_environment(
     exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
     # Where it listens and whom it asks is the launcher's to say: it waits there for it.
     fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
+    if turns:  # a variable would win over the file
+        fixed["GATEWAY_CONFIG"] = ours["GATEWAY_CONFIG"]
+        for settled in (ours, exported, fixed):
+            settled.pop("GATEWAY_ENGINES", None)
     return {**ours, **exported, **fixed}
+
+
+def _build_turn_settings(
+    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Prepared]
+) -> dict[str, str]:
+    """Where engines take turns their list is a file, which changes while the gateway runs."""
+    pairs = [(settings, plan), *((one.settings, one.plan) for one in others)]
+    models = [plan.served_name for own, plan in pairs if own.takes_turns]
+    if not models:
+        return {}
+    if "GATEWAY_CONFIG" in os.environ:
+        raise SettingsError(
+            "where engines take turns GATEWAY_CONFIG is the launcher's; set what is in it by "
+            "GATEWAY_… variables"
+        )
+    return {
+        "GATEWAY_CONFIG": str(find_engines_file(settings)),
+        "GATEWAY_EXPECTED_MODELS": ",".join(dict.fromkeys(models)),
+        "GATEWAY_RELOAD_INTERVAL_S": _RELOAD_S,
+        "GATEWAY_RESTART_HOLD_S": _TURN_HOLD_S,
+    }
+
+
+def find_engines_file(settings: LauncherSettings) -> Path:
+    return settings.state_path / "gateway-engines.toml"
+
+
+def write_engines_file(path: Path, engines: Sequence[LauncherSettings]) -> None:
+    write_file(path, f"engines = {json.dumps([one.engine_url for one in engines])}\n")

@@ -68,7 +68,7 @@ def _read_wish(settings: LauncherSettings) -> Wanted:
         if name.replace("_", "-") in _PARALLEL and value.isdecimal():
             n_gpus *= int(value)
     share = settings.share if "share" in settings.model_fields_set else 0.0
-    return Wanted(settings.gpus, n_gpus, share)
+    return Wanted(settings.gpus, n_gpus, share, settings.takes_turns)
 
 
 def _place(settings: LauncherSettings, place: Place) -> LauncherSettings:

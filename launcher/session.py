@@ -24,10 +24,16 @@ from launcher.engine.supervisor import RestartPolicy, Supervisor
 from launcher.engine.terminal import Terminal
 from launcher.engine_unit import EngineUnit
 from launcher.errors import CrashLoop
-from launcher.gateway_process import GatewayProcess, check_gateway
+from launcher.gateway_process import (
+    GatewayProcess,
+    check_gateway,
+    find_engines_file,
+    write_engines_file,
+)
 from launcher.host_resources import hold_state, list_listeners, make_folder
 from launcher.plan.prepare import Prepared
 from launcher.sections import meet
+from launcher.turns import Turns
 
 log = structlog.get_logger("launcher")
 
@@ -45,6 +51,8 @@ async def run(engines: Sequence[Prepared], terminal: Terminal, *, with_gateway: 
             [one.settings for one in engines], with_gateway=with_gateway
         ):
             listener.ensure_free()
+        if any(one.settings.takes_turns for one in engines):  # their list must be there
+            write_engines_file(find_engines_file(settings), [settings])
         if with_gateway:
             await asyncio.to_thread(check_gateway, settings, engines[0].plan, engines[1:])
         client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
@@ -93,6 +101,8 @@ class Session:
             EngineUnit(one, terminal, probe, policy, users=users, label=label)
             for one, probe, label in zip(engines, probes, labels, strict=True)
         ]
+        takes_turns = any(one.takes_turns for one in self._engines)
+        self._turns = Turns(self._engines, settings, client) if takes_turns else None
         self.gateway: Supervisor | None = None
         self._gateway: GatewayProcess | None = None
         if held is not None:
@@ -125,10 +135,13 @@ class Session:
         if gateway:
             tasks.insert(0, gateway)
         announcing = asyncio.create_task(self._announce())
+        turning = asyncio.create_task(self._turns.run()) if self._turns else None
         stopping = asyncio.create_task(self._stop.wait())
         with self._signal_handlers():
             await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             announcing.cancel()
+            if turning:
+                turning.cancel()
             if self._signals:
                 log.info("launcher_stopping", note="a second signal ends everything at once")
             self._stop.set()
@@ -139,7 +152,8 @@ class Session:
                 engine.supervisor.ask_to_stop()
             await asyncio.wait(tasks)
         stopping.cancel()
-        await asyncio.gather(announcing, stopping, return_exceptions=True)
+        ended = (announcing, stopping, *([turning] if turning else []))
+        await asyncio.gather(*ended, return_exceptions=True)
         for task in tasks:
             task.result()
         log.info("launcher_stopped")
@@ -147,6 +161,8 @@ class Session:
     async def _run_engine(self, engine: EngineUnit) -> None:
         """After those before it on its device: vLLM measures what is free there while it starts."""
         for other in self._engines[: self._engines.index(engine)]:
+            if self._is_asleep(other) or self._is_asleep(engine):
+                continue
             if meet(engine.prepared.settings, other.prepared.settings):
                 waits = [
                     asyncio.create_task(event.wait())
@@ -187,8 +203,13 @@ class Session:
             dropped[self.gateway.lines.path.name] = self.gateway.lines.dropped
         return dropped
 
+    def _is_asleep(self, engine: EngineUnit) -> bool:
+        return self._turns is not None and self._turns.is_asleep(engine)
+
     async def _announce(self) -> None:
         for engine in self._engines:
+            if self._is_asleep(engine):
+                continue
             await engine.supervisor.ready.wait()
             engine.note_start()
         settings = self._settings

@@ -7,7 +7,7 @@ matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -63,6 +63,7 @@ class ServedModels:
         self.prompts = prompts
         self.all: list[ServedModel] = []
         self._adapters: list[ServedModel] = []
+        self._told: dict[str, Mapping[str, object]] = {}  # what its engines last said of each
         # By each name that an engine tells; `None` is for calls that name none.
         self.by_name: dict[str | None, ServedModel] = {}
         pool.on_models = self._note
@@ -84,11 +85,10 @@ class ServedModels:
         """GET /v1/models where there are several: as the engines told at their last start, so that
         one that is away or slow keeps nobody waiting.
         """
-        told: dict[str, dict[str, object]] = {}
-        for engine in self._pool.engines:
-            for card in engine.cards:
-                told.setdefault(card.name, dict(card.told))
-        return [{**told[self._resolve(name)], "id": name} for name in self.list_names(caller)]
+        return [
+            {"object": "model", **self._told.get(self._resolve(name), {}), "id": name}
+            for name in self.list_names(caller)
+        ]
 
     def count(self, lane: LaneName) -> tuple[int, int]:
         """Sequences of a lane that run and that wait, of all models."""
@@ -167,6 +167,9 @@ class ServedModels:
         pools = self._pool.models.values()
         self.all = [known.get(id(pool)) or self._build(pool, None) for pool in pools]
         # An adapter runs on its model's engines, so it takes its model's places.
+        self._told |= {
+            card.name: card.told for one in self._pool.engines for card in reversed(one.cards)
+        }
         queues = {one.name: one.queue for one in self.all}
         self._adapters = [
             known.get(id(pool)) or self._build(pool, queues[pool.base])
@@ -208,6 +211,9 @@ class ServedModels:
         metrics.max_waiting_sequences.read = lambda: [((), most_waiting * len(self.all))]
         metrics.model_ready.read = lambda: [
             ((one.name,), one.pool.is_ready) for one in self._list_named()
+        ]
+        metrics.model_held_calls.read = lambda: [
+            ((one.name,), one.pool.held) for one in self._list_named()
         ]
         metrics.model_running_sequences.read = lambda: self._count_each(0)
         metrics.model_waiting_sequences.read = lambda: self._count_each(1)

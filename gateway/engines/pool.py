@@ -65,6 +65,8 @@ class ModelPool:
         self._metrics = metrics
         self._shared = shared
         self._changed = shared.changed
+        self._last_max_model_len: int | None = None
+        self.held = 0  # calls that wait for an engine
         # Whoever must know how many sequences the engines run at once; `None`: nobody does.
         self.on_capacity: Callable[[int | None], None] = lambda _sequences: None
 
@@ -90,7 +92,11 @@ class ModelPool:
         return "; ".join(told) or "no engine is listed"
 
     def tell_capacity(self) -> None:
-        """After every change: of the engines that serve, or of all while none does."""
+        """After every change: of the engines that serve, or of all while none does. Without any it
+        stays: who waits for one to come must get as far as to be held for it.
+        """
+        if not self.engines:
+            return
         ready = [one for one in self.engines if one.state is EngineState.READY] or self.engines
         known = [one.sequences for one in ready if one.sequences is not None]
         self.on_capacity(sum(known) if len(known) == len(ready) else None)
@@ -123,7 +129,12 @@ class ModelPool:
             return
         if deadline is not None:
             self._check_deadline(deadline)
-        if not await self.wait_ready(self._settings.restart_hold_s):
+        self.held += 1
+        try:
+            is_ready = await self.wait_ready(self._settings.restart_hold_s)
+        finally:
+            self.held -= 1
+        if not is_ready:
             raise Unavailable(
                 f"no engine is ready: {self.describe()}", retry_after_s=self._retry_after_s()
             )
@@ -134,8 +145,13 @@ class ModelPool:
 
     @property
     def max_model_len(self) -> int | None:
-        """The longest context of the engines, where it is known."""
-        return max((engine.max_model_len or 0 for engine in self.engines), default=0) or None
+        """The longest context of the engines, where it is known; while there are none, the last."""
+        told = max((engine.max_model_len or 0 for engine in self.engines), default=0)
+        return told or self._last_max_model_len
+
+    def change_engines(self, engines: Sequence[Engine]) -> None:
+        self._last_max_model_len = self.max_model_len
+        self.engines = list(engines)
 
     async def find_max_model_len(self, deadline: float | None) -> int | None:
         """The same; held while none has told what it serves."""
@@ -253,15 +269,19 @@ class EnginePool(ModelPool):
         """A pool for each model. As long as there is no second one, the first one's has all the
         engines, and it stays the same whatever they come to serve.
         """
-        names = list(dict.fromkeys(one.card.name for one in self.engines if one.card)) or [""]
+        told = (one.card.name for one in self.engines if one.card)
+        names = list(dict.fromkeys((*self._settings.expected_models, *told))) or [""]
         known, before = {}, self.models
         for name in names:
             known[name] = before.get(name) or self._make_pool(name, before, names)
-        for pool in before.values():
-            pool.engines = []
         for name, pool in known.items():
             pool.name = name
-            pool.engines = [one for one in self.engines if not one.card or one.card.name == name]
+            pool.change_engines(
+                [one for one in self.engines if not one.card or one.card.name == name]
+            )
+        for pool in before.values():
+            if pool not in known.values():
+                pool.change_engines(())
         self.models = known
         self._group_adapters()
         self.on_models()

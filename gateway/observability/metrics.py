@@ -306,6 +306,9 @@ class Metrics:
         self.model_ready = self._live_gauge(
             "model_ready", "1 when an engine is ready for the model.", "model"
         )
+        self.model_held_calls = self._live_gauge(
+            "model_held_calls", "Calls of the model that wait until it has an engine.", "model"
+        )
         self.model_running_sequences = self._live_gauge(
             "model_running_sequences", "Sequences inside the model's engines.", "model", "lane"
         )

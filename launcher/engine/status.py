@@ -25,7 +25,7 @@ from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPoli
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import query_gpus
 
-_STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
+_STATES = ("starting", "warming", "ready", "draining", "waiting", "parked", "stopped")
 _PROGRAMS = ("engine", "gateway")
 _GPU_QUERY = (
     "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
@@ -331,7 +331,7 @@ def build_status_app(source: StatusSource, guard: PageGuard) -> web.Application:
 
     async def readyz(_request: web.Request) -> web.Response:
         states = source.list_states()
-        is_ready = all(state == "ready" for state in states.values())
+        is_ready = all(state in {"ready", "parked"} for state in states.values())
         return _json(states, status=200 if is_ready else 503)
 
     async def metrics(request: web.Request) -> web.Response:

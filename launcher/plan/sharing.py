@@ -18,6 +18,7 @@ class Wanted:
     gpus: tuple[str, ...] = ()
     n_gpus: int = 1
     share: float = 0.0
+    takes_turns: bool = False  # with the others of its device that do: they count as one
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ def share_out(wanted: Sequence[Wanted], gpus: Sequence[str]) -> list[Place]:
             load[gpu].append(number)
     shares = [one.share or 1.0 for one in wanted]
     for gpu, numbers in load.items():
-        claimed = sum(wanted[number].share for number in numbers)
+        in_turn = [number for number in numbers if wanted[number].takes_turns]
+        together = [number for number in numbers if not wanted[number].takes_turns]
+        claimed = sum(wanted[number].share for number in together)
+        claimed += max((wanted[number].share for number in in_turn), default=0.0)
         others = [number for number in numbers if not wanted[number].share]
         if claimed > 1 + _ROUNDING or (others and claimed > 1 - _ROUNDING):
             where = "the CPU" if gpu == _CPU else f"GPU {gpu}"
@@ -50,8 +54,11 @@ def share_out(wanted: Sequence[Wanted], gpus: Sequence[str]) -> list[Place]:
                 f"the engines on {where} claim {claimed:.0%} of it, and {len(others)} more are to "
                 "run there: lower their `share`, or give them other `gpus`"
             )
+        # Those that take turns are never there at the same time.
+        parts = len([number for number in others if number in together])
+        parts += any(number in in_turn for number in others)
         for number in others:
-            shares[number] = min(shares[number], (1 - claimed) / len(others))
+            shares[number] = min(shares[number], (1 - claimed) / parts)
     return [
         Place(tuple(gpu for gpu, numbers in load.items() if number in numbers and gpu != _CPU), one)
         for number, one in enumerate(shares)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,9 @@ def test_up_with_sections_serves_all_of_them_until_the_last(launcher: Launcher) 
 
 def check_calls(launcher: Launcher) -> None:
     url = f"http://127.0.0.1:{launcher.port}"
+    # What each runs, as the launcher tells, and an eighth; the gateway warms them one by one.
+    most = f"\ngateway_max_running_sequences {36 + 36 + 72}.0\n"
+    wait_for(lambda: most in httpx.get(f"{url}/metrics", verify=NO_TLS).text, "all of them")
     listed = httpx.get(f"{url}/v1/models", verify=NO_TLS).json()
     answers = [
         ask(launcher, "/v1/completions", model=model, prompt="q") for model in ("demo", "other")
@@ -84,14 +89,10 @@ def check_calls(launcher: Launcher) -> None:
     none = ask(launcher, "/v1/completions", model="none", prompt="q")
     predicted = ask(launcher, "/predict", prompt=["a", "b"])
     page = httpx.get(f"{url}/ui/status", verify=NO_TLS).json()
-    figures = httpx.get(f"{url}/metrics", verify=NO_TLS).text
 
     assert [card["id"] for card in listed["data"]] == ["demo", "other"]
     assert [answer.status_code for answer in (*answers, none, predicted)] == [200, 200, 404, 200]
     assert [one["model"] for one in page["launchers"]] == ["demo", "other", "demo"]
-    most = re.search(r"^gateway_max_running_sequences (\S+)", figures, re.MULTILINE)
-    assert most is not None
-    assert float(most[1]) == 36 + 36 + 72  # what each runs, as the launcher tells, and an eighth
 
 
 def check_status(launcher: Launcher) -> None:
@@ -133,6 +134,73 @@ def check_log(launcher: Launcher) -> None:
     assert [name for _, name in steps][:4:2] == [first, "other"]
 
 
+def test_engines_that_take_turns_serve_whoever_is_waited_for(tmp_path: Path) -> None:
+    """One runs at a time; callers of the other wait for its start, and nobody's call is lost."""
+    launcher = make_turns(tmp_path)
+    with running(launcher):
+        assert wait_ready(launcher).startswith("demo, other ready in ")
+        first = launcher.status()["engines"]
+        is_over = threading.Event()
+        with ThreadPoolExecutor() as threads:
+
+            def ask_demo() -> list[int]:
+                statuses = []
+                while not is_over.is_set():
+                    answer = ask(launcher, "/v1/completions", model="demo", prompt="q")
+                    statuses.append(answer.status_code)
+                return statuses
+
+            caller = threads.submit(ask_demo)
+            try:
+                answers = [
+                    ask(launcher, "/v1/completions", model=model, prompt="q")
+                    for model in ("other", "demo")
+                ]
+            finally:
+                is_over.set()
+        turns = re.findall(r"engine_turn engine=(\S+) instead_of=(\S+)", launcher.err)
+        listed = httpx.get(f"http://127.0.0.1:{launcher.port}/v1/models", verify=NO_TLS).json()
+        unknown = ask(launcher, "/v1/completions", model="none", prompt="q")
+        assert launcher.stop() == 0
+    assert launcher.processes() == []
+
+    assert [one["engine"]["state"] for one in first] == ["ready", "parked"]
+    assert [one["engine"]["pid"] is None for one in first] == [False, True]
+    assert [answer.status_code for answer in answers] == [200] * 2
+    assert set(caller.result()) == {200}
+    assert turns[:2] == [("other", "demo"), ("demo", "other")]
+    assert [card["id"] for card in listed["data"]] == ["demo", "other"]
+    assert unknown.status_code == 404
+    assert "engine_crashed" not in launcher.err
+
+
+def make_turns(folder: Path) -> Launcher:
+    other = shutil.copytree(MODEL, folder / "models" / "other")
+    launcher = Launcher(folder, command="up")
+    config = folder / "launcher.toml"
+    port = find_free_ports(1)[0]
+    config.write_text(
+        f"""
+        takes_turns = true
+        shortest_turn_s = 0
+        [[engine]]
+        [[engine]]
+        model = "{other}"
+        engine_port = {port}
+        """
+    )
+    launcher.settings["LAUNCHER_CONFIG"] = str(config)
+    return launcher
+
+
+def test_gateways_own_settings_file_and_turns_exclude_each_other(tmp_path: Path) -> None:
+    launcher = make_turns(tmp_path)
+    launcher.settings["GATEWAY_CONFIG"] = "/somewhere"
+    with running(launcher):
+        assert launcher.wait() == 2
+    assert "where engines take turns GATEWAY_CONFIG is the launcher's" in launcher.err
+
+
 def test_up_told_to_stop_while_they_start_leaves_nothing(launcher: Launcher) -> None:
     launcher.fake = "hang_loading"
     with running(launcher):
@@ -159,6 +227,12 @@ def test_serve_takes_one_engine(launcher: Launcher) -> None:
         ([Wanted(("1",)), Wanted()], ("0", "1"), [Place(("1",), 1), Place(("0",), 1)]),
         ([Wanted(n_gpus=2), Wanted()], ("0", "1"), [Place(("0", "1"), 0.5), Place(("0",), 0.5)]),
         ([Wanted()] * 4, (), [Place((), 0.25)] * 4),
+        ([Wanted(takes_turns=True)] * 3, ("0",), [Place(("0",), 1)] * 3),
+        (
+            [Wanted(share=0.4), Wanted(takes_turns=True), Wanted(takes_turns=True)],
+            (),
+            [Place((), 0.4), Place((), 0.6), Place((), 0.6)],
+        ),
     ],
 )
 def test_devices_are_shared_out(

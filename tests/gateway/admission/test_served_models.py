@@ -12,11 +12,16 @@ import pytest
 from common.ports import find_free_ports
 from gateway.admission.keys import make_key
 from gateway.app import build_app
-from gateway.config import SettingsError, load_settings
+from gateway.config import SETTINGS, SettingsError, load_settings
+from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import POOL
+from gateway.observability.metrics import METRICS
+from gateway.schemas.vllm import ModelCard
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
+from tests.name_server import NameServer, run_name_server
 
+NAME = "_http._tcp.vllm.test"
 LONG_S = 60.0  # longer than any test takes
 
 
@@ -203,6 +208,56 @@ async def test_call_waits_for_an_engine_that_may_come_to_serve_its_model(serve: 
             async with serve_app(build_fake_engine(large), port):
                 assert (await asked).status_code == 200
     assert [call["model"] for call in small.calls if "messages" in call] == ["small"]
+
+
+async def test_expected_model_is_held_until_an_engine_comes_for_it(serve: Serve) -> None:
+    small, large = Behaviour(model="small"), Behaviour(model="large", max_model_len=4096)
+    text = "a" * (512 * 16 + 100)  # more than the small one takes
+    options = {"expected_models": ("small", "large"), "restart_hold_s": LONG_S}
+    async with serve(small, **options, default_model="small") as served:
+        pool = served.app[POOL]
+        asked = asyncio.create_task(served.chat("hi", model="large"))
+        await until(lambda: pool.models["large"].held == 1)
+        listed = (await served.client.get("/v1/models")).json()["data"]
+        held = await _read_figures(served, "gateway_model_held_calls")
+        unknown = await served.chat("hi", model="other")
+        async with serve_app(build_fake_engine(large)) as url:
+            known = pool.engines[0]
+            engine = Engine(url, served.app[SETTINGS], known.client._connector, served.app[METRICS])
+            engine.cards = (ModelCard("large", 4096, {"id": "large", "max_model_len": 4096}),)
+            engine.enter_state(EngineState.READY, "")
+            await pool.set_engines([known, engine])
+            assert (await asked).status_code == 200
+            await pool.set_engines([known])
+            again = asyncio.create_task(served.chat(text, model="large"))
+            await until(lambda: pool.models["large"].held == 1)
+            told = (await served.client.get("/v1/models/large")).json()
+            await pool.set_engines([known, engine])
+            assert (await again).status_code == 200
+
+    assert [card["id"] for card in listed] == ["small", "large"]
+    assert held == {"small": 0, "large": 1}
+    assert unknown.status_code == 404
+    assert told["max_model_len"] == 4096
+
+
+async def test_call_before_the_first_engine_is_found_is_held(serve: Serve) -> None:
+    server = NameServer()
+    (port,) = find_free_ports(1)
+    async with run_name_server(server):
+        place = {"engines": (f"srv+http://{NAME}",), "dns_server": server.address}
+        async with serve(
+            **place, wait_ready=False, restart_hold_s=LONG_S, discovery_interval_s=0.05
+        ) as served:
+            asked = [
+                asyncio.create_task(served.predict("q")),
+                asyncio.create_task(served.chat("hi", model="fake")),
+            ]
+            await until(lambda: len(server.asked) > 1)
+            server.records[NAME, "SRV"] = [f"0 0 {port} localhost."]
+            async with serve_app(build_fake_engine(Behaviour()), port):
+                answers = await asyncio.gather(*asked)
+    assert [answer.status_code for answer in answers] == [200, 200]
 
 
 async def test_engine_that_comes_back_with_another_model_is_moved(serve: Serve) -> None:

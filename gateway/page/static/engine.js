@@ -178,10 +178,11 @@ export class EnginePanel {
   #showOthers({ engines }) {
     this.#more.hidden = engines.length < 2;
     if (engines.length < 2) return;
+    const areSeveral = new Set(engines.map((engine) => engine.model).filter(Boolean)).size > 1;
     const lines = engines.map((engine, index) => {
       const dot = make("span.dot");
       dot.setAttribute("aria-hidden", "true");
-      const model = engine.model ? ` · ${engine.model}` : "";
+      const model = areSeveral && engine.model ? ` · ${engine.model}` : "";
       const line = make("li", dot, `${say("engine.number", { number: index + 1 })}: ${say(`state.${engine.state}`)}${model}`);
       line.dataset.tone = engine.state === "ready" ? "good" : engine.state === "warming" ? "busy" : "bad";
       return line;

@@ -17,7 +17,16 @@ from launcher.plan.sharing import Place, Wanted, share_out
 
 # What belongs to all of them together.
 _COMMON = frozenset(
-    ("config", "engine", "host", "port", "gateway_hang_timeout_s", "log_format", "engine_log")
+    (
+        "config",
+        "engine",
+        "host",
+        "port",
+        "gateway_hang_timeout_s",
+        "log_format",
+        "engine_log",
+        "shortest_turn_s",
+    )
 ) | {name for name in LauncherSettings.model_fields if name.startswith("status_")}
 _PORTS_APART = 10
 _PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")

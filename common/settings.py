@@ -12,9 +12,9 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -80,6 +80,9 @@ class ProgramSettings(BaseSettings):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    # What stands over a setting, and over those that follow it, where they are listed.
+    groups: ClassVar[Mapping[str, str]] = {}
 
     config: Path | None = Field(None, description="TOML file with any of these settings.")
 
@@ -162,7 +165,7 @@ def describe_settings(kind: type[ProgramSettings]) -> list[SettingRow]:
         SettingRow(
             name_variable(kind, name),
             name_flag(name),
-            _show_default(field.default),
+            show_default(field.default),
             field.description or "",
         )
         for name, field in kind.model_fields.items()
@@ -218,7 +221,7 @@ def _find_file(kind: type[ProgramSettings], arguments: Sequence[str]) -> Path | 
     return Path(path).expanduser() if path else None
 
 
-def _show_default(value: Any) -> str:
+def show_default(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):

@@ -16,6 +16,7 @@ import structlog
 import uvloop
 from aiohttp import web
 
+from common.command_line.help import format_example, format_help, wants_help
 from common.logs import configure_logging
 from common.project import read_version
 from common.settings import build_schema
@@ -23,6 +24,7 @@ from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
 from gateway.engines.warmup import read_warmup_questions
+from gateway.listening import listen
 from gateway.observability.metrics import METRICS
 from gateway.server import Runner
 
@@ -36,7 +38,10 @@ def main() -> int:
     if arguments[:1] == ["new-key"]:
         return print_new_key(arguments[1:])
     try:
-        if arguments[:1] in (["--version"], ["schema"], ["completion"]):
+        if wants_help(arguments):
+            print(format_help(Settings))
+            return 0
+        if arguments[:1] in (["--version"], ["schema"], ["example"], ["completion"]):
             print(describe(arguments[0], arguments[1:]))
             return 0
         if arguments[:1] == ["check"]:
@@ -84,11 +89,14 @@ def describe(command: str, arguments: list[str]) -> str:
         return f"vllm-gateway {read_version()}"
     if command == "schema":
         return json.dumps(build_schema(Settings), indent=2, ensure_ascii=False)
+    if command == "example":
+        return format_example(Settings).rstrip()
     # Imported late: its library is of no use to anything else.
-    from common.completion import build_parser, complete  # noqa: PLC0415
+    from common.command_line.completion import build_parser, complete  # noqa: PLC0415
 
     others = {
         "check": "Judges the settings and starts nothing.",
+        "example": "Prints a settings file with every setting.",
         "new-key": "Makes an API key and its entry for the keys file.",
         "schema": "Prints the JSON schema of the settings file.",
     }
@@ -115,9 +123,7 @@ async def serve(app: web.Application, settings: Settings) -> int:
     runner = Runner(app, settings)
     await runner.setup()
     try:
-        await web.TCPSite(
-            runner, settings.host, settings.port, backlog=1024, reuse_port=settings.reuse_port
-        ).start()
+        await listen(runner, settings.host, settings.port, reuse_port=settings.reuse_port)
     except OSError as error:
         await runner.cleanup()
         raise SettingsError(

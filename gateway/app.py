@@ -34,7 +34,18 @@ from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builders import PromptBuilders
 from gateway.request_body import BODIES, HeldBodies
-from gateway.routes import adapters, health, metrics, page, predict, relay, usage
+from gateway.routes import (
+    adapters,
+    health,
+    metrics,
+    openapi,
+    page,
+    predict,
+    relay,
+    responses,
+    usage,
+    version,
+)
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 
@@ -76,8 +87,13 @@ def build_app(
 def add_routes(app: web.Application) -> None:
     """A route is one file and one line here."""
     app.router.add_get("/", health.handle_root)
-    app.router.add_get("/healthz", health.handle_healthz)
+    for path in ("/health", "/healthz"):
+        app.router.add_get(path, health.handle_healthz)
     app.router.add_get("/readyz", health.handle_readyz)
+    app[openapi.API_DESCRIPTION] = openapi.ApiDescription()
+    app.router.add_get("/openapi.json", openapi.handle_openapi)
+    app.router.add_get("/docs", openapi.handle_docs)
+    app.router.add_get("/version", version.handle_version)
     app.router.add_get("/metrics", metrics.handle_metrics)
     app.router.add_get("/usage", usage.handle_usage)
     page.add_page(app)
@@ -86,10 +102,14 @@ def add_routes(app: web.Application) -> None:
     app.router.add_post(adapters.UNLOAD, adapters.handle_unload)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
+    for method, path in responses.ROUTES:
+        app.router.add_route(method, path, responses.handle_response)
     # So that the first call of each is seen in the metrics.
     routes = {resource.canonical for resource in app.router.resources()} - middleware.QUIET_ROUTES
     entering = ("/predict", *relay.GENERATING)
-    app[METRICS].expect_routes(sorted(routes), entering=entering, streaming=relay.STREAMING)
+    app[METRICS].expect_routes(
+        sorted(routes - relay.SELDOM), entering=entering, streaming=relay.STREAMING
+    )
 
 
 async def run_engines(

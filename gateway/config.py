@@ -8,10 +8,10 @@ import ipaddress
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -76,10 +76,29 @@ class Settings(ProgramSettings):
     """An OpenAI-compatible gateway over vLLM engines.
 
     Before the flags, `check` only judges the settings. Alone: `new-key NAME` makes an API key,
-    `schema` prints the JSON schema of the settings file, `completion SHELL` completes flags.
+    `schema` prints the JSON schema of the settings file, `example` such a file with every setting,
+    `completion SHELL` completes flags.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m gateway")
+    groups: ClassVar[Mapping[str, str]] = {
+        "config": "Where settings come from",
+        "host": "Where it listens, and what it calls",
+        "prompt_style": "How /predict asks",
+        "max_tokens": "How /predict answers",
+        "root_status": "Getting warm",
+        "api_keys": "Who may come in",
+        "reload_interval_s": "Files that are followed",
+        "max_body_bytes": "What a caller may send",
+        "engine_sequences": "The queue before the engines",
+        "dedup": "Calls of engines",
+        "routing": "/v1",
+        "keepalive_comment_s": "Streams, and callers who are slow",
+        "connect_timeout_s": "Times",
+        "ui": "The page",
+        "grade_record": "Figures and spans",
+        "log_format": "The log",
+    }
 
     config: Path | None = Field(
         None, description="TOML file with any of these settings; read again when it changes."
@@ -259,7 +278,12 @@ class Settings(ProgramSettings):
     )
     max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
     max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
-    max_logprobs: int = Field(20, ge=0, description="Largest `logprobs` of a /v1 call.")
+    max_logprobs: int = Field(
+        20,
+        ge=-1,
+        description="Largest `logprobs` of a /v1 call; -1: as many as the engine allows, which may "
+        "be its whole vocabulary.",
+    )
     max_new_tokens: int = Field(
         131_072, ge=1, description="Largest `max_tokens` of a /v1 call, by whichever name."
     )

@@ -5,6 +5,7 @@ GatewayError
 │   └── PromptRefused 400     one prompt cannot be served; the others of its batch can
 ├── Unauthorized 401, Forbidden 403
 ├── NotFound 404
+│   └── RouteNotServed 404    the engine has no such route for the model that it serves
 ├── MethodNotAllowed 405
 ├── BodyTimeout 408
 ├── PayloadTooLarge 413
@@ -105,6 +106,13 @@ class NotFound(GatewayError):
     status = 404
     kind = "invalid_request_error"
     code = "not_found"
+
+
+class RouteNotServed(NotFound):
+    """What an engine serves depends on its model; that is no failure of its own."""
+
+    code = "route_not_served"
+    source = "engine"
 
 
 class MethodNotAllowed(GatewayError):

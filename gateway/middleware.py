@@ -1,5 +1,5 @@
-"""What surrounds every request: its id, who asks, its log line and metrics, and errors in OpenAI's
-envelope.
+"""What surrounds every request: its id, who asks, its log line and metrics, and errors in the
+envelope of the route: OpenAI's, or on /v1/messages Anthropic's.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # The page asks for a key itself, once a second: that is no request to count.
 _PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
 # Whoever asks for these, by whatever name, learns that somebody is there.
-_HEALTH_ROUTES = frozenset(("/", "/healthz", "/readyz"))
-_OPEN_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics", "other")) | _PAGE_ROUTES
+_HEALTH_ROUTES = frozenset(("/", "/health", "/healthz", "/readyz"))
+_OPEN_ROUTES = _HEALTH_ROUTES | {"/metrics", "/openapi.json", "/docs", "other"} | _PAGE_ROUTES
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
-QUIET_ROUTES = frozenset(("/", "/healthz", "/readyz", "/metrics")) | _PAGE_ROUTES
+QUIET_ROUTES = _HEALTH_ROUTES | {"/metrics"} | _PAGE_ROUTES
 
 
 class _Stopping(Unavailable):
@@ -218,15 +218,15 @@ def _route(request: web.Request) -> str:
 def _answer_error(request: web.Request, error: GatewayError) -> web.Response:
     code = STOPPING if isinstance(error, _Stopping) else error.error_code
     request[CONTEXT].record.note_error(code, error.source)
-    return _build_refusal(error)
+    return _build_refusal(error, request.path)
 
 
-def _build_refusal(error: GatewayError) -> web.Response:
+def _build_refusal(error: GatewayError, path: str = "") -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return web.Response(
-        body=build_error(error),
+        body=build_error(error, path),
         status=error.status,
         headers=headers,
         content_type="application/json",

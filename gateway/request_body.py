@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import re
 import zlib
+from codecs import BOM_UTF8
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
@@ -76,6 +77,12 @@ async def read_body(request: web.Request) -> bytes:
     _check_type(request.headers.get("Content-Type", ""))
     if (request.content_length or 0) > settings.max_body_bytes:
         raise _too_large(settings.max_body_bytes)
+    body = await _read_plain(request)
+    # Some editors and Windows' shells begin a text with it; to the engine it is nothing.
+    return body.removeprefix(BOM_UTF8)
+
+
+async def _read_plain(request: web.Request) -> bytes:
     encoding = request.headers.get("Content-Encoding")
     if encoding is None or encoding == "identity":
         return await _read(request, counts_values=True)

@@ -59,7 +59,7 @@ class RequestContext:
         self.engine_calls += 1
         number = self.engine_calls
         name = self.request_id if number == 1 else f"{self.request_id}.{number}"
-        headers = {"X-Request-Id": name, **self.carried, "Content-Type": "application/json"}
+        headers = {"X-Request-Id": name, "Content-Type": "application/json", **self.carried}
         if self.span is None:
             return headers, None
         call = self.span.open_call(engine, sequences)

@@ -22,6 +22,7 @@ from gateway.errors import GatewayError, InvalidRequest
 from gateway.middleware import OPEN_REQUESTS, refuse, translate
 
 _UNSENT_BYTES = 2**17
+_LONGEST_FIELD_BYTES = 2**15  # a sign-on service sets many cookies, and they travel as one field
 _POLL_S = 0.02  # how often a drain looks whether all have left
 _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 log = structlog.get_logger("gateway")
@@ -118,6 +119,7 @@ class Runner(web.AppRunner):
             # `request_body.py` does it, bounded; aiohttp would also inflate what it throws away.
             auto_decompress=False,
             access_log=None,
+            max_field_size=_LONGEST_FIELD_BYTES,
             keepalive_timeout=settings.client_keepalive_s,
             shutdown_timeout=_LAST_ANSWERS_S,
         )

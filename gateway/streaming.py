@@ -21,6 +21,7 @@ from gateway.errors import EngineError, EngineTimeout, GatewayError
 from gateway.observability.request_record import RequestRecord, StreamTiming
 from gateway.request_context import CONTEXT
 from gateway.schemas.openai import (
+    CHOICE_END,
     build_stream_error,
     drop_chunk_usage,
     drop_usage_events,
@@ -28,6 +29,7 @@ from gateway.schemas.openai import (
     name_stream_errors,
     parse_usage,
     read_chunk_usage,
+    stamp_last_chunks,
 )
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -41,11 +43,18 @@ class EventStream:
     """One stream on its way to a caller."""
 
     def __init__(
-        self, request: web.Request, *, hides_usage: bool, hides_chunk_usage: bool = False
+        self,
+        request: web.Request,
+        *,
+        hides_usage: bool = False,
+        hides_chunk_usage: bool = False,
+        fingerprint: str = "",
     ) -> None:
         self._request = request
         self._record: RequestRecord = request[CONTEXT].record
         self._hides_usage, self._hides_chunk_usage = hides_usage, hides_chunk_usage
+        # The event that is left out has it, so those before it have none.
+        self._fingerprint = fingerprint if hides_usage else ""
         self._response: web.StreamResponse | None = None
         self.timing = StreamTiming()
         self.usage: Usage | None = None  # as far as it has been told
@@ -77,6 +86,8 @@ class EventStream:
                     self.is_inside_event = bool(rest)
                 if b'"usage":{' in chunk:
                     chunk = self._read_usage(chunk, answer)
+                if self._fingerprint and CHOICE_END in chunk:
+                    chunk = stamp_last_chunks(chunk, self._fingerprint)
                 if b'data: {"error"' in chunk:
                     chunk = self._note_error(chunk, answer)
                 if chunk:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from common.command_line.help import format_example, format_help, wants_help
 from common.errors import ProgramError, SettingsError
 from common.project import read_version
 from common.settings import build_schema, suggest
@@ -35,6 +36,7 @@ _HELP = """usage: python -m launcher COMMAND [--help]
   tune        measure what is fastest on this host, for the profile `course` to use
 
   completion  a script for bash, zsh or fish that completes `vllm-launcher`
+  example     a settings file with every setting, at its default
   schema      the JSON schema of the settings file
   --version   which version this is
 """
@@ -43,6 +45,9 @@ _HELP = """usage: python -m launcher COMMAND [--help]
 def run_command(words: Sequence[str]) -> int:
     command, *arguments = words or ["--help"]
     try:
+        if command in COMMANDS and wants_help(arguments):
+            print(format_help(COMMANDS[command]))
+            return 0
         if command in COMMANDS:
             return _dispatch(command, load_settings(COMMANDS[command], arguments))
         print(_describe(command, arguments))
@@ -60,13 +65,18 @@ def _describe(command: str, arguments: Sequence[str]) -> str:
         return f"vllm-launcher {read_version()}"
     if command == "schema":
         return json.dumps(build_schema(*COMMANDS.values()), indent=2, ensure_ascii=False)
+    if command == "example":
+        return format_example(*COMMANDS.values()).rstrip()
     if command == "completion":
         # Imported late: its library is of no use to anything else.
-        from common.completion import build_parser, complete  # noqa: PLC0415
+        from common.command_line.completion import build_parser, complete  # noqa: PLC0415
 
-        others = {"schema": "Prints the JSON schema of the settings file."}
+        others = {
+            "example": "Prints a settings file with every setting.",
+            "schema": "Prints the JSON schema of the settings file.",
+        }
         return complete(arguments, build_parser("vllm-launcher", COMMANDS, others))
-    known = (*COMMANDS, "completion", "schema")
+    known = (*COMMANDS, "completion", "example", "schema")
     raise SettingsError(f"unknown command {command}{suggest(command, known)}")
 
 
@@ -75,10 +85,11 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal.configure_logging("warning" if command == "tune" else "info")
     if isinstance(settings, ExplainSettings):
         for one in list_engines(settings):
-            print(explain(one, as_json=settings.json_output))
+            print(explain(one, as_json=settings.json_output, is_long=settings.all_options))
         return 0
     if command == "doctor":
-        return max(run_doctor(one, print) for one in list_engines(settings))
+        show = partial(print, flush=True)
+        return max(run_doctor(one, show, sys.stderr) for one in list_engines(settings))
     if settings.engine and command != "up":
         raise SettingsError(
             f"[[engine]] sections are for up, doctor and explain; {command} takes one engine"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import builtins
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -36,6 +36,17 @@ class LauncherSettings(ProgramSettings):
     """Starts vLLM with the flags its work needs, watches it and brings it back."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m launcher up")
+    groups: ClassVar[Mapping[str, str]] = {
+        "config": "Where settings come from",
+        "model": "What is served, and on what",
+        "media_domains": "Media by URL",
+        "host": "Where its programs listen",
+        "state_dir": "Where things are kept",
+        "start_timeout_s": "Starting, stopping, restarting",
+        "engine_log": "What is shown and told",
+        "json_output": "Of `explain` alone",
+        "tune_questions": "Of `tune` alone",
+    }
 
     model: str = Field(
         str(DEMO_MODEL),
@@ -53,7 +64,9 @@ class LauncherSettings(ProgramSettings):
         "auto: course where there is a GPU, cpu elsewhere.",
     )
     gpu: str = Field(
-        "", description="Plan for this GPU instead of the one found (`H200`, `2x RTX 4090`, `cpu`)."
+        "",
+        description="Plan for this GPU instead of the one found: `H200`, `2x RTX 4090`, a name as "
+        "nvidia-smi prints it, any other card as `24GiB sm_89`, or `cpu`.",
     )
     gpus: CommaList = Field(
         (),
@@ -275,10 +288,15 @@ class ExplainSettings(LauncherSettings):
 
     # A field named `json` would hide one of pydantic's own.
     model_config = SettingsConfigDict(
-        cli_prog_name="python -m launcher explain", cli_shortcuts={"json-output": "json"}
+        cli_prog_name="python -m launcher explain",
+        cli_shortcuts={"json-output": "json", "all-options": "all"},
     )
 
     json_output: bool = Field(False, description="Print JSON instead of text; `--json` for short.")
+    all_options: bool = Field(
+        False,
+        description="Print every option with its reason, and the command; `--all` for short.",
+    )
 
 
 class TuneSettings(LauncherSettings):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from common.errors import ProgramError, SettingsError
 from launcher.config import LauncherSettings
@@ -28,6 +29,7 @@ _MIN_DISK_BYTES = 2 * GIB
 _MIN_SHM_BYTES = GIB
 # The oldest driver that runs programs built for this major version of CUDA.
 _MIN_DRIVER = {"12": 525, "13": 580}
+_ERASE = "\r\033[K"
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
 
@@ -52,7 +54,8 @@ class Doctor:
         self._model: Model | None = None
         self._plan: EnginePlan | None = None
 
-    def examine(self) -> Iterator[Finding]:
+    def examine(self, announce: Callable[[str], None] = lambda _: None) -> Iterator[Finding]:
+        """`announce` is told what is looked at next: vLLM's parser alone takes seconds."""
         checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
             ("vllm", self._check_vllm),
             ("torch", self._check_torch),
@@ -66,7 +69,8 @@ class Doctor:
             ("limits", self._check_limits),
             ("clock", self._check_clock),
         )
-        for subject, check in checks:
+        for number, (subject, check) in enumerate(checks, start=1):
+            announce(f"{number} of {len(checks)}: {subject}")
             try:
                 yield from check()
             except ProgramError as error:
@@ -221,9 +225,21 @@ class Doctor:
             yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
-def run_doctor(settings: LauncherSettings, say: Callable[[str], None]) -> int:
-    is_well = True
-    for finding in Doctor(settings).examine():
+def run_doctor(settings: LauncherSettings, say: Callable[[str], None], progress: TextIO) -> int:
+    """On a terminal a line tells what is being looked at, and goes when that is known."""
+    is_shown, n_failed = progress.isatty(), 0
+
+    def announce(what: str) -> None:
+        if is_shown:
+            progress.write(f"{_ERASE}looking at {what} …")
+            progress.flush()
+
+    for finding in Doctor(settings).examine(announce):
+        if is_shown:
+            progress.write(_ERASE)
+            progress.flush()
         say(str(finding))
-        is_well &= finding.level != "fail"
-    return 0 if is_well else 2
+        n_failed += finding.level == "fail"
+    if is_shown:
+        progress.write(_ERASE)
+    return 2 if n_failed else 0

@@ -23,13 +23,21 @@ from launcher.plan.hardware import GIB, parse_device
 from launcher.plan.prepare import Prepared, prepare_with
 
 
-def explain(settings: LauncherSettings, *, as_json: bool) -> str:
+def explain(settings: LauncherSettings, *, as_json: bool, is_long: bool = False) -> str:
     """Works without a GPU, without vLLM and without the model's weights."""
     vllm, flags = _find_vllm_or_shipped(settings)
     model = find_model(settings, config_only=True)
     prepared = prepare_with(settings, vllm, flags, model)
     facts = _gather(prepared)
-    return json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _render(facts, prepared)
+    if as_json:
+        return json.dumps(facts, indent=2, ensure_ascii=False)
+    conclusion = _conclude(facts, prepared)
+    if is_long:
+        return "\n".join((*conclusion, "", _render(facts, prepared)))
+    rest = (
+        f"`--all` shows the {len(facts['options'])} options, each with its reason, and the command"
+    )
+    return "\n".join((*conclusion, "", f"{rest}; `--json` is for programs"))
 
 
 def _find_vllm_or_shipped(settings: LauncherSettings) -> tuple[InstalledVllm, Flags]:
@@ -81,6 +89,31 @@ def _gather(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _conclude(facts: dict[str, Any], prepared: Prepared) -> list[str]:
+    """What most people ask for: does it fit, how much at once, and is anything amiss."""
+    plan, memory = prepared.plan, facts["memory"]
+    sizes = [memory[f"{name}_bytes"] / GIB for name in ("weight", "working", "kv", "usable")]
+    at_once = f"{plan.sequences:,}" if plan.sequences else "as many as vLLM takes"
+    return [
+        f"{plan.model.name} on {facts['device']}, profile {facts['profile']}, {facts['vllm']}",
+        "",
+        f"runs     {at_once} sequences at once, of up to {memory['context_tokens']:,} tokens each",
+        "memory   {:.1f} GiB of weights, {:.1f} to work in, {:.1f} of KV cache, of {:.1f}".format(
+            *sizes
+        ),
+        f"         enough for {_count_sequences(memory)}",
+        f"cache    {facts['cache']['line']}",
+        *(f"note     {note}" for note in facts["notes"]),
+        *(f"warning  {warning}" for warning in facts["warnings"]),
+    ]
+
+
+def _count_sequences(memory: dict[str, Any]) -> str:
+    holds = f"{memory['sequences_of_the_workload']:,} sequences of {memory['workload_tokens']:,}"
+    full = f"{memory['sequences_of_full_context']:,} of the full {memory['context_tokens']:,}"
+    return f"{holds} tokens, or {full}"
+
+
 def _row(option: EngineOption) -> dict[str, Any]:
     return {
         "name": option.name,
@@ -95,9 +128,7 @@ def _render(facts: dict[str, Any], prepared: Prepared) -> str:
     memory = facts["memory"]
     lines = [
         f"profile  {facts['profile']}: {facts['title']}",
-        f"device   {facts['device']}",
         f"model    {facts['model']} ({prepared.plan.model.shape.architecture})",
-        f"engine   {facts['vllm']}",
         f"schedule {facts['scheduler']}",
         "",
         "options",
@@ -108,10 +139,6 @@ def _render(facts: dict[str, Any], prepared: Prepared) -> str:
         "",
         "memory of one device, estimated",
         *_render_memory(memory),
-        "",
-        f"cache    {facts['cache']['line']}",
-        *(f"note     {note}" for note in facts["notes"]),
-        *(f"warning  {warning}" for warning in facts["warnings"]),
         "",
         "command",
         "  " + " ".join(f"{k}={shlex.quote(v)}" for k, v in facts["environment"].items()),
@@ -140,12 +167,10 @@ def _render_memory(memory: dict[str, Any]) -> list[str]:
         return f"{memory[key] / GIB:7.2f} GiB"
 
     per_token = f"{memory['kv_bytes_per_token'] / 1024:,.1f} KiB a token"
-    holds = f"{memory['sequences_of_the_workload']:,} sequences of {memory['workload_tokens']:,}"
-    full = f"{memory['sequences_of_full_context']:,} of the full {memory['context_tokens']:,}"
     return [
         f"  usable   {gib('usable_bytes')} of {memory['device_bytes'] / GIB:.1f}",
         f"  weights  {gib('weight_bytes')}",
         f"  working  {gib('working_bytes')}  activations, logits, graphs",
         f"  KV cache {gib('kv_bytes')}  {per_token}: {memory['kv_tokens']:,} tokens",
-        f"  holds    {holds} tokens, or {full}",
+        f"  holds    {_count_sequences(memory)}",
     ]

@@ -13,10 +13,12 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from tokenizers import Tokenizer
 
 from common.project import DEMO_MODEL
@@ -24,6 +26,13 @@ from common.project import DEMO_MODEL
 FLOOD_BYTES = 256 * 2**20
 _FLOOD_EVENT = b"data: " + b"x" * 2**14 + b"\n\n"
 MODEL_FOLDER = DEMO_MODEL
+# Where each of them finds its texts.
+POOLING_ROUTES = {
+    **dict.fromkeys(("/pooling", "/classify"), "input"),
+    **dict.fromkeys(("/score", "/v1/score"), "text_2"),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "documents"),
+    "/v2/embed": "texts",
+}
 _USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
@@ -35,6 +44,8 @@ class Behaviour:
     adapters: list[str] = field(default_factory=list)
     takes_adapters: bool = True
     max_model_len: int = 512
+    fingerprint: str = "vllm-fake"
+    routes: frozenset[str] | None = None  # where its model is for some alone
     is_healthy: bool = True
     delay_s: float = 0.0
     delays: Callable[[str], float] = lambda question: 0.0
@@ -55,6 +66,10 @@ class Behaviour:
     floods: Callable[[str], bool] = lambda question: False
     calls: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    responses: tuple[str, ...] = ()  # that it has kept
+    asked_responses: list[str] = field(default_factory=list)
+    describes: bool = True  # vLLM does not with --disable-fastapi-docs
+    described: int = 0
     running: int = 0
     cancelled: int = 0
     unreadable: int = 0
@@ -67,18 +82,33 @@ BEHAVIOUR = web.AppKey("behaviour", Behaviour)
 TOKENIZER = web.AppKey("tokenizer", Tokenizer)
 
 
+# Those whose answers count here are as the real engine's; of the rest it says which they are.
+ECHOED_ROUTES = ("/v1/chat/completions/batch", "/v1/messages/count_tokens")
+
+
 def build_fake_engine(behaviour: Behaviour) -> web.Application:
-    app = web.Application(client_max_size=2**30)
+    app = web.Application(client_max_size=2**30, middlewares=[_leave_routes_out])
     app[BEHAVIOUR] = behaviour
     app[TOKENIZER] = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
     app.router.add_get("/health", _health)
     app.router.add_get("/metrics", _metrics)
+    app.router.add_get("/openapi.json", _tell_openapi)
+    app.router.add_get("/version", _version)
     app.router.add_get("/v1/models", _models)
     app.router.add_post("/v1/completions", _completions)
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_post("/v1/responses", _responses)
     app.router.add_post("/v1/messages", _messages)
     app.router.add_post("/v1/embeddings", _embeddings)
+    for path, texts in POOLING_ROUTES.items():
+        app.router.add_post(path, partial(_pool_texts, name=texts))
+    for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+        app.router.add_post(path, _transcribe)
+    app.router.add_get("/v1/responses/{response_id}", _tell_response)
+    app.router.add_post("/v1/responses/{response_id}/cancel", _tell_response)
+    for path in ECHOED_ROUTES:
+        app.router.add_post(path, _echo)
+    app.router.add_get("/tokenizer_info", _tell_tokenizer)
     app.router.add_post("/tokenize", _tokenize)
     app.router.add_post("/detokenize", _detokenize)
     app.router.add_post("/collective_rpc", _admin)
@@ -106,6 +136,15 @@ async def serve_app(
         await runner.cleanup()
 
 
+@web.middleware
+async def _leave_routes_out(request: web.Request, handler: Handler) -> web.StreamResponse:
+    routes = request.app[BEHAVIOUR].routes
+    is_known = request.match_info.http_exception is None
+    if request.method == "POST" and not (is_known and (routes is None or request.path in routes)):
+        return _json({"detail": "Not Found"}, 404)
+    return await handler(request)
+
+
 async def _health(request: web.Request) -> web.Response:
     return web.Response(status=200 if request.app[BEHAVIOUR].is_healthy else 503)
 
@@ -114,6 +153,30 @@ async def _metrics(request: web.Request) -> web.Response:
     behaviour = request.app[BEHAVIOUR]
     behaviour.scrapes += 1
     return web.Response(text=behaviour.metrics, status=200 if behaviour.metrics else 404)
+
+
+async def _tell_openapi(request: web.Request) -> web.Response:
+    """Of every route that it has, the administrative ones included, as vLLM does."""
+    behaviour = request.app[BEHAVIOUR]
+    behaviour.described += 1
+    if not behaviour.describes:
+        return _json({"detail": "Not Found"}, 404)
+    schemas = {
+        "Call": {"properties": {"x": {"$ref": "#/components/schemas/Part"}}, "required": ["x"]},
+        "Part": {"type": "string"},
+        "Secret": {"type": "string"},
+    }
+    body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Call"}}}}
+    paths: dict[str, Any] = {"/health": {"get": {}}}
+    for route in request.app.router.routes():
+        path = route.resource.canonical if route.resource else ""
+        if behaviour.routes is None or path in behaviour.routes:
+            paths.setdefault(path, {})[route.method.lower()] = {"requestBody": body}
+    return _json({"paths": paths, "components": {"schemas": schemas}})
+
+
+async def _version(_request: web.Request) -> web.Response:
+    return _json({"version": "0.32.0"})
 
 
 async def _models(request: web.Request) -> web.Response:
@@ -182,7 +245,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": 2 * len(questions)}
     # Order is the field `index`, not the place in the list.
     whole = {"id": "cmpl-1", "model": call.get("model"), "choices": choices[::-1], "usage": usage}
-    return _json(whole)
+    return _json({**whole, "system_fingerprint": behaviour.fingerprint})
 
 
 async def _chat(request: web.Request) -> web.StreamResponse:
@@ -244,15 +307,19 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
                 request.transport.abort()
                 return response
             sent += len(part)
-            choice = {"index": 0, "text": part, "delta": {"content": part}}
+            choice: dict[str, Any] = {"index": 0, "text": part, "delta": {"content": part}}
             event: dict[str, Any] = {"choices": [choice]}
-            if options.get("continuous_usage_stats"):
+            if sent == len(text):
+                choice["finish_reason"] = "stop"
+                if not options.get("include_usage"):  # else the last event has it
+                    event["system_fingerprint"] = behaviour.fingerprint
+            if options.get("include_usage") and options.get("continuous_usage_stats"):
                 event["usage"] = {"prompt_tokens": 5, "completion_tokens": sent}
             await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
             await asyncio.sleep(behaviour.stream_gap_s)
     if options.get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}
-        event = {"choices": [], "usage": usage}
+        event = {"choices": [], "usage": usage, "system_fingerprint": behaviour.fingerprint}
         await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
     await response.write(b"data: [DONE]\n\n")
     await response.write_eof()
@@ -334,11 +401,86 @@ async def _messages(request: web.Request) -> web.Response:
 
 
 async def _embeddings(request: web.Request) -> web.Response:
-    text = (await _read(request)).get("input")
-    if not isinstance(text, str):
-        return _refusal("input is a text", "input")
-    data = [{"index": 0, "object": "embedding", "embedding": [ord(one) for one in text[:20]]}]
-    return _json({"object": "list", "data": data, "usage": {"prompt_tokens": len(text)}})
+    texts = await _read_texts(request, "input")
+    if isinstance(texts, web.Response):
+        return texts
+    data = [
+        {"index": place, "object": "embedding", "embedding": [ord(one) for one in text[:20]]}
+        for place, text in enumerate(texts)
+    ]
+    usage = {"prompt_tokens": sum(map(len, texts))}
+    return _json({"object": "list", "data": data, "usage": usage})
+
+
+async def _pool_texts(request: web.Request, name: str) -> web.Response:
+    texts = await _read_texts(request, name)
+    if isinstance(texts, web.Response):
+        return texts
+    data = [{"index": place, "data": [len(text)]} for place, text in enumerate(texts)]
+    usage = {"prompt_tokens": sum(map(len, texts))}
+    form = request.app[BEHAVIOUR].calls[-1].get("encoding_format", "float")
+    if form.startswith("bytes"):
+        told = {} if form == "bytes_only" else {"metadata": orjson.dumps({"usage": usage}).decode()}
+        body, kind = bytes(map(len, texts)), "application/octet-stream"
+        return web.Response(body=body, content_type=kind, headers=told)
+    if request.path == "/v2/embed":
+        billed = {"billed_units": {"input_tokens": usage["prompt_tokens"]}}
+        return _json({"data": data, "meta": billed})
+    return _json({"data": data, "usage": usage})
+
+
+async def _read_texts(request: web.Request, name: str) -> list[str] | web.Response:
+    """What a pooling call is about, once the engine is through with it, or what is answered."""
+    behaviour, texts = request.app[BEHAVIOUR], (await _read(request)).get(name)
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return _refusal(f"{name} is a text or a list of texts", name)
+    if any(map(behaviour.refuses, texts)):
+        return _refusal("this is not to my taste", behaviour.refused_field)
+    async with _working(behaviour, len(texts)):
+        await asyncio.gather(*(_run_sequence(behaviour, text) for text in texts))
+    status = _choose_status(behaviour, {}, texts)
+    if status != 200:
+        return _json({"error": {"message": "broken", "code": status}}, status)
+    return texts
+
+
+async def _transcribe(request: web.Request) -> web.StreamResponse:
+    """Says how long the sound was."""
+    behaviour, form = request.app[BEHAVIOUR], await request.post()
+    sound = form.get("file")
+    if not isinstance(sound, web.FileField):
+        return _refusal("send a file", "file")
+    with sound.file as file:
+        data = file.read()
+    fields = {name: value for name, value in form.items() if isinstance(value, str)}
+    behaviour.calls.append({**fields, "file": data, "filename": sound.filename})
+    behaviour.headers.append(dict(request.headers))
+    async with _working(behaviour, 1):
+        await _run_sequence(behaviour, "")
+    if fields.get("stream") == "true":
+        return await _stream(request, {}, str(len(data)))
+    return _json({"text": f"{len(data)} bytes", "usage": {"type": "duration", "seconds": 1}})
+
+
+async def _tell_response(request: web.Request) -> web.Response:
+    behaviour, name = request.app[BEHAVIOUR], request.match_info["response_id"]
+    behaviour.asked_responses.append(f"{request.method} {request.path}")
+    if name not in behaviour.responses:
+        error = {"message": f"Response with id '{name}' not found.", "code": 404}
+        return _json({"error": error}, 404)
+    return _json({"id": name, "model": behaviour.model, "status": "completed"})
+
+
+async def _echo(request: web.Request) -> web.Response:
+    behaviour, call = request.app[BEHAVIOUR], await _read(request)
+    async with _working(behaviour, 1):
+        await _run_sequence(behaviour, "")
+    return _json({"path": request.path, "call": call, "usage": {"completion_tokens": 7}})
+
+
+async def _tell_tokenizer(_request: web.Request) -> web.Response:
+    return _json({"tokenizer_class": "Fake"})
 
 
 async def _tokenize(request: web.Request) -> web.Response:

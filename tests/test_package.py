@@ -120,14 +120,14 @@ def test_lab_lists_its_commands(commands: Path, tmp_path: Path) -> None:
 
 
 def test_launcher_explains_a_gpu_that_is_not_here(commands: Path, tmp_path: Path) -> None:
-    explain = ("explain", "--gpu", "H200", "--model", MODEL)
+    explain = ("explain", "--all", "--gpu", "H200", "--model", MODEL)
     said = run(commands / "vllm-launcher", *explain, folder=tmp_path)
     assert "H200 (140 GiB, sm_90)" in said
     assert "--max-num-seqs 384" in said
 
 
 def test_launcher_finds_the_demo_model(commands: Path, tmp_path: Path) -> None:
-    said = run(commands / "vllm-launcher", "explain", "--gpu", "H200", folder=tmp_path)
+    said = run(commands / "vllm-launcher", "explain", "--all", "--gpu", "H200", folder=tmp_path)
     assert f"model    {commands.parent}" in said
 
 

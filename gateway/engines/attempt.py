@@ -40,7 +40,7 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.observability.tracing import CallSpan
 from gateway.request_context import RequestContext
-from gateway.schemas.vllm import parse_engine_error
+from gateway.schemas.vllm import lacks_route, parse_engine_error
 
 
 @dataclass(slots=True)
@@ -182,7 +182,7 @@ class Attempt:
             engine.note_busy()
             return EngineBusy(parse_engine_error(answer.body)[0], retry_after_s=1)
         failure: EngineError | None = None
-        if answer.status >= 500:
+        if answer.status >= 500 and not lacks_route(answer.status, answer.body):
             message, _ = parse_engine_error(answer.body)
             failure = EngineError(f"the engine answered {answer.status}: {message}")
         elif self._call.parse is not None:

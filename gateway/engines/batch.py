@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -111,6 +111,7 @@ class _Batch:
         for place, answer in zip(places, completion.answers, strict=True):
             self.put_one(place, answer)
         self.count(completion.prompt_tokens, completion.completion_tokens)
+        self.cost.fingerprint = completion.fingerprint
 
     def put_one(self, place: int, answer: GeneratedText | GatewayError) -> None:
         self.answers[place] = answer
@@ -155,7 +156,7 @@ class BatchGenerator:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # one reason is enough for one caller
         answers = [answer for answer in batch.answers if answer is not None]
-        return Completion(answers, batch.cost.prompt_tokens, batch.cost.completion_tokens)
+        return replace(batch.cost, answers=answers)
 
     def _name_model(self, engine: Engine) -> str:
         """As its engine calls it: an adapter by its own name."""

@@ -56,6 +56,8 @@ class Engine:
         self.sequences: int | None = None  # that it runs at once, where that is known
         self.is_capacity_told = False  # not only learnt
         self.knows_stream_interval = True
+        self.fingerprint = ""  # that it puts on its answers
+        self.pools_at = ""  # the route by which it is warmed, where its model makes no text
         self.starts = 0  # times that it became ready
         self.down_since = time.monotonic()
         self.typical_start_s: float | None = None

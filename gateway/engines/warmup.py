@@ -1,5 +1,6 @@
 """Ready means warm: watches each engine and lets it serve only after it has answered a batch of the
-shape it will serve. An engine that went away is warmed again when it is back.
+shape it will serve: completions, or what its model makes of texts instead. An engine that went away
+is warmed again when it is back.
 """
 
 from __future__ import annotations
@@ -10,21 +11,31 @@ import itertools
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from common.questions import BadQuestions, read_questions
 from gateway.config import Settings, SettingsError
+from gateway.engines.attempt import EngineCall
 from gateway.engines.batch import BatchGenerator
 from gateway.engines.capacity import EngineCapacity
 from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import EnginePool
-from gateway.errors import EngineError, EngineTimeout, GatewayError, Unavailable
+from gateway.errors import (
+    EngineError,
+    EngineTimeout,
+    GatewayError,
+    InvalidRequest,
+    RouteNotServed,
+    Unavailable,
+)
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.prompts.builders import PromptBuilders
 from gateway.request_context import RequestContext
 from gateway.schemas.predict import default_sampling
+from gateway.schemas.warmup import WARMUP_ROUTES, build_warmup_call, parse_warmup_answer
 
 log = structlog.get_logger("gateway")
 _SHORTEST_PAUSE_S = 0.02
@@ -92,10 +103,11 @@ class Warmup:
         if not cards:
             raise EngineError("it serves no model", code="no_model")
         await self._pool.set_cards(engine, cards)
+        engine.pools_at = ""
         await self._capacity.ask(engine)
         started = time.perf_counter()
         async with asyncio.timeout(self._settings.warmup_timeout_s):
-            tokens = await self._run_batch(
+            tokens = await self._ask(
                 engine, self._settings.warmup_prompts, self._settings.max_tokens
             )
         took_s = time.perf_counter() - started
@@ -106,7 +118,8 @@ class Warmup:
             engine=engine.url,
             model=cards[0].name,
             n_prompts=self._settings.warmup_prompts,
-            completion_tokens=tokens,
+            tokens=tokens,
+            pools_at=engine.pools_at or None,
             duration_s=round(took_s, 3),
         )
         await self._pool.set_state(engine, EngineState.READY)
@@ -116,7 +129,7 @@ class Warmup:
         has_failed: bool | None = False
         try:
             async with asyncio.timeout(self._settings.probe_timeout_s):
-                await self._run_batch(engine, n_prompts=1, max_tokens=1)
+                await self._ask(engine, n_prompts=1, max_tokens=1)
         except (TimeoutError, EngineTimeout, Unavailable):
             has_failed = None
         except GatewayError as error:
@@ -124,8 +137,41 @@ class Warmup:
             log.warning("engine_failed_trial", engine=engine.url, reason=str(error))
         engine.note_trial(has_failed=has_failed)
 
-    async def _run_batch(self, engine: Engine, n_prompts: int, max_tokens: int) -> int:
+    async def _ask(self, engine: Engine, n_prompts: int, max_tokens: int) -> int:
+        """By what it serves; the tokens of that. An engine says nowhere what its model is for, but
+        it has no other routes.
+        """
         questions = list(itertools.islice(itertools.cycle(self._questions), n_prompts))
+        if not engine.pools_at:
+            try:
+                return await self._generate(engine, questions, max_tokens)
+            except RouteNotServed:
+                log.info("engine_makes_no_text", engine=engine.url)
+        return await self._pool_texts(engine, questions)
+
+    async def _pool_texts(self, engine: Engine, texts: list[str]) -> int:
+        texts = texts[: self._settings.max_prompts_per_call]
+        refusal: InvalidRequest | None = None
+        for path in (engine.pools_at,) if engine.pools_at else WARMUP_ROUTES:
+            try:
+                async with self._pool.attempt(_build_call(engine, path, texts)) as answer:
+                    engine.pools_at = path
+                    return int(answer.value)
+            except RouteNotServed:
+                continue
+            except InvalidRequest as error:
+                refusal = error
+        if refusal is not None:
+            # It answers, but takes no texts alone: pictures, say. Its callers know what it takes.
+            log.warning("warmup_refused", engine=engine.url, reason=refusal.message)
+            return 0
+        raise EngineError(
+            "it has none of the routes by which engines are warmed: /v1/completions, "
+            + ", ".join(WARMUP_ROUTES),
+            code="no_route",
+        )
+
+    async def _generate(self, engine: Engine, questions: list[str], max_tokens: int) -> int:
         builder = self._prompts.find(engine.card.name if engine.card else "")
         prompts = await builder.build(questions, None, engine.max_model_len)
         good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
@@ -135,17 +181,37 @@ class Warmup:
             # A model with a short context still warms up; asked for more than it has, it refuses.
             max_tokens = min(max_tokens, engine.max_model_len - 1)
         sampling = replace(default_sampling(self._settings), max_tokens=max_tokens)
-        name = f"warmup-{uuid.uuid4().hex[:12]}"
         completion = await self._generator.generate(
             good,
             builder.complete(sampling),
-            RequestContext(name, RequestRecord("warmup")),
+            _make_context(),
             engine=engine,
         )
         for answer in completion.answers:
             if isinstance(answer, GatewayError):
                 raise answer
+        engine.fingerprint = completion.fingerprint
         return completion.completion_tokens
+
+
+def _build_call(engine: Engine, path: str, texts: list[str]) -> EngineCall:
+    context = _make_context()
+    body, kind = build_warmup_call(path, engine.card.name if engine.card else "", texts)
+    context.carried = {"Content-Type": kind}
+    return EngineCall(
+        context,
+        "POST",
+        path,
+        tries_left=1,
+        body=body,
+        sequences=len(texts),
+        engine=engine,
+        parse=partial(parse_warmup_answer, path=path, n_texts=len(texts)),
+    )
+
+
+def _make_context() -> RequestContext:
+    return RequestContext(f"warmup-{uuid.uuid4().hex[:12]}", RequestRecord("warmup"))
 
 
 def read_warmup_questions(settings: Settings) -> list[str]:

@@ -9,6 +9,7 @@ from aiohttp import web
 from common.web.foreign_pages import PageGuard, build_middleware
 from gateway.admission.keys import KEYRING
 from gateway.config import PREFIX, SETTINGS, SettingsError
+from gateway.listening import listen
 from gateway.observability.metrics import METRICS, Metrics
 
 
@@ -41,7 +42,7 @@ async def run_metrics_port(app: web.Application) -> AsyncIterator[None]:
     await runner.setup()
     host, port = settings.metrics_host, settings.metrics_port
     try:
-        await web.TCPSite(runner, host, port).start()
+        await listen(runner, host, port)
     except OSError as error:
         await runner.cleanup()
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""/v1/* and the tokenizer routes: an engine's answers and streams, passed on as they come.
+"""/v1/* and what else an engine serves to callers: its answers and streams, passed on as they come.
 
 A list of paths, not a prefix: nothing administrative of the engine can be reached. A caller who
 hangs up cancels the engine's work.
@@ -7,6 +7,7 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 
 from aiohttp import web
@@ -20,10 +21,14 @@ from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.errors import DeadlinePassed, EngineError, GatewayError
+from gateway.forms import read_form
 from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
+    CHAT_BATCH,
+    POOLING,
+    NotWritable,
     OpenAIRequest,
     build_model_list,
     build_models,
@@ -32,21 +37,31 @@ from gateway.schemas.openai import (
     parse_openai_request,
     parse_usage,
 )
+from gateway.schemas.transcription import FORMS, parse_form
 from gateway.streaming import EventStream, Usage
 
 STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-GENERATING = (*STREAMING, "/v1/embeddings")
+_WRITING = (*STREAMING, CHAT_BATCH, *FORMS)
+_USING_TOKENS = frozenset((*_WRITING, *POOLING))
 # All that keeps an engine busy takes a place; cutting megabytes into tokens is work, too.
-ENTERING = (*GENERATING, "/tokenize", "/detokenize")
+ENTERING = (*_WRITING, *POOLING, "/tokenize", "/detokenize", "/v1/messages/count_tokens")
+_MODELS = "/v1/models"
 ROUTES = (
-    ("GET", "/v1/models"),
-    ("GET", "/v1/models/{model:.+}"),
+    ("GET", _MODELS),
+    ("GET", _MODELS + "/{model:.+}"),
+    ("GET", "/tokenizer_info"),
     *(("POST", path) for path in ENTERING),
 )
+GENERATING = ("/v1/embeddings", *STREAMING)
+# Few engines serve these: their figures begin with their first call, all others' at zero.
+SELDOM = frozenset(ENTERING) - {*GENERATING, "/tokenize", "/detokenize"}
+# Names by which callers know a route that the engine has by another.
+_ENGINES_NAMES = {"/v1/classify": "/classify"}
 # Lists of what passes, not of what does not: who the caller is, who goes first and how the
 # connection is kept are the gateway's business, and the engine needs nothing else.
 _SENT = ("Accept", "X-Session-Id", "anthropic-version", *TRACE_HEADERS)
-_PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After")
+# The last of them describes vectors that come as bytes.
+_PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After", "metadata")
 _RETRY_AFTER_S = "1"
 _BYTES_A_TOKEN = 4
 _SHORT_BYTES = 4096  # no model's context is too short for that
@@ -58,7 +73,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         return await _answer_models(request)
     context, caller, models = request[CONTEXT], request[CALLER], request.app[MODELS]
     context.deadline = parse_deadline(request.headers)
-    call = await _parse(request, await read_body(request))
+    call = await _read_call(request)
     if caller.models:
         caller.check_model(call.model)
     served = models.by_name.get(call.model)
@@ -72,7 +87,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         await request.app[MEDIA_HOSTS].ensure_allowed(call.media_hosts)
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
     ticket = build_ticket(request.headers, caller, call.sequences, lane, context.deadline)
-    if ticket.tokens_per_minute and request.path in GENERATING:
+    if ticket.tokens_per_minute and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
     async with served.queue.enter(ticket):
@@ -80,15 +95,23 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         return await _pass_on(request, call)
 
 
+async def _read_call(request: web.Request) -> OpenAIRequest:
+    if request.path in FORMS:
+        return parse_form(await read_form(request), request.app[SETTINGS])
+    return await _parse(request, await read_body(request))
+
+
 async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
     settings = request.app[SETTINGS]
-    if len(body) <= _SHORT_BYTES:
-        return parse_openai_request(request.path, body, settings)
     models = request.app[MODELS]
-    length = await models.find_shortest_context(request[CONTEXT].deadline)
-    most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
+    length, most = None, _SHORT_BYTES
+    if len(body) > _SHORT_BYTES:
+        length = await models.find_shortest_context(request[CONTEXT].deadline)
+        most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
-        return parse_openai_request(request.path, body, settings)
+        # What is nested too deep to be written again is copied where it lies, as what is large.
+        with contextlib.suppress(NotWritable):
+            return parse_openai_request(request.path, body, settings)
     return await parse_large_openai_request(
         request.path, body, settings, lambda model: models.find_context(model) or length
     )
@@ -120,6 +143,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
                 request,
                 hides_usage=call.hides_usage,
                 hides_chunk_usage=call.hides_chunk_usage,
+                fingerprint=engine_call.asked.fingerprint if engine_call.asked else "",
             )
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
@@ -139,29 +163,43 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         if end is None:
             raise
         return await stream.end(end)
-    await _count(request, call, stream.usage)
+    usage = stream.usage
+    if usage is None and request.path in FORMS:
+        usage = 0, stream.told_tokens
+    await _count(request, call, usage)
     return await stream.end()
 
 
 def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:
     context, settings = request[CONTEXT], request.app[SETTINGS]
     context.carry(request.headers, _SENT)
+    if call.content_type:
+        context.carried = {**context.carried, "Content-Type": call.content_type}
     affinity = call.affinity
     if settings.routing == "session":
         affinity = request.headers.get("X-Session-Id") or affinity
     return EngineCall(
         context,
         request.method,
-        # One model is picked from the list here: vLLM has no route for it.
-        "/v1/models" if request.method == "GET" else request.rel_url.raw_path_qs,
+        _name_path(request),
         settings.max_attempts,
         body=call.body or None,
         sequences=call.sequences,
         is_repeatable=call.is_greedy,
         affinity=affinity,
-        parse=partial(_read_models, request) if request.method == "GET" else None,
+        parse=partial(_read_models, request) if _asks_for_models(request) else None,
         is_relayed=True,
     )
+
+
+def _name_path(request: web.Request) -> str:
+    if _asks_for_models(request):
+        return _MODELS  # one is picked from the list here: vLLM has no route for it
+    return _ENGINES_NAMES.get(request.path) or request.rel_url.raw_path_qs
+
+
+def _asks_for_models(request: web.Request) -> bool:
+    return request.method == "GET" and request.path.startswith(_MODELS)
 
 
 async def _answer_whole(
@@ -169,15 +207,27 @@ async def _answer_whole(
 ) -> web.Response:
     headers, body = _pick_headers(answer), answer.body or b""
     if answer.status == 200:
-        if request.method == "GET":
+        if _asks_for_models(request):
             body = answer.value
-        await _count(request, call, parse_usage(body))
+        await _count(request, call, _read_usage(request, call, answer))
     elif answer.status >= 400:
-        body = name_engine_error(answer.status, body)
+        body = name_engine_error(answer.status, body, request.path)
         headers["Content-Type"] = "application/json"
         if answer.status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
     return web.Response(status=answer.status, headers=headers, body=body)
+
+
+def _read_usage(request: web.Request, call: OpenAIRequest, answer: EngineAnswer) -> Usage | None:
+    body = answer.body or b""
+    if request.path in FORMS:  # the engine counts seconds of sound, if anything
+        return 0, len(body) // _BYTES_A_TOKEN
+    told = parse_usage(body)
+    if told is None and request.path in POOLING:
+        # Vectors as bytes: a header may tell, or nothing does.
+        told = parse_usage(answer.headers.get("metadata", "").encode("utf-8", "surrogateescape"))
+        return told or (_guess_prompt(request, call), 0)
+    return told
 
 
 def _read_models(request: web.Request, status: int, body: bytes) -> bytes:
@@ -193,10 +243,10 @@ async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream
     """For what was left in the middle the engine tells no figures, or only the first; for the
     prompt it is a token for four bytes then. Else hanging up would be free.
     """
-    if request.path not in GENERATING or not request[CONTEXT].is_running:
+    if request.path not in _USING_TOKENS or not request[CONTEXT].is_running:
         return
     told = stream.usage[0] if stream and stream.usage else 0
-    taken = told if told and call.sequences == 1 else call.size // _BYTES_A_TOKEN
+    taken = told if told and call.sequences == 1 else _guess_prompt(request, call)
     given = stream.told_tokens if stream else 0
     spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences)
     await request.app[ACCOUNTS].charge_left(request[CALLER], spent, _bound_answer(request, call))
@@ -214,7 +264,7 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
 
 def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
     """The most new tokens of a sequence, by the caller's word and by the model's context."""
-    if request.path not in STREAMING:
+    if request.path not in _WRITING:
         return 0
     settings, card = request.app[SETTINGS], request[SERVED_MODEL].pool.read_card()
     context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens
@@ -226,4 +276,9 @@ def _expect_tokens(request: web.Request, call: OpenAIRequest) -> int:
     each = _bound_answer(request, call)
     if call.most_new_tokens is None:
         each = min(each, request.app[ACCOUNTS].expect_answer(request[CALLER]))
-    return call.size // _BYTES_A_TOKEN + each * call.sequences
+    return _guess_prompt(request, call) + each * call.sequences
+
+
+def _guess_prompt(request: web.Request, call: OpenAIRequest) -> int:
+    """Its tokens, by its size; a sound is no text."""
+    return 0 if request.path in FORMS else call.size // _BYTES_A_TOKEN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ from gateway.errors import InvalidRequest
 
 MAX_STOPS = 4  # vLLM's own limit
 MAX_STOP_CHARACTERS = 256
+_WHOLE_NUMBER = re.compile(r"\s*([+-]?[0-9]{1,12})(?:\.0*)?\s*")
+_FLAGS: Mapping[Any, bool] = {
+    **dict.fromkeys((1, "1", "on", "t", "true", "y", "yes"), True),
+    **dict.fromkeys((0, "0", "off", "f", "false", "n", "no"), False),
+}
 
 
 def parse_json(body: bytes, takes_surrogates: bool = False) -> Any:
@@ -41,6 +47,24 @@ def _parse_leniently(body: bytes, error: Exception) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def read_whole_number(value: str | float, name: str) -> int:
+    """As the engine reads it: 5.0 and "5" are 5."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    found = _WHOLE_NUMBER.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise wrong_type(name, "a whole number")
+    return int(found[1])
+
+
+def read_flag(value: Any, name: str) -> bool:
+    """As the engine reads it: 1 and "yes" are true."""
+    known = value.lower() if isinstance(value, str) else value
+    if not isinstance(known, str | int | float) or known not in _FLAGS:
+        raise wrong_type(name, "true or false")
+    return _FLAGS[known]
 
 
 def is_text(value: str) -> bool:
@@ -94,7 +118,9 @@ def read_number(
     return float(value)
 
 
-def read_stops(value: Any, default: tuple[str, ...]) -> tuple[str, ...]:
+def read_stops(
+    value: Any, default: tuple[str, ...], longest: int = MAX_STOP_CHARACTERS
+) -> tuple[str, ...]:
     if value is None:
         return default
     stops = [value] if isinstance(value, str) else value
@@ -103,9 +129,9 @@ def read_stops(value: Any, default: tuple[str, ...]) -> tuple[str, ...]:
     few = stops[: MAX_STOPS + 1]
     if not all(isinstance(stop, str) and is_text(stop) for stop in few):
         raise wrong_type("stop", "a string or a list of strings")
-    if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+    if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= longest for stop in stops):
         raise InvalidRequest(
-            f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters",
+            f"stop takes at most {MAX_STOPS} texts of 1 to {longest} characters",
             param="stop",
         )
     return tuple(stops)

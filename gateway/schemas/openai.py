@@ -14,14 +14,20 @@ import orjson
 
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
-from gateway.schemas.fields import parse_json_object, read_stops, wrong_type
+from gateway.schemas.fields import (
+    parse_json_object,
+    read_flag,
+    read_stops,
+    read_whole_number,
+    wrong_type,
+)
 from gateway.schemas.grammars import CONSTRAINING, Constraint, read_constraints
 from gateway.schemas.large_json import LargeObject, scan_object
 from gateway.schemas.media import read_media_hosts
 from gateway.schemas.sampling import TOKEN_LISTS, check_sampling
-from gateway.schemas.vllm import garbled_models, parse_engine_error
+from gateway.schemas.vllm import garbled_models, lacks_route, no_route, parse_engine_error
 
-_USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_USAGE = re.compile(rb'"(?:usage|billed_units)":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _CHUNK_USAGE = re.compile(rb',"usage":\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
 _EVENT_STARTS = (b"event:", b"data:")
 _RESPONSE_END = re.compile(rb'"type":\s*"response\.(?:completed|incomplete|failed)"')
@@ -37,11 +43,58 @@ _STREAM_ENDS: Mapping[str, tuple[bytes, ...]] = {
     ),
     "/v1/messages": (b"event: message_stop\n", b"event: error\n"),
 }
+_ANTHROPIC = frozenset(("/v1/messages", "/v1/messages/count_tokens"))
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _NO_CHOICES = b'"choices":[]'
+CHOICE_END = b'"finish_reason":"'
+_FINGERPRINT = b'"system_fingerprint":"'
 _SCHEMA_FIELDS = ("response_format", "structured_outputs", "tools", "guided_json", "text")
 _LARGEST_TOKEN_LIST_BYTES = 2**19
+CHAT_BATCH = "/v1/chat/completions/batch"
+# Numbers that are bounded here. The engine reads 500.0 and "500" as one, too, so they become one
+# before they are judged, and what was judged is what the engine gets.
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+_LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+_COPIES = ("n", "best_of")
+_WHOLE_NUMBERS = frozenset((*_LENGTHS, "top_logprobs", "prompt_logprobs"))
+# Where the number of copies means something.
+_COPYING = frozenset(("/v1/completions", "/v1/chat/completions", CHAT_BATCH))
+# Where each route for vectors, classes and scores finds its texts, beside `input` and `prompt`.
+_PAIRS = ("text_1", "text_2", "queries", "documents", "items", "data_1", "data_2")
+_TEXT_LISTS: Mapping[str, tuple[str, ...]] = {
+    "/v1/embeddings": ("messages",),
+    "/v2/embed": ("texts", "images", "inputs"),
+    **dict.fromkeys(("/pooling", "/classify", "/v1/classify"), ("messages",)),
+    **dict.fromkeys(("/score", "/v1/score"), _PAIRS),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), ("documents",)),
+}
+POOLING = tuple(_TEXT_LISTS)
+_MANY: Mapping[str, tuple[str, ...]] = {**_TEXT_LISTS, CHAT_BATCH: ("messages",)}
+_NUMBERS_OF = {path: _WHOLE_NUMBERS.union(_COPIES) for path in _COPYING}
+_NUMBERS_OF["/v1/completions"] |= {"logprobs"}  # in a chat it is a flag
+_MAX_STOP_CHARACTERS = (
+    16_384  # vLLM has no bound; what it looks through for each token is this long
+)
 _WITH_MEDIA = frozenset(("messages", "input"))
 _NOT_TOKENIZED = frozenset(("logit_bias", "allowed_token_ids", "prompt_embeds"))
+
+
+class NotWritable(InvalidRequest):
+    """Read, but what has been read cannot be written again."""
+
+    code = "invalid_json"
 
 
 @dataclass(slots=True)  # not frozen: that doubles the cost of making one, once a request
@@ -53,10 +106,11 @@ class OpenAIRequest:
     sequences: int = 1
     most_new_tokens: int | None = None  # of each, where the caller says
     is_stream: bool = False
-    is_greedy: bool = False
+    is_greedy: bool = False  # the same answer would come again
     hides_usage: bool = False  # nobody but the gateway has asked for it
     hides_chunk_usage: bool = False
     affinity: str = ""
+    content_type: str = ""  # where it is no JSON
     media_hosts: frozenset[str] = frozenset()
     constraints: tuple[Constraint, ...] = ()
     size: int = field(init=False)
@@ -113,9 +167,7 @@ def _read_openai_request(
         return _parse_openai_request(path, body, data, dump, settings)
     except orjson.JSONEncodeError as error:
         # Read but not writable again: nested too deep, or half a surrogate pair.
-        raise InvalidRequest(
-            f"the body cannot be passed on: {error}", code="invalid_json"
-        ) from None
+        raise NotWritable(f"the body cannot be passed on: {error}") from None
 
 
 def _parse_openai_request(
@@ -134,11 +186,15 @@ def _parse_openai_request(
         changed = True
     if data.pop("priority", None) is not None:
         changed = True  # who goes first is the queue's business
-    sequences = _bound_sequences(data, settings)
+    if _name_plainly(path, data):
+        changed = True
+    if path == "/v1/responses" and data.get("background"):
+        _refuse_background(data)
+    sequences = _bound_sequences(path, data, settings)
     _bound_sizes(data, settings)
     most_new_tokens = _bound_lengths(data, settings)
     check_sampling(data)
-    is_stream = _is_set(data, "stream", "stream")
+    is_stream = bool(data.get("stream"))
     hides_usage = hides_chunk_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
         hides_usage, hides_chunk_usage = _ask_for_usage(data)
@@ -149,7 +205,7 @@ def _parse_openai_request(
         sequences=sequences,
         most_new_tokens=most_new_tokens,
         is_stream=is_stream,
-        is_greedy=data.get("temperature") == 0,
+        is_greedy=path in _TEXT_LISTS or data.get("temperature") == 0,
         hides_usage=hides_usage,
         hides_chunk_usage=hides_chunk_usage,
         affinity=_affinity(data, settings),
@@ -158,24 +214,47 @@ def _parse_openai_request(
     )
 
 
-def _is_set(data: Mapping[str, Any], name: str, param: str) -> bool:
-    """The engine reads "yes" and 1 as true: streams whose tokens nobody would count."""
-    value = data.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise wrong_type(param, "true or false")
-    return bool(value)
+def _name_plainly(path: str, data: dict[str, Any]) -> bool:
+    """Numbers and flags as what they are to the engine; whether any was something else."""
+    changed = False
+    for name in _NUMBERS_OF.get(path, _WHOLE_NUMBERS) & data.keys():
+        value = data[name]
+        if isinstance(value, str | float):
+            data[name] = read_whole_number(value, name)
+            changed = True
+    stream = data.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        data["stream"] = read_flag(stream, "stream")
+        changed = True
+    return changed
 
 
-def _bound_sequences(data: Mapping[str, Any], settings: Settings) -> int:
+def _refuse_background(data: Mapping[str, Any]) -> None:
+    """It would run on after its answer, past the queue and past the limits of its key."""
+    if read_flag(data["background"], "background"):
+        raise InvalidRequest(
+            "background responses are not served here; ask without `background`, as a stream if "
+            "the answer takes long",
+            param="background",
+            code="background_not_served",
+        )
+
+
+def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> int:
     # Which of the two a route reads is the engine's affair; the other is no way around the bound.
-    prompts = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input")))
+    prompts, param = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input"))), ""
+    for name in _MANY.get(path, ()):
+        if name in data and (count := _count_texts(name, data[name])) > prompts:
+            prompts, param = count, name
     if prompts > settings.max_prompts_per_call:
         raise InvalidRequest(
             f"{prompts} prompts in one call; at most {settings.max_prompts_per_call} are taken",
-            param="prompt",
+            param=param or "prompt",
             code="too_many_prompts",
         )
-    copies = max(_count(data, "n", settings.max_n), _count(data, "best_of", settings.max_n))
+    copies = 1
+    if path in _COPYING:
+        copies = max(_count(data, name, settings.max_n) for name in _COPIES)
     sequences = max(1, prompts) * copies
     if sequences > settings.max_prompts_per_call:
         raise InvalidRequest(
@@ -193,12 +272,17 @@ def _count_prompts(prompt: Any) -> int:
     return len(prompt) if is_many else 1
 
 
+def _count_texts(name: str, value: Any) -> int:
+    if name == "messages":  # one conversation is a list, too
+        return _count_prompts(value)
+    return len(value) if isinstance(value, list) else 1
+
+
 def _count(data: Mapping[str, Any], name: str, most: int) -> int:
     value = data.get(name)
     if value is None:
         return 1
     if not isinstance(value, int) or isinstance(value, bool):
-        # The engine would read "500" or 500.0 as a number, past the bound.
         raise wrong_type(name, "a whole number")
     if value > most:
         raise InvalidRequest(f"{name} must be at most {most}", param=name)
@@ -206,16 +290,15 @@ def _count(data: Mapping[str, Any], name: str, most: int) -> int:
 
 
 def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
-    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+    most = settings.max_logprobs
+    for name in _LOGPROBS:
         value = data.get(name)
-        if isinstance(value, str | float):
-            raise wrong_type(name, "a whole number")
         # The engine takes -1 for the whole vocabulary.
-        if isinstance(value, int) and not 0 <= value <= settings.max_logprobs:
-            raise InvalidRequest(f"{name} must be 0 to {settings.max_logprobs}", param=name)
+        if most >= 0 and isinstance(value, int) and not 0 <= value <= most:
+            raise InvalidRequest(f"{name} must be 0 to {most}", param=name)
     stop = data.get("stop")
     if isinstance(stop, str | list):
-        read_stops(stop, ()) if stop else None
+        read_stops(stop, (), _MAX_STOP_CHARACTERS) if stop else None
     for name in _SCHEMA_FIELDS:
         if name in data and len(orjson.dumps(data[name])) > settings.max_schema_bytes:
             raise InvalidRequest(
@@ -226,10 +309,8 @@ def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
 def _bound_lengths(data: Mapping[str, Any], settings: Settings) -> int | None:
     """The longest that is asked for. What is no number is the engine's to refuse."""
     asked = []
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
+    for name in _LENGTHS:
         value = data.get(name)
-        if isinstance(value, str | float):
-            raise wrong_type(name, "a whole number")
         if isinstance(value, int) and value > settings.max_new_tokens:
             raise InvalidRequest(f"{name} must be at most {settings.max_new_tokens}", param=name)
         if isinstance(value, int):
@@ -246,14 +327,21 @@ def _ask_for_usage(data: dict[str, Any]) -> tuple[bool, bool]:
     if options is not None and not isinstance(options, dict):
         return False, False
     options = options or {}
-    is_asked = _is_set(options, "include_usage", "stream_options.include_usage")
-    name = "continuous_usage_stats"
-    in_chunks = _is_set(options, name, f"stream_options.{name}") and is_asked
+    is_asked = _is_set(options, "include_usage")
+    # Without the first the second is nothing to the engine.
+    in_chunks = is_asked and _is_set(options, "continuous_usage_stats")
     adds_chunks = data.get("stream_interval") is not None and not in_chunks
     if not is_asked or adds_chunks:
-        more = {name: True} if adds_chunks else {}
-        data["stream_options"] = {**options, "include_usage": True, **more}
+        more = {"include_usage": True}
+        if adds_chunks or "continuous_usage_stats" in options:
+            more["continuous_usage_stats"] = adds_chunks
+        data["stream_options"] = {**options, **more}
     return not is_asked, adds_chunks
+
+
+def _is_set(options: Mapping[str, Any], name: str) -> bool:
+    value = options.get(name)
+    return value is not None and read_flag(value, f"stream_options.{name}")
 
 
 def _affinity(data: Mapping[str, Any], settings: Settings) -> str:
@@ -326,13 +414,26 @@ def drop_chunk_usage(events: bytes) -> bytes:
     return b"\n\n".join(kept)
 
 
+def stamp_last_chunks(events: bytes, fingerprint: str) -> bytes:
+    """The events with the engine's fingerprint on those that end a choice: there it stands, unless
+    an event with the usage comes after them, as it does for the gateway alone.
+    """
+    stamp = b',"system_fingerprint":' + orjson.dumps(fingerprint) + b"}"
+    stamped = [
+        event[:-1] + stamp
+        if CHOICE_END in event and _FINGERPRINT not in event and event.endswith(b"}")
+        else event
+        for event in events.split(b"\n\n")
+    ]
+    return b"\n\n".join(stamped)
+
+
 def build_stream_error(error: GatewayError, path: str, number: int) -> bytes:
     """The event that ends a stream whose engine failed, in the dialect of the route; where events
     are numbered, this one comes after all others.
     """
     if path == "/v1/messages":
-        data = orjson.dumps({"type": "error", "error": describe_error(error)})
-        return b"event: error\ndata: " + data + b"\n\n"
+        return b"event: error\ndata: " + build_error(error, path) + b"\n\n"
     if path == "/v1/responses":
         data = orjson.dumps({**describe_error(error), "type": "error", "sequence_number": number})
         return b"event: error\ndata: " + data + b"\n\n"
@@ -373,18 +474,23 @@ def _dump_card(cards: Mapping[str, Mapping[str, Any]], wanted: str) -> bytes:
     return orjson.dumps(cards[wanted])
 
 
-def describe_error(error: GatewayError) -> dict[str, Any]:
+def describe_error(error: GatewayError, path: str = "") -> dict[str, Any]:
+    kind = error.kind
+    if path in _ANTHROPIC:
+        kind = _ANTHROPIC_KINDS.get(error.status, "api_error")
     return {
         "message": error.message,
-        "type": error.kind,
+        "type": kind,
         "code": error.error_code,
         "param": error.param,
         "source": error.source,
     }
 
 
-def build_error(error: GatewayError) -> bytes:
-    return orjson.dumps({"error": describe_error(error)})
+def build_error(error: GatewayError, path: str = "") -> bytes:
+    """In the dialect of the route."""
+    envelope: dict[str, Any] = {"error": describe_error(error, path)}
+    return orjson.dumps({"type": "error", **envelope} if path in _ANTHROPIC else envelope)
 
 
 def name_stream_errors(events: bytes) -> tuple[bytes, bool]:
@@ -406,8 +512,10 @@ def name_stream_errors(events: bytes) -> tuple[bytes, bool]:
     return b"\n".join(lines), is_fault
 
 
-def name_engine_error(status: int, body: bytes) -> bytes:
+def name_engine_error(status: int, body: bytes, path: str) -> bytes:
     """An engine's refusal as it is, with who refused; what is no error object becomes one."""
+    if status == 404 and lacks_route(status, body):
+        return build_error(no_route(path, status, body), path)
     try:
         data = orjson.loads(body)
         error = data["error"]
@@ -416,4 +524,4 @@ def name_engine_error(status: int, body: bytes) -> bytes:
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         message, param = parse_engine_error(body)
         text = f"the engine answered {status}: {message}".rstrip(": ")
-        return build_error(EngineError(text, param=param))
+        return build_error(EngineError(text, param=param), path)

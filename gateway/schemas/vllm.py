@@ -12,7 +12,13 @@ from typing import Any, TypeAlias
 import orjson
 
 from common.prometheus_text import parse_samples
-from gateway.errors import EngineAborted, EngineError, GatewayError, InvalidRequest
+from gateway.errors import (
+    EngineAborted,
+    EngineError,
+    GatewayError,
+    InvalidRequest,
+    RouteNotServed,
+)
 
 # Ids in four bytes each: as a list of numbers they take ten times as much while they wait.
 Prompt: TypeAlias = "str | array[int]"
@@ -30,6 +36,8 @@ _LOAD_METRICS = {
     "vllm:time_to_first_token_seconds_sum": "first_token_sum_s",
     "vllm:time_to_first_token_seconds_count": "first_token_count",
 }
+# What FastAPI says where no route matches; of a model that is not there vLLM says more.
+_NO_ROUTE = "Not Found"
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)
 _LOAD_LINE = re.compile(rf"^(?:{'|'.join(_LOAD_METRICS)})[{{ ].*$", re.MULTILINE)
 
@@ -63,6 +71,7 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     shared: int = 0  # prompts that were answered by another's answer
+    fingerprint: str = ""  # of the engine and its settings, as it tells them
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +181,33 @@ class CompletionStream:
 
 
 def parse_completion_answer(status: int, body: bytes, *, n_prompts: int) -> Completion:
-    """`InvalidRequest` for a refusal of what was asked; any other refusal is the engine's failure:
-    a model that is gone, a key that it wants.
-    """
     if status == 200:
         return parse_completion(body, n_prompts)
+    raise explain_refusal("/v1/completions", status, body)
+
+
+def explain_refusal(path: str, status: int, body: bytes) -> GatewayError:
+    """`InvalidRequest` for a refusal of what was asked, `RouteNotServed` where there is nobody to
+    ask; any other refusal is the engine's failure: a model that is gone, a key that it wants.
+    """
+    if lacks_route(status, body):
+        return no_route(path, status, body)
     message, param = parse_engine_error(body)
     if status in {400, 422}:
-        raise InvalidRequest(message, param=param, code="engine_refused")
-    raise EngineError(f"the engine answered {status}: {message}")
+        return InvalidRequest(message, param=param, code="engine_refused")
+    return EngineError(f"the engine answered {status}: {message}")
+
+
+def lacks_route(status: int, body: bytes) -> bool:
+    """Whether the engine has no such route: none at all, or one that its model is not for."""
+    return status == 501 or (status == 404 and parse_engine_error(body)[0] == _NO_ROUTE)
+
+
+def no_route(path: str, status: int, body: bytes) -> RouteNotServed:
+    message, _ = parse_engine_error(body)
+    return RouteNotServed(
+        f"the engine answered {status}: {message}; the model that it serves is not for {path}"
+    )
 
 
 def parse_completion(body: bytes, n_prompts: int) -> Completion:
@@ -204,7 +231,8 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
         raise EngineError(
             f"the engine answered {len(present)} of {n_prompts} prompts", code="engine_garbled"
         )
-    return Completion(present, prompt_tokens, completion_tokens)
+    fingerprint = str(data.get("system_fingerprint") or "")
+    return Completion(present, prompt_tokens, completion_tokens, fingerprint=fingerprint)
 
 
 def _read_choice(choice: Mapping[str, Any]) -> GeneratedText | EngineError:
@@ -244,6 +272,15 @@ def parse_models(body: bytes) -> list[ModelCard]:
         ]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise garbled_models() from error
+
+
+def parse_version(status: int, body: bytes) -> str | None:
+    """As `GET /version` tells it; an engine may have no such route."""
+    try:
+        version = orjson.loads(body)["version"] if status == 200 else None
+    except (orjson.JSONDecodeError, *_UNREADABLE):
+        return None
+    return str(version) if version is not None else None
 
 
 def parse_engine_load(metrics: bytes) -> EngineLoad | None:

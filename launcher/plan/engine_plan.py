@@ -19,6 +19,7 @@ from common.settings import suggest
 from launcher.models.families import find_parser_rules
 from launcher.models.model import Model
 from launcher.plan.budget import RULES, Budget, Sizing, Workload, compute_budget
+from launcher.plan.checks import check_sizing
 from launcher.plan.flags import Flags, find_change
 from launcher.plan.hardware import Device, read_cpu
 
@@ -127,7 +128,9 @@ def build_plan(
         kind = environment if option.name.isupper() else options
         kind[option.name] = replace(option, omit=option.omit or option.value == "")
     workload = Workload(**data["workload"], batch=data["warmup_prompts"])
+    check_sizing(Sizing(device, model, workload, _plain(options)))
     options, budget = _fit(options, device, model, workload)
+    check_sizing(Sizing(device, model, workload, _plain(options)))  # rules have chosen, too
     environment, _ = _fit(environment, device, model, workload)
     kept = tuple(option for option in options.values() if not option.omit)
     for option in kept:

@@ -60,9 +60,9 @@ class Flags:
             self._check_field(head, tail, origin)
 
     def check_value(self, name: str, value: Any, *, origin: str) -> None:
-        """For flags whose values are names that the parser itself does not look at."""
+        """For flags whose values are a few names."""
         known = self.choices.get(name)
-        if known and value not in known:
+        if known and str(value) not in known:
             near = suggest(str(value), known) or f" (it knows {', '.join(known)})"
             raise SettingsError(f"{origin} {name}: vLLM {self.version} has no {value!r}{near}")
 

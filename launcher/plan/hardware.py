@@ -8,9 +8,10 @@ import os
 import re
 import subprocess
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import SettingsError
 from common.settings import suggest
@@ -19,6 +20,13 @@ GIB = 2**30
 _GPUS = Path(__file__).parent / "gpus.toml"
 _QUERY_S = 20.0  # it takes seconds where a GPU is ill
 _END_S = 1.0
+_ANY_CARD = re.compile(r"(\d+(?:\.\d+)?)\s*GiB[\s,]+sm_?(\d{2,3})[a-z]?", re.IGNORECASE)
+# What nvidia-smi puts around a name and tells no cards apart.
+_ADORNMENT = re.compile(
+    r"nvidia|geforce|tesla|sxm\d?|pcie|hbm\de?|blackwell|workstation|server|edition"
+)
+_SIZE = re.compile(r"(\d+)gi?b")
+_NEAR = 0.1
 _QUERY = "name,memory.total,memory.used,compute_cap,driver_version"
 
 
@@ -57,23 +65,56 @@ def find_device(wanted: str, *, engine_build: str, gpus: Sequence[str] = ()) -> 
 
 
 def parse_device(text: str) -> Device:
-    """`H200`, `4x RTX 4090` or `cpu`."""
+    """`H200`, `4x RTX 4090`, a name as nvidia-smi prints it, `24GiB sm_89` or `cpu`."""
     match = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(.+?)\s*", text, re.IGNORECASE)
     count, name = (int(match[1] or 1), match[2]) if match else (1, text)
+    if count < 1:
+        raise SettingsError(f"LAUNCHER_GPU: {text!r} is no GPU at all; name one or more")
     if name.lower() == "cpu":
         return read_cpu()
-    known = {_normalize_name(row["name"]): row for row in list_gpus()}
-    row = known.get(_normalize_name(name))
+    if card := _ANY_CARD.fullmatch(name):
+        capability = f"{card[2][:-1]}.{card[2][-1]}"
+        size = float(card[1])
+        title = f"GPU of {size:g} GiB"
+        return Device(title, generation_of(capability), int(size * GIB), count)
+    row = next((row for row in list_gpus() if _is_called(row, name)), None)
     if row is None:
         names = ", ".join(row["name"] for row in list_gpus())
-        near = suggest(name.upper(), [row["name"] for row in list_gpus()])
-        raise SettingsError(f"LAUNCHER_GPU: no GPU {name!r} is known{near} (known: {names})")
+        words = " ".join(word for word in _split_name(name) if not _ADORNMENT.fullmatch(word))
+        near = suggest(words.upper(), [row["name"] for row in list_gpus()])
+        raise SettingsError(
+            f"LAUNCHER_GPU: no GPU {name!r} is known{near} (known: {names}; any other by "
+            "its memory and compute capability, as `24GiB sm_89`)"
+        )
     return Device(row["name"], row["generation"], int(row["memory_gib"] * GIB), count)
 
 
-def list_gpus() -> list[dict[str, str]]:
-    rows: list[dict[str, str]] = tomllib.loads(_GPUS.read_text())["gpu"]
+def list_gpus() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = tomllib.loads(_GPUS.read_text())["gpu"]
     return rows
+
+
+def _is_called(row: Mapping[str, Any], name: str) -> bool:
+    """Whether nvidia-smi may print that GPU's name so: with its maker, its bus, its memory. A word
+    that is none of these makes it another one: an `RTX 4090 Laptop GPU` has 16 GiB.
+    """
+    own = _split_name(row["name"])
+    if "".join(own) == "".join(_split_name(name)):
+        return True
+    words = _split_name(name)
+    if not set(own) <= set(words):
+        return False
+    for word in set(words) - set(own):
+        size = _SIZE.fullmatch(word)
+        if size and abs(int(size[1]) - row["memory_gib"]) > _NEAR * row["memory_gib"]:
+            return False
+        if not size and not _ADORNMENT.fullmatch(word):
+            return False
+    return True
+
+
+def _split_name(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
 
 
 def read_cpu() -> Device:
@@ -132,10 +173,6 @@ def generation_of(capability: str) -> str:
     if major == "8":
         return "sm_89" if minor == "9" else "sm_80"
     return {"9": "sm_90", "10": "sm_100", "11": "sm_100", "12": "sm_120"}.get(major, "sm_80")
-
-
-def _normalize_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def count_cores() -> int:

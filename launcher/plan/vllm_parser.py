@@ -37,7 +37,7 @@ def main() -> int:
         parser = build_parser()
         flags = list_flags(parser)
         fields = list_fields(flags)
-        choices = list_choices()
+        choices = list_choices(parser)
     if sys.argv[1] == "list":
         print(json.dumps({"flags": flags, "fields": fields, "choices": choices}))  # noqa: T201
     else:
@@ -94,11 +94,19 @@ def list_fields(flags: dict[str, str]) -> dict[str, list[str]]:
     return fields
 
 
-def list_choices() -> dict[str, list[str]]:
-    """Names that argparse takes as any text, and the server refuses seconds later."""
+def list_choices(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """What the parser itself takes of flags with a few values; and names that it takes as any
+    text, and the server refuses seconds later.
+    """
+    actions: dict[str, argparse.Action] = parser._option_string_actions  # noqa: SLF001
+    few = {
+        name[2:]: sorted(map(str, action.choices))
+        for name, action in actions.items()
+        if name.startswith("--") and action.choices and action.nargs is None
+    }
     tools = importlib.import_module("vllm.tool_parsers").ToolParserManager
     reasoning = importlib.import_module("vllm.reasoning").ReasoningParserManager
-    return {
+    return few | {
         "tool-call-parser": sorted(tools.list_registered()),
         "reasoning-parser": sorted(reasoning.list_registered()),
     }

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from common.completion import SHELLS, build_flag_parser, build_parser, complete
+from common.command_line.completion import SHELLS, build_flag_parser, build_parser, complete
 from common.errors import SettingsError
 from common.settings import ProgramSettings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,15 +55,22 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
-    port, engine_port, status_port = find_free_ports(3)
-    folder = tmp_path_factory.mktemp("stack")
-    command = [sys.executable, "-m", "launcher", "up", "--port", str(port)]
-    command += ["--engine-port", str(engine_port), "--status-port", str(status_port)]
-    command += ["--otlp-endpoint", collector.url, "--engine-log", "requests"]
-    environment = os.environ | {
-        "XDG_STATE_HOME": str(folder),
+    environment = {
         "GATEWAY_GRADE_RECORD": str(ROOT / "docs" / "results" / "grade-demo.json"),
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     }
+    flags = ["--otlp-endpoint", collector.url, "--engine-log", "requests"]
+    with start_stack(tmp_path_factory.mktemp("stack"), *flags, **environment) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def start_stack(folder: Path, *flags: str, **variables: str) -> Iterator[Stack]:
+    """`launcher up` with these flags, until the end of the block."""
+    port, engine_port, status_port = find_free_ports(3)
+    command = [sys.executable, "-m", "launcher", "up", "--port", str(port)]
+    command += ["--engine-port", str(engine_port), "--status-port", str(status_port), *flags]
+    environment = os.environ | {"XDG_STATE_HOME": str(folder), **variables}
     log_path = folder / "up.log"
     started = time.monotonic()
     with log_path.open("wb") as log:

@@ -1,13 +1,12 @@
 """The same request to the engine and through the gateway: the same status and the same body.
 
 Ids and times aside, and without what the gateway itself bounds (tests/gateway/test_streaming.py).
-vLLM puts its fingerprint on whichever event of a stream is the last, and the gateway takes away the
-one that tells a usage nobody asked for: so the fingerprint of streams is left out too.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import httpx
@@ -51,6 +50,11 @@ CALL = {"messages": USER, "tools": [TOOL], "max_tokens": 100, "frequency_penalty
 JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 MESSAGES, EMBEDDINGS, TOKENIZE = "/v1/messages", "/v1/embeddings", "/tokenize"
+
+
+def _nest(depth: int) -> list[Any]:
+    return [_nest(depth - 1)] if depth else []
+
 
 # Path, fields beside the model and the greedy defaults.
 Case = tuple[str, dict[str, Any]]
@@ -98,6 +102,11 @@ CASES: dict[str, Case] = {
     ),
     "completion-unknown-field": (COMPLETIONS, {"prompt": "CUDA", "no_such_field": [1]}),
     "completion-user": (COMPLETIONS, {"prompt": "CUDA", "user": "alice"}),
+    "completion-max-tokens-float": (COMPLETIONS, {"prompt": "CUDA", "max_tokens": 5.0}),
+    "completion-max-tokens-text": (COMPLETIONS, {"prompt": "CUDA", "max_tokens": "5"}),
+    "completion-stream-zero": (COMPLETIONS, {"prompt": "CUDA", "stream": 0}),
+    "completion-stop-long": (COMPLETIONS, {"prompt": "CUDA", "stop": "x" * 1000}),
+    "completion-stream-nested": (COMPLETIONS, {"prompt": "CUDA", "stream": True, "x": _nest(300)}),
     "completion-stream": (COMPLETIONS, {"prompt": "CUDA", "stream": True}),
     "completion-stream-usage": (
         COMPLETIONS,
@@ -144,6 +153,20 @@ CASES: dict[str, Case] = {
         CHAT,
         {"messages": USER, "stream": True, "stream_options": {"include_usage": True}},
     ),
+    "chat-stream-chunk-usage-alone": (
+        CHAT,
+        {"messages": USER, "stream": True, "stream_options": {"continuous_usage_stats": True}},
+    ),
+    "chat-stream-chunk-usage": (
+        CHAT,
+        {
+            "messages": USER,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    ),
+    "chat-batch": (f"{CHAT}/batch", {"messages": [USER, TURNS]}),
+    "bad-chat-batch": (f"{CHAT}/batch", {"messages": USER}),
     "chat-stream-tools-auto": (CHAT, {**CALL, "stream": True}),
     "chat-stream-tool-named": (CHAT, {**CALL, "stream": True, "tool_choice": NAMED}),
     "bad-chat-tool-unknown": (
@@ -178,6 +201,10 @@ CASES: dict[str, Case] = {
     "messages-stream": (MESSAGES, {"messages": USER, "stream": True}),
     "bad-messages-no-max": (MESSAGES, {"messages": USER, "max_tokens": None}),
     "bad-messages-model": (MESSAGES, {"messages": USER, "model": "nope"}),
+    "messages-count": (f"{MESSAGES}/count_tokens", {"messages": USER}),
+    "bad-messages-count": (f"{MESSAGES}/count_tokens", {"messages": USER, "model": "nope"}),
+    "bad-rerank": ("/rerank", {"query": "a", "documents": ["b"]}),
+    "bad-classify": ("/classify", {"input": "CUDA"}),
     "bad-embeddings": (EMBEDDINGS, {"input": "CUDA"}),
     "tokenize": (TOKENIZE, {"prompt": "什么是 warp？"}),
     "tokenize-chat": (TOKENIZE, {"messages": USER}),
@@ -209,7 +236,9 @@ def test_gateway_answers_as_the_engine_does(stack: Stack, name: str) -> None:
         assert told["error"].pop("source") == "engine"  # the one word the gateway adds
     said = _read(direct)
     if "detail" in said:  # a route the engine has not for this model
-        assert told["error"]["message"] == f"the engine answered 404: {said['detail']}"
+        reason = f"the engine answered 404: {said['detail']}"
+        message = f"{reason}; the model that it serves is not for {path}"
+        assert (told["error"]["code"], told["error"]["message"]) == ("route_not_served", message)
     else:
         assert told == said
     assert through.headers["content-type"] == direct.headers["content-type"]
@@ -231,6 +260,35 @@ def test_models_are_the_engines(stack: Stack) -> None:
     direct, through = (httpx.get(f"{url}/v1/models") for url in (stack.engine, stack.gateway))
 
     assert _read(through) == _read(direct)
+
+
+# What the engine has and nobody but its operator should reach, or nobody asks for through OpenAI's,
+# Anthropic's or Cohere's SDK: work for other engines, SageMaker's words, trials of vLLM's own.
+_NOT_PASSED_ON = (
+    r"/(ping|load|kv_event_sources|invocations|metrics)|/inference/.*|/v1/systemone|.*/(de)?render|"
+    r"/generative_scoring|/scale_elastic_ep|/is_scaling_elastic_ep"
+)
+
+
+def test_every_route_of_the_engines_is_served_or_named_here(stack: Stack) -> None:
+    """What it says of its calls is said of them here, too."""
+    engines, own = (
+        httpx.get(f"{url}/openapi.json", timeout=60).json() for url in (stack.engine, stack.gateway)
+    )
+
+    wanted = {path for path in engines["paths"] if not re.fullmatch(_NOT_PASSED_ON, path)}
+    assert wanted - own["paths"].keys() == set()
+    for path in wanted & {COMPLETIONS, CHAT, RESPONSES, MESSAGES, TOKENIZE}:
+        told, said = (one["paths"][path]["post"]["requestBody"] for one in (own, engines))
+        assert told == said
+        name = _name_schema(said)
+        assert own["components"]["schemas"][name] == engines["components"]["schemas"][name]
+    assert EMBEDDINGS not in own["paths"]
+
+
+def _name_schema(body: dict[str, Any]) -> str:
+    ref = next(iter(body["content"].values()))["schema"]
+    return str(ref.get("$ref") or ref["anyOf"][0]["$ref"]).rpartition("/")[2]
 
 
 def _read(answer: httpx.Response) -> Any:
@@ -262,9 +320,14 @@ def _amount(events: list[Any], last: Any) -> dict[str, Any]:
         "ends": [one["finish_reason"] for one in choices if one.get("finish_reason")],
         "usage": [event["usage"] for event in events if event.get("usage")],
         "errors": [event["error"] for event in events if event.get("error")],
-        "fields": sorted({field for event in events for field in event} - {"system_fingerprint"}),
+        "fields": sorted({field for event in events for field in event}),
+        "fingerprints": [event["system_fingerprint"] for event in events if _is_stamped(event)],
         "last": last,
     }
+
+
+def _is_stamped(event: dict[str, Any]) -> bool:
+    return event.get("system_fingerprint") is not None
 
 
 def _delta_text(delta: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import httpx
@@ -132,13 +133,17 @@ async def test_stream_reader_who_takes_nothing_is_given_up(serve: Serve) -> None
         ({"prompt": ["a"] * 1025}, "prompt"),
         ({"input": ["a"] * 1025}, "prompt"),
         ({"stop": ["x"] * 5}, "stop"),
-        ({"stop": "x" * 1000}, "stop"),
+        ({"stop": "x" * 20_000}, "stop"),
         ({"response_format": {"schema": "x" * 70_000}}, "response_format"),
         ({"model": 3}, "model"),
-        ({"stream": "yes"}, "stream"),
-        ({"stream": 1}, "stream"),
+        ({"stream": "maybe"}, "stream"),
+        ({"stream": 2}, "stream"),
+        ({"stream": []}, "stream"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": 5.5}, "max_tokens"),
+        ({"max_tokens": "9" * 12}, "max_tokens"),
         (
-            {"stream": True, "stream_options": {"include_usage": "no"}},
+            {"stream": True, "stream_options": {"include_usage": "maybe"}},
             "stream_options.include_usage",
         ),
     ],
@@ -314,3 +319,92 @@ def test_usage_of_a_response_is_its_own_and_not_what_it_repeats() -> None:
 
     assert parse_usage(begin) is None
     assert parse_usage(end) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [None, {}, {"continuous_usage_stats": True}, {"include_usage": 0}, {"include_usage": "no"}],
+)
+async def test_stream_without_usage_is_the_engines_to_the_byte(
+    served: Served, options: dict[str, object] | None
+) -> None:
+    """Fingerprint and all, though the engine is asked for its usage for the gateway's sake."""
+    body = CHAT if options is None else CHAT | {"stream_options": options}
+    quiet = CHAT | {"stream_options": {}}
+    async with httpx.AsyncClient() as client:
+        direct = await client.post(f"{served.engine_url}/v1/chat/completions", json=quiet)
+
+    through = await served.client.post("/v1/chat/completions", json=body)
+
+    assert through.content == direct.content
+    assert through.text.count("vllm-fake") == 1
+    assert b'"usage"' not in through.content
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [
+        ({"max_tokens": 5.0}, {"max_tokens": 5}),
+        ({"max_tokens": "5"}, {"max_tokens": 5}),
+        ({"n": "2", "top_logprobs": 3.0}, {"n": 2, "top_logprobs": 3}),
+        ({"stream": 0}, {"stream": False}),
+        ({"stream": "off"}, {"stream": False}),
+        ({"stop": "x" * 1000}, {"stop": "x" * 1000}),
+        ({"logprobs": 5, "best_of": None}, {"logprobs": 5, "best_of": None}),
+    ],
+)
+async def test_value_that_the_engine_takes_is_taken(
+    served: Served, fields: dict[str, object], sent: dict[str, object]
+) -> None:
+    answer = await served.client.post("/v1/completions", json={"prompt": "a"} | fields)
+
+    assert answer.status_code == 200
+    assert served.engine.calls[-1] == {"prompt": "a"} | sent
+
+
+async def test_number_of_copies_is_nobodys_where_it_means_nothing(served: Served) -> None:
+    body = {"model": "fake", "input": ["a", "b"], "n": 5000, "best_of": "x"}
+
+    answer = await served.client.post("/v1/embeddings", json=body)
+
+    assert answer.status_code == 200
+    assert served.engine.calls[-1] == body
+
+
+async def test_logprobs_without_a_bound_are_the_engines_affair(serve: Serve) -> None:
+    async with serve(max_logprobs=-1) as served:
+        await served.client.post("/v1/completions", json={"prompt": "a", "top_logprobs": -1})
+
+        assert served.engine.calls[-1]["top_logprobs"] == -1
+
+
+@pytest.mark.parametrize("stream", [True, 1])
+async def test_stream_of_a_body_nested_deep_is_passed_on(served: Served, stream: object) -> None:
+    """Deeper than the writer of JSON goes: what is nested is copied, not written anew."""
+    deep: object = 1
+    for _ in range(300):
+        deep = [deep]
+    body = {"prompt": "a", "metadata": deep, "stream": stream}
+    text = json.dumps(body).encode()
+
+    answer = await served.client.post("/v1/completions", content=text)
+
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert served.engine.calls[-1]["metadata"] == deep
+    assert served.engine.calls[-1]["stream"] is True
+
+
+async def test_byte_order_mark_before_a_body_is_nothing(served: Served) -> None:
+    body = b"\xef\xbb\xbf" + orjson.dumps({"prompt": "a"})
+
+    through = await served.client.post("/v1/completions", content=body)
+    predicted = await served.client.post("/predict", content=body)
+
+    assert (through.status_code, predicted.status_code) == (200, 200)
+
+
+@pytest.mark.parametrize(("size", "status"), [(8_192, 200), (32_000, 200), (40_000, 400)])
+async def test_header_field_may_be_long(served: Served, size: int, status: int) -> None:
+    answer = await served.client.get("/readyz", headers={"Cookie": "a" * size})
+
+    assert answer.status_code == status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config import DoctorSettings, load_settings
+from launcher.doctor import run_doctor
 from tests.launcher.programs import ROOT, Launcher, running
 
 MODELS = Path(__file__).parent / "models"
@@ -56,7 +59,7 @@ def test_explain_warns_where_the_batch_would_run_in_waves(launcher: Launcher) ->
 
 
 def test_explain_says_whose_scheduler_runs(launcher: Launcher) -> None:
-    _, out, _ = call(launcher, "explain")
+    _, out, _ = call(launcher, "explain", "--all")
     (line,) = (line for line in out.splitlines() if line.startswith("schedule "))
     assert "vLLM's own: this vLLM 0.32.0 has another scheduler than the one released" in line
     assert "--scheduler-cls" not in out
@@ -85,7 +88,7 @@ def test_explain_says_whether_the_next_start_is_warm(launcher: Launcher) -> None
 
 def test_explain_named_gpu_needs_no_gpu(launcher: Launcher) -> None:
     model = str(MODELS / "qwen3-0.6b")
-    code, out, _ = call(launcher, "explain", "--gpu", "RTX 5090", "--model", model)
+    code, out, _ = call(launcher, "explain", "--all", "--gpu", "RTX 5090", "--model", model)
     assert code == 0
     assert "attention-backend = TRITON_ATTN" in out
     assert "56.0 KiB a token" in out  # 28 layers x 8 heads x 128 x 2, one byte each
@@ -115,11 +118,11 @@ def test_doctor_names_refused_flag_bad_setting_and_taken_port(launcher: Launcher
     with socket.socket() as other:
         other.bind(("127.0.0.1", launcher.engine_port))
         other.listen()
-        code, out, _ = call(launcher, "doctor", "--set", "kv-cache-dtype=fp9")
+        code, out, _ = call(launcher, "doctor", "--set", "seed=none")
     assert code == 2
     failures = [line for line in out.splitlines() if line.startswith("FAIL")]
     assert len(failures) == 3
-    assert "kv-cache-dtype" in failures[0]
+    assert "seed" in failures[0]
     assert "GATEWAY_PROMPT_STYLE" in failures[1]
     assert "LAUNCHER_ENGINE_PORT" in failures[2]
 
@@ -142,3 +145,73 @@ def test_help_of_every_command_exits_0(launcher: Launcher) -> None:
         code, out, _ = call(launcher, command, "--help")
         assert code == 0
         assert "--engine-port" in out
+
+
+def test_explain_begins_with_a_conclusion_that_fits_a_screen(launcher: Launcher) -> None:
+    model = str(MODELS / "qwen3-0.6b")
+    words = ["explain", "--gpu", "NVIDIA GeForce RTX 5090", "--model", model]
+
+    short = call(launcher, *words)[1]
+    long = call(launcher, *words, "--all")[1]
+
+    assert len(short.splitlines()) <= 12
+    assert "on RTX 5090 (32 GiB, sm_120), profile course" in short.splitlines()[0]
+    at_once = r"^runs     \d+ sequences at once, of up to [\d,]+ tokens each$"
+    assert re.search(at_once, short, re.MULTILINE)
+    assert "GiB of weights" in short
+    assert "`--all` shows the" in short
+    assert long.startswith(short.rpartition("\n\n")[0])
+    assert "attention-backend = " not in short
+    assert len(long.splitlines()) > 60
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "gpu-memory-utilization=1.5"), "at most 1"),
+        (("--set", "tensor-parallel-size=2"), "needs 2 GPUs and there is 1"),
+        (("--gpu", "H20"), "did you mean H200?"),
+    ],
+)
+def test_explain_refuses_what_cannot_work_in_one_line(
+    launcher: Launcher, words: tuple[str, ...], message: str
+) -> None:
+    gpu = () if "--gpu" in words else ("--gpu", "H200")
+    code, _, err = call(launcher, "explain", "--model", str(MODELS / "qwen3-8b"), *gpu, *words)
+
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_launcher_in_an_interpreter_without_its_packages_says_which_has_them(
+    launcher: Launcher,
+) -> None:
+    """As in a shell in which nobody has activated the environment."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "launcher", "explain"],
+        cwd=ROOT,
+        env={**launcher.environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"launcher: {sys.executable} has no ")
+    assert "make setup" in line or ".venv/bin/python -m launcher" in line
+
+
+def test_doctor_on_a_terminal_says_what_it_looks_at() -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen, said = Screen(), list[str]()
+    settings = load_settings(DoctorSettings, ["--model", "/nowhere"])
+
+    assert run_doctor(settings, said.append, screen) == 2
+    assert "looking at 4 of 11: model" in screen.getvalue()
+    assert screen.getvalue().endswith("\r\033[K")
+    assert any("no folder" in line for line in said)

@@ -234,7 +234,7 @@ def test_modelscope_model_once_cached_needs_no_network(modelscope: Launcher, com
 
 def test_modelscope_explain_fetches_no_weights(modelscope: Launcher) -> None:
     modelscope.settings["FAKE_HUB"] = str(MODEL)
-    code, out, _ = call(modelscope, "explain")
+    code, out, _ = call(modelscope, "explain", "--all")
     assert code == 0
     assert "tool-call-parser = hermes" in out
     assert list((modelscope.folder / "cache").rglob("*.safetensors")) == []

@@ -205,7 +205,7 @@ def test_tuned_on_another_host_is_ignored_with_a_line(tmp_path: Path) -> None:
     text = 'host_key = "other"\nprofile = "cpu"\nsummary = "s"\n[options]\nmax-num-seqs = 7\n'
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tuned.toml").write_text(text + "[environment]\n")
-    code, out, _ = call(launcher, "explain")
+    code, out, _ = call(launcher, "explain", "--all")
     assert code == 0
     assert "measured for another host, model or vLLM: not used" in out
     assert "max-num-seqs = 384" in out
@@ -258,6 +258,6 @@ def test_tune_on_the_cpu_result_is_used_by_the_next_start(tmp_path: Path) -> Non
     told = [line for line in out.splitlines() if "tokens/s, ROUGE-L loss 0.0" in line]
     assert [line.split("  ")[1] for line in told] == ["as shipped", "small-steps"]
     tuned = tomllib.loads((tmp_path / "cache" / "tuned.toml").read_text())
-    explained = call(launcher, "explain")[1]
+    explained = call(launcher, "explain", "--all")[1]
     assert tuned["summary"] in explained
     assert launcher.processes() == []

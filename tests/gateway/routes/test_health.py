@@ -11,10 +11,11 @@ import httpx
 import orjson
 import pytest
 
+from common.project import read_version
 from gateway.config import SettingsError
 from gateway.engines.warmup import read_warmup_questions
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
-from tests.gateway.conftest import Serve, make_settings, until
+from tests.gateway.conftest import Serve, Served, make_settings, until
 from tests.gateway.process import serve_process
 from tests.gateway.raw import address, build_request
 
@@ -179,3 +180,30 @@ async def test_stop_what_does_not_end_is_cut_off_in_time(tmp_path: Path) -> None
         with pytest.raises(httpx.TransportError):
             await running
         await until(lambda: engine.running == 0)
+
+
+async def test_health_says_that_the_process_lives_whatever_the_engine_does(serve: Serve) -> None:
+    """By the name that clients of vLLM ask for before they begin."""
+    async with serve(Behaviour(is_healthy=False), wait_ready=False) as served:
+        answer = await served.client.get("/health")
+
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+async def test_version_is_the_engines_and_the_gateways(served: Served) -> None:
+    answer = await served.client.get("/version")
+
+    assert answer.json() == {"version": "0.32.0", "gateway": read_version()}
+
+
+async def test_version_without_an_engine_is_the_gateways_alone(serve: Serve) -> None:
+    async with serve(Behaviour(is_healthy=False), wait_ready=False) as served:
+        answer = await served.client.get("/version")
+
+    assert answer.json() == {"version": None, "gateway": read_version()}
+
+
+async def test_version_needs_a_key_where_there_are_keys(serve: Serve) -> None:
+    async with serve(api_keys=("secret",)) as served:
+        assert (await served.client.get("/version")).status_code == 401
+        assert (await served.client.get("/health")).status_code == 200

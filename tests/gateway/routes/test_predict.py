@@ -206,10 +206,10 @@ async def test_predict_broken_gzip_is_400(served: Served) -> None:
     assert answer.status_code == 400
 
 
-@pytest.mark.parametrize("field", ["x", "response_format"])
-async def test_relay_body_nested_deep_is_400(served: Served, field: str) -> None:
+async def test_relay_schema_nested_deep_is_400(served: Served) -> None:
+    """What is only passed on may be, see test_streaming.py; what is weighed may not."""
     nested = b"[" * 300 + b"]" * 300
-    body = b'{"model":"fake","prompt":"a","stream":true,"%s":%s}' % (field.encode(), nested)
+    body = b'{"model":"fake","prompt":"a","stream":true,"response_format":%s}' % nested
 
     answer = await served.client.post("/v1/completions", content=body)
 

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 from tests.gateway.raw import build_request, connect
@@ -84,7 +85,7 @@ async def test_relay_keeps_the_callers_secrets_from_the_engine(served: Served) -
 
 
 @pytest.mark.parametrize(
-    "path", ["/collective_rpc", "/v1/../collective_rpc", "/v1/%2e%2e/collective_rpc", "/health"]
+    "path", ["/collective_rpc", "/v1/../collective_rpc", "/v1/%2e%2e/collective_rpc", "/load"]
 )
 async def test_relay_administrative_path_is_404(served: Served, path: str) -> None:
     answer = await served.client.post(path, json={})
@@ -144,7 +145,11 @@ async def test_relay_dead_engine_is_an_error_in_the_envelope(served: Served) -> 
     ("body", "message"),
     [
         (b'{"error": {"message": "m", "code": 400}}', "m"),
-        (b'{"detail": "Not Found"}', "the engine answered 404: Not Found"),
+        (
+            b'{"detail": "Not Found"}',
+            "the engine answered 404: Not Found; the model that it serves is not for "
+            "/v1/completions",
+        ),
         (b"<html>gone</html>", "the engine answered 404: <html>gone</html>"),
     ],
 )
@@ -158,3 +163,67 @@ async def test_relay_refusal_of_the_engine_says_that_it_is_the_engines(
     assert answer.headers["content-type"] == "application/json"
     assert answer.json()["error"]["source"] == "engine"
     assert answer.json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions"])
+async def test_relay_route_that_the_engine_lacks_is_no_failure_of_it(
+    serve: Serve, path: str
+) -> None:
+    """However often it is asked for: neither breaker nor trial has anything to do with it."""
+    async with serve(Behaviour(routes=frozenset(("/v1/completions",)))) as served:
+        (engine,) = served.app[POOL].engines
+        for _ in range(10):
+            answer = await served.client.post(path, json={"input": "x"})
+
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["source"]) == (
+            404,
+            "route_not_served",
+            "engine",
+        )
+        assert error["type"] == "invalid_request_error"
+        assert path in error["message"]
+        assert engine.is_usable
+        assert not engine.is_on_trial
+
+
+async def test_relay_route_without_its_model_is_no_failure_of_the_engine(served: Served) -> None:
+    """vLLM has some routes for every model, and answers 501 where the model is not for them."""
+    (engine,) = served.app[POOL].engines
+    body = b'{"error": {"message": "The model does not support Score API", "code": 501}}'
+    served.engine.status, served.engine.body = 501, body
+    for _ in range(10):
+        answer = await _post(served.url, {"model": "fake", "prompt": "x"})
+
+    assert answer.status_code == 501
+    assert (engine.is_usable, engine.is_on_trial) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        (b"{", 400, "invalid_request_error"),
+        (b'{"max_tokens": "many"}', 400, "invalid_request_error"),
+        (b'{"x": "' + b"x" * 3000 + b'"}', 413, "request_too_large"),
+    ],
+)
+async def test_messages_errors_of_the_gateway_are_anthropics(
+    serve: Serve, body: bytes, status: int, kind: str
+) -> None:
+    async with serve(max_body_bytes=2000) as served:
+        answer = await served.client.post("/v1/messages", content=body)
+
+    told = answer.json()
+    assert answer.status_code == status
+    assert (told["type"], told["error"]["type"], told["error"]["source"]) == (
+        "error",
+        kind,
+        "gateway",
+    )
+
+
+async def test_messages_without_an_engine_are_overloaded(serve: Serve) -> None:
+    async with serve(Behaviour(is_healthy=False), wait_ready=False) as served:
+        answer = await served.client.post("/v1/messages", json={"messages": []})
+
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded_error")

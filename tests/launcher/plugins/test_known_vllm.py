@@ -40,7 +40,7 @@ def vllm_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plan_for(*pairs: str, profile: str = "course", vllm: InstalledVllm = KNOWN) -> EnginePlan:
     model = find_model(LauncherSettings(model=str(MODEL)), config_only=True)
     overrides = parse_overrides(pairs, FLAGS)
-    plan = build_plan(profile, parse_device("H200"), model, FLAGS, overrides=overrides)
+    plan = build_plan(profile, parse_device("2x H200"), model, FLAGS, overrides=overrides)
     return choose_scheduler(plan, vllm)
 
 

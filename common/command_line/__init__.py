@@ -1,0 +1,1 @@
+"""What the programs say on a command line, beside what they do."""

@@ -1,0 +1,64 @@
+"""/v1/responses/{id}: an answer that an engine has kept, if it keeps any; the engines are asked one
+by one until one has it. Whoever knows the id may have it.
+"""
+
+from __future__ import annotations
+
+import orjson
+from aiohttp import web
+
+from gateway.admission.keys import CALLER
+from gateway.engines.attempt import EngineCall
+from gateway.engines.engine import Engine
+from gateway.engines.pool import POOL
+from gateway.errors import EngineError, Unavailable
+from gateway.request_body import read_body
+from gateway.request_context import CONTEXT
+from gateway.schemas.openai import name_engine_error
+
+_ID = "{response_id:[A-Za-z0-9_-]{1,128}}"
+ROUTES = (("GET", f"/v1/responses/{_ID}"), ("POST", f"/v1/responses/{_ID}/cancel"))
+
+
+async def handle_response(request: web.Request) -> web.Response:
+    pool = request.app[POOL]
+    if request.method == "POST":
+        await read_body(request)  # nothing is said in it
+    await pool.ensure_ready(request[CONTEXT].deadline)
+    status, body = 404, b""
+    for engine in [one for one in pool.engines if one.is_usable]:
+        status, body = await _ask(request, engine)
+        if status != 404:
+            break
+    if not body:
+        raise Unavailable(f"no engine is ready: {pool.describe()}", retry_after_s=1)
+    return web.Response(status=status, body=body, content_type="application/json")
+
+
+async def _ask(request: web.Request, engine: Engine) -> tuple[int, bytes]:
+    call = EngineCall(
+        request[CONTEXT],
+        request.method,
+        request.rel_url.raw_path,
+        tries_left=1,
+        body=b"" if request.method == "POST" else None,
+        engine=engine,
+        is_relayed=True,
+    )
+    async with request.app[POOL].attempt(call) as answer:
+        body = answer.body
+        if body is None:
+            raise EngineError("the engine answered with a stream", code="engine_garbled")
+    if answer.status >= 400:
+        return answer.status, name_engine_error(answer.status, body, request.path)
+    if request[CALLER].models:
+        request[CALLER].check_model(_read_model(body))
+    return answer.status, body
+
+
+def _read_model(body: bytes) -> str | None:
+    try:
+        model = orjson.loads(body)["model"]
+    except (orjson.JSONDecodeError, LookupError, TypeError):
+        return None
+    return model if isinstance(model, str) else None

@@ -24,15 +24,12 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Self
 
-from aiohttp import web
-
 from gateway.admission.limits import Limits
 from gateway.admission.throughput import Throughput
-from gateway.admission.tickets import LANES, LONGEST_RETRY_AFTER_S, Claims, LaneName, Ticket
+from gateway.admission.tickets import LONGEST_RETRY_AFTER_S, Claims, LaneName, Ticket
 from gateway.config import Settings
 from gateway.engines.timeouts import Deadline
 from gateway.errors import DeadlineUnreachable, Overloaded
-from gateway.observability.metrics import Metrics
 
 # Of what the engines run: never the batch lane's; and let in besides, so that something waits there
 # for each place that comes free.
@@ -83,7 +80,7 @@ class _Delay:
 class AdmissionQueue:
     """Counts what is inside; the only limit between a caller and the engines."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, limits: Limits) -> None:
+    def __init__(self, settings: Settings, limits: Limits) -> None:
         self._most = self._capacity = settings.max_running
         self._largest = max(1, self._capacity // 2)
         self.is_feeding = False  # what may be cut comes in by pieces
@@ -98,10 +95,6 @@ class AdmissionQueue:
         self._delayed: _Delay | None = None
         self._kept = 0  # places kept free for the one who is delayed
         self._throughput = Throughput()
-        metrics.running_sequences.read = lambda: [((name,), self.count(name)[0]) for name in LANES]
-        metrics.waiting_sequences.read = lambda: [((name,), self.count(name)[1]) for name in LANES]
-        metrics.max_running_sequences.read = lambda: [((), self._capacity)]
-        metrics.max_waiting_sequences.read = lambda: [((), settings.max_waiting)]
 
     def change_capacity(self, sequences: int | None) -> None:
         """To what the engines run at once. Where nobody knows that, everything is let in, and no
@@ -172,6 +165,11 @@ class AdmissionQueue:
         """Sequences of a lane that run and that wait."""
         one = self._lanes[lane]
         return one.running, one.waiting + one.rest
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that may be inside at once."""
+        return self._capacity
 
     def is_alone(self, lane: _Lane, places: int) -> bool:
         """Whether nobody else of the lane is inside or waits."""
@@ -408,6 +406,3 @@ class Admission(Places):
         else:
             self._further = [places]
         return places
-
-
-QUEUE = web.AppKey("queue", AdmissionQueue)

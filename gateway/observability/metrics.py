@@ -139,6 +139,7 @@ class Metrics:
         self._declare_admission()
         self._declare_predict()
         self._declare_engines()
+        self._declare_models()
         self._declare_process()
         self.tokens_in = self.tokens.labels("in")
         self.tokens_out = self.tokens.labels("out")
@@ -203,10 +204,10 @@ class Metrics:
         self.max_running_sequences = self._live_gauge(
             "max_running_sequences",
             "Sequences that may be inside at once: what the engines run and an eighth more, where "
-            "that is known; GATEWAY_MAX_RUNNING at most.",
+            "that is known; GATEWAY_MAX_RUNNING at most, of each model.",
         )
         self.max_waiting_sequences = self._live_gauge(
-            "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING)."
+            "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING for each model)."
         )
         self.redis_away = self._live_gauge(
             "redis_away", "1 while Redis, which is to keep all gateways' limits, does not answer."
@@ -270,6 +271,12 @@ class Metrics:
         self.engine_ready = self._live_gauge(
             "engine_ready", "1 when the engine has answered its warm-up.", "engine"
         )
+        self.engine_info = self._live_gauge(
+            "engine_info",
+            "1; the model that the engine serves, empty until it has told.",
+            "engine",
+            "model",
+        )
         self.engine_state = self._live_gauge(
             "engine_state", "1 at the present state: down, warming or ready.", "engine", "state"
         )
@@ -304,6 +311,29 @@ class Metrics:
         )
         self.retried = self._counter(
             "retried_prompts", "Prompts of /predict run again because an engine lost them."
+        )
+
+    def _declare_models(self) -> None:
+        self.model_ready = self._live_gauge(
+            "model_ready", "1 when an engine is ready for the model.", "model"
+        )
+        self.model_held_calls = self._live_gauge(
+            "model_held_calls", "Calls of the model that wait until it has an engine.", "model"
+        )
+        self.model_running_sequences = self._live_gauge(
+            "model_running_sequences", "Sequences inside the model's engines.", "model", "lane"
+        )
+        self.model_waiting_sequences = self._live_gauge(
+            "model_waiting_sequences", "Sequences waiting for the model.", "model", "lane"
+        )
+        self.model_requests = self._live_counter(
+            "model_requests", "Requests that asked the model, as they came.", "model"
+        )
+        self.model_tokens = self._live_counter(
+            "model_tokens",
+            "Tokens of the model by its engines' count; direction is in or out.",
+            "model",
+            "direction",
         )
 
     def _declare_process(self) -> None:

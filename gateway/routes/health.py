@@ -6,6 +6,7 @@ import orjson
 from aiohttp import web
 
 from gateway.admission.limits import LIMITS
+from gateway.admission.served_models import MODELS
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
 from gateway.errors import LimitsAway, Unavailable
@@ -15,9 +16,8 @@ _RETRY_AFTER_S = 1
 
 async def handle_root(request: web.Request) -> web.Response:
     """The course's judge polls this: held until warm, for as long as the setting allows."""
-    settings = request.app[SETTINGS]
-    pool = request.app[POOL]
-    if await pool.wait_ready(settings.root_hold_s) and pool.is_ready:
+    settings, models = request.app[SETTINGS], request.app[MODELS]
+    if await models.wait_default_ready(settings.root_hold_s) and request.app[POOL].is_ready:
         return _json({"status": settings.root_status})
     return _json({"status": "warming"}, status=503, headers={"Retry-After": str(_RETRY_AFTER_S)})
 

@@ -7,6 +7,7 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 
 from aiohttp import web
@@ -15,12 +16,11 @@ from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
 from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS, SERVED_MODEL
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
-from gateway.engines.pool import POOL
 from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayError
 from gateway.forms import read_form
 from gateway.request_body import BODIES, read_body
@@ -31,6 +31,7 @@ from gateway.schemas.openai import (
     POOLING,
     NotWritable,
     OpenAIRequest,
+    build_model_list,
     build_models,
     name_engine_error,
     parse_large_openai_request,
@@ -71,13 +72,17 @@ _SHORT_BYTES = 4096  # no model's context is too short for that
 async def handle_relay(request: web.Request) -> web.StreamResponse:
     """Read, check, enter the queue, pass on."""
     if request.method == "GET":
-        # Nothing is generated, so it may be asked again like a greedy call.
-        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
-    context, caller = request[CONTEXT], request[CALLER]
+        return await _answer_models(request)
+    context, caller, models = request[CONTEXT], request[CALLER], request.app[MODELS]
     context.deadline = parse_deadline(request.headers)
     call = await _read_call(request)
     if caller.models:
         caller.check_model(call.model)
+    served = models.by_name.get(call.model)
+    if served is None:
+        served = await models.find(call.model, caller, context.deadline)
+    served.requests += 1
+    request[SERVED_MODEL] = served
     if call.constraints:
         caller.check_constraints(call.constraints, request.app[SETTINGS].structured_outputs)
     if call.media_hosts:
@@ -94,7 +99,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     if caller.tokens_per_minute and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
-    async with request.app[QUEUE].enter(ticket):
+    async with served.queue.enter(ticket):
         context.record.note_entered()
         return await _pass_on(request, call)
 
@@ -107,24 +112,37 @@ async def _read_call(request: web.Request) -> OpenAIRequest:
 
 async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
     settings = request.app[SETTINGS]
+    models = request.app[MODELS]
     length, most = None, _SHORT_BYTES
     if len(body) > _SHORT_BYTES:
-        length = await request.app[POOL].find_max_model_len(request[CONTEXT].deadline)
+        length = await models.find_shortest_context(request[CONTEXT].deadline)
         most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
-        try:
+        # What is nested too deep to be written again is copied where it lies, as what is large.
+        with contextlib.suppress(NotWritable):
             return parse_openai_request(request.path, body, settings)
-        except NotWritable:
-            # Nested too deep to be written again: copied where it lies, as what is large.
-            return await parse_large_openai_request(request.path, body, settings, length)
-    return await parse_large_openai_request(request.path, body, settings, length)
+    return await parse_large_openai_request(
+        request.path, body, settings, lambda model: models.find_context(model) or length
+    )
+
+
+async def _answer_models(request: web.Request) -> web.StreamResponse:
+    """Nothing is generated, so an engine may be asked again like a greedy call; of several models
+    the gateway knows itself.
+    """
+    models, caller = request.app[MODELS], request[CALLER]
+    if not models.is_several:
+        request[SERVED_MODEL] = models.all[0]
+        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
+    body = build_model_list(models.list_cards(caller), request.match_info.get("model"))
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
     stream: EventStream | None = None
     try:
         engine_call = _build_call(request, call)
-        async with request.app[POOL].attempt(engine_call) as answer:
+        async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
             # It is not sent again, and a stream may last.
             engine_call.body, call.body = None, b""
             request.app[BODIES].release(request[CONTEXT])
@@ -251,6 +269,7 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
         return
     context = request[CONTEXT]
     context.record.prompt_tokens, context.record.completion_tokens = usage
+    request[SERVED_MODEL].count_tokens(*usage)
     timing, running_s = context.record.stream, context.running_s()
     if timing is not None and timing.held_s > running_s * _HELD_SHARE:
         running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
@@ -262,7 +281,7 @@ def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
     """The most new tokens of a sequence, by the caller's word and by the model's context."""
     if request.path not in _WRITING:
         return 0
-    settings, card = request.app[SETTINGS], request.app[POOL].read_card()
+    settings, card = request.app[SETTINGS], request[SERVED_MODEL].pool.read_card()
     context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens
     return min(call.most_new_tokens or context, context)
 

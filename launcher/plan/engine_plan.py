@@ -73,6 +73,10 @@ class EnginePlan:
         return next((option.value for option in self.options if option.name == name), default)
 
     @property
+    def served_name(self) -> str:
+        return self.model.served_name
+
+    @property
     def sequences(self) -> int | None:
         """That it runs at once; `None` where that is left to vLLM."""
         each = self.value("max-num-seqs")

@@ -38,6 +38,7 @@ const BY_CODE = {
   empty_prompt: "error.empty",
   not_text: "error.notText",
   prompt_refused: "error.refused",
+  adapters_not_changed: "error.refused",
   engine_refused: "error.refused",
   background_not_served: "error.refused",
   bad_encoding: "error.refused",

@@ -123,6 +123,7 @@ const WORDS = {
   "state.warming": ["Warming up", "预热中"],
   "state.restarting": ["Restarting", "重启中"],
   "state.waiting": ["Waiting to restart", "等待重启"],
+  "state.parked": ["Stopped until it is wanted", "已停止，有请求时启动"],
   "state.draining": ["Finishing", "收尾中"],
   "state.stopped": ["Stopped", "已停止"],
   "state.stopping": ["Stopping", "停止中"],

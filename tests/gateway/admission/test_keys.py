@@ -17,7 +17,7 @@ import structlog
 
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import KEYRING, Keyring, is_loopback, make_key
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS
 from gateway.admission.throughput import Pace
 from gateway.admission.tickets import LANES
 from gateway.config import SettingsError
@@ -502,7 +502,7 @@ async def test_key_taken_out_of_the_file_ends_what_it_has_running_and_waiting(
         waiting = asyncio.create_task(
             served.client.post("/predict", json={"prompt": "b"}, headers=headers)
         )
-        await until(lambda: served.app[QUEUE].count("interactive")[1] == 1)
+        await until(lambda: served.app[MODELS].count("interactive")[1] == 1)
 
         path.write_text(path.read_text().partition("\n\n")[2])
 
@@ -518,7 +518,7 @@ async def test_key_taken_out_of_the_file_ends_what_it_has_running_and_waiting(
         assert not stays.done()
         served.engine.stream_gap_s = 0.0
         assert "key_revoked" not in await stays
-        assert [served.app[QUEUE].count(lane) for lane in LANES] == [(0, 0), (0, 0)]
+        assert [served.app[MODELS].count(lane) for lane in LANES] == [(0, 0), (0, 0)]
 
 
 async def test_keys_file_of_tens_of_thousands_is_read_beside_the_requests(

@@ -1,8 +1,9 @@
 """How a program's settings are read: flags, then the environment, then a TOML file, then defaults.
 
 A program declares a subclass of `ProgramSettings`; from the one declaration come the variable, the
-flag, `--help`, the check at start, the table in the docs and the JSON schema of the file. Which
-settings there are, and what they mean, is in the programs' `config.py`.
+flag, `--help`, the check at start, the table in the docs and the JSON schema of the file. A file
+may be one program's, or, in tables by the programs' names, all programs'. Which settings there are,
+and what they mean, is in the programs' `config.py`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from common.files import read_text
 
 _ROOT = f"{Path(__file__).parent.parent}{os.sep}"
 _LONGEST_S = 1_000_000  # twelve days; the kernel's limit for one of its timers is 24
+# Of a file for all programs; `tuned` is what the launcher has measured (launcher/plan/tuned.py).
+TUNED_TABLE = "tuned"
+_TABLES = frozenset(("gateway", "launcher", TUNED_TABLE))
 _PASSWORD = re.compile(r"(?<=://)[^/\s'\"]*@")
 
 
@@ -123,12 +127,22 @@ class _SettingsFile(TomlConfigSettingsSource):
         if files is None:
             return {}
         path = Path(files)
-        try:
-            values = tomllib.loads(read_text(path))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-        _refuse_unknown(values, self._kind.list_names(), where=f" in {path}")
+        values, where = read_settings_file(path), f" in {path}"
+        if _TABLES & values.keys():
+            own = _prefix(self._kind).strip("_").lower()
+            _refuse_unknown(values, {own, *_TABLES}, where)
+            values, where = values.get(own, {}), f" in [{own}] of {path}"
+            if not isinstance(values, dict):
+                raise SettingsError(f"{own} in {path} is no table")
+        _refuse_unknown(values, self._kind.list_names(), where)
         return {name: value for name, value in values.items() if name in self._kind.model_fields}
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_text(path))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error}") from None
 
 
 S = TypeVar("S", bound=ProgramSettings)

@@ -327,6 +327,11 @@ class TuneSettings(LauncherSettings):
     tune_max_loss: float = Field(
         0.02, ge=0, le=1, description="ROUGE-L that a candidate may lose against quality's answers."
     )
+    tune_into: Path | None = Field(
+        None,
+        description="Settings file (course.toml) into whose table `[tuned]` tune's result goes "
+        "too; read with that file, it holds on every host with the same GPU, model and vLLM.",
+    )
     dry_run: bool = Field(False, description="List the candidates of tune and stop.")
 
 

@@ -31,14 +31,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="a hub's name, a folder's below FOLDER, or `demo`")
     parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--only-from",
+        type=Path,
+        metavar="MODELS",
+        help="copy it if MODELS has a folder of that name; ask no hub",
+    )
     parser.add_argument("--hub", choices=("huggingface", "modelscope"), default="huggingface")
     args = parser.parse_args()
     try:
-        provide_model(args.name, args.folder, args.hub)
+        if args.only_from:
+            copy_model(args.name, args.folder, args.only_from)
+        else:
+            provide_model(args.name, args.folder, args.hub)
     except ModelError as error:
         print(f"model: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_name(name: str) -> None:
+    if not _HUB_NAME.fullmatch(name) or ".." in name.split("/"):
+        raise ModelError(f"{name!r} is neither a hub's name (Qwen/Qwen3-0.6B) nor a folder's")
+
+
+def copy_model(name: str, folder: Path, models: Path) -> None:
+    """A folder of somebody's own, if there is one of that name; every user may read the copy."""
+    if not name or not (models / name).is_dir():
+        return
+    check_name(name)
+    own, place = models / name, folder / name
+    if not model_files.is_complete(own):
+        raise ModelError(f"models/{name} cannot be served: {model_files.find_lack(own)}")
+    try:
+        shutil.copytree(own, place, copy_function=shutil.copyfile)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    except (OSError, shutil.Error) as error:
+        raise ModelError(f"cannot copy models/{name} to {place}: {error}") from None
+    print(f"model: {place} is ready, from models/{name}")
 
 
 def provide_model(name: str, folder: Path, hub: str) -> None:
@@ -46,8 +77,7 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
     if not name:
         print("model: no model wanted")
         return
-    if not _HUB_NAME.fullmatch(name) or ".." in name.split("/"):
-        raise ModelError(f"{name!r} is neither a hub's name (Qwen/Qwen3-0.6B) nor a folder's")
+    check_name(name)
     place = folder / name
     if model_files.is_complete(place):
         print(f"model: {place} is there")
@@ -60,7 +90,10 @@ def provide_model(name: str, folder: Path, hub: str) -> None:
         elif "/" in name:
             fetch(name, part, hub)
         else:
-            raise ModelError(f"there is no model in {place}; put one there, or name one of a hub")
+            raise ModelError(
+                f"there is no model in {place}; put one there (for an image: into models/{name} "
+                "before it is built), or name one of a hub"
+            )
         if not model_files.is_complete(part):
             raise ModelError(f"what the hub has as {name} is no model with weights")
         shutil.rmtree(part / ".cache", ignore_errors=True)

@@ -26,3 +26,14 @@ def is_complete(folder: Path) -> bool:
 
 def is_described(folder: Path) -> bool:
     return (folder / "config.json").is_file()
+
+
+def find_lack(folder: Path) -> str:
+    """Why a folder is not complete, for its owner."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter alone; merge it into its base model (`merge_and_unload`)"
+    if any(path.is_symlink() and not path.exists() for path in folder.iterdir()):
+        return "its files are links to elsewhere; copy them with `cp -rL`"
+    if not is_described(folder):
+        return "it has no config.json"
+    return "it has no weights (*.safetensors, *.bin), or not all that its index names"

@@ -60,7 +60,7 @@ def _fingerprint(
     return Fingerprint(
         vllm=vllm.title,
         torch=read_version("torch"),
-        model=f"{model.served_name} {_model_digest(model)}",
+        model=f"{model.served_name} {describe_model(model)}",
         device=f"{device.count}x {device.name} {device.memory_bytes / GIB:.0f} GiB",
         driver=device.driver,
         flags=flags,
@@ -91,7 +91,7 @@ def _portable(arguments: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def _model_digest(model: Model) -> str:
+def describe_model(model: Model) -> str:
     """Config and file sizes: hashing gigabytes of weights would take longer than it tells."""
     sizes = sorted((f.name, f.stat().st_size) for f in model.path.glob("*.safetensors"))
     text = read_text(model.path / "config.json")

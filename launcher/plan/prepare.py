@@ -19,7 +19,7 @@ from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
-from launcher.plan.tuned import read_tuned
+from launcher.plan.tuned import read_carried, read_tuned
 
 # Of a whole GPU, as profiles/base.toml has it: the rest is for what vLLM does not count.
 _GPU_SHARE = 0.9
@@ -68,6 +68,9 @@ def decide(
     profile = choose_profile(settings.profile, device)
     asked = parse_overrides(settings.set, flags)
     tuned, notes = read_tuned(settings.tuned_path, profile, vllm, model, device)
+    if not tuned:
+        tuned, more = read_carried(settings.config, profile, vllm, model, device)
+        notes = [*notes, *more]
     plan = build_plan(
         profile, device, model, flags, overrides=[*tuned, *shared, *asked], notes=notes
     )

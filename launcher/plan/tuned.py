@@ -1,4 +1,6 @@
-"""`tuned.toml`: what `launcher tune` found on this host, and whether it may be used."""
+"""What `launcher tune` found, and whether it may be used: `tuned.toml` on the host it was measured
+on; and, where somebody asked for that, the table `[tuned]` of a settings file, which travels.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ from typing import Any
 
 from common.errors import SettingsError
 from common.files import read_text, write_file
+from common.settings import TUNED_TABLE, read_settings_file
 from launcher.models.model import Model
 from launcher.plan.command import InstalledVllm
 from launcher.plan.engine_plan import EngineOption
-from launcher.plan.fingerprint import take_host_key
+from launcher.plan.fingerprint import describe_model, take_host_key
 from launcher.plan.hardware import Device
+from launcher.plan.toml_edit import render_value, replace_table
 
 # What is tuned is the course's batch; on a CPU the profile `cpu` serves it.
 _USED_BY = ("course", "cpu")
@@ -36,12 +40,47 @@ def read_tuned(
         return [], []
     if key != take_host_key(vllm, model, device):
         return [], [f"{path} was measured for another host, model or vLLM: not used"]
-    source = f"measured here: {summary}"
-    options = [
-        EngineOption(name, value, "fastest of those measured on this host", source, "tuned")
-        for name, value in changes.items()
+    return _build_options(changes, f"measured here: {summary}"), [f"{path}: {summary}"]
+
+
+def _build_options(changes: Mapping[str, Any], source: str) -> list[EngineOption]:
+    reason = "fastest of those measured"
+    return [EngineOption(name, value, reason, source, "tuned") for name, value in changes.items()]
+
+
+def read_carried(
+    path: Path | None, profile: str, vllm: InstalledVllm, model: Model, device: Device
+) -> tuple[list[EngineOption], list[str]]:
+    """Of a settings file, whatever host it was measured on: its owner put it there for this one."""
+    table = read_settings_file(path).get(TUNED_TABLE) if path else None
+    if table is None or profile not in _USED_BY:
+        return [], []
+    try:
+        wanted, place = table["profile"], f"[{TUNED_TABLE}] of {path}"
+        changes, summary = {**table["options"], **table["environment"]}, table["summary"]
+        measured = {name: table[name] for name in _describe_place(vllm, model, device)}
+    except (KeyError, TypeError) as error:
+        raise SettingsError(
+            f"[{TUNED_TABLE}] of {path} cannot be read ({error!r}); run `tune --tune-into` or "
+            "take it out"
+        ) from None
+    here = _describe_place(vllm, model, device)
+    other = [
+        f"{name} {measured[name]}, not {here[name]}"
+        for name in here
+        if measured[name] != here[name]
     ]
-    return options, [f"{path}: {summary}"]
+    if wanted != profile:
+        other.insert(0, f"profile {wanted}, not {profile}")
+    if other:
+        return [], [f"{place} was measured for {', '.join(other)}: not used"]
+    return _build_options(changes, f"measured elsewhere: {summary}"), [f"{place}: {summary}"]
+
+
+def _describe_place(vllm: InstalledVllm, model: Model, device: Device) -> dict[str, str]:
+    """What must be the same for a result to travel: neither the driver nor the host's cores."""
+    card = f"{device.count}x {device.name}" if device.is_gpu else "CPU"
+    return {"device": card, "model": describe_model(model), "vllm": vllm.version.partition("+")[0]}
 
 
 def write_tuned(
@@ -63,17 +102,32 @@ def write_tuned(
         f"measurements = {json.dumps(measurements)}",
         "",
         "[options]",
-        *(f'"{name}" = {_toml(value)}' for name, value in options.items()),
+        *(f'"{name}" = {render_value(value)}' for name, value in options.items()),
         "",
         "[environment]",
-        *(f"{name} = {_toml(value)}" for name, value in environment.items()),
+        *(f"{name} = {render_value(value)}" for name, value in environment.items()),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "\n".join(lines) + "\n")
 
 
-def _toml(value: Any) -> str:
-    """JSON's words are TOML's too, but for tables."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f'"{k}" = {_toml(v)}' for k, v in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)
+def carry_tuned(
+    path: Path,
+    vllm: InstalledVllm,
+    model: Model,
+    device: Device,
+    *,
+    profile: str,
+    options: Mapping[str, Any],
+    environment: Mapping[str, str],
+    summary: str,
+) -> None:
+    """Into a settings file, for every host of this kind."""
+    table = {
+        "profile": profile,
+        "summary": summary,
+        **_describe_place(vllm, model, device),
+        "options": dict(options),
+        "environment": dict(environment),
+    }
+    replace_table(path, TUNED_TABLE, table)

@@ -22,7 +22,7 @@ from launcher.engine.process import end_leftovers
 from launcher.errors import NeverReady
 from launcher.host_resources import Listener, hold_state
 from launcher.plan.fingerprint import take_host_key
-from launcher.plan.tuned import write_tuned
+from launcher.plan.tuned import carry_tuned, write_tuned
 from launcher.tuning.candidates import (
     SHIPPED,
     Candidate,
@@ -149,18 +149,23 @@ def _keep(meter: CandidateMeter, results: list[CandidateResult], say: Say) -> No
     host_key = take_host_key(meter.vllm, meter.model, meter.device)
     measurements = settings.cache_path / f"tune-{host_key}.json"
     rows = [{**asdict(result), "tokens_per_s": round(result.speed, 1)} for result in results]
+    found: Any = {
+        "profile": meter.profile,
+        "options": best.candidate.options,
+        "environment": best.candidate.environment,
+        "summary": summary,
+    }
     try:
         measurements.parent.mkdir(parents=True, exist_ok=True)
         write_file(measurements, json.dumps(rows, indent=2) + "\n")
         write_tuned(
             settings.tuned_path,
             host_key=host_key,
-            profile=meter.profile,
-            options=best.candidate.options,
-            environment=best.candidate.environment,
-            summary=summary,
             measurements=str(measurements),
+            **found,
         )
+        if settings.tune_into:
+            carry_tuned(settings.tune_into, meter.vllm, meter.model, meter.device, **found)
     except OSError as error:
         say(summary)  # half an hour's work, and nowhere to put it
         changes = " ".join(f"{k}={v}" for k, v in best.candidate.changes.items())
@@ -168,4 +173,5 @@ def _keep(meter: CandidateMeter, results: list[CandidateResult], say: Say) -> No
             f"cannot write {error.filename or settings.tuned_path} ({error.strerror}); make room "
             f"or set LAUNCHER_CACHE_DIR. The fastest: {changes or 'the profile as shipped'}"
         ) from None
-    say(f"{settings.tuned_path}: {summary}")
+    for path in filter(None, (settings.tuned_path, settings.tune_into)):
+        say(f"{path}: {summary}")

@@ -135,6 +135,33 @@ def test_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_file_for_all_programs_has_a_table_for_each(tmp_path: Path) -> None:
+    text = '[demo]\nport = 3\n[launcher]\nprofile = "x"\n[tuned]\nsummary = "y"\n'
+    path = write(tmp_path, text)
+    assert read_settings(Settings, ["--config", str(path)]).port == 3
+    others = write(tmp_path, "[gateway]\nmax_tokens = 7\n")
+    assert read_settings(Settings, ["--config", str(others)]).port == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[demo]\nprot = 3\n[gateway]", "unknown setting prot in [demo] of"),
+        ("port = 3\n[gateway]", "unknown setting port in"),
+        ("[lancher]\n[gateway]", "unknown setting lancher in"),
+        ("demo = 3\n[gateway]", "demo in"),
+        ("[demo]\nport = 99\n[gateway]", "DEMO_PORT: "),
+    ],
+)
+def test_bad_file_for_all_programs_is_one_clear_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(SettingsError) as raised:
+        read_settings(Settings, ["--config", str(write(tmp_path, text))])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_secrets_and_passwords_are_not_told_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEMO_SECRET", "hunter2")
     with pytest.raises(SettingsError, match="longest time"):

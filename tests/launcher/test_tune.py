@@ -211,6 +211,35 @@ def test_tuned_on_another_host_is_ignored_with_a_line(tmp_path: Path) -> None:
     assert "max-num-seqs = 384" in out
 
 
+def test_tuned_carried_in_a_settings_file_is_used_where_the_same_runs(tmp_path: Path) -> None:
+    """Measured on one host; on another, which has no cache of it, the file alone is there."""
+    carried = tmp_path / "course.toml"
+    carried.write_text("[gateway]\nmax_tokens = 9  # kept\n")
+    launcher = Launcher(tmp_path, fake="fast_with=4096")
+    arguments = ("--tune-rounds", "1", "--tune-prompts", "2", "--tune-repeats", "1")
+    only = ("--tune-only", "small-steps", "--tune-into", str(carried))
+    code, out, err = call(launcher, "tune", *arguments, *only)
+    assert code == 0, err
+    assert f"{carried}: small-steps" in out
+    assert "max_tokens = 9  # kept" in carried.read_text()
+    table = tomllib.loads(carried.read_text())["tuned"]
+    assert table["options"] == {"max-num-batched-tokens": 4096}
+
+    (tmp_path / "cache" / "tuned.toml").unlink()
+    code, out, err = call(launcher, "explain", "--config", str(carried))
+    assert (code, "max-num-batched-tokens = 4096" in out) == (0, True), err
+    assert f"[tuned] of {carried}: small-steps" in out
+    assert "max-num-batched-tokens = 4096" not in call(launcher, "explain")[1]
+
+    carried.write_text(carried.read_text().replace(table["model"], "another"))
+    out = call(launcher, "explain", "--config", str(carried))[1]
+    assert f"was measured for model another, not {table['model']}: not used" in out
+    carried.write_text("[tuned]\nprofile = 'cpu'\n")
+    code, _, err = call(launcher, "explain", "--config", str(carried))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "cannot be read (KeyError('options'))" in err
+
+
 def test_tuned_file_that_is_broken_is_one_line_and_2(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
     (tmp_path / "cache").mkdir()

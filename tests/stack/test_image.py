@@ -128,7 +128,7 @@ def test_model_not_wanted_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nothing-here", "put one there"),
+        ("nothing-here", "into models/nothing-here before it is built"),
         ("../etc", "neither a hub's name"),
         ("a/b/c", "neither a hub's name"),
         ("some/model", "cannot get some/model from huggingface"),
@@ -146,6 +146,58 @@ def test_model_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     code, said = call_fetch("demo", tmp_path / "file")
     assert code == 2
     assert "must be allowed to write there" in said
+
+
+def test_folder_of_ones_own_beats_a_hub_and_everybody_may_read_the_copy(tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "some" / "model"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text("{}")
+    (own / "model.safetensors").write_bytes(b"weights")
+    (own / "model.safetensors").chmod(0o600)  # as `save_pretrained` leaves it
+
+    code, said = call_fetch("some/model", tmp_path / "into", "--only-from", tmp_path / "mine")
+
+    assert (code, "from models/some/model" in said) == (0, True), said
+    copied = tmp_path / "into" / "some" / "model" / "model.safetensors"
+    assert copied.read_bytes() == b"weights"
+    assert copied.stat().st_mode & 0o777 == 0o644
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert call_fetch("some/model", tmp_path / "into", **nowhere)[0] == 0
+
+
+def test_folder_that_is_not_there_is_left_to_the_hub(tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    assert call_fetch("some/model", into, "--only-from", tmp_path) == (0, "")
+    assert call_fetch("", into, "--only-from", tmp_path) == (0, "")
+    assert not into.exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"adapter_config.json": ""}, "merge it into its base model"),
+        ({"model.safetensors": "w"}, "has no config.json"),
+        ({"config.json": "{}"}, "has no weights"),
+        ({"config.json": "-> ../blobs/1"}, "cp -rL"),
+    ],
+)
+def test_folder_that_is_no_model_is_said_and_no_hub_is_asked(
+    tmp_path: Path, files: dict[str, str], says: str
+) -> None:
+    own = tmp_path / "mine" / "my-ft"
+    own.mkdir(parents=True)
+    for name, text in files.items():
+        if text.startswith("-> "):
+            (own / name).symlink_to(text.removeprefix("-> "))
+        else:
+            (own / name).write_text(text)
+
+    code, said = call_fetch("my-ft", tmp_path / "into", "--only-from", tmp_path / "mine")
+
+    assert code == 2
+    assert "models/my-ft cannot be served" in said
+    assert says in said
+    assert "Traceback" not in said
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -9,7 +9,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast page-test stack-test check fix grade selftest bench docs dashboards lock
+.PHONY: help setup serve test test-fast page-test stack-test check fix grade judge selftest bench docs dashboards lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ fix: setup-dev ## mend what the style checker can mend
 grade: setup-dev ## the judge at home: scores, speed, what is wrong, a report; `MODEL=… PORT=…` as for serve
 	@$(PY) -m lab grade --record deploy/grades/grade.json $(if $(MODEL),--model_path $(MODEL)) \
 	  $(if $(PORT),--port $(PORT)) $(ARGS) $(if $(PROFILE),-- --profile $(PROFILE))
+
+judge: setup-dev ## the course's image as its judge takes it: built, run offline, timed, graded, PASS or FAIL
+	@$(PY) -m lab judge $(ARGS)
 
 selftest: setup-dev ## fourteen checks of the gateway that runs here
 	@$(PY) -m lab selftest $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -1,4 +1,4 @@
-"""The lab's command line: `python -m lab grade|bench|gpu|scheduler|selftest|load|attack|results …`.
+"""The lab's command line: `python -m lab grade|judge|sweep|bench|…`; help has them all.
 
 A command's module is loaded only when the command is given, so that help is quick. What ends any
 of them is here: failures, Ctrl-C, SIGTERM.
@@ -18,6 +18,10 @@ from common.questions import BadQuestions
 
 COMMANDS = {
     "grade": ("lab.grade.run_grade", "scores, speed and faults of a server, as the judge sees it"),
+    "judge": (
+        "lab.course.run_judge",
+        "the course's image built, run offline, timed, graded: PASS?",
+    ),
     "bench": ("lab.bench.run_bench", "what the gateway costs over the engine itself"),
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
     "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),

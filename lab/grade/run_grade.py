@@ -55,7 +55,8 @@ def main(words: Sequence[str]) -> int:
     if arguments.compare:
         return run_comparison(*map(Path, arguments.compare))
     grade_options.check_outputs(arguments)
-    return run_grade(arguments, grade_options.choose_questions(arguments))
+    grade = take_grade(arguments, grade_options.choose_questions(arguments))
+    return 0 if grade.is_good else 1
 
 
 def run_comparison(first: Path, second: Path) -> int:
@@ -67,7 +68,8 @@ def run_comparison(first: Path, second: Path) -> int:
     return int(comparison.is_worse)
 
 
-def run_grade(arguments: argparse.Namespace, asked: QuestionSet) -> int:
+def take_grade(arguments: argparse.Namespace, asked: QuestionSet) -> GradeResult:
+    """Asked, scored, written and shown."""
     baseline = read_grade(Path(arguments.baseline)) if arguments.baseline else None
     progress = ProgressLine(arguments.timeout, arguments.runs)
     details, report = Path(arguments.details_out), Path(arguments.report_out)
@@ -94,7 +96,7 @@ def run_grade(arguments: argparse.Namespace, asked: QuestionSet) -> int:
     if complaints:  # the figures were dear; they are shown all the same
         raise Unwritable("; ".join(complaints))
     show([f"details saved: {details}  report: {report}"])
-    return 0 if grade.is_good else 1
+    return grade
 
 
 def write_all(grade: GradeResult, arguments: argparse.Namespace) -> Iterator[str]:

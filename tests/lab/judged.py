@@ -135,10 +135,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dies_after", type=int)
     parser.add_argument("--mode", default="batch")
+    parser.add_argument("--host", default="127.0.0.1")
     arguments = parser.parse_args(words)
     judged = Judged(root={"status": arguments.mode}, dies_after=arguments.dies_after)
     app = build_judged(judged)
-    web.run_app(app, host="127.0.0.1", port=arguments.port, access_log=None, print=None)
+    web.run_app(app, host=arguments.host, port=arguments.port, access_log=None, print=None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The course's entrant: the image as the judge takes it, and what to write into course.toml."""

@@ -22,6 +22,10 @@ COMMANDS = {
         "lab.course.run_judge",
         "the course's image built, run offline, timed, graded: PASS?",
     ),
+    "sweep": (
+        "lab.course.run_sweep",
+        "which prompt, length and form a model scores and runs best with",
+    ),
     "bench": ("lab.bench.run_bench", "what the gateway costs over the engine itself"),
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
     "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),

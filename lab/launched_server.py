@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lab.readiness import Problem
 from lab.reports.console import ProgressLine
@@ -20,17 +21,18 @@ _TAIL_LINES = 12
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """What is to be started. `options` go to the launcher as they are."""
+    """What is to be started; `serve` has no gateway. `options` go to the launcher as they are."""
 
     host: str
     port: int
     model: str = ""
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    command: Literal["up", "serve"] = "up"
 
     def words(self) -> list[str]:
         """The engine's port and the status page's come after the gateway's, unless said."""
-        words = ["up", "--host", self.host, "--port", str(self.port)]
+        words = [self.command, "--host", self.host, "--port", str(self.port)]
         for above, name in enumerate(("engine", "status"), start=1):
             if f"LAUNCHER_{name.upper()}_PORT" not in os.environ:
                 words += [f"--{name}-port", str(self.port + above)]
@@ -47,6 +49,7 @@ class LaunchedServer:
 
     process: subprocess.Popen[bytes]
     log_path: Path
+    name: str = "launcher"
 
     def find_end(self) -> Problem | None:
         """Its end, if it has ended: asked for by nobody."""
@@ -54,31 +57,40 @@ class LaunchedServer:
         if code is None:
             return None
         tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-        return Problem("never_started", f"the launcher ended with {code}; {self.log_path}:\n{tail}")
+        return Problem(
+            "never_started", f"the {self.name} ended with {code}; {self.log_path}:\n{tail}"
+        )
 
 
 @contextlib.contextmanager
 def launch(
     command: LaunchCommand, log_path: Path, progress: ProgressLine
 ) -> Iterator[LaunchedServer]:
-    """While inside; then it is asked to stop and waited for, whatever happened inside.
-
-    It stops in its own time, too, if this process is killed. Linux ties that to the thread that
-    starts it, so that must be the main one.
-    """
+    """While inside; then it is asked to stop and waited for, whatever happened inside."""
     progress.say(f"starting {command.describe()}; its log is {log_path}")
+    with launch_program("launcher", command.words(), command.environment, log_path) as launched:
+        yield launched
+
+
+@contextlib.contextmanager
+def launch_program(
+    name: str, words: Sequence[str], environment: Mapping[str, str], log_path: Path
+) -> Iterator[LaunchedServer]:
+    """A program of this project. It stops in its own time, too, if this process is killed. Linux
+    ties that to the thread that starts it, so that must be the main one.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            bind_to_parent("launcher", *command.words(), kill_s=_STOP_TIMEOUT_S),
+            bind_to_parent(name, *words, kill_s=_STOP_TIMEOUT_S),
             stdout=log,
             stderr=log,
-            env={**os.environ, **command.environment},
-            # Ctrl-C is for this program alone; it stops the launcher in its own time.
+            env={**os.environ, **environment},
+            # Ctrl-C is for this program alone; it stops the other in its own time.
             start_new_session=True,
         )
         try:
-            yield LaunchedServer(process, log_path)
+            yield LaunchedServer(process, log_path, name)
         finally:
             stop_process(process, _STOP_TIMEOUT_S)
             with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,100 @@
+"""`python -m lab sweep` over the fake vLLM: every combination once, kept, and the best written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.course.sweep_result import SweepArm, SweepResult, SweptArm
+from tests.lab.grade.test_run_grade import environment
+from tests.launcher.programs import MODEL, ROOT
+
+pytestmark = pytest.mark.slow  # programs and files; the same on every Python
+
+
+def sweep(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    out = folder / "sweep.json"
+    return subprocess.run(
+        [sys.executable, "-m", "lab", "sweep", "--out", str(out), "--count", "4", *options],
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A model without a chat template."""
+    folder = tmp_path / "bare"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_sweep_measures_each_once_goes_on_where_it_was_and_writes_the_best(
+    tmp_path: Path, bare: Path
+) -> None:
+    course = tmp_path / "course.toml"
+    course.write_text("[gateway]\nmax_tokens = 7\ntop_p = 0.5\n", encoding="utf-8")
+    few = ("--model", str(bare), "--system-prompt", "none", "--single-line", "yes")
+
+    done = sweep(tmp_path, *few, "--prompt-style", "chat", "qa")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept: dict[str, Any] = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
+    assert [one["arm"]["style"] for one in kept["swept"]] == ["chat", "qa"]
+    assert "has no chat template" in kept["swept"][0]["failure"]
+    assert kept["swept"][1]["answered"] == 4
+    assert "* qa, system none, 256 tokens, one line" in done.stdout
+    page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "has no chat template" in page
+
+    done = sweep(tmp_path, *few, "--prompt-style", "qa", "--write", str(course))
+
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 are measured already" in done.stderr
+    assert "starting" not in done.stderr
+    written = tomllib.loads(course.read_text(encoding="utf-8"))["gateway"]
+    assert written["prompt_style"] == "qa"
+    assert written["single_line"] is True
+    assert written["max_tokens"] == 256
+    assert written["top_p"] == 0.5
+
+
+def test_sweep_that_cannot_begin_says_why_in_one_line(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "--system-prompt", str(tmp_path / "none-such"))
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
+    done = sweep(tmp_path, "--engine", "http://127.0.0.1:9")
+    assert done.returncode == 3
+    assert "no engine answers at http://127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_best_is_the_fastest_of_those_that_score_nearly_the_same(tmp_path: Path) -> None:
+    arms = [SweepArm("qa", "", tokens, single_line=False) for tokens in (32, 64, 128, 256)]
+    result = SweepResult("x")
+    figures = [(0.3, 900.0), (0.5, 500.0), (0.501, 400.0), (0.0, 0.0)]
+    for arm, (score, speed) in zip(arms, figures, strict=True):
+        failure = "" if speed else "it does not start"
+        result.add(SweptArm(arm, score, score, 1.0, speed, 4, 4, failure))
+    best = result.find_best(arms)
+    assert best is not None
+    assert best.arm.max_tokens == 64
+    assert [one.arm.max_tokens for one in result.rank(arms)] == [128, 64, 32, 256]
+    result.write(tmp_path / "sweep.json")
+    assert SweepResult.read(tmp_path / "sweep.json", "x") == result
+    assert SweepResult.read(tmp_path / "sweep.json", "another") is None

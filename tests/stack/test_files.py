@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,23 @@ def mount(service: dict[str, Any], target: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("Dockerfile.*")), ids=lambda path: path.name)
 def test_dockerfile_is_clean(path: Path) -> None:
     passes(BIN / "hadolint", "--failure-threshold", "warning", path)
+
+
+def test_course_container_is_given_up_when_its_judge_gives_it_up() -> None:
+    text = (ROOT / "Dockerfile.engine").read_text(encoding="utf-8")
+    check = text.rpartition("HEALTHCHECK ")[2].partition("\n")[0]
+    seconds = {name: int(value) for name, value in re.findall(r"--([\w-]+)=(\d+)", check)}
+    longest = seconds["retries"] * (seconds["interval"] + seconds["timeout"])
+    assert seconds["start-period"] + longest == 420
+
+
+def test_models_of_ones_own_are_built_from_but_not_committed() -> None:
+    ignored = run("git", "check-ignore", "models/my-ft/config.json", "models/README.md")
+    assert ignored.stdout.split() == ["models/my-ft/config.json"], ignored.stderr
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {"!models", "!course.toml"} <= set(lines)
+    for name in ("Dockerfile.engine", "Dockerfile.gateway"):
+        assert "COPY . ." not in (ROOT / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)

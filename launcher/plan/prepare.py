@@ -68,7 +68,7 @@ def decide(
     profile = choose_profile(settings.profile, device)
     asked = parse_overrides(settings.set, flags)
     tuned, notes = read_tuned(settings.tuned_path, profile, vllm, model, device)
-    if not tuned:
+    if tuned is None:
         tuned, more = read_carried(settings.config, profile, vllm, model, device)
         notes = [*notes, *more]
     plan = build_plan(

@@ -26,10 +26,12 @@ _USED_BY = ("course", "cpu")
 
 def read_tuned(
     path: Path, profile: str, vllm: InstalledVllm, model: Model, device: Device
-) -> tuple[list[EngineOption], list[str]]:
-    """The measured options, or none; and the line that says which and why."""
+) -> tuple[list[EngineOption] | None, list[str]]:
+    """The measured options, which may be none at all, or None where nothing was measured that fits;
+    and the line that says which and why.
+    """
     if profile not in _USED_BY or not path.is_file():
-        return [], []
+        return None, []
     try:
         data = tomllib.loads(read_text(path))
         key, wanted = data["host_key"], data["profile"]
@@ -37,9 +39,9 @@ def read_tuned(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} cannot be read ({error}); run `tune` or delete it") from None
     if wanted != profile:
-        return [], []
+        return None, []
     if key != take_host_key(vllm, model, device):
-        return [], [f"{path} was measured for another host, model or vLLM: not used"]
+        return None, [f"{path} was measured for another host, model or vLLM: not used"]
     return _build_options(changes, f"measured here: {summary}"), [f"{path}: {summary}"]
 
 

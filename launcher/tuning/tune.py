@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from common.errors import ProgramError, SettingsError
 from common.files import write_file
+from common.settings import read_settings_file
 from launcher.config import TuneSettings
 from launcher.engine.process import end_leftovers
 from launcher.errors import NeverReady
@@ -48,6 +49,8 @@ def tune(settings: TuneSettings, say: Say) -> int:
         say(f"  {candidate.name:<17} {changes or '-'}  ({candidate.why})")
     if settings.dry_run:
         return 0
+    if settings.tune_into and settings.tune_into.exists():
+        read_settings_file(settings.tune_into)  # now, not after half an hour
     with hold_state(settings.state_path):
         asyncio.run(end_leftovers(settings.state_path / "engine.json"))
         engine = Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")

@@ -210,6 +210,13 @@ def train_tokenizer(pairs: list[QuestionPair], size: int, folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
+def copy_tokenizer(start: Path, folder: Path) -> Any:
+    """A model goes on with the pieces of text that it knows."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((start / name).read_bytes())
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
 def build_model(tokenizer: Any) -> Any:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -399,6 +406,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the pairs to learn, JSON lines",
     )
     add("--out", type=Path, default=DEMO / "model", help="the folder to write")
+    add("--start", type=Path, help="go on from this folder's model, and with its tokenizer")
     add("--epochs", type=int, default=90, help="passes over the pairs")
     add(
         "--samples-per-pair",
@@ -430,8 +438,12 @@ def build(arguments: argparse.Namespace, pairs: list[QuestionPair]) -> None:
         seed=arguments.seed,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(pairs, arguments.vocabulary, arguments.out)
-    model = build_model(tokenizer)
+    if arguments.start:
+        tokenizer = copy_tokenizer(arguments.start, arguments.out)
+        model = load_model(arguments.start, torch.float32)
+    else:
+        tokenizer = train_tokenizer(pairs, arguments.vocabulary, arguments.out)
+        model = build_model(tokenizer)
     print(
         f"{len(pairs)} pairs, {len(tokenizer)} tokens, {model.num_parameters():,} parameters",
         flush=True,

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from lab.course.run_sweep import main
 from lab.course.sweep_result import SweepArm, SweepResult, SweptArm
+from lab.failures import BadOptions
+from lab.readiness import ServerNeverReady
 from tests.lab.grade.test_run_grade import environment
 from tests.launcher.programs import MODEL, ROOT
 
@@ -74,14 +77,12 @@ def test_sweep_measures_each_once_goes_on_where_it_was_and_writes_the_best(
     assert written["top_p"] == 0.5
 
 
-def test_sweep_that_cannot_begin_says_why_in_one_line(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "--system-prompt", str(tmp_path / "none-such"))
-    assert done.returncode == 2
-    assert "cannot be read" in done.stderr
-    done = sweep(tmp_path, "--engine", "http://127.0.0.1:9")
-    assert done.returncode == 3
-    assert "no engine answers at http://127.0.0.1:9" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_sweep_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "sweep.json")]
+    with pytest.raises(BadOptions, match="none-such: cannot be read"):
+        main([*out, "--system-prompt", str(tmp_path / "none-such")])
+    with pytest.raises(ServerNeverReady, match="no engine answers at"):
+        main([*out, "--engine", "http://127.0.0.1:9"])
 
 
 def test_best_is_the_fastest_of_those_that_score_nearly_the_same(tmp_path: Path) -> None:

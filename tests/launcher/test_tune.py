@@ -227,22 +227,22 @@ def test_tuned_carried_in_a_settings_file_is_used_where_the_same_runs(tmp_path: 
 
     here = tmp_path / "cache" / "tuned.toml"
     here.write_text(here.read_text().replace('"max-num-batched-tokens" = 4096', ""))
-    out = call(launcher, "explain", "--config", str(carried))[1]
+    out = call(launcher, "explain", "--all", "--config", str(carried))[1]
     assert "max-num-batched-tokens = 4096" not in out  # the profile as shipped was fastest here
     here.unlink()
-    code, out, err = call(launcher, "explain", "--config", str(carried))
+    code, out, err = call(launcher, "explain", "--all", "--config", str(carried))
     assert (code, "max-num-batched-tokens = 4096" in out) == (0, True), err
     assert f"[tuned] of {carried}: small-steps" in out
-    assert "max-num-batched-tokens = 4096" not in call(launcher, "explain")[1]
+    assert "max-num-batched-tokens = 4096" not in call(launcher, "explain", "--all")[1]
 
     carried.write_text(carried.read_text().replace(table["model"], "another"))
-    out = call(launcher, "explain", "--config", str(carried))[1]
+    out = call(launcher, "explain", "--all", "--config", str(carried))[1]
     assert f"was measured for model another, not {table['model']}: not used" in out
     carried.write_text("[tuned")
     code, _, err = call(launcher, "tune", *arguments, *only)
     assert (code, f"cannot read the settings file {carried}" in err) == (2, True)
     carried.write_text("[tuned]\nprofile = 'cpu'\n")
-    code, _, err = call(launcher, "explain", "--config", str(carried))
+    code, _, err = call(launcher, "explain", "--all", "--config", str(carried))
     assert (code, len(err.splitlines())) == (2, 1)
     assert "cannot be read (KeyError('options'))" in err
 

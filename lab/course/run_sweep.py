@@ -29,6 +29,7 @@ from common.files import read_text
 from common.ports import find_free_ports
 from common.project import DEMO_MODEL
 from common.questions import QuestionSet, read_questions
+from common.toml_edit import set_values
 from lab import options
 from lab.course.sweep_result import SweepArm, SweepResult, SweptArm
 from lab.failures import BadOptions
@@ -40,7 +41,6 @@ from lab.readiness import POLL_S, Problem, ServerNeverReady, wait_ready
 from lab.reports.console import ProgressLine, show
 from lab.reports.output_files import ensure_writable
 from lab.service import open_http
-from launcher.plan.toml_edit import set_values
 
 STYLES = ("chat", "chatml", "qa", "raw")
 NO_SYSTEM_PROMPT = "none"

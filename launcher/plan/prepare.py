@@ -62,7 +62,7 @@ def prepare_with(
 def decide(
     settings: LauncherSettings, vllm: InstalledVllm, flags: Flags, model: Model
 ) -> EnginePlan:
-    """Profile, then what was measured on this host, then what the user asked for."""
+    """Profile, then what was measured, on this host or for it, then what the user asked for."""
     device = find_device(settings.gpu, engine_build=vllm.build, gpus=settings.gpus)
     device, shared = cut_share(device, settings.share)
     profile = choose_profile(settings.profile, device)

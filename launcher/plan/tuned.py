@@ -13,12 +13,12 @@ from typing import Any
 from common.errors import SettingsError
 from common.files import read_text, write_file
 from common.settings import TUNED_TABLE, read_settings_file
+from common.toml_edit import render_value, replace_table
 from launcher.models.model import Model
 from launcher.plan.command import InstalledVllm
 from launcher.plan.engine_plan import EngineOption
 from launcher.plan.fingerprint import describe_model, take_host_key
 from launcher.plan.hardware import Device
-from launcher.plan.toml_edit import render_value, replace_table
 
 # What is tuned is the course's batch; on a CPU the profile `cpu` serves it.
 _USED_BY = ("course", "cpu")

@@ -31,11 +31,6 @@ def read_pairs(count: int | None = None) -> list[QuestionPair]:
     return [QuestionPair(row["question"], row["answer"]) for row in rows]
 
 
-def read_short_pairs(count: int = 24) -> list[QuestionPair]:
-    """The shortest answers, which the model of tests/tiny_model.py knows."""
-    return sorted(read_pairs(), key=lambda pair: len(pair.reference))[:count]
-
-
 @dataclass
 class Judged:
     """How the server behaves; `reply` gets the right answers and the call's number."""

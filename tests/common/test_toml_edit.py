@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import SettingsError
-from launcher.plan.toml_edit import replace_table, set_values
+from common.toml_edit import replace_table, set_values
 
 ROOT = Path(__file__).parents[2]
 

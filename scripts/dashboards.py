@@ -1,5 +1,5 @@
-"""Writes deploy/grafana/dashboards/*.json from scripts/panels.py (`make dashboards`:
-`python -m scripts.dashboards`).
+"""Writes deploy/grafana/dashboards/*.json from scripts/panels.py, and deploy/prometheus/rules as
+Kubernetes takes them (`make dashboards`: `python -m scripts.dashboards`).
 
 `--check` changes nothing and says whether the files are what it would write.
 """
@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ from scripts.panels import BOARDS, STATES, Board, Panel, Query
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
+RULES = sorted((ROOT / "deploy" / "prometheus" / "rules").glob("*.yml"))
+# kustomize reads nothing outside its own folder, so the rules are there a second time.
+KUBERNETES_RULES = ROOT / "deploy" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
+_KUBERNETES_HEAD = """\
+# Written by `make dashboards` from deploy/prometheus/rules.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: vllm-gateway
+spec:
+  groups:
+"""
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GREEN, _RED, _GREY = "green", "red", "#8e8e8e"
@@ -215,16 +228,22 @@ def render(board: Board) -> str:
     return json.dumps(built, cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def render_rules() -> str:
+    """Alerts and recording rules for the Prometheus operator: the same text, further in."""
+    groups = [path.read_text(encoding="utf-8").partition("\ngroups:\n")[2] for path in RULES]
+    return _KUBERNETES_HEAD + textwrap.indent("\n".join(groups), "  ")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether they are current")
     arguments = parser.parse_args()
+    files = {FOLDER / f"{board.name}.json": render(board) for board in BOARDS}
+    files[KUBERNETES_RULES] = render_rules()
     is_current = True
-    for board in BOARDS:
-        path = FOLDER / f"{board.name}.json"
-        wanted = render(board)
+    for path, wanted in files.items():
         if not arguments.check:
-            FOLDER.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != wanted:
             print(f"{path.relative_to(ROOT)}: run `make dashboards`")

@@ -6,6 +6,7 @@
 #   browser      chromium (the page)
 #   redis        redis-server (limits over several gateways)
 #   kubernetes   kubectl with kustomize 5 (deploy/kubernetes)
+#   operations   Caddy, Alertmanager (compose.tls.yaml, compose.alerts.yaml)
 # --check installs nothing. Exit: 0 all is there, 77 something is missing and cannot be had here, 2 wrong usage.
 set -euo pipefail
 
@@ -15,6 +16,7 @@ declare -A TOOLS=(
   [browser]="chromium fonts-noto-cjk"
   [redis]="redis-server"
   [kubernetes]="kubectl"
+  [operations]="caddy prometheus-alertmanager"
 )
 # The oldest release of Debian that has what is needed, for machines whose own release does not.
 declare -A SUITE=([docker-compose]=trixie [docker-buildx]=trixie [prometheus]=forky [kubectl]=trixie)
@@ -24,7 +26,7 @@ main() {
   local check=false group
   local -a missing=()
   if [ "${1:-}" = --check ]; then check=true; shift; fi
-  [ $# -gt 0 ] || { sed -n '2,9s/^# //p' "$0" >&2; exit 2; }
+  [ $# -gt 0 ] || { sed -n '2,11s/^# //p' "$0" >&2; exit 2; }
   for group in "$@"; do
     [ -n "${TOOLS[$group]:-}" ] || { echo "system: unknown group $group; known: ${!TOOLS[*]}" >&2; exit 2; }
   done

@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gateway.config import Settings
+from gateway.config import Settings, load_settings
 from launcher.config import LauncherSettings
 from tests.deploy.expressions import RULES
 from tests.deploy.manifests import (
@@ -252,6 +252,24 @@ def test_variables_are_settings(overlay: str) -> None:
         assert {one for one in names if one.startswith("LAUNCHER_")} <= {
             f"LAUNCHER_{one.upper()}" for one in launcher
         }, pods.name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_values_are_what_the_gateway_takes(
+    overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in find_pods(overlay, "gateway").environment.items():
+        if name.startswith("GATEWAY_") and name not in LATER:
+            monkeypatch.setenv(name, value)
+    keys = tmp_path / "keys.toml"
+    keys.touch()
+    # What the pod has mounted.
+    monkeypatch.setenv("GATEWAY_TOKENIZER", str(ROOT / "demo" / "model"))
+    monkeypatch.setenv("GATEWAY_KEYS_FILE", str(keys))
+
+    (engines,) = load_settings([]).engines
+
+    assert engines.partition("+")[2] == "http://engine:8001"
 
 
 def test_leader_and_worker_tell_vllm_the_same() -> None:

@@ -431,8 +431,8 @@ _FAILS = Row(
             "Redis away",
             (Query("max by (instance) (gateway_redis_away)", "{{instance}}"),),
             "bool_yes_no",
-            about="Yes: the gateway does not reach the Redis in which keys' limits are kept. No, too, "
-            "where there is none.",
+            about="Yes: the gateway does not reach the Redis in which keys' limits are kept. No, "
+            "too, where there is none.",
         ),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -15,6 +16,7 @@ from gateway.admission.keys import KEYRING, Keyring, run_key_reload
 from gateway.admission.limits import LocalLimits
 from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
 from gateway.admission.queue import QUEUE, AdmissionQueue
+from gateway.batches.access import BATCHES
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.engines.batch import BatchGenerator
 from gateway.engines.capacity import EngineCapacity
@@ -34,6 +36,8 @@ from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builder import PROMPTS, PromptBuilder
 from gateway.request_body import BODIES, HeldBodies
 from gateway.routes import (
+    batches,
+    files,
     health,
     metrics,
     openapi,
@@ -45,6 +49,9 @@ from gateway.routes import (
     version,
 )
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
+
+if TYPE_CHECKING:
+    from gateway.batches.service import BatchService
 
 
 def build_app(
@@ -71,6 +78,9 @@ def build_app(
     # First, so that it ends last: a drain can be watched.
     app.cleanup_ctx.append(metrics.run_metrics_port)
     app.cleanup_ctx.extend((partial(run_engines, reload=reload), watch_event_loop, run_key_reload))
+    if settings.batch_folder is not None:
+        app[BATCHES] = build_batches(settings, app[METRICS])
+        app.cleanup_ctx.append(run_batches)
     if settings.grade_record:
         GradeRecordFile(settings.grade_record, app[METRICS])
     if settings.otlp_endpoint:
@@ -100,6 +110,9 @@ def add_routes(app: web.Application) -> None:
         app.router.add_route(method, path, relay.handle_relay)
     for method, path in responses.ROUTES:
         app.router.add_route(method, path, responses.handle_response)
+    for room in (files, batches):
+        for (method, path), handler in zip(room.ROUTES, room.HANDLERS, strict=True):
+            app.router.add_route(method, path, handler)
     # So that the first call of each is seen in the metrics.
     routes = {resource.canonical for resource in app.router.resources()} - middleware.QUIET_ROUTES
     entering = ("/predict", *relay.GENERATING)
@@ -133,6 +146,32 @@ async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> A
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await discovery.stop()
+
+
+def build_batches(settings: Settings, figures: Metrics) -> BatchService:
+    """Loaded only when asked for: its database takes its time."""
+    from gateway.batches.service import BatchService  # noqa: PLC0415
+
+    return BatchService(settings, figures)
+
+
+async def run_batches(app: web.Application) -> AsyncIterator[None]:
+    """For as long as the engines are there."""
+    from gateway.batches.calls import BatchCaller  # noqa: PLC0415
+    from gateway.batches.service import Parts  # noqa: PLC0415
+
+    pool = app[POOL]
+    caller = BatchCaller(app[SETTINGS], pool, app[QUEUE], app[ACCOUNTS], app[MEDIA_HOSTS])
+    parts = Parts(
+        settings=app[SETTINGS],
+        keyring=app[KEYRING],
+        caller=caller,
+        metrics=app[METRICS],
+        open_requests=app[middleware.OPEN_REQUESTS],
+        is_draining=lambda: pool.draining,
+    )
+    async with app[BATCHES].run(parts):
+        yield
 
 
 def build_page_guard(settings: Settings) -> PageGuard:

@@ -4,6 +4,7 @@
 #   containers   dockerd, BuildKit, Compose v2, mmdebstrap (the stack test)
 #   prometheus   Prometheus 3 with promtool (rules, dashboards)
 #   browser      chromium (the page)
+#   postgres     PostgreSQL (batches)
 # --check installs nothing. Exit: 0 all is there, 77 something is missing and cannot be had here, 2 wrong usage.
 set -euo pipefail
 
@@ -11,6 +12,7 @@ declare -A TOOLS=(
   [containers]="docker.io iptables iproute2 mmdebstrap docker-compose docker-buildx"
   [prometheus]="prometheus"
   [browser]="chromium fonts-noto-cjk"
+  [postgres]="postgresql"
 )
 # The oldest release of Debian that has what is needed, for machines whose own release does not.
 declare -A SUITE=([docker-compose]=trixie [docker-buildx]=trixie [prometheus]=forky)
@@ -20,7 +22,7 @@ main() {
   local check=false group
   local -a missing=()
   if [ "${1:-}" = --check ]; then check=true; shift; fi
-  [ $# -gt 0 ] || { sed -n '2,8s/^# //p' "$0" >&2; exit 2; }
+  [ $# -gt 0 ] || { sed -n '2,9s/^# //p' "$0" >&2; exit 2; }
   for group in "$@"; do
     [ -n "${TOOLS[$group]:-}" ] || { echo "system: unknown group $group; known: ${!TOOLS[*]}" >&2; exit 2; }
   done
@@ -52,6 +54,7 @@ is_there() {
     docker-*) has_plugin "$1" ;;
     iproute2) command -v ip ;;
     prometheus) is_version_3 prometheus && is_version_3 promtool ;;
+    postgresql) command -v initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' ;;
     fonts-noto-cjk) compgen -G '/usr/share/fonts/*/*/*CJK*' ;;
     *) command -v "$1" ;;
   esac >/dev/null 2>&1

@@ -161,7 +161,14 @@ async def run_batches(app: web.Application) -> AsyncIterator[None]:
     from gateway.batches.service import Parts  # noqa: PLC0415
 
     pool = app[POOL]
-    caller = BatchCaller(app[SETTINGS], pool, app[QUEUE], app[ACCOUNTS], app[MEDIA_HOSTS])
+    caller = BatchCaller(
+        settings=app[SETTINGS],
+        pool=pool,
+        queue=app[QUEUE],
+        accounts=app[ACCOUNTS],
+        media_hosts=app[MEDIA_HOSTS],
+        bodies=app[BODIES],
+    )
     parts = Parts(
         settings=app[SETTINGS],
         keyring=app[KEYRING],

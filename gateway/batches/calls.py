@@ -4,10 +4,19 @@ the lane `batch`.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from gateway.admission.accounts import Accounts, Spent
-from gateway.admission.calls import bound_answer, check_call, expect_tokens, parse_call
+from gateway.admission.calls import (
+    BYTES_A_TOKEN,
+    bound_answer,
+    check_call,
+    expect_tokens,
+    parse_call,
+)
 from gateway.admission.keys import Caller
 from gateway.admission.media_hosts import MediaHosts
 from gateway.admission.queue import AdmissionQueue
@@ -22,6 +31,8 @@ from gateway.request_context import RequestContext
 from gateway.schemas.openai import OpenAIRequest, name_engine_error, parse_usage
 from gateway.schemas.vllm import parse_engine_error
 
+ReadBody = Callable[[], Awaitable[bytes]]
+
 
 @dataclass(slots=True)
 class Answer:
@@ -32,38 +43,66 @@ class Answer:
     queue_s: float
 
 
+class BodyCount(Protocol):
+    """The bytes of all bodies in memory."""
+
+    def hold(self, context: RequestContext, size: int) -> None: ...
+
+    def release(self, context: RequestContext) -> None: ...
+
+
 class BatchCaller:
     """What /v1 routes do for a caller who waits, for one who does not."""
 
     def __init__(
         self,
+        *,
         settings: Settings,
         pool: EnginePool,
         queue: AdmissionQueue,
         accounts: Accounts,
         media_hosts: MediaHosts,
+        bodies: BodyCount,
     ) -> None:
         self._settings, self._pool, self._queue = settings, pool, queue
-        self._accounts, self._media_hosts = accounts, media_hosts
+        self._accounts, self._media_hosts, self._bodies = accounts, media_hosts, bodies
 
-    async def ask(self, caller: Caller, path: str, body: bytes, request_id: str) -> Answer:
-        """A `GatewayError` is what a caller would be told."""
+    async def ask(
+        self, caller: Caller, path: str, size: int, read: ReadBody, request_id: str
+    ) -> Answer:
+        """A `GatewayError` is what a caller would be told. Bodies count with those of requests that
+        come in: so many lines of megabytes are not in memory at once.
+        """
         caller.check_route(path)
+        context = RequestContext(request_id, RequestRecord(path))
+        try:
+            self._bodies.hold(context, size)
+            return await self._ask(caller, path, await read(), context)
+        finally:
+            self._bodies.release(context)
+
+    async def _ask(self, caller: Caller, path: str, body: bytes, context: RequestContext) -> Answer:
         call = await parse_call(path, body, self._settings, self._pool, None)
         if call.is_stream:
             raise InvalidRequest("nobody reads a stream in a batch; leave it out", param="stream")
         await check_call(call, caller, self._settings, self._media_hosts)
         await self._accounts.take_request(caller)
-        context = RequestContext(request_id, RequestRecord(path))
         ticket = build_ticket({}, caller, call.sequences, "batch", None)
         ticket.lane = "batch"  # whatever the key's own requests are
+        bound = bound_answer(path, call, self._settings, self._pool)
         if ticket.tokens_per_minute:
-            bound = bound_answer(path, call, self._settings, self._pool)
             ticket.tokens = expect_tokens(call, bound, caller, self._accounts)
         context.record.note_queued()
         async with self._queue.enter(ticket):
             context.record.note_entered()
-            return await self._send(caller, path, call, context)
+            try:
+                return await self._send(caller, path, call, context)
+            except asyncio.CancelledError:
+                if context.is_running:  # else to cancel a batch would be free
+                    taken = call.size // BYTES_A_TOKEN
+                    left = Spent(taken, 0, context.running_s(), call.sequences)
+                    await self._accounts.charge_left(caller, left, bound)
+                raise
 
     async def _send(
         self, caller: Caller, path: str, call: OpenAIRequest, context: RequestContext
@@ -72,14 +111,15 @@ class BatchCaller:
             context,
             "POST",
             path,
-            self._settings.max_attempts,
+            1,  # whether it is sent again is its batch's matter
             body=call.body,
             sequences=call.sequences,
-            is_repeatable=True,  # nobody has seen what it answered before
             affinity=call.affinity,
             is_relayed=True,
         )
         async with self._pool.attempt(engine_call) as answer:
+            engine_call.body, call.body = None, b""
+            self._bodies.release(context)
             if answer.body is None:
                 raise EngineError("the engine answered with a stream", code="engine_garbled")
             status, body = answer.status, answer.body

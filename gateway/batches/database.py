@@ -26,6 +26,7 @@ _FILE = "batches.sqlite"
 _CONNECTIONS = 5
 _CONNECT_TIMEOUT_S = 5.0
 _STATEMENT_TIMEOUT_S = 60.0
+_IDLE_TIMEOUT_MS = "20000"
 _BUSY_TIMEOUT_MS = 20_000
 _RETRY_AFTER_S = 2.0
 
@@ -110,6 +111,8 @@ def _describe(settings: Settings) -> tuple[URL, dict[str, Any], tuple[type[Excep
         "connect_args": {
             "timeout": _CONNECT_TIMEOUT_S,
             "command_timeout": _STATEMENT_TIMEOUT_S,
+            # A gateway that is frozen in a transaction would keep its batches from all others.
+            "server_settings": {"idle_in_transaction_session_timeout": _IDLE_TIMEOUT_MS},
         },
     }
     return url, options, (SQLAlchemyError, OSError, TimeoutError, PostgresError, InterfaceError)

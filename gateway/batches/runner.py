@@ -13,7 +13,7 @@ import structlog
 
 from gateway.admission.keys import Caller
 from gateway.batches.blobs import Blobs, BlobWriter
-from gateway.batches.calls import Answer, BatchCaller
+from gateway.batches.calls import Answer, BatchCaller, ReadBody
 from gateway.batches.ownership import Ownership, Result
 from gateway.batches.store import StoredLine, find_kept_s
 from gateway.batches.window import Slot, Window
@@ -45,7 +45,7 @@ _MOST_WEIGHT = 10.0  # of a batch near its end, beside one with all its time
 _KEYS_OWN = ("key_concurrency",)  # no sign of what the engines bear
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _RESULTS_AT_ONCE = 200
-_LINES_AT_ONCE = 200
+_LINES_AT_ONCE = 50  # answers may be long
 _UNANSWERED = {
     "expired": "its completion window ended before this request could be run",
     "cancelled": "the batch was cancelled before this request was run",
@@ -168,33 +168,34 @@ class JobRunner:
 
     async def _answer(self, blob: str, line: StoredLine, slot: Slot) -> None:
         """Until it is known what its line is answered, and that is stored."""
-        tries = 1
-        while True:
-            try:
-                result, pause_s = await self._try(blob, line, tries, slot)
-            finally:
-                slot.leave()
-            if result is not None:
-                break
-            tries += 1
+        lost = 0
+        result, pause_s, is_lost = await self._try(blob, line, lost, slot)
+        while result is None:
+            lost += is_lost
             await asyncio.sleep(pause_s)
-            slot = await self._enter()
+            # One that takes an engine down takes others with it. Its last try is beside nobody
+            # else's last one, so that those are not given up with it.
+            is_last = lost > 0 and lost + 1 >= self._settings.max_attempts
+            async with self._window.last_tries if is_last else contextlib.nullcontext():
+                slot = await self._enter()
+                result, pause_s, is_lost = await self._try(blob, line, lost, slot)
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._results.append((result, stored))
         self._has_results.set()
         await stored
 
     async def _try(
-        self, blob: str, line: StoredLine, tries: int, slot: Slot
-    ) -> tuple[Result | None, float]:
-        """A result, or how long to wait until it is tried again."""
+        self, blob: str, line: StoredLine, lost: int, slot: Slot
+    ) -> tuple[Result | None, float, bool]:
+        """A result; or how long to wait until it is tried again, and whether it may have run."""
         number, custom_id, start, size, _ = line
         request_id = f"{self.job.id}-{number}"
         self._open_requests.count += 1  # a drain waits for it
         try:
-            body = await self._read(blob, start, size)
-            answer = await self._ask(body, request_id)
-        except (StorageUnavailable, StorageFull):
+            read = partial(self._read, blob, start, size)
+            answer = await self._ask(size, read, request_id)
+        except (StorageUnavailable, StorageFull, asyncio.CancelledError):
+            slot.leave()
             raise
         except GatewayError as error:
             refusal = error
@@ -204,24 +205,24 @@ class JobRunner:
         else:
             slot.leave("answered", answer.queue_s)
             text = build_response_line(custom_id, request_id, answer.status, answer.body)
-            return Result(number, answer.status < 400, text), 0.0
+            return Result(number, answer.status < 400, text), 0.0, False
         finally:
             self._open_requests.count -= 1
-        return self._judge(refusal, tries, slot, Result(number, False, b""), custom_id)
+        return self._judge(refusal, lost, slot, Result(number, False, b""), custom_id)
 
     def _judge(
-        self, refusal: GatewayError, tries: int, slot: Slot, result: Result, custom_id: str
-    ) -> tuple[Result | None, float]:
+        self, refusal: GatewayError, lost: int, slot: Slot, result: Result, custom_id: str
+    ) -> tuple[Result | None, float, bool]:
         pause_s = refusal.retry_after_s or _FIRST_PAUSE_S
-        if _is_too_much(refusal):
-            slot.leave("refused", pause_s=pause_s)
-        is_lost = isinstance(refusal, EngineError) and not isinstance(refusal, EngineTimeout)
-        if _has_not_run(refusal) or (is_lost and tries < self._settings.max_attempts):
+        is_lost = _is_lost(refusal)
+        is_too_much = is_lost or _is_too_much(refusal)
+        slot.leave("refused" if is_too_much else "other", pause_s=pause_s if is_too_much else 0.0)
+        if _has_not_run(refusal) or (is_lost and lost + 1 < self._settings.max_attempts):
             self._metrics.batch_retries.labels(refusal.error_code).inc()
-            return None, pause_s
+            return None, pause_s, is_lost
         request_id = f"{self.job.id}-{result.number}"
         result.line = build_refusal_line(custom_id, request_id, refusal)
-        return result, 0.0
+        return result, 0.0, is_lost
 
     async def _read(self, blob: str, start: int, size: int) -> bytes:
         try:
@@ -231,13 +232,13 @@ class JobRunner:
             await asyncio.Event().wait()  # until this is cancelled, as all others are
             raise
 
-    async def _ask(self, body: bytes, request_id: str) -> Answer:
+    async def _ask(self, size: int, read: ReadBody, request_id: str) -> Answer:
         caller = self._find_caller(self.job.owner)
         if caller is None:
             self.check_owner()
             await asyncio.Event().wait()
         assert caller is not None  # noqa: S101 — else nobody comes here
-        return await self._caller.ask(caller, self.job.endpoint, body, request_id)
+        return await self._caller.ask(caller, self.job.endpoint, size, read, request_id)
 
     def check_owner(self) -> None:
         """A batch ends with its key."""
@@ -336,6 +337,12 @@ def _is_too_much(error: GatewayError) -> bool:
     return isinstance(error, Overloaded | Unavailable | EngineUnreachable) and (
         error.error_code not in _KEYS_OWN
     )
+
+
+def _is_lost(error: GatewayError) -> bool:
+    """It may have run, and nobody knows its answer."""
+    is_other = isinstance(error, EngineTimeout | EngineUnreachable)
+    return isinstance(error, EngineError) and not is_other
 
 
 def _has_not_run(error: GatewayError) -> bool:

@@ -97,16 +97,7 @@ class BatchService:
     @asynccontextmanager
     async def receive(self, caller: Caller) -> AsyncIterator[tuple[Upload, UploadEnd]]:
         """Where a file's bytes go; it is there once its end has been told."""
-        stored = await self.store.sum_bytes(caller.name)
-        most, lines = self._settings.batch_max_file_bytes, self._settings.batch_max_lines
-        if caller.batch_max_stored_bytes:
-            most = min(most, caller.batch_max_stored_bytes - stored)
-            if most <= 0:
-                raise Forbidden(
-                    f"this key's files take {stored} bytes already; its limit is "
-                    f"{caller.batch_max_stored_bytes}: delete some",
-                    code="batch_storage",
-                )
+        most, lines = await self._find_room(caller), self._settings.batch_max_lines
         file_id = make_id("file-")
         end = UploadEnd()
         async with self._blobs.write(file_id) as writer:
@@ -134,6 +125,17 @@ class BatchService:
             models=upload.models,
         )
         await self.store.add_file(end.file, upload.lines)
+
+    async def _find_room(self, caller: Caller) -> int:
+        """How large the next file may be. Two at once may both find it."""
+        bound = caller.batch_max_stored_bytes or self._settings.batch_max_stored_bytes
+        stored = await self.store.sum_bytes(caller.name)
+        if stored >= bound:
+            raise Forbidden(
+                f"this key's files take {stored} bytes already, and may take {bound}: delete some",
+                code="batch_storage",
+            )
+        return min(self._settings.batch_max_file_bytes, bound - stored)
 
     def read(self, file: FileRecord) -> AsyncIterator[bytes]:
         return self._blobs.read_all(file.blob)

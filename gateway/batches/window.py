@@ -48,6 +48,7 @@ class Window:
         self.limit = min(_FIRST, self._most)
         self.running = 0
         self.clock = 0.0  # of the batch that was served last
+        self.last_tries = asyncio.Lock()  # of requests that have been lost before
         self._numbers = itertools.count()
         self._queue: list[tuple[float, int, asyncio.Future[None]]] = []
         self._opens_at = 0.0

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import orjson
 import pytest
@@ -59,7 +58,14 @@ class Postgres:
             user=_find_user(),
         )
         deadline = time.monotonic() + 30
-        probe = [self.programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        probe: list[str | Path] = [
+            self.programs / "pg_isready",
+            "-q",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+        ]
         while subprocess.run(probe, check=False).returncode != 0:
             assert time.monotonic() < deadline, "PostgreSQL does not start"
             time.sleep(0.02)
@@ -121,17 +127,17 @@ class Batches:
     """A gateway with batches, and a caller of it."""
 
     served: Served
-    sdk: openai.AsyncOpenAI
+    sdk: Any  # its types know OpenAI's own values alone
 
     async def upload(self, lines: Sequence[dict[str, Any]] | bytes, name: str = "in.jsonl") -> str:
         data = lines if isinstance(lines, bytes) else dump(lines)
         file = await self.sdk.files.create(file=(name, data), purpose="batch")
-        return file.id
+        return str(file.id)
 
     async def create(self, lines: Sequence[dict[str, Any]], **fields: Any) -> str:
         options: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h"} | fields
         file_id = await self.upload(lines)
-        return (await self.sdk.batches.create(input_file_id=file_id, **options)).id
+        return str((await self.sdk.batches.create(input_file_id=file_id, **options)).id)
 
     async def wait(self, batch_id: str, *states: str) -> Any:
         states = states or ("completed", "failed", "expired", "cancelled")
@@ -164,11 +170,17 @@ def ask(number: int, content: str | None = None, **fields: Any) -> dict[str, Any
 
 @contextlib.asynccontextmanager
 async def open_batches(served: Served, key: str = "none") -> AsyncIterator[Batches]:
-    async with httpx.AsyncClient(verify=NO_TLS, timeout=60) as client:
-        sdk = openai.AsyncOpenAI(
-            base_url=f"{served.url}/v1", api_key=key, http_client=client, max_retries=0
-        )
+    async with open_sdk(served.url, key) as sdk:
         yield Batches(served, sdk)
+
+
+@contextlib.asynccontextmanager
+async def open_sdk(url: str, key: str = "none") -> AsyncIterator[Any]:
+    """No retries: each answer is looked at."""
+    options: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": key, "max_retries": 0}
+    client = openai.DefaultAsyncHttpxClient(verify=NO_TLS, timeout=60)
+    async with openai.AsyncOpenAI(http_client=client, **options) as sdk:
+        yield sdk
 
 
 @pytest.fixture

@@ -67,6 +67,10 @@ class BatchCaller:
         self._settings, self._pool, self._queue = settings, pool, queue
         self._accounts, self._media_hosts, self._bodies = accounts, media_hosts, bodies
 
+    def count_interactive(self) -> int:
+        """Sequences of callers who wait for their answers, here or in the engines."""
+        return sum(self._queue.count("interactive"))
+
     async def ask(
         self, caller: Caller, path: str, size: int, read: ReadBody, request_id: str
     ) -> Answer:

@@ -56,7 +56,7 @@ class BatchService:
     async def run(self, parts: Parts) -> AsyncIterator[None]:
         """Batches are run inside of this; their database is opened when it is needed."""
         ownership = Ownership(self._database, secrets.token_hex(8))
-        window = Window(self._settings.batch_max_running)
+        window = Window(self._settings.batch_max_running, parts.caller.count_interactive)
         self._metrics.batch_window.read = lambda: [((), window.limit)]
         self._metrics.batch_running.read = lambda: [((), window.running)]
 
@@ -204,7 +204,8 @@ def _ensure_folder(settings: Settings) -> Path:
     folder = settings.batch_folder
     assert folder is not None  # noqa: S101 — else nobody comes here
     try:
-        (folder / _BLOBS).mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / _BLOBS).mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise SettingsError(
             f"GATEWAY_BATCH_FOLDER: cannot make {folder} ({error.strerror})"

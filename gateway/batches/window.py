@@ -2,7 +2,8 @@
 
 What goes well makes it larger by one a round, what is refused halves it (additive increase,
 multiplicative decrease, as TCP's). A request that had to wait for its place in the lane `batch` is
-a sign that there is enough: it makes nothing larger. Whose turn it is among batches goes by their
+a sign that there is enough: it makes nothing larger. Beside requests whose callers wait for their
+answers only a part of it is used. Whose turn it is among batches goes by their
 clocks: each request moves that of its batch by the time that is left for it, so what is near its
 end runs more often.
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 _FIRST = 8.0
 _SMALLEST = 1.0
 _SHARE_AFTER_REFUSAL = 0.5
+_SHARE_BESIDE_OTHERS = 0.25
+_YIELDS_S = 2.0
 # A wait for a place that is no sign of anything.
 _SHORT_WAIT_S = 0.05
 _LONG_WAIT_S = 2.0
@@ -43,8 +47,11 @@ class Slot:
 class Window:
     """Slots for requests; one for all batches of this gateway."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, count_others: Callable[[], int] = lambda: 0) -> None:
+        """`count_others`: the requests of callers who wait for their answers."""
         self._most = float(most)
+        self._count_others = count_others
+        self._yields_until = 0.0
         self.limit = min(_FIRST, self._most)
         self.running = 0
         self.clock = 0.0  # of the batch that was served last
@@ -94,12 +101,21 @@ class Window:
             if self._timer is None and self._queue:
                 self._timer = loop.call_later(pause_s, self._reopen)
             return
-        while self._queue and self.running < int(self.limit):
+        while self._queue and self.running < self._find_room(loop.time()):
             clock, _, turn = heapq.heappop(self._queue)
             if not turn.done():
                 self.clock = max(self.clock, clock)
                 self.running += 1
                 turn.set_result(None)
+
+    def _find_room(self, now: float) -> int:
+        """An engine's step takes the longer the more sequences are in it, and a chat feels that: so
+        beside one, and for a moment after, only a part of the window is used.
+        """
+        if self._count_others():
+            self._yields_until = now + _YIELDS_S
+        share = _SHARE_BESIDE_OTHERS if now < self._yields_until else 1.0
+        return max(1, int(self.limit * share))
 
     def _reopen(self) -> None:
         self._timer = None

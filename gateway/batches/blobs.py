@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -34,7 +34,7 @@ class Blobs(Protocol):
 
     async def read(self, name: str, start: int, size: int) -> bytes: ...
 
-    def read_all(self, name: str) -> AsyncIterator[bytes]: ...
+    def read_all(self, name: str) -> AsyncGenerator[bytes, None]: ...
 
     async def delete(self, name: str) -> None: ...
 
@@ -77,7 +77,7 @@ class DiskBlobs:
             raise NotFound("the file is shorter than it was", code="file_lost")
         return data
 
-    async def read_all(self, name: str) -> AsyncIterator[bytes]:
+    async def read_all(self, name: str) -> AsyncGenerator[bytes, None]:
         try:
             file = await asyncio.to_thread(self._path(name).open, "rb")
             try:

@@ -215,7 +215,7 @@ class JobRunner:
     ) -> tuple[Result | None, float, bool]:
         pause_s = refusal.retry_after_s or _FIRST_PAUSE_S
         is_lost = _is_lost(refusal)
-        is_too_much = is_lost or _is_too_much(refusal)
+        is_too_much = _is_too_much(refusal)
         slot.leave("refused" if is_too_much else "other", pause_s=pause_s if is_too_much else 0.0)
         if _has_not_run(refusal) or (is_lost and lost + 1 < self._settings.max_attempts):
             self._metrics.batch_retries.labels(refusal.error_code).inc()
@@ -262,7 +262,7 @@ class JobRunner:
                     stored.set_result(None)
 
     async def _store(self, results: list[Result]) -> None:
-        """However long it takes: meanwhile slots stay taken, and nothing piles up."""
+        """However long it takes: meanwhile only so many lines more are begun as may run at once."""
         pause_s = _FIRST_PAUSE_S
         while results:
             try:
@@ -334,9 +334,8 @@ def _leave(slot: Slot, _task: asyncio.Task[None]) -> None:
 
 def _is_too_much(error: GatewayError) -> bool:
     """For the engines, and not for the key alone."""
-    return isinstance(error, Overloaded | Unavailable | EngineUnreachable) and (
-        error.error_code not in _KEYS_OWN
-    )
+    kinds = Overloaded | Unavailable | EngineUnreachable | EngineTimeout
+    return isinstance(error, kinds) and error.error_code not in _KEYS_OWN
 
 
 def _is_lost(error: GatewayError) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,7 @@ class BatchService:
             )
         return min(self._settings.batch_max_file_bytes, bound - stored)
 
-    def read(self, file: FileRecord) -> AsyncIterator[bytes]:
+    def read(self, file: FileRecord) -> AsyncGenerator[bytes, None]:
         return self._blobs.read_all(file.blob)
 
     async def delete(self, caller: Caller, file_id: str) -> None:

@@ -30,7 +30,7 @@ from gateway.batches.database import Database
 from gateway.batches.tables import FILES, JOBS, LINES, RESULTS
 from gateway.config import Settings
 from gateway.errors import Conflict, InvalidRequest, NotFound, RateLimited
-from gateway.schemas.batches import FileRecord, JobRecord
+from gateway.schemas.batches import FileRecord, JobRecord, is_storable
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -80,6 +80,8 @@ class Store:
         self, owner: str, *, after: str | None, limit: int, ascending: bool, purpose: str | None
     ) -> tuple[list[FileRecord], bool]:
         """A page of them, and whether there are more."""
+        if purpose is not None and not is_storable(purpose):
+            return [], False
         further = [] if purpose is None else [FILES.c.purpose == purpose]
         rows, has_more = await self._list(FILES, owner, further, after, limit, ascending=ascending)
         return [_read_file(row) for row in rows], has_more
@@ -193,7 +195,7 @@ class Store:
         query = query.order_by(table.c.id.asc() if ascending else table.c.id.desc())
         async with self._database.read() as connection:
             if after is not None:
-                await _find(connection, table, owner, after, param="after")
+                await _find(connection, table, owner, after, param="after")  # a mistake is told
             rows = list((await connection.execute(query.limit(limit + 1))).mappings())
         return rows[:limit], len(rows) > limit
 
@@ -217,10 +219,11 @@ def _read_file(row: RowMapping) -> FileRecord:
 async def _find(
     connection: AsyncConnection, table: Table, owner: str, key: str, param: str | None = None
 ) -> RowMapping:
-    query = select(table).where(table.c.id == key, table.c.owner == owner)
-    row = (await connection.execute(query)).mappings().one_or_none()
-    if row is not None:
-        return row
+    if is_storable(key):
+        query = select(table).where(table.c.id == key, table.c.owner == owner)
+        row = (await connection.execute(query)).mappings().one_or_none()
+        if row is not None:
+            return row
     kind = "file" if table is FILES else "batch"
     if param is not None:
         raise InvalidRequest(f"{param}: there is no {kind} {key[:100]!r}", param=param)

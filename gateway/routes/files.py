@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import orjson
@@ -13,14 +15,13 @@ from gateway.batches.access import find_batches
 from gateway.config import SETTINGS
 from gateway.errors import (
     BodyTimeout,
-    GatewayError,
     InvalidRequest,
     PayloadTooLarge,
     UnsupportedMediaType,
 )
 from gateway.request_body import BODIES
 from gateway.request_context import CONTEXT
-from gateway.schemas.batches import PURPOSE, build_file, build_page, parse_expiry
+from gateway.schemas.batches import PURPOSE, FileRecord, build_file, build_page, parse_expiry
 from gateway.schemas.paging import parse_page
 
 ROUTES = (
@@ -52,7 +53,7 @@ async def handle_upload(request: web.Request) -> web.Response:
                 if has_file:
                     raise InvalidRequest("one file a request", param="file")
                 has_file = True
-                end.filename = (part.filename or end.filename)[:_LONGEST_NAME]
+                end.filename = _clean_name(part.filename) or end.filename
                 await _read_file(request, part, upload)
             elif part.name:
                 fields[part.name] = await _read_field(request, part)
@@ -94,8 +95,14 @@ async def handle_delete(request: web.Request) -> web.Response:
 async def handle_content(request: web.Request) -> web.StreamResponse:
     service = find_batches(request.app)
     file = await service.store.find_file(request[CALLER].name, request.match_info["file_id"])
-    pieces = service.read(file)
-    first = await anext(pieces, b"")  # one that is lost is a 404, not half an answer
+    async with aclosing(service.read(file)) as pieces:
+        first = await anext(pieces, b"")  # one that is lost is a 404, not half an answer
+        return await _send(request, file, first, pieces)
+
+
+async def _send(
+    request: web.Request, file: FileRecord, first: bytes, pieces: AsyncIterator[bytes]
+) -> web.StreamResponse:
     response = web.StreamResponse(
         headers={
             "Content-Type": "application/octet-stream",
@@ -155,8 +162,12 @@ async def _wait(request: web.Request, reading: Any) -> Any:
             return await reading
     except TimeoutError:
         raise BodyTimeout(f"nothing of the file came for {limit_s:g} s") from None
-    except GatewayError:
-        raise
+
+
+def _clean_name(name: str | None) -> str:
+    """It is only ever shown, never a path here."""
+    text = (name or "").encode("utf-8", "replace").decode()
+    return "".join(one for one in text if one.isprintable())[:_LONGEST_NAME]
 
 
 def _read_expiry(fields: dict[str, str]) -> dict[str, Any] | None:

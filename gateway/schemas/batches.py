@@ -124,9 +124,11 @@ async def _parse_line(line: bytes, most_items: int) -> Line:
     members = await scan_members(line, most_items)
     read = _Reader(line, members)
     custom_id = read.text("custom_id")
-    if not 0 < len(custom_id) <= _LONGEST_ID or not is_text(custom_id):
+    if not 0 < len(custom_id) <= _LONGEST_ID or not is_storable(custom_id):
         raise InvalidRequest(
-            f"custom_id has 1 to {_LONGEST_ID} characters", param="custom_id", code="invalid_value"
+            f"custom_id has 1 to {_LONGEST_ID} characters, and no NUL",
+            param="custom_id",
+            code="invalid_value",
         )
     if read.text("method") != "POST":
         raise InvalidRequest("method must be POST", param="method")
@@ -195,7 +197,14 @@ async def _read_large_body(text: bytes, most_items: int) -> tuple[str | None, st
 def _check_model(model: Any) -> str | None:
     if model is not None and not isinstance(model, str):
         raise wrong_type("body.model", "a string")
+    if model is not None and (len(model) > _LONGEST_ID or not is_storable(model)):
+        raise InvalidRequest(f"body.model has at most {_LONGEST_ID} characters", param="body.model")
     return model
+
+
+def is_storable(text: str) -> bool:
+    """Whether every database takes it."""
+    return "\0" not in text and is_text(text)
 
 
 def _refuse_stream(value: Any) -> None:

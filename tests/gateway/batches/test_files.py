@@ -268,6 +268,7 @@ async def test_file_expires_when_its_caller_says(batches: Batches) -> None:
     assert made.expires_at == made.created_at + 3600
 
 
+@pytest.mark.programs
 async def test_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     """By the kernel's limit on the size of a file, which a process may set for itself."""
     folder = tmp_path / "batches"

@@ -25,6 +25,10 @@ from tests.gateway.process import GatewayProcess, serve_process
 from tests.plain_http import NO_TLS
 
 
+# Gateways of their own, and a database that is stopped: dear, and the same for every Python.
+pytestmark = pytest.mark.slow
+
+
 @contextlib.asynccontextmanager
 async def serve_batches(
     folder: Path, engine_url: str, storage: dict[str, Any]
@@ -64,7 +68,6 @@ async def check_answers(sdk: Any, batch: Any, lines: int) -> None:
     check_counts(batch, output, [])
 
 
-@pytest.mark.slow
 async def test_batch_outlives_three_kills_and_a_restart_of_postgres(
     tmp_path: Path, postgres: Postgres
 ) -> None:
@@ -108,7 +111,6 @@ async def test_batch_in_sqlite_outlives_a_kill(tmp_path: Path) -> None:
             await check_answers(sdk, await wait_completed(sdk, batch_id), lines)
 
 
-@pytest.mark.slow
 async def test_frozen_gateway_loses_its_batch_and_writes_nothing_any_more(
     tmp_path: Path, postgres: Postgres
 ) -> None:

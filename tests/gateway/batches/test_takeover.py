@@ -24,7 +24,6 @@ from tests.gateway.conftest import serve_gateway, until
 from tests.gateway.process import GatewayProcess, serve_process
 from tests.plain_http import NO_TLS
 
-
 # Gateways of their own, and a database that is stopped: dear, and the same for every Python.
 pytestmark = pytest.mark.slow
 

@@ -50,6 +50,8 @@ _FURTHER_FAILURES = (
     *(("http_500", "engine"), ("http_503", "engine")),
 )
 _RETRIED = ("engine_busy", "not_ready", "out_of_files")  # and whatever is the engine's
+# Those of batches besides.
+_BATCH_RETRIED = ("overloaded", "queue_timeout", "engine_failed", "engine_unreachable")
 _PROMPT_REFUSALS = ("empty_prompt", "prompt_too_long", "not_text", "engine_refused")
 
 Rows = Iterable[tuple[Sequence[str], float]]
@@ -320,6 +322,8 @@ class Metrics:
         )
         for outcome in ("good", "error"):
             self.batch_lines.labels(outcome)
+        for code in (*_RETRIED, *_BATCH_RETRIED):
+            self.batch_retries.labels(code)
 
     def _declare_process(self) -> None:
         self.event_loop_lag_seconds = self._histogram(

@@ -379,6 +379,12 @@ class Settings(ProgramSettings):
     batch_max_lines: int = Field(
         50_000, ge=1, description="Most requests (lines) in a file for a batch."
     )
+    batch_max_jobs: int = Field(
+        100,
+        ge=1,
+        description="Most batches of one key that have not ended; a key may have a bound of its "
+        "own.",
+    )
     batch_max_stored_bytes: int = Field(
         20 * 2**30,
         ge=1024,

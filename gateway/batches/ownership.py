@@ -21,6 +21,8 @@ from gateway.batches.store import OPEN, StoredLine, insert_file, read_job
 from gateway.batches.tables import FILES, JOBS, LINES, RESULTS
 from gateway.schemas.batches import FileRecord, JobRecord
 
+_ROWS_AT_ONCE = 500
+
 
 class OwnershipLost(Exception):
     """Another gateway runs this batch now, or it is gone."""
@@ -99,8 +101,12 @@ class Ownership:
             .where(LINES.c.file_id == job.input_file_id, RESULTS.c.number.is_(None))
             .order_by(LINES.c.prefix, LINES.c.number)
         )
+        lines: list[StoredLine] = []
         async with self._database.read() as connection:
-            return [tuple(row) for row in await connection.execute(query)]
+            # Piece by piece: all at once would hold the event loop up.
+            async for rows in (await connection.stream(query)).partitions(_ROWS_AT_ONCE):
+                lines += map(tuple, rows)
+        return lines
 
     async def add_results(self, job: JobRecord, results: Sequence[Result]) -> None:
         async with self._database.write() as connection:

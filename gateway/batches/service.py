@@ -177,7 +177,7 @@ class BatchService:
             model=file.models[0] if len(file.models) == 1 else None,
             output_expires_s=asked.output_expires_s,
         )
-        await self.store.add_job(job, caller.batch_max_jobs)
+        await self.store.add_job(job, caller.batch_max_jobs or self._settings.batch_max_jobs)
         self.wake()
         return job
 

@@ -131,11 +131,11 @@ class Store:
             await connection.execute(query)
 
     async def add_job(self, job: JobRecord, max_jobs: int) -> None:
-        """`max_jobs`: that this owner may have open at once; 0 is any number."""
+        """`max_jobs`: that this owner may have open at once."""
         async with self._database.write() as connection:
             query = select(func.count()).select_from(JOBS)
             query = query.where(JOBS.c.owner == job.owner, JOBS.c.status.in_(OPEN))
-            if max_jobs and (await connection.execute(query)).scalar_one() >= max_jobs:
+            if (await connection.execute(query)).scalar_one() >= max_jobs:
                 raise RateLimited(
                     f"this key has {max_jobs} batches that have not ended; its limit is that",
                     code="batch_jobs",

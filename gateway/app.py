@@ -170,7 +170,6 @@ async def run_batches(app: web.Application) -> AsyncIterator[None]:
         bodies=app[BODIES],
     )
     parts = Parts(
-        settings=app[SETTINGS],
         keyring=app[KEYRING],
         caller=caller,
         metrics=app[METRICS],

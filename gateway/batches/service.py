@@ -33,7 +33,6 @@ _BLOBS = "files"
 class Parts:
     """What it needs of the gateway."""
 
-    settings: Settings
     keyring: Keyring
     caller: BatchCaller
     metrics: Metrics
@@ -90,9 +89,6 @@ class BatchService:
             await asyncio.gather(looking, return_exceptions=True)
             await coordinator.stop()
             await self._database.close()
-
-    async def close(self) -> None:
-        await self._database.close()
 
     @asynccontextmanager
     async def receive(self, caller: Caller) -> AsyncIterator[tuple[Upload, UploadEnd]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -182,7 +182,17 @@ class JobRunner:
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._results.append((result, stored))
         self._has_results.set()
-        await stored
+        with self._keep_open():
+            await stored
+
+    @contextlib.contextmanager
+    def _keep_open(self) -> Iterator[None]:
+        """A drain waits for it."""
+        self._open_requests.count += 1
+        try:
+            yield
+        finally:
+            self._open_requests.count -= 1
 
     async def _try(
         self, blob: str, line: StoredLine, lost: int, slot: Slot
@@ -190,10 +200,10 @@ class JobRunner:
         """A result; or how long to wait until it is tried again, and whether it may have run."""
         number, custom_id, start, size, _ = line
         request_id = f"{self.job.id}-{number}"
-        self._open_requests.count += 1  # a drain waits for it
         try:
-            read = partial(self._read, blob, start, size)
-            answer = await self._ask(size, read, request_id)
+            with self._keep_open():
+                read = partial(self._read, blob, start, size)
+                answer = await self._ask(size, read, request_id)
         except (StorageUnavailable, StorageFull, asyncio.CancelledError):
             slot.leave()
             raise
@@ -206,8 +216,6 @@ class JobRunner:
             slot.leave("answered", answer.queue_s)
             text = build_response_line(custom_id, request_id, answer.status, answer.body)
             return Result(number, answer.status < 400, text), 0.0, False
-        finally:
-            self._open_requests.count -= 1
         return self._judge(refusal, lost, slot, Result(number, False, b""), custom_id)
 
     def _judge(

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Stack
-from tests.gateway.batches.conftest import dump, open_sdk
+from tests.gateway.batches.conftest import dump, open_sdk, until
 from tests.gateway.batches.test_jobs import check_counts
-from tests.gateway.conftest import until
 from tests.gateway.process import serve_process
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
@@ -45,7 +44,7 @@ async def test_batch_of_the_real_engine_outlives_a_kill_of_its_gateway(
         async def has_some() -> bool:
             return bool((await sdk.batches.retrieve(made.id)).request_counts.completed)
 
-        await until(has_some, 60)
+        await until(has_some)
         gateway.process.kill()
         await gateway.process.wait()
     found: list[Any] = []
@@ -58,7 +57,7 @@ async def test_batch_of_the_real_engine_outlives_a_kill_of_its_gateway(
             found[:] = [await sdk.batches.retrieve(made.id)]
             return bool(found[0].status == "completed")
 
-        await until(has_ended, 90)
+        await until(has_ended)
         good = (await sdk.files.content(found[0].output_file_id)).text.splitlines()
         bad = (await sdk.files.content(found[0].error_file_id)).text.splitlines()
 

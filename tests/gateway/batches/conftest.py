@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import orjson
 import pytest
 
 from common.ports import find_free_ports
-from tests.gateway.conftest import Served, serve_gateway, until
+from tests.gateway import conftest as gateway
+from tests.gateway.conftest import Served, serve_gateway
 from tests.plain_http import NO_TLS
 
 _USER = "postgres"  # PostgreSQL does not run as root
@@ -147,7 +148,7 @@ class Batches:
             found[:] = [await self.sdk.batches.retrieve(batch_id)]
             return found[0].status in states
 
-        await until(has_ended, 60)
+        await until(has_ended)
         return found[0]
 
     async def read(self, file_id: str | None) -> list[dict[str, Any]]:
@@ -155,6 +156,11 @@ class Batches:
             return []
         content = await self.sdk.files.content(file_id)
         return [orjson.loads(line) for line in content.content.splitlines()]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Long enough for a machine that has much else to do."""
+    await gateway.until(condition, 90)
 
 
 def dump(lines: Sequence[dict[str, Any]]) -> bytes:

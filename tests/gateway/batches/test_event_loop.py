@@ -8,8 +8,7 @@ import orjson
 import pytest
 
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
-from tests.gateway.batches.conftest import CHAT, ask, dump, open_sdk
-from tests.gateway.conftest import until
+from tests.gateway.batches.conftest import CHAT, ask, dump, open_sdk, until
 from tests.gateway.loop_watch import check_blocks
 from tests.gateway.process import serve_process
 
@@ -33,13 +32,13 @@ async def test_batch_of_many_lines_and_of_a_large_one_blocks_nobody(tmp_path: Pa
         made = await sdk.batches.create(
             input_file_id=file.id, endpoint=CHAT, completion_window="24h"
         )
-        await until(lambda: len(engine.calls) >= 300, 60)
+        await until(lambda: len(engine.calls) >= 300)
         await sdk.batches.cancel(made.id)
 
         async def has_ended() -> bool:
             return bool((await sdk.batches.retrieve(made.id)).status == "cancelled")
 
-        await until(has_ended, 60)
+        await until(has_ended)
         ended = await sdk.batches.retrieve(made.id)
 
     assert ended.request_counts.failed > LINES / 2

@@ -17,8 +17,8 @@ from gateway.admission.keys import make_key
 from gateway.admission.queue import QUEUE
 from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour
-from tests.gateway.batches.conftest import CHAT, Batches, ask, open_batches
-from tests.gateway.conftest import serve_gateway, until
+from tests.gateway.batches.conftest import CHAT, Batches, ask, open_batches, until
+from tests.gateway.conftest import serve_gateway
 
 
 def read_answers(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -199,7 +199,7 @@ async def test_batch_ends_with_its_key(tmp_path: Path) -> None:
             batch_id = await batches.create([ask(n) for n in range(3)])
             await until(lambda: served.engine.running)
             keys.write_text(rest)
-            await until(lambda: read_job(folder, batch_id)["status"] == "failed", 30)
+            await until(lambda: read_job(folder, batch_id)["status"] == "failed")
         await until(lambda: not served.engine.running)
 
     job = read_job(folder, batch_id)

@@ -18,9 +18,9 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
-from tests.gateway.batches.conftest import CHAT, Postgres, ask, dump, open_batches, open_sdk
+from tests.gateway.batches.conftest import CHAT, Postgres, ask, dump, open_batches, open_sdk, until
 from tests.gateway.batches.test_jobs import check_counts, read_answers
-from tests.gateway.conftest import serve_gateway, until
+from tests.gateway.conftest import serve_gateway
 from tests.gateway.process import GatewayProcess, serve_process
 from tests.plain_http import NO_TLS
 
@@ -55,7 +55,7 @@ async def wait_completed(sdk: Any, batch_id: str) -> Any:
         found[:] = [await sdk.batches.retrieve(batch_id)]
         return bool(found[0].status == "completed")
 
-    await until(has_ended, 90)
+    await until(has_ended)
     return found[0]
 
 
@@ -79,7 +79,7 @@ async def test_batch_outlives_three_kills_and_a_restart_of_postgres(
                 await kill_after(300, engine, gateway)
         async with serve_batches(tmp_path, engine_url, storage) as (gateway, sdk):
             before = len(engine.calls)
-            await until(lambda: len(engine.calls) > before + 100, 60)
+            await until(lambda: len(engine.calls) > before + 100)
             await asyncio.to_thread(postgres.stop)
             with pytest.raises(openai.InternalServerError) as away:
                 await sdk.batches.retrieve(batch_id)
@@ -95,7 +95,7 @@ async def test_batch_outlives_three_kills_and_a_restart_of_postgres(
 
 async def kill_after(calls: int, engine: Behaviour, gateway: GatewayProcess) -> None:
     before = len(engine.calls)
-    await until(lambda: len(engine.calls) > before + calls, 60)
+    await until(lambda: len(engine.calls) > before + calls)
     gateway.process.kill()
     await gateway.process.wait()
 
@@ -121,7 +121,7 @@ async def test_frozen_gateway_loses_its_batch_and_writes_nothing_any_more(
         serve_batches(tmp_path / "b", engine_url, storage) as (second, other),
     ):
         batch_id = await start(sdk, lines)
-        await until(lambda: len(engine.calls) > 50, 30)
+        await until(lambda: len(engine.calls) > 50)
         owner, rest = (first, second) if await _runs(first) else (second, first)
         client = sdk if rest is first else other
         owner.process.send_signal(signal.SIGSTOP)
@@ -129,7 +129,7 @@ async def test_frozen_gateway_loses_its_batch_and_writes_nothing_any_more(
             batch = await wait_completed(client, batch_id)
         finally:
             owner.process.send_signal(signal.SIGCONT)
-        await until(lambda: _runs_nothing(owner), 60)
+        await until(lambda: _runs_nothing(owner))
         await check_answers(client, await client.batches.retrieve(batch_id), lines)
 
     assert batch.status == "completed"

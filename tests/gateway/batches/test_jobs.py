@@ -15,7 +15,6 @@ from sqlalchemy import create_engine, text
 
 from gateway.admission.keys import make_key
 from gateway.admission.queue import QUEUE
-from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import CHAT, Batches, ask, open_batches, until
 from tests.gateway.conftest import serve_gateway
@@ -311,10 +310,8 @@ async def test_drain_waits_for_lines_and_starts_no_more(tmp_path: Path) -> None:
             served.engine.delays = lambda _: 0.3
             batch_id = await batches.create([ask(n) for n in range(500)])
             await until(lambda: served.engine.running >= 8)
-        served.app[POOL].draining = True
-        await until(lambda: not served.engine.running)
-        calls = len(served.engine.calls)
 
+    calls = len(served.engine.calls)
     job = read_job(folder, batch_id)
     assert calls < 500
     assert served.engine.cancelled == 0

@@ -305,11 +305,10 @@ async def test_interactive_calls_find_room_beside_a_batch(tmp_path: Path) -> Non
 
 async def test_drain_waits_for_lines_and_starts_no_more(tmp_path: Path) -> None:
     folder = tmp_path / "batches"
-    async with serve_gateway(batch_folder=folder) as served:
-        async with open_batches(served) as batches:
-            served.engine.delays = lambda _: 0.3
-            batch_id = await batches.create([ask(n) for n in range(500)])
-            await until(lambda: served.engine.running >= 8)
+    async with serve_gateway(batch_folder=folder) as served, open_batches(served) as batches:
+        served.engine.delays = lambda _: 0.3
+        batch_id = await batches.create([ask(n) for n in range(500)])
+        await until(lambda: served.engine.running >= 8)
 
     calls = len(served.engine.calls)
     job = read_job(folder, batch_id)

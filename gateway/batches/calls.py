@@ -93,9 +93,11 @@ class BatchCaller:
         await self._accounts.take_request(caller)
         ticket = build_ticket({}, caller, call.sequences, "batch", None)
         ticket.lane = "batch"  # whatever the key's own requests are
-        bound = bound_answer(path, call, self._settings, self._pool)
+        is_writing = path != "/v1/embeddings"
+        bound = bound_answer(call, self._settings, self._pool) if is_writing else 0
+        taken = call.size // BYTES_A_TOKEN
         if ticket.tokens_per_minute:
-            ticket.tokens = expect_tokens(call, bound, caller, self._accounts)
+            ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
         context.record.note_queued()
         async with self._queue.enter(ticket):
             context.record.note_entered()
@@ -103,7 +105,6 @@ class BatchCaller:
                 return await self._send(caller, path, call, context)
             except asyncio.CancelledError:
                 if context.is_running:  # else to cancel a batch would be free
-                    taken = call.size // BYTES_A_TOKEN
                     left = Spent(taken, 0, context.running_s(), call.sequences)
                     await self._accounts.charge_left(caller, left, bound)
                 raise
@@ -133,7 +134,7 @@ class BatchCaller:
             message, _ = parse_engine_error(body)
             raise EngineError(f"the engine answered {status}: {message}")
         if status >= 400:
-            return Answer(status, name_engine_error(status, body), context.record.queue_s)
+            return Answer(status, name_engine_error(status, body, path), context.record.queue_s)
         if (usage := parse_usage(body)) is not None:
             spent = Spent(*usage, context.running_s(), call.sequences)
             await self._accounts.count_tokens(caller, spent)

@@ -14,11 +14,11 @@ import structlog
 from gateway.batches.blobs import Blobs
 from gateway.batches.ownership import Ownership, OwnershipLost
 from gateway.batches.runner import JobRunner
+from gateway.batches.shapes import JobRecord
 from gateway.batches.store import DAY_S, Store
 from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.observability.metrics import Metrics
-from gateway.schemas.batches import JobRecord
 
 log = structlog.get_logger("gateway")
 

@@ -16,10 +16,9 @@ from typing import Any
 from sqlalchemy import and_, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.batches.database import Database
+from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
+from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import OPEN, StoredLine, insert_file, read_job
-from gateway.batches.tables import FILES, JOBS, LINES, RESULTS
-from gateway.schemas.batches import FileRecord, JobRecord
 
 _ROWS_AT_ONCE = 500
 

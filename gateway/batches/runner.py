@@ -15,6 +15,13 @@ from gateway.admission.keys import Caller
 from gateway.batches.blobs import Blobs, BlobWriter
 from gateway.batches.calls import Answer, BatchCaller, ReadBody
 from gateway.batches.ownership import Ownership, Result
+from gateway.batches.shapes import (
+    FileRecord,
+    JobRecord,
+    build_refusal_line,
+    build_response_line,
+    build_unanswered_line,
+)
 from gateway.batches.store import StoredLine, find_kept_s
 from gateway.batches.window import Slot, Window
 from gateway.config import Settings
@@ -31,13 +38,6 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.observability.metrics import Metrics
-from gateway.schemas.batches import (
-    FileRecord,
-    JobRecord,
-    build_refusal_line,
-    build_response_line,
-    build_unanswered_line,
-)
 
 log = structlog.get_logger("gateway")
 

@@ -18,13 +18,13 @@ from gateway.batches.coordinator import Coordinator
 from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership
 from gateway.batches.runner import JobRunner, OpenCount
+from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
 from gateway.batches.store import Store, find_kept_s, make_id
 from gateway.batches.uploads import Upload
 from gateway.batches.window import Window
 from gateway.config import Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
-from gateway.schemas.batches import PURPOSE, BatchRequest, FileRecord, JobRecord
 
 _BLOBS = "files"
 

@@ -26,11 +26,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.admission.keys import Caller
-from gateway.batches.database import Database
-from gateway.batches.tables import FILES, JOBS, LINES, RESULTS
+from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
+from gateway.batches.shapes import FileRecord, JobRecord, is_storable
 from gateway.config import Settings
 from gateway.errors import Conflict, InvalidRequest, NotFound, RateLimited
-from gateway.schemas.batches import FileRecord, JobRecord, is_storable
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "failed", "expired", "cancelled")

@@ -6,9 +6,9 @@ import asyncio
 import hashlib
 
 from gateway.batches.blobs import BlobWriter
+from gateway.batches.shapes import Line, parse_line
 from gateway.batches.store import StoredLine
 from gateway.errors import InvalidRequest, PayloadTooLarge
-from gateway.schemas.batches import Line, parse_line
 
 _MOST_MODELS = 100
 _LINES_AT_ONCE = 50  # judged between two looks at the event loop

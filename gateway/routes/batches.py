@@ -7,9 +7,8 @@ from aiohttp import web
 
 from gateway.admission.keys import CALLER
 from gateway.batches.access import find_batches
+from gateway.batches.shapes import build_batch, build_page, parse_batch_request, parse_page
 from gateway.request_body import read_body
-from gateway.schemas.batches import build_batch, build_page, parse_batch_request
-from gateway.schemas.paging import parse_page
 
 ROUTES = (
     ("GET", "/v1/batches"),

@@ -12,6 +12,14 @@ from aiohttp import BodyPartReader, web
 
 from gateway.admission.keys import CALLER
 from gateway.batches.access import find_batches
+from gateway.batches.shapes import (
+    PURPOSE,
+    FileRecord,
+    build_file,
+    build_page,
+    parse_expiry,
+    parse_page,
+)
 from gateway.config import SETTINGS
 from gateway.errors import (
     BodyTimeout,
@@ -21,8 +29,6 @@ from gateway.errors import (
 )
 from gateway.request_body import BODIES
 from gateway.request_context import CONTEXT
-from gateway.schemas.batches import PURPOSE, FileRecord, build_file, build_page, parse_expiry
-from gateway.schemas.paging import parse_page
 
 ROUTES = (
     ("GET", "/v1/files"),

@@ -10,8 +10,8 @@ import pytest
 
 from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership, OwnershipLost, Result
+from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import Store
-from gateway.schemas.batches import FileRecord, JobRecord
 from tests.gateway.batches.conftest import CHAT
 from tests.gateway.conftest import make_settings
 

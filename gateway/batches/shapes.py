@@ -339,3 +339,29 @@ def build_unanswered_line(custom_id: str, request_id: str, code: str, message: s
     """For a line that was never answered: the batch has ended before."""
     head = {"id": f"batch_req_{request_id}", "custom_id": custom_id, "response": None}
     return orjson.dumps({**head, "error": {"code": code, "message": message}}) + b"\n"
+
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Which part of a list."""
+
+    after: str | None
+    limit: int
+    ascending: bool
+
+
+def parse_page(query: Mapping[str, str], usual: int, most: int) -> Page:
+    text = query.get("limit", str(usual))
+    is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS
+    if not is_number or not 1 <= int(text) <= most:
+        raise InvalidRequest(f"limit must be 1 to {most}", param="limit")
+    order = query.get("order", "desc")
+    if order not in {"asc", "desc"}:
+        raise InvalidRequest("order is asc or desc", param="order")
+    after = query.get("after") or None
+    if after is not None and len(after) > _LONGEST_ID:
+        raise InvalidRequest("after is the id of the last one seen", param="after")
+    return Page(after, int(text), order == "asc")

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from common.web.cors import ANY, CORS, CrossOrigin
 from common.web.foreign_pages import PageGuard
 from gateway import middleware
 from gateway.admission.accounts import ACCOUNTS, Accounts
 from gateway.admission.keys import KEYRING, Keyring, run_key_reload
-from gateway.admission.limits import LocalLimits
+from gateway.admission.limits import LIMITS, Limits, LocalLimits
 from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
-from gateway.admission.queue import QUEUE, AdmissionQueue
+from gateway.admission.queue import AdmissionQueue
+from gateway.admission.served_models import MODELS, ServedModel, ServedModels
 from gateway.batches.access import BATCHES
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
+from gateway.discovery.engine_list import EngineList
 from gateway.engines.batch import BatchGenerator
 from gateway.engines.capacity import EngineCapacity
 from gateway.engines.client import EngineClient
 from gateway.engines.connections import build_connector, build_session
-from gateway.engines.deduplication import GENERATOR, Deduplicator
-from gateway.engines.discovery import EngineDiscovery
+from gateway.engines.deduplication import Deduplicator
 from gateway.engines.engine import Engine
-from gateway.engines.pool import POOL, EnginePool
+from gateway.engines.pool import POOL, EnginePool, ModelPool
 from gateway.engines.warmup import Warmup
 from gateway.errors import GatewayError
 from gateway.observability.grade_record import GradeRecordFile
@@ -33,9 +35,10 @@ from gateway.observability.metrics import METRICS, Metrics
 from gateway.observability.runtime import watch_event_loop
 from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
-from gateway.prompts.builder import PROMPTS, PromptBuilder
+from gateway.prompts.builders import PromptBuilders
 from gateway.request_body import BODIES, HeldBodies
 from gateway.routes import (
+    adapters,
     batches,
     files,
     health,
@@ -62,22 +65,28 @@ def build_app(
         client_max_size=settings.max_body_bytes,
         middlewares=[middleware.surround],
     )
-    limits = LocalLimits()
     app[SETTINGS] = settings
     app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
     app[METRICS] = Metrics()
-    app[PROMPTS] = build_prompts(settings)
+    limits = app[LIMITS] = build_limits(app)
+    prompts = build_prompts(settings)
     app[BODIES] = HeldBodies(settings, app[METRICS])
     app[KEYRING] = Keyring(settings)
     app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS])
-    app[QUEUE] = AdmissionQueue(settings, app[METRICS], limits)
     app[MEDIA_HOSTS] = MediaHosts(settings)
     is_open = app[KEYRING].is_open
+    app[CORS] = CrossOrigin(settings.cors_origins) if settings.cors_origins else None
+    if is_open and ANY in settings.cors_origins:
+        raise SettingsError(
+            f"{PREFIX}CORS_ORIGINS=* without API keys would let any web page that somebody opens "
+            "use the engine: list the origins, or set GATEWAY_KEYS_FILE or GATEWAY_API_KEYS"
+        )
     app[middleware.PAGE_GUARD] = build_page_guard(settings) if is_open else None
 
     # First, so that it ends last: a drain can be watched.
     app.cleanup_ctx.append(metrics.run_metrics_port)
-    app.cleanup_ctx.extend((partial(run_engines, reload=reload), watch_event_loop, run_key_reload))
+    engines = partial(run_engines, prompts=prompts, limits=limits, reload=reload)
+    app.cleanup_ctx.extend((engines, watch_event_loop, run_key_reload))
     if settings.batch_folder is not None:
         app[BATCHES] = build_batches(settings, app[METRICS])
         app.cleanup_ctx.append(run_batches)
@@ -106,6 +115,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/usage", usage.handle_usage)
     page.add_page(app)
     app.router.add_post("/predict", predict.handle_predict)
+    app.router.add_post(adapters.LOAD, adapters.handle_load)
+    app.router.add_post(adapters.UNLOAD, adapters.handle_unload)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
     for method, path in responses.ROUTES:
@@ -121,7 +132,12 @@ def add_routes(app: web.Application) -> None:
     )
 
 
-async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> AsyncIterator[None]:
+async def run_engines(
+    app: web.Application,
+    prompts: PromptBuilders,
+    limits: Limits,
+    reload: Callable[[], Settings],
+) -> AsyncIterator[None]:
     """The engines and the connections to them, for as long as the app lives."""
     settings, figures = app[SETTINGS], app[METRICS]
     connector = build_connector(settings)
@@ -129,23 +145,29 @@ async def run_engines(app: web.Application, reload: Callable[[], Settings]) -> A
     def build_engine(url: str) -> Engine:
         return Engine(url, settings, connector, figures)
 
-    async with build_session(settings, connector) as session:
-        pool = app[POOL] = EnginePool(map(build_engine, settings.engines), settings, figures)
+    def build_model(pool: ModelPool, queue: AdmissionQueue | None) -> ServedModel:
+        if queue is None:
+            queue = AdmissionQueue(settings, limits)
+            pool.on_capacity = queue.change_capacity
         generator = BatchGenerator(pool, settings, figures)
-        app[GENERATOR] = Deduplicator(generator, settings, figures)
+        return ServedModel(pool, queue, Deduplicator(generator, settings, figures))
+
+    async with build_session(settings, connector) as session:
+        pool = app[POOL] = EnginePool((), settings, figures)
+        app[MODELS] = ServedModels(settings, pool, prompts, build_model, figures)
         app[LAUNCHERS] = [LauncherClient(url, session) for url in settings.launchers]
-        pool.on_capacity = app[QUEUE].change_capacity
         capacity = EngineCapacity(
             settings, pool, lambda url: EngineClient(url, connector, settings)
         )
-        warmup = Warmup(settings, pool, generator, app[PROMPTS], figures, capacity=capacity)
-        discovery = EngineDiscovery(settings, pool, warmup, build_engine, reload)
-        discovery.start()
-        following = asyncio.create_task(discovery.follow())
+        generator = BatchGenerator(pool, settings, figures)
+        warmup = Warmup(settings, pool, generator, prompts, figures, capacity=capacity)
+        listed = EngineList(settings, pool, warmup, build_engine, reload)
+        await listed.start()
+        following = asyncio.create_task(listed.follow())
         yield
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
-        await discovery.stop()
+        await listed.stop()
 
 
 def build_batches(settings: Settings, figures: Metrics) -> BatchService:
@@ -163,8 +185,7 @@ async def run_batches(app: web.Application) -> AsyncIterator[None]:
     pool = app[POOL]
     caller = BatchCaller(
         settings=app[SETTINGS],
-        pool=pool,
-        queue=app[QUEUE],
+        models=app[MODELS],
         accounts=app[ACCOUNTS],
         media_hosts=app[MEDIA_HOSTS],
         bodies=app[BODIES],
@@ -187,19 +208,31 @@ def build_page_guard(settings: Settings) -> PageGuard:
         settings.allowed_hosts,
         f"{PREFIX}ALLOWED_HOSTS",
         only_browsers=settings.allow_anonymous and not settings.allowed_hosts,
+        origins=settings.cors_origins,
     )
 
 
-def build_prompts(settings: Settings) -> PromptBuilder:
+def build_prompts(settings: Settings) -> PromptBuilders:
     """What every request without a wish of its own would be refused for stops the start."""
-    builder = PromptBuilder(settings)
+    prompts = PromptBuilders(settings)
     try:
         own = {name: getattr(settings, name) for name in SAMPLING_FIELDS}
         own["stop"] = list(settings.stop)
-        builder.complete(parse_sampling(own, settings))
+        prompts.main.complete(parse_sampling(own, settings))
     except GatewayError as error:
         raise SettingsError(f"{PREFIX}{(error.param or '').upper()}: {error}") from None
-    return builder
+    return prompts
+
+
+def build_limits(app: web.Application) -> Limits:
+    """Redis's client is loaded only where there is a Redis: it takes its time."""
+    if not app[SETTINGS].redis_url:
+        return LocalLimits()
+    from gateway.admission.redis_limits import RedisLimits  # noqa: PLC0415
+
+    limits = RedisLimits(app[SETTINGS], app[METRICS])
+    app.cleanup_ctx.append(limits.run)
+    return limits
 
 
 def build_tracer(endpoint: str) -> Tracer:

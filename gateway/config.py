@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -28,21 +30,47 @@ from common.settings import (
     describe_settings,
     read_settings,
 )
+from common.web.cors import check_origins
 from common.web.foreign_pages import check_hosts
 
 __all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_settings"]
 
 PREFIX = "GATEWAY_"
 CONSTRAINTS = ("json", "choice", "regex", "tools", "grammar", "structural_tag")
+# What stands before the address of a place where engines are found.
+SOURCE = re.compile(r"(dns|srv|kubernetes)\+(?=https?://)")
 _SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
 
 
 def _name_server(url: str) -> str:
     """The same for the same server, however its address is written."""
     parts = urlsplit(url)
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme.rpartition("+")[2]]
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     return f"{parts.scheme}://{host}:{port}{parts.path}"
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_engine(entry: str) -> str:
+    """An engine's address, or where engines are found."""
+    source = SOURCE.match(entry)
+    if source is None:
+        return check_address(entry)
+    parts = urlsplit(check_address(entry[source.end() :]))
+    if parts.username or parts.password:
+        raise ValueError("where engines are found by name, they have no user and password")
+    if parts.scheme == "https" and source[1] != "srv":
+        raise ValueError(f"{entry!r}: no certificate names an address; use http, or srv+https")
+    if parts.port and source[1] == "srv":
+        raise ValueError(f"{entry!r}: SRV records tell the port; leave it out")
+    return entry
 
 
 class Settings(ProgramSettings):
@@ -85,12 +113,52 @@ class Settings(ProgramSettings):
         "connections over them. Each keeps its own limits and metrics.",
     )
     engines: CommaList = Field(
-        ("http://127.0.0.1:8001",), description="Base URLs of the engines, separated by commas."
+        ("http://127.0.0.1:8001",),
+        description="Base URLs of the engines, separated by commas; or where they are found: "
+        "`dns+http://name:8001` (each address of the name), `srv+http://_http._tcp.name` (its SRV "
+        "records), `kubernetes+http://service.namespace:8001` (the service's ready endpoints).",
+    )
+    discovery_interval_s: float = Field(
+        2.0,
+        gt=0,
+        description="Longest pause between two looks at a DNS name for engines; a shorter time to "
+        "live of its records is followed, but no more than once a second.",
+    )
+    dns_server: str = Field(
+        "",
+        description="Name server for engines found by DNS, as `address:port`; empty: those of this "
+        "host.",
+    )
+    kubernetes_api: OptionalAddress = Field(
+        "",
+        description="Address of the Kubernetes API for engines found by it; empty: the cluster's "
+        "that the gateway runs in.",
+    )
+    kubernetes_account: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        description="Folder with the service account's `token`, `ca.crt` and `namespace`.",
     )
     tokenizer: Path | None = Field(
         None,
         description="Folder with the model's tokenizer.json and chat template; without it prompts "
         "travel as text and the style `chat` cannot be used.",
+    )
+
+    default_model: str = Field(
+        "",
+        description="Model that /predict and calls without `model` ask, where the engines serve "
+        "several; GATEWAY_TOKENIZER is then this one's. Empty: the only one.",
+    )
+    expected_models: CommaList = Field(
+        (),
+        description="Models that engines will come to serve, separated by commas: a call of one is "
+        "held while it has no engine, not refused. `launcher up` sets it where engines take turns.",
+    )
+    tokenizers: CommaList = Field(
+        (),
+        description="Folders with tokenizer and chat template of further models: "
+        "`name=/path/of/folder`, separated by commas. A model without one gets its prompts of "
+        "/predict as text, without a template.",
     )
 
     prompt_style: Literal["chat", "chatml", "qa", "raw"] = Field(
@@ -174,6 +242,23 @@ class Settings(ProgramSettings):
         description="TOML file with hashed keys and their limits; read again when it changes. "
         "`python -m gateway new-key NAME` makes an entry.",
     )
+    redis_url: str = Field(
+        "",
+        repr=False,
+        description="Redis in which several gateways keep the keys' limits together "
+        "(`redis://:password@host:6379/0`, `rediss://` for TLS, `unix://`); empty: each gateway "
+        "keeps its own.",
+    )
+    redis_away: Literal["local", "refuse"] = Field(
+        "local",
+        description="What becomes of calls of keys with limits while Redis is away: local limits "
+        "them in each gateway alone, refuse answers 503.",
+    )
+    redis_timeout_s: float = Field(
+        0.5,
+        gt=0,
+        description="How long a request waits for Redis before Redis counts as away.",
+    )
     allow_anonymous: bool = Field(
         False, description="Serve everybody on an address that is not the loopback's, without keys."
     )
@@ -183,6 +268,13 @@ class Settings(ProgramSettings):
         "be called, separated by commas; `.example.com` is all names below it, `*` any. Addresses, "
         "names of one word and names that no public DNS has (`x.internal`, `x.local`) always may. "
         "With GATEWAY_ALLOW_ANONYMOUS and no list, only browsers are held to it.",
+    )
+
+    cors_origins: CommaList = Field(
+        (),
+        description="Origins whose web pages may call this gateway from a browser "
+        "(`https://app.example.com`), separated by commas; `*` any, which needs keys. Empty: none "
+        "but the gateway's own.",
     )
 
     reload_interval_s: float = Field(
@@ -229,6 +321,12 @@ class Settings(ProgramSettings):
         "their addresses are no public ones, separated by commas; `.example.com` is all names "
         "below it, `*` any host whatsoever.",
     )
+    media_options: bool = Field(
+        False,
+        description="Let callers say how the engine reads and prepares media (`media_io_kwargs`, "
+        "`mm_processor_kwargs`): how many frames and pixels it makes of a file, which nobody "
+        "bounds.",
+    )
     structured_outputs: CommaList = Field(
         ("json", "choice", "regex", "tools"),
         description="Constraints that callers may put on an answer's form: json, choice, regex, "
@@ -263,13 +361,13 @@ class Settings(ProgramSettings):
     max_running: int = Field(
         4096,
         ge=1,
-        description="Sequences that may be inside the engines at once, whatever they run; while "
-        "that is not known, no request counts for more than half of them.",
+        description="Sequences that may be inside a model's engines at once, whatever they run; "
+        "while that is not known, no request counts for more than half of them.",
     )
     max_waiting: int = Field(
         16_384,
         ge=0,
-        description="Sequences that may wait in the queue for a place inside the engines.",
+        description="Sequences that may wait in a model's queue for a place inside its engines.",
     )
     queue_timeout_s: float = Field(
         120.0,
@@ -474,22 +572,53 @@ class Settings(ProgramSettings):
             raise ValueError("give postgresql://user:password@host/name, or nothing for SQLite")
         return value
 
+    @field_validator("tokenizers")
+    @classmethod
+    def _check_tokenizers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in value:
+            model, _, folder = pair.partition("=")
+            if not model.strip() or not folder.strip():
+                raise ValueError(f"{pair!r} is not model=folder")
+            if not Path(folder.strip()).is_dir():
+                raise ValueError(f"there is no folder {folder.strip()!r}")
+        return value
+
     @field_validator("allowed_hosts", "media_hosts")
     @classmethod
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return check_hosts(value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_origins(value)
 
     @cached_property
     def alias_map(self) -> dict[str, str]:
         pairs = (pair.partition("=") for pair in self.aliases)
         return {alias.strip(): model.strip() for alias, _, model in pairs}
 
+    @cached_property
+    def tokenizer_map(self) -> dict[str, Path]:
+        pairs = (pair.partition("=") for pair in self.tokenizers)
+        return {model.strip(): Path(folder.strip()) for model, _, folder in pairs}
+
+    @field_validator("dns_server")
+    @classmethod
+    def _check_dns_server(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        is_port = port.isdecimal() and 0 < int(port) < 2**16
+        if value and not (is_port and _is_ip_address(host.strip("[]"))):
+            raise ValueError(f"{value!r} is not address:port, such as 10.0.0.10:53")
+        return value
+
     @field_validator("engines", "launchers")
     @classmethod
     def _check_addresses(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not value and info.field_name == "engines":
             raise ValueError("at least one engine is needed")
-        urls = tuple(check_address(url).rstrip("/") for url in value)
+        check = _check_engine if info.field_name == "engines" else check_address
+        urls = tuple(check(url).rstrip("/") for url in value)
         if twice := [url for url, n in Counter(map(_name_server, urls)).items() if n > 1]:
             raise ValueError(f"{twice[0]} is there twice")
         return urls

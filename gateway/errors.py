@@ -17,6 +17,7 @@ GatewayError
 ├── DeadlineUnreachable 503   the request's own deadline cannot be met
 ├── Unavailable 503           no engine is ready: warming, restarting, draining
 │   ├── EngineBusy 503        the engine has too much to do already
+│   ├── LimitsAway 503        nobody can say what the key has left
 │   ├── OutOfFiles 503        the gateway itself may open no more connections
 │   └── StorageUnavailable 503  the disk or the database of the batches does not answer
 ├── StorageFull 507           there is no room left for files of batches
@@ -47,11 +48,15 @@ REFUSALS = (
     "requests_per_minute",
     "tokens_per_minute",
     "key_concurrency",
+    "limits_away",
     "overloaded",
     "queue_timeout",
     "deadline_unreachable",
     "not_ready",
 )
+
+
+_LONGEST_RETRY_AFTER_S = 60.0
 
 
 class GatewayError(Exception):
@@ -61,6 +66,8 @@ class GatewayError(Exception):
     kind: ClassVar[str] = "api_error"
     code: ClassVar[str] = "internal_error"
     source: ClassVar[Source] = "gateway"
+    # Sent again it would fail again, or only do again what was too much at once.
+    is_final: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,6 +82,13 @@ class GatewayError(Exception):
         self.param = param
         self.error_code = code or self.code
         self.retry_after_s = retry_after_s
+
+    @property
+    def is_not_for_retry(self) -> bool:
+        """Clients of OpenAI's come again within seconds if they are told a longer time."""
+        is_own_fault = type(self) is GatewayError
+        is_long = (self.retry_after_s or 0) > _LONGEST_RETRY_AFTER_S
+        return self.is_final or is_own_fault or is_long
 
 
 class InvalidRequest(GatewayError):
@@ -164,6 +178,7 @@ class DeadlinePassed(GatewayError):
     status = 504
     kind = "service_unavailable"
     code = "deadline_passed"
+    is_final = True
 
 
 class Unavailable(GatewayError):
@@ -174,6 +189,12 @@ class Unavailable(GatewayError):
 
 class EngineBusy(Unavailable):
     code = "engine_busy"
+
+
+class LimitsAway(Unavailable):
+    """Where all gateways keep them does not answer, and the operator wants nothing let in then."""
+
+    code = "limits_away"
 
 
 class OutOfFiles(Unavailable):
@@ -211,3 +232,4 @@ class EngineAborted(EngineError):
 class EngineTimeout(EngineError):
     status = 504
     code = "engine_timeout"
+    is_final = True

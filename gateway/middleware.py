@@ -13,9 +13,12 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from common.web.cors import CORS, CrossOrigin
 from common.web.foreign_pages import PageGuard
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER, KEYRING
+from gateway.admission.limits import CLAIM, Claim
+from gateway.admission.tickets import open_claim
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
 from gateway.errors import (
@@ -75,6 +78,9 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     status = _GONE
     open_requests = request.app[OPEN_REQUESTS]
     counts = record.route not in QUIET_ROUTES
+    cors = request.app[CORS]
+    if cors is not None:
+        handler = _let_page_in(request, cors, handler)
     open_requests.count += counts
     try:
         try:
@@ -100,6 +106,8 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         open_requests.count -= counts
         request.app[KEYRING].close_call()
         request.app[BODIES].release(context)
+        if context.rates is not None:
+            request.app[ACCOUNTS].close_claim(request[CLAIM])
         _finish(request.app, context, status)
 
 
@@ -169,6 +177,12 @@ def _answer_exception(request: web.Request, error: Exception) -> web.Response:
     return _answer_error(request, error)
 
 
+def _let_page_in(request: web.Request, cors: CrossOrigin, handler: Handler) -> Handler:
+    """Its browser is told so with every answer, and in advance where it asks with OPTIONS."""
+    request[CONTEXT].cors_headers = cors.build_headers(request.headers.get("Origin"))
+    return cors.answer_options if request.method == "OPTIONS" else handler
+
+
 def _refuse_foreign_page(request: web.Request, route: str) -> None:
     guard = request.app[PAGE_GUARD]
     if guard is None:
@@ -187,7 +201,11 @@ async def _admit(request: web.Request, record: RequestRecord) -> None:
     caller.check_route(record.route)
     request[CALLER] = caller
     request.app[KEYRING].open_call(caller, request[CONTEXT])
-    await request.app[ACCOUNTS].take_request(caller)
+    claim: Claim | None = None
+    if caller.has_limits:
+        claim = open_claim(caller, may_reserve=request.method == "POST")
+        request[CLAIM] = request[CONTEXT].rates = claim
+    await request.app[ACCOUNTS].take_request(caller, claim)
 
 
 def translate(
@@ -230,6 +248,8 @@ def _build_refusal(error: GatewayError, path: str = "") -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.is_not_for_retry:
+        headers["x-should-retry"] = "false"  # else OpenAI's clients do
     return web.Response(
         body=build_error(error, path),
         status=error.status,

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from aiohttp import web
 
@@ -18,6 +19,12 @@ from gateway.observability.tracing import CallSpan, RequestSpan
 
 # The caller's own trace, which goes on to the engine.
 TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+class Rates(Protocol):
+    """What its key's limits leave, as callers are told."""
+
+    def put_headers(self, headers: MutableMapping[str, str]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -35,6 +42,8 @@ class RequestContext:
     told_tokens: tuple[int, int] = (0, 0)  # in and out, of a batch's sequences that have ended
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
     held_bytes: int = 0  # of its body, see `request_body.py`
+    rates: Rates | None = None  # of a key that has limits
+    cors_headers: Mapping[str, str] | None = None  # for the web page that asks
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:
         self.carried = {name: headers[name] for name in names if name in headers}
@@ -78,6 +87,10 @@ class RequestContext:
         headers["X-Request-Id"] = self.request_id
         headers["Server"] = "vllm-gateway"
         headers["Server-Timing"] = self.record.server_timing()
+        if self.rates is not None:
+            self.rates.put_headers(headers)
+        if self.cors_headers is not None:
+            headers.update(self.cors_headers)
 
     def log_fields(self) -> dict[str, object]:
         fields = self.record.log_fields()

@@ -34,6 +34,7 @@ from gateway.schemas.openai import (
 
 KEEP_ALIVE = b": keep-alive\n\n"
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_LONGEST_BEGUN_END = max(map(len, _EVENT_ENDS)) - 1
 _REFUSED = "engine_refused"
 
 Usage = tuple[int, int]  # tokens in and out
@@ -76,14 +77,15 @@ class EventStream:
 
     async def copy(self, answer: EngineAnswer) -> None:
         """The path of every chunk, so each line here is felt."""
-        read, note_chunk = answer.read_chunk, self.timing.note_chunk
-        last = rest = b""  # rest: of an event whose end has not come yet
+        read, timing = answer.read_chunk, self.timing
+        note_chunk, note_written = timing.note_chunk, timing.note_written
+        last, rest = b"", UnfinishedEvent()
         with IdleTimer(self._request, answer, self):
             while chunk := await read():
                 note_chunk()
-                if rest or not chunk.endswith(_EVENT_ENDS):
-                    chunk, rest = _split(rest + chunk)
-                    self.is_inside_event = bool(rest)
+                if rest.is_there or not chunk.endswith(_EVENT_ENDS):
+                    chunk = rest.complete(chunk)
+                    self.is_inside_event = rest.is_there
                 if b'"usage":{' in chunk:
                     chunk = self._read_usage(chunk, answer)
                 if self._fingerprint and CHOICE_END in chunk:
@@ -95,11 +97,13 @@ class EventStream:
                     self.is_writing = True
                     await self.write(chunk)
                     self.is_writing = False
-            if answer.status == 200 and not has_stream_end(self._request.path, rest or last):
+                    note_written()
+            end = rest.take()
+            if answer.status == 200 and not has_stream_end(self._request.path, end or last):
                 raise EngineError("the engine's stream ended without its end")
-            if rest:
+            if end:
                 self.is_writing = True
-                await self.write(rest)
+                await self.write(end)
                 self.is_writing = False
 
     async def write(self, data: bytes) -> None:
@@ -201,10 +205,38 @@ class IdleTimer:
             await self._stream.write(KEEP_ALIVE)
 
 
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    """Whole events, and the beginning of the next."""
-    end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _EVENT_ENDS)
-    return data[:end], data[end:]
+class UnfinishedEvent:
+    """The beginning of an event whose end has not come yet, in the pieces in which it came: put
+    together anew with each, a large one would take ever longer.
+    """
+
+    __slots__ = ("_pieces", "_tail", "is_there")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._tail = b""  # an end may have begun
+        self.is_there = False
+
+    def complete(self, chunk: bytes) -> bytes:
+        """Whole events; what is left of the chunk is kept."""
+        seen = self._tail + chunk
+        end = max(seen.rfind(mark) + len(mark) if mark in seen else 0 for mark in _EVENT_ENDS)
+        if end:
+            self._pieces.append(chunk[: end - len(self._tail)])
+            whole = b"".join(self._pieces)
+            seen = chunk = chunk[end - len(self._tail) :]
+            self._pieces.clear()
+        else:
+            whole = b""
+        if chunk:
+            self._pieces.append(chunk)
+        self._tail = seen[-_LONGEST_BEGUN_END:]
+        self.is_there = bool(self._pieces)
+        return whole
+
+    def take(self) -> bytes:
+        """What there is of it."""
+        return b"".join(self._pieces)
 
 
 def _add(known: Usage | None, told: Usage | None) -> Usage | None:

@@ -23,6 +23,7 @@ from launcher.doctor import run_doctor
 from launcher.engine.terminal import Terminal
 from launcher.explain import explain
 from launcher.plan.prepare import prepare
+from launcher.sections import list_engines
 from launcher.session import run
 from launcher.tuning.tune import tune
 
@@ -83,10 +84,19 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal = Terminal(settings.log_format, settings.engine_log)
     terminal.configure_logging("warning" if command == "tune" else "info")
     if isinstance(settings, ExplainSettings):
-        print(explain(settings, as_json=settings.json_output, is_long=settings.all_options))
+        for one in list_engines(settings):
+            print(explain(one, as_json=settings.json_output, is_long=settings.all_options))
         return 0
     if command == "doctor":
-        return run_doctor(settings, partial(print, flush=True), sys.stderr)
+        show = partial(print, flush=True)
+        return max(run_doctor(one, show, sys.stderr) for one in list_engines(settings))
+    if settings.engine and command != "up":
+        raise SettingsError(
+            f"[[engine]] sections are for up, doctor and explain; {command} takes one engine"
+        )
     if isinstance(settings, TuneSettings):
         return tune(settings, partial(print, flush=True))  # minutes between two lines
-    return asyncio.run(run(prepare(settings), terminal, with_gateway=command == "up"))
+    if command == "up":
+        engines = [prepare(one) for one in list_engines(settings)]
+        return asyncio.run(run(engines, terminal, with_gateway=True))
+    return asyncio.run(run([prepare(settings)], terminal, with_gateway=False))

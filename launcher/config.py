@@ -68,6 +68,33 @@ class LauncherSettings(ProgramSettings):
         description="Plan for this GPU instead of the one found: `H200`, `2x RTX 4090`, a name as "
         "nvidia-smi prints it, any other card as `24GiB sm_89`, or `cpu`.",
     )
+    gpus: CommaList = Field(
+        (),
+        description="GPUs that the engine may use, as CUDA_VISIBLE_DEVICES names them, separated "
+        "by commas; empty: all, or, of several engines, those that `up` gives it.",
+    )
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of each device's memory, and of a CPU's cores, that the engine may use; "
+        "several engines that do not say share evenly.",
+    )
+    takes_turns: bool = Field(
+        False,
+        description="Of several engines: stop it while another of its device that takes turns is "
+        "wanted, and start it again when it is. Each is planned with all that is left to them.",
+    )
+    shortest_turn_s: float = Field(
+        30.0,
+        ge=0,
+        description="How long an engine that takes turns serves at least before another's turn.",
+    )
+    engine: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="Several engines for `up`: an `[[engine]]` section of the settings file for "
+        "each, with any of the settings of its own; what it does not say stands above them.",
+    )
     set: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Engine options that override the profile's: `key=value`, separated by spaces; "

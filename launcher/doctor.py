@@ -20,7 +20,7 @@ from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
 from launcher.plan.engine_plan import EnginePlan
 from launcher.plan.fingerprint import read_version
-from launcher.plan.flags import Flags, find_change, read_flags, try_commands
+from launcher.plan.flags.known_flags import Flags, find_change, read_flags, try_commands
 from launcher.plan.hardware import GIB, Device, find_device
 from launcher.plan.prepare import decide
 
@@ -98,7 +98,7 @@ class Doctor:
 
     def _check_device(self) -> Iterator[Finding]:
         build = self._vllm.build if self._vllm else "gpu"
-        self._device = find_device(self._settings.gpu, engine_build=build)
+        self._device = find_device(self._settings.gpu, engine_build=build, gpus=self._settings.gpus)
         yield Finding("ok", "device", self._device.title)
         if not self._device.is_gpu:
             return
@@ -183,7 +183,7 @@ class Doctor:
             yield Finding("ok", "gateway", "it has nothing against its settings")
 
     def _check_ports(self) -> Iterator[Finding]:
-        for listener in list_listeners(self._settings, with_gateway=True):
+        for listener in list_listeners([self._settings], with_gateway=True):
             try:
                 listener.ensure_free()
                 yield Finding("ok", "port", f"{listener.host}:{listener.port} is free")

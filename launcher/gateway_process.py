@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import httpx
 
 from common.errors import SettingsError
+from common.files import write_file
 from launcher.config import LauncherSettings
 from launcher.engine import vllm_log
 from launcher.engine.hang_detector import SilenceDetector
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, bind_to_parent
 from launcher.plan.engine_plan import EnginePlan
+from launcher.plan.prepare import Prepared
 
 _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
 _QUICK_TIMEOUT_S = 5.0
 _CHECK_TIMEOUT_S = 30.0
+# Where engines take turns: their list is looked at so often, and a start is waited for so long.
+_RELOAD_S, _TURN_HOLD_S = "0.2", "300"
 
 
 class GatewayProcess:
@@ -37,9 +43,12 @@ class GatewayProcess:
         log_format: str,
         engine_ready: asyncio.Event,
         inherited: Sequence[int] = (),
+        others: Sequence[Prepared] = (),
     ) -> None:
+        """`settings` and `plan` are the first engine's."""
         self._settings = settings
         self._plan = plan
+        self._others = others
         self._client = client
         self._log_format = log_format
         self._engine_ready = engine_ready
@@ -50,7 +59,7 @@ class GatewayProcess:
         self.inherited: Sequence[int] = inherited
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
-        environment = build_environment(self._settings, self._plan, self._log_format)
+        environment = build_environment(self._settings, self._plan, self._log_format, self._others)
         kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
         return bind_to_parent("gateway", kill_s=kill_s), environment
 
@@ -96,12 +105,14 @@ class GatewayProcess:
         return response.status_code == httpx.codes.OK
 
 
-def check_gateway(settings: LauncherSettings, plan: EnginePlan) -> None:
+def check_gateway(
+    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Prepared] = ()
+) -> None:
     """Its settings are its own to judge; asked first, it costs half a second and no engine."""
     try:
         result = subprocess.run(
             [sys.executable, "-m", "gateway", "check"],
-            env=build_environment(settings, plan, "json"),
+            env=build_environment(settings, plan, "json", others),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -119,23 +130,34 @@ def check_gateway(settings: LauncherSettings, plan: EnginePlan) -> None:
 
 
 def build_environment(
-    settings: LauncherSettings, plan: EnginePlan, log_format: str
+    settings: LauncherSettings,
+    plan: EnginePlan,
+    log_format: str,
+    others: Sequence[Prepared] = (),
 ) -> dict[str, str]:
     """Its settings, as variables: what the launcher knows, under what the user exported."""
+    urls = [settings.engine_url, *(one.settings.engine_url for one in others)]
     ours = {
         "GATEWAY_HOST": settings.host,
         "GATEWAY_PORT": str(settings.port),
-        "GATEWAY_ENGINES": settings.engine_url,
+        "GATEWAY_ENGINES": ",".join(urls),
         "GATEWAY_TOKENIZER": str(plan.model.path),
         "GATEWAY_WARMUP_PROMPTS": str(plan.warmup_prompts),
         "GATEWAY_LOG_FORMAT": log_format,
         "GATEWAY_DRAIN_TIMEOUT_S": str(settings.drain_timeout_s),
     }
+    turns = _build_turn_settings(settings, plan, others)
+    ours |= turns
     if settings.otlp_endpoint:
         ours["GATEWAY_OTLP_ENDPOINT"] = settings.otlp_endpoint
     if settings.status_port_used:
         ours["GATEWAY_LAUNCHERS"] = settings.status_url
-    if plan.sequences:
+    if others:
+        ours["GATEWAY_DEFAULT_MODEL"] = plan.served_name
+        paths = {one.plan.served_name: one.plan.model.path for one in others}
+        paths.pop(plan.served_name, None)
+        ours["GATEWAY_TOKENIZERS"] = ",".join(f"{name}={path}" for name, path in paths.items())
+    elif plan.sequences:
         ours["GATEWAY_ENGINE_SEQUENCES"] = str(plan.sequences)
     servers = int(plan.value("api-server-count", 1))
     if servers > 1:  # one call stays in one API server, so the batch is cut for all of them
@@ -144,4 +166,37 @@ def build_environment(
     exported = {k: value for k, value in os.environ.items() if not k.startswith("LAUNCHER_")}
     # Where it listens and whom it asks is the launcher's to say: it waits there for it.
     fixed = {name: ours[name] for name in ("GATEWAY_HOST", "GATEWAY_PORT", "GATEWAY_ENGINES")}
+    if turns:  # a variable would win over the file
+        fixed["GATEWAY_CONFIG"] = ours["GATEWAY_CONFIG"]
+        for settled in (ours, exported, fixed):
+            settled.pop("GATEWAY_ENGINES", None)
     return {**ours, **exported, **fixed}
+
+
+def _build_turn_settings(
+    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Prepared]
+) -> dict[str, str]:
+    """Where engines take turns their list is a file, which changes while the gateway runs."""
+    pairs = [(settings, plan), *((one.settings, one.plan) for one in others)]
+    models = [plan.served_name for own, plan in pairs if own.takes_turns]
+    if not models:
+        return {}
+    if "GATEWAY_CONFIG" in os.environ:
+        raise SettingsError(
+            "where engines take turns GATEWAY_CONFIG is the launcher's; set what is in it by "
+            "GATEWAY_… variables"
+        )
+    return {
+        "GATEWAY_CONFIG": str(find_engines_file(settings)),
+        "GATEWAY_EXPECTED_MODELS": ",".join(dict.fromkeys(models)),
+        "GATEWAY_RELOAD_INTERVAL_S": _RELOAD_S,
+        "GATEWAY_RESTART_HOLD_S": _TURN_HOLD_S,
+    }
+
+
+def find_engines_file(settings: LauncherSettings) -> Path:
+    return settings.state_path / "gateway-engines.toml"
+
+
+def write_engines_file(path: Path, engines: Sequence[LauncherSettings]) -> None:
+    write_file(path, f"engines = {json.dumps([one.engine_url for one in engines])}\n")

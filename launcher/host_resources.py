@@ -7,7 +7,7 @@ import errno
 import fcntl
 import itertools
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +31,21 @@ class Listener:
                 probe.bind((self.host, self.port))
             except OSError as error:
                 is_used = error.errno == errno.EADDRINUSE
-                other = "stop what uses it" if is_used else f"set {self.setting[:-4]}HOST"
+                elsewhere = self.setting.replace("PORT", "HOST").replace("port", "host")
+                other = "stop what uses it" if is_used else f"set {elsewhere}"
                 raise SettingsError(
                     f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
                     f"{other} or set {self.setting}"
                 ) from None
 
 
-def list_listeners(settings: LauncherSettings, *, with_gateway: bool) -> list[Listener]:
+def list_listeners(engines: Sequence[LauncherSettings], *, with_gateway: bool) -> list[Listener]:
     """Refuses one port for two of them: the later one would fail when all the others run."""
+    settings, *others = engines
     listeners = [Listener(settings.engine_host, settings.engine_port, "LAUNCHER_ENGINE_PORT")]
+    for number, engine in enumerate(others, start=2):
+        name = f"engine_port of [[engine]] {number}"
+        listeners.append(Listener(engine.engine_host, engine.engine_port, name))
     if with_gateway:
         listeners.append(Listener(settings.host, settings.port, "LAUNCHER_PORT"))
     if settings.status_port_used:

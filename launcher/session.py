@@ -1,4 +1,4 @@
-"""`launcher up` and `launcher serve`: engine and gateway together, from start to last breath."""
+"""`launcher up` and `launcher serve`: engines and gateway together, from start to last breath."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import httpx
 import structlog
@@ -19,41 +17,52 @@ import structlog
 from common.project import DEMO_MODEL
 from common.web.foreign_pages import PageGuard
 from launcher.config import PREFIX, LauncherSettings
-from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
-from launcher.engine.status import SchedulerStatus, StatusSource, serve_status
+from launcher.engine.status import StatusSource, serve_status
 from launcher.engine.supervisor import RestartPolicy, Supervisor
-from launcher.engine.terminal import Terminal, best_effort
-from launcher.engine.vllm_log import SchedulerState
-from launcher.engine.vllm_server import VllmServer
-from launcher.gateway_process import GatewayProcess, check_gateway
+from launcher.engine.terminal import Terminal
+from launcher.engine_unit import EngineUnit
+from launcher.errors import CrashLoop
+from launcher.gateway_process import (
+    GatewayProcess,
+    check_gateway,
+    find_engines_file,
+    write_engines_file,
+)
 from launcher.host_resources import hold_state, list_listeners, make_folder
-from launcher.plan.compile_cache import note_start
-from launcher.plan.fingerprint import read_versions
 from launcher.plan.prepare import Prepared
+from launcher.sections import meet
+from launcher.turns import Turns
 
 log = structlog.get_logger("launcher")
 
 
-async def run(prepared: Prepared, terminal: Terminal, *, with_gateway: bool) -> int:
-    settings = prepared.settings
+async def run(engines: Sequence[Prepared], terminal: Terminal, *, with_gateway: bool) -> int:
+    """What they have in common is in the first one's settings."""
+    settings = engines[0].settings
     make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
-    with hold_state(settings.state_path):
-        for name in ("engine", "gateway"):
-            await end_leftovers(settings.state_path / f"{name}.json")
-        for listener in list_listeners(settings, with_gateway=with_gateway):
-            listener.ensure_free()
-        if with_gateway:
-            await asyncio.to_thread(check_gateway, settings, prepared.plan)
-        async with (
-            EngineProbe(settings.engine_url, prepared.plan.model.served_name) as probe,
-            httpx.AsyncClient(trust_env=False) as client,
+    async with contextlib.AsyncExitStack() as stack:
+        for one in engines:
+            stack.enter_context(hold_state(one.settings.state_path))
+            for name in ("engine", "gateway"):
+                await end_leftovers(one.settings.state_path / f"{name}.json")
+        for listener in list_listeners(
+            [one.settings for one in engines], with_gateway=with_gateway
         ):
-            session = Session(prepared, terminal, probe, client, with_gateway=with_gateway)
-            status = (settings.status_host, settings.status_port_used)
-            async with serve_status(session.status_source(), *status, build_page_guard(settings)):
-                await session.run()
+            listener.ensure_free()
+        if any(one.settings.takes_turns for one in engines):  # their list must be there
+            write_engines_file(find_engines_file(settings), [settings])
+        if with_gateway:
+            await asyncio.to_thread(check_gateway, settings, engines[0].plan, engines[1:])
+        client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
+        probes = [EngineProbe(one.settings.engine_url, one.plan.served_name) for one in engines]
+        for probe in probes:
+            await stack.enter_async_context(probe)
+        session = Session(engines, terminal, probes, client, with_gateway=with_gateway)
+        status = (settings.status_host, settings.status_port_used)
+        async with serve_status(session.status_source(), *status, build_page_guard(settings)):
+            await session.run()
     return 0
 
 
@@ -63,38 +72,19 @@ def build_page_guard(settings: LauncherSettings) -> PageGuard:
     return PageGuard(settings.status_host, allowed, variable)
 
 
-def describe_launch(
-    prepared: Prepared, versions: Mapping[str, str], fingerprint: Mapping[str, str]
-) -> dict[str, Any]:
-    """What the status tells of it and no restart changes."""
-    plan = prepared.plan
-    return {
-        "profile": plan.profile,
-        "model": plan.model.served_name,
-        "device": plan.device.title,
-        # By these a gateway that was started elsewhere knows how much it may send where.
-        "engine_port": prepared.settings.engine_port,
-        "max_num_seqs": plan.sequences,
-        "versions": versions,
-        "fingerprint": fingerprint,
-        "argv": prepared.command.argv,
-    }
-
-
 class Session:
     """One life of the launcher."""
 
     def __init__(
         self,
-        prepared: Prepared,
+        engines: Sequence[Prepared],
         terminal: Terminal,
-        probe: EngineProbe,
+        probes: Sequence[EngineProbe],
         client: httpx.AsyncClient,
         *,
         with_gateway: bool,
     ) -> None:
-        settings, plan = prepared.settings, prepared.plan
-        self._prepared = prepared
+        self._settings = settings = engines[0].settings
         self._terminal = terminal
         self._began = time.monotonic()
         self._policy = policy = RestartPolicy(
@@ -103,107 +93,133 @@ class Session:
             settings.restart_delay_s,
             settings.restart_delay_max_s,
         )
-        folder = settings.state_path
-        # Whoever holds its writing end needs the engine: this process, and the gateway, which may
+        # Whoever holds its writing end needs the engines: this process, and the gateway, which may
         # outlive it by its last requests.
         users, held = os.pipe() if with_gateway else (None, None)
-        engine = VllmServer(prepared.command, settings, probe, plan.model.served_name, users=users)
-        fingerprint = prepared.fingerprint.describe()
-        versions = read_versions(prepared.vllm)
-        self.cards = CrashCards(folder / "crashes", prepared.command, engine, versions, fingerprint)
-        self.engine = Supervisor(engine, policy, terminal, folder, self.cards.add)
-        engine.lines = self.engine.lines
+        labels = name_engines(engines)
+        self._engines = [
+            EngineUnit(one, terminal, probe, policy, users=users, label=label)
+            for one, probe, label in zip(engines, probes, labels, strict=True)
+        ]
+        takes_turns = any(one.takes_turns for one in self._engines)
+        self._turns = Turns(self._engines, settings, client) if takes_turns else None
         self.gateway: Supervisor | None = None
         self._gateway: GatewayProcess | None = None
         if held is not None:
-            style = "json" if terminal.is_json else "console"
-            ready = self.engine.ready
             self._gateway = GatewayProcess(
                 settings,
-                plan,
+                engines[0].plan,
                 client,
-                log_format=style,
-                engine_ready=ready,
+                log_format="json" if terminal.is_json else "console",
+                engine_ready=self._engines[0].supervisor.ready,
                 inherited=(held,),
+                others=engines[1:],
             )
-            self.gateway = Supervisor(self._gateway, policy, terminal, folder)
-        self._facts = describe_launch(prepared, versions, fingerprint)
-        self._progress = lambda: asdict(engine.progress) if engine.progress else None
-        self._scheduler = partial(describe_scheduler, plan.scheduler, engine)
+            self.gateway = Supervisor(self._gateway, policy, terminal, settings.state_path)
+        self._given_up = 0  # engines
         self._signals = 0
         self._stop = asyncio.Event()
 
+    @property
+    def _supervisors(self) -> list[Supervisor]:
+        """In the order in which they end: the gateway lets running requests finish."""
+        engines = [one.supervisor for one in self._engines]
+        return [self.gateway, *engines] if self.gateway else engines
+
     async def run(self) -> None:
         """Whatever ends first, a signal or a program given up, ends the rest in order."""
-        plan = self._prepared.plan
-        log.info(
-            "launcher_started",
-            profile=plan.profile,
-            device=plan.device.title,
-            model=plan.model.name,
-            vllm=self._prepared.vllm.version,
-            scheduler=plan.scheduler,
-            log_file=str(self.engine.lines.path),
-        )
-        for note in plan.notes:
-            log.info("tuned_profile", note=note)
-        for warning in plan.warnings:
-            log.warning("plan_compromised", why=warning)
-        supervisors = [s for s in (self.gateway, self.engine) if s]
-        tasks = {s: asyncio.create_task(s.run()) for s in supervisors}
+        for engine in self._engines:
+            engine.log_start()
+        tasks = [asyncio.create_task(self._run_engine(one)) for one in self._engines]
+        gateway = asyncio.create_task(self.gateway.run()) if self.gateway else None
+        if gateway:
+            tasks.insert(0, gateway)
         announcing = asyncio.create_task(self._announce())
+        turning = asyncio.create_task(self._turns.run()) if self._turns else None
         stopping = asyncio.create_task(self._stop.wait())
         with self._signal_handlers():
-            await asyncio.wait({stopping, *tasks.values()}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             announcing.cancel()
+            if turning:
+                turning.cancel()
             if self._signals:
                 log.info("launcher_stopping", note="a second signal ends everything at once")
-            for supervisor in supervisors:  # the gateway first: it lets running requests finish
-                supervisor.ask_to_stop()
-                await asyncio.wait({tasks[supervisor]})
+            self._stop.set()
+            if self.gateway and gateway:
+                self.gateway.ask_to_stop()
+                await asyncio.wait({gateway})
+            for engine in self._engines:
+                engine.supervisor.ask_to_stop()
+            await asyncio.wait(tasks)
         stopping.cancel()
-        await asyncio.gather(announcing, stopping, return_exceptions=True)
-        for task in tasks.values():
+        ended = (announcing, stopping, *([turning] if turning else []))
+        await asyncio.gather(*ended, return_exceptions=True)
+        for task in tasks:
             task.result()
         log.info("launcher_stopped")
 
+    async def _run_engine(self, engine: EngineUnit) -> None:
+        """After those before it on its device: vLLM measures what is free there while it starts."""
+        for other in self._engines[: self._engines.index(engine)]:
+            if self._is_asleep(other) or self._is_asleep(engine):
+                continue
+            if meet(engine.prepared.settings, other.prepared.settings):
+                waits = [
+                    asyncio.create_task(event.wait())
+                    for event in (other.supervisor.ready, self._stop)
+                ]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
+        if self._stop.is_set():
+            engine.supervisor.ask_to_stop()
+        try:
+            await engine.supervisor.run()
+        except CrashLoop as error:
+            self._given_up += 1
+            if self._given_up == len(self._engines):
+                raise
+            log.error("engine_given_up", engine=engine.label, why=str(error))  # noqa: TRY400
+            await self._stop.wait()  # the others go on
+
     def status_source(self) -> StatusSource:
-        programs = {"engine": self.engine.status}
-        if self.gateway:
-            programs["gateway"] = self.gateway.status
-        labels = {
-            "vllm": self._prepared.vllm.version,
-            "model": self._facts["model"],
-            "profile": self._facts["profile"],
-            "device": self._facts["device"],
-            "fingerprint": self.cards.fingerprint["name"],
-        }
-        return StatusSource(
-            programs,
-            self._facts,
-            labels,
-            self._progress,
-            lambda: self.cards.last,
-            self._policy,
-            self._scheduler,
-            self._count_dropped,
-            has_gpu=self._prepared.plan.device.is_gpu,
+        gateway = self.gateway.status if self.gateway else None
+        first, *others = self._engines
+        if not others:
+            return first.status_source(gateway, self._policy, self._count_dropped)
+        host = first.status_source(gateway, self._policy, self._count_dropped)
+        engines = (
+            one.status_source(None, self._policy, self._count_dropped) for one in self._engines
         )
+        programs = {} if gateway is None else {"gateway": gateway}
+        return replace(host, programs=programs, facts={}, engines=tuple(engines))
 
     def _count_dropped(self) -> dict[str, int]:
-        logs = [one.lines for one in (self.engine, self.gateway) if one]
-        return {"shown": self._terminal.dropped} | {one.path.name: one.dropped for one in logs}
+        dropped = {"shown": self._terminal.dropped}
+        for one in self._engines:
+            name = one.supervisor.lines.path.name
+            dropped[f"{one.label}/{name}" if one.label else name] = one.supervisor.lines.dropped
+        if self.gateway:
+            dropped[self.gateway.lines.path.name] = self.gateway.lines.dropped
+        return dropped
+
+    def _is_asleep(self, engine: EngineUnit) -> bool:
+        return self._turns is not None and self._turns.is_asleep(engine)
 
     async def _announce(self) -> None:
-        await self.engine.ready.wait()
-        seconds = self.engine.status.start_seconds or 0.0
-        settings, plan = self._prepared.settings, self._prepared.plan
-        with best_effort(settings.cache_path):
-            note_start(settings.cache_path, self._prepared.fingerprint.name, seconds)
-        await (self.gateway or self.engine).ready.wait()
-        what = f"{plan.model.served_name} ready in {time.monotonic() - self._began:.0f} s"
+        for engine in self._engines:
+            if self._is_asleep(engine):
+                continue
+            await engine.supervisor.ready.wait()
+            engine.note_start()
+        settings = self._settings
+        if self.gateway:
+            await self.gateway.ready.wait()
+        names = ", ".join(dict.fromkeys(one.prepared.plan.served_name for one in self._engines))
+        what = f"{names} ready in {time.monotonic() - self._began:.0f} s"
         if not self._gateway:
-            self._terminal.announce(f"{what} at {settings.engine_url} (vLLM itself; no gateway)")
+            urls = ", ".join(one.prepared.settings.engine_url for one in self._engines)
+            self._terminal.announce(f"{what} at {urls} (vLLM itself; no gateway)")
             return
         body = json.dumps({"prompt": _example(settings)}, ensure_ascii=False)
         page = f" (page: {settings.gateway_url}/ui)" if await self._gateway.has_page() else ""
@@ -217,9 +233,8 @@ class Session:
         self._signals += 1
         self._stop.set()
         if self._signals > 1:
-            for supervisor in (self.gateway, self.engine):
-                if supervisor:
-                    supervisor.hurry()
+            for supervisor in self._supervisors:
+                supervisor.hurry()
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> Iterator[None]:
@@ -234,9 +249,17 @@ class Session:
                 loop.remove_signal_handler(number)
 
 
-def describe_scheduler(planned: str, engine: VllmServer) -> SchedulerStatus:
-    said = engine.scheduler or SchedulerState("")
-    return SchedulerStatus(planned, said.state, said.reason, engine.scheduler_fallbacks)
+def name_engines(engines: Sequence[Prepared]) -> list[str]:
+    """What tells them apart in the log: the model's name, with the port where it is served twice;
+    nothing where there is one alone.
+    """
+    if len(engines) == 1:
+        return [""]
+    names = [one.plan.served_name for one in engines]
+    return [
+        name if names.count(name) == 1 else f"{name}:{one.settings.engine_port}"
+        for name, one in zip(names, engines, strict=True)
+    ]
 
 
 def _example(settings: LauncherSettings) -> str:

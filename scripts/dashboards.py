@@ -37,7 +37,7 @@ FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GREEN, _RED, _GREY = "green", "red", "#8e8e8e"
-_STATE_COLOURS = (_GREY, "blue", "light-blue", _GREEN, "yellow", "orange")
+_STATE_COLOURS = (_GREY, "blue", "light-blue", _GREEN, "yellow", "orange", "purple")
 _SMALL, _TALL = 4, 8
 AnyPanel = timeseries.Panel | stat.Panel | statetimeline.Panel | heatmap.Panel | table.Panel
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 Kind = Literal["chart", "number", "states", "heatmap", "table"]
 # In the order of their numbers on a time line.
-STATES = ("stopped", "starting", "warming", "ready", "draining", "waiting")
+STATES = ("stopped", "starting", "warming", "ready", "draining", "waiting", "parked")
 _GENERATING = 'route=~"/predict|/v1/.*"'
 _PREDICT = 'route="/predict"'
 _ENGINE = 'instance=~"$instance"'

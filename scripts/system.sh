@@ -5,6 +5,7 @@
 #   prometheus   Prometheus 3 with promtool (rules, dashboards)
 #   browser      chromium (the page)
 #   postgres     PostgreSQL (batches)
+#   redis        redis-server (limits over several gateways)
 # --check installs nothing. Exit: 0 all is there, 77 something is missing and cannot be had here, 2 wrong usage.
 set -euo pipefail
 
@@ -13,6 +14,7 @@ declare -A TOOLS=(
   [prometheus]="prometheus"
   [browser]="chromium fonts-noto-cjk"
   [postgres]="postgresql"
+  [redis]="redis-server"
 )
 # The oldest release of Debian that has what is needed, for machines whose own release does not.
 declare -A SUITE=([docker-compose]=trixie [docker-buildx]=trixie [prometheus]=forky)
@@ -121,7 +123,7 @@ has_candidate() {
 
 install_packages() {
   local policy=/usr/sbin/policy-rc.d status=0
-  # dockerd and prometheus would be started as services of this machine; nobody asked for that.
+  # dockerd, prometheus and Redis would be started as services of this machine; nobody asked for that.
   if [ -e $policy ]; then
     policy=
   else

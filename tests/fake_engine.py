@@ -41,6 +41,8 @@ class Behaviour:
     """What the engine does; tests change it while it runs."""
 
     model: str = "fake"
+    adapters: list[str] = field(default_factory=list)
+    takes_adapters: bool = True
     max_model_len: int = 512
     fingerprint: str = "vllm-fake"
     routes: frozenset[str] | None = None  # where its model is for some alone
@@ -71,6 +73,7 @@ class Behaviour:
     running: int = 0
     cancelled: int = 0
     unreadable: int = 0
+    streamed: int = 0  # characters, in chats and completions of one prompt
     metrics: str = ""
     scrapes: int = 0
     slots: asyncio.Semaphore | None = None  # sequences that run; others wait in order of arrival
@@ -110,12 +113,17 @@ def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app.router.add_post("/tokenize", _tokenize)
     app.router.add_post("/detokenize", _detokenize)
     app.router.add_post("/collective_rpc", _admin)
+    app.router.add_post("/v1/load_lora_adapter", _load_adapter)
+    app.router.add_post("/v1/unload_lora_adapter", _unload_adapter)
     return app
 
 
 @contextlib.asynccontextmanager
 async def serve_app(
-    app: web.Application, port: int = 0, runner: web.AppRunner | None = None
+    app: web.Application,
+    port: int = 0,
+    runner: web.AppRunner | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[str]:
     """Any app on a free port of the loopback; as aiohttp serves it, unless `runner` knows more."""
     runner = runner or web.AppRunner(
@@ -123,8 +131,8 @@ async def serve_app(
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, host, port).start()
+        yield f"http://{host}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
@@ -175,7 +183,25 @@ async def _version(_request: web.Request) -> web.Response:
 async def _models(request: web.Request) -> web.Response:
     behaviour = request.app[BEHAVIOUR]
     card = {"id": behaviour.model, "object": "model", "max_model_len": behaviour.max_model_len}
-    return _json({"object": "list", "data": [card]})
+    cards = [card, *({"id": one, "parent": behaviour.model} for one in behaviour.adapters)]
+    return _json({"object": "list", "data": cards})
+
+
+async def _load_adapter(request: web.Request) -> web.Response:
+    behaviour, order = request.app[BEHAVIOUR], await request.json()
+    if not behaviour.takes_adapters:
+        return _json({"detail": "Not Found"}, 404)
+    if order["lora_path"] == "/nowhere":
+        message = f"No adapter found for {order['lora_path']}"
+        return _json({"error": {"message": message, "code": 404}}, 404)
+    behaviour.adapters.append(order["lora_name"])
+    behaviour.calls.append(order)
+    return web.Response(text="Success")
+
+
+async def _unload_adapter(request: web.Request) -> web.Response:
+    request.app[BEHAVIOUR].adapters.remove((await request.json())["lora_name"])
+    return web.Response(text="Success")
 
 
 async def _completions(request: web.Request) -> web.StreamResponse:
@@ -242,7 +268,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         if behaviour.retry_after_s is not None:
             answer.headers["Retry-After"] = str(behaviour.retry_after_s)
         return answer
-    if call.get("model") != behaviour.model:
+    if call.get("model") not in {behaviour.model, *behaviour.adapters}:
         body = {
             "error": {"message": f"The model `{call.get('model')}` does not exist.", "code": 404}
         }
@@ -291,6 +317,7 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
             if options.get("include_usage") and options.get("continuous_usage_stats"):
                 event["usage"] = {"prompt_tokens": 5, "completion_tokens": sent}
             await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
+            behaviour.streamed += len(part)
             await asyncio.sleep(behaviour.stream_gap_s)
     if options.get("include_usage"):
         usage = {"prompt_tokens": 5, "completion_tokens": len(text), "total_tokens": 5 + len(text)}

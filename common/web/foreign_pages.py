@@ -17,7 +17,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -69,11 +69,18 @@ class PageGuard:
     """Refuses what a foreign web page has a browser send to this server."""
 
     def __init__(
-        self, own_host: str, allowed: Iterable[str], setting: str, *, only_browsers: bool = False
+        self,
+        own_host: str,
+        allowed: Iterable[str],
+        setting: str,
+        *,
+        only_browsers: bool = False,
+        origins: Container[str] = (),
     ) -> None:
         """`setting` is what the refusals tell to change. With `only_browsers` a program may call
-        this server by whatever name.
+        this server by whatever name. Pages of the `origins` may call it.
         """
+        self._origins = origins
         self._allowed = HostList(allowed)
         machine = socket.gethostname().lower()
         self._own = frozenset((own_host.lower(), machine))
@@ -126,6 +133,8 @@ class PageGuard:
     ) -> bool:
         if method == "OPTIONS":
             return False  # a browser's question whether a page may ask; nothing is done for it
+        if origin is not None and origin in self._origins:
+            return False
         if origin is not None and read_name(_strip_scheme(origin)) in self._allowed:
             return False
         if site is not None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from gateway.admission.keys import Caller, Keyring
-from gateway.admission.limits import Limits
+from gateway.admission.limits import Claim, Limits
 from gateway.admission.throughput import Pace
-from gateway.admission.tickets import name_tokens, refuse_allowance
+from gateway.admission.tickets import explain_refusal, open_claim
 from gateway.config import Settings
 from gateway.observability.metrics import Metrics
 
@@ -64,19 +64,17 @@ class Accounts:
         metrics.usage_requests.read = self._list_requests
         metrics.usage_tokens.read = self._list_tokens
 
-    async def take_request(self, caller: Caller) -> None:
+    async def take_request(self, caller: Caller, claim: Claim | None) -> None:
         """Counts one request against the caller's minute, or refuses it."""
         self._usage[caller.name].requests += 1
-        if caller.tokens_per_minute:
-            most = caller.tokens_per_minute
-            if wait_s := await self._limits.take(name_tokens(caller.name), 0, most):
-                raise refuse_allowance(wait_s, "tokens_per_minute", most)
-        if caller.requests_per_minute:
-            most = caller.requests_per_minute
-            if wait_s := await self._limits.take(f"requests:{caller.name}", 1, most):
-                raise refuse_allowance(wait_s, "requests_per_minute", most)
+        if claim is not None and (refusal := await self._limits.count(claim)):
+            raise explain_refusal(refusal, claim)
 
-    async def count_tokens(self, caller: Caller, spent: Spent) -> None:
+    def close_claim(self, claim: Claim) -> None:
+        """For whatever a request has not settled on its way."""
+        self._limits.settle(claim)
+
+    async def count_tokens(self, caller: Caller, spent: Spent, claim: Claim | None = None) -> None:
         """What a request used by the engine's own count; known only when it is over."""
         self._metrics.tokens_in.inc(spent.prompt_tokens)
         self._metrics.tokens_out.inc(spent.completion_tokens)
@@ -85,29 +83,42 @@ class Accounts:
         if caller.tokens_per_minute:
             kept = self._longest[caller.name] * _KEPT_OF_LONGEST
             self._longest[caller.name] = max(each, kept)
-        await self._charge(caller, spent.prompt_tokens, spent.completion_tokens)
+        self._charge(caller, claim, spent.prompt_tokens, spent.completion_tokens)
 
     async def charge_left(
-        self, caller: Caller, told: Spent, most_each: int, ended_tokens: int = 0
+        self,
+        caller: Caller,
+        told: Spent,
+        most_each: int,
+        ended_tokens: int = 0,
+        claim: Claim | None = None,
     ) -> None:
         """What a request used whose caller left in the middle: what the engine has told of it, and
         not less than it makes in that time; beside that, what sequences have that ended before.
         """
         made = min(most_each, self._pace.count_tokens(told.seconds)) * told.sequences
         given = ended_tokens + max(told.completion_tokens, made)
-        await self._charge(caller, told.prompt_tokens, given)
+        self._charge(caller, claim, told.prompt_tokens, given)
 
     def expect_answer(self, caller: Caller) -> int:
         """Tokens that are set aside for an answer whose length nobody has bounded."""
         return max(self._usual_answer, int(self._longest[caller.name]))
 
-    async def _charge(self, caller: Caller, prompt_tokens: int, completion_tokens: int) -> None:
+    def _charge(
+        self, caller: Caller, claim: Claim | None, prompt_tokens: int, completion_tokens: int
+    ) -> None:
+        """The claim is charged when it is settled, which gives back what was set aside."""
         used = self._usage[caller.name]
         used.prompt_tokens += prompt_tokens
         used.completion_tokens += completion_tokens
-        if caller.tokens_per_minute:
-            account, amount = name_tokens(caller.name), prompt_tokens + completion_tokens
-            await self._limits.overdraw(account, amount, caller.tokens_per_minute)
+        if not caller.tokens_per_minute:
+            return
+        if claim is None:  # nothing was set aside
+            claim = open_claim(caller)
+            claim.used_tokens = prompt_tokens + completion_tokens
+            self._limits.settle(claim)
+        else:
+            claim.used_tokens += prompt_tokens + completion_tokens
 
     def read_usage(self) -> dict[str, Usage]:
         """Requests and tokens of every key there is, used or not."""

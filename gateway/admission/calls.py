@@ -4,11 +4,14 @@ hosts of its media, and what is set aside for it. Whose turn it is, is `queue.py
 
 from __future__ import annotations
 
+import contextlib
+
 from gateway.admission.accounts import Accounts
 from gateway.admission.keys import Caller
 from gateway.admission.media_hosts import MediaHosts
+from gateway.admission.served_models import ServedModels
 from gateway.config import Settings
-from gateway.engines.pool import EnginePool
+from gateway.engines.pool import ModelPool
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
     NotWritable,
@@ -22,19 +25,19 @@ _SHORT_BYTES = 4096  # no model's context is too short for that
 
 
 async def parse_call(
-    path: str, body: bytes, settings: Settings, pool: EnginePool, deadline: float | None
+    path: str, body: bytes, settings: Settings, models: ServedModels, deadline: float | None
 ) -> OpenAIRequest:
     length, most = None, _SHORT_BYTES
     if len(body) > _SHORT_BYTES:
-        length = await pool.find_max_model_len(deadline)
+        length = await models.find_shortest_context(deadline)
         most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
-        try:
+        # What is nested too deep to be written again is copied where it lies, as what is large.
+        with contextlib.suppress(NotWritable):
             return parse_openai_request(path, body, settings)
-        except NotWritable:
-            # Nested too deep to be written again: copied where it lies, as what is large.
-            return await parse_large_openai_request(path, body, settings, length)
-    return await parse_large_openai_request(path, body, settings, length)
+    return await parse_large_openai_request(
+        path, body, settings, lambda model: models.find_context(model) or length
+    )
 
 
 async def check_call(
@@ -48,7 +51,7 @@ async def check_call(
         await media_hosts.ensure_allowed(call.media_hosts)
 
 
-def bound_answer(call: OpenAIRequest, settings: Settings, pool: EnginePool) -> int:
+def bound_answer(call: OpenAIRequest, settings: Settings, pool: ModelPool) -> int:
     """The most new tokens of a sequence, by the caller's word and by the model's context."""
     card = pool.read_card()
     context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens

@@ -24,7 +24,7 @@ from common.files import FileWatch, read_text
 from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, Unauthorized
 from gateway.request_context import RequestContext
-from gateway.schemas.grammars import Constraint, Kind
+from gateway.schemas.constraints.grammars import Constraint, Kind
 
 log = structlog.get_logger("gateway")
 
@@ -51,6 +51,10 @@ class Caller(BaseModel):
     batch_max_stored_bytes: int = Field(0, ge=0)
     batch_retention_days: float = Field(0, ge=0)
     admin: bool = False
+
+    @property
+    def has_limits(self) -> bool:
+        return bool(self.requests_per_minute or self.tokens_per_minute or self.max_concurrency)
 
     def check_route(self, route: str) -> None:
         if self.routes and route not in self.routes:

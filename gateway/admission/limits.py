@@ -1,41 +1,105 @@
-"""Counts that a limit needs: allowances of a minute, and what is held at this moment.
+"""What a key's limits leave: requests and tokens of a minute, and sequences at this moment.
 
 `Limits` is all that the gateway asks of whoever keeps them. `LocalLimits` keeps them in this
-process, so each of several replicas grants a key's limit anew; where a limit must hold over all of
-them, the counts lie elsewhere behind the same four questions.
+process, so each of several replicas grants a key's limits anew; where they must hold over all of
+them, `redis_limits.py` answers the same questions.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+from aiohttp import web
 
 # What counts as nothing left: an allowance is paid back when it is above this.
-_LEAST = 1e-9
+LEAST = 1e-9
+
+LimitName = Literal["requests_per_minute", "tokens_per_minute", "key_concurrency"]
+
+
+@dataclass(slots=True)
+class Claim:
+    """What one request has taken of its key's limits, and what they leave, as its caller is told.
+
+    A limit of 0 is none.
+    """
+
+    account: str
+    requests_per_minute: int
+    tokens_per_minute: int
+    max_concurrency: int
+    may_reserve: bool = False  # so the request itself may be counted then, in the same breath
+    owed_requests: int = 0  # let in and not counted yet
+    is_local: bool = False  # taken in this process, whoever keeps the others
+    tokens: int = 0  # set aside
+    used_tokens: int = 0  # by the engine's count, not charged yet
+    sequences: int = 0  # held
+    requests_left: float = 0.0
+    tokens_left: float = 0.0
+
+    @property
+    def is_settled(self) -> bool:
+        return not (self.owed_requests or self.tokens or self.used_tokens or self.sequences)
+
+    def note_settled(self) -> int:
+        """Nothing is outstanding any more; returns the tokens that this leaves to be charged, which
+        are fewer than none where more had been set aside.
+        """
+        charged = self.used_tokens - self.tokens
+        self.owed_requests = self.tokens = self.used_tokens = self.sequences = 0
+        return charged
+
+    def put_headers(self, headers: MutableMapping[str, str]) -> None:
+        """OpenAI's headers, of those limits that the key has."""
+        if self.requests_per_minute:
+            _tell(headers, "requests", self.requests_per_minute, self.requests_left)
+        if self.tokens_per_minute:
+            _tell(headers, "tokens", self.tokens_per_minute, self.tokens_left)
+
+
+CLAIM = web.RequestKey("claim", Claim)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Which limit leaves no room; for how long, or what is held of it."""
+
+    limit: LimitName
+    wait_s: float = 0.0
+    held: int = 0
 
 
 class Limits(Protocol):
-    """Names are accounts of the caller's choice; amounts are requests, tokens or sequences."""
+    """Accounts are names of keys. What is refused has taken nothing, but for the request itself:
+    one that has been counted stays so.
+    """
 
-    async def take(self, account: str, amount: float, per_minute: int) -> float:
-        """Takes the amount from the minute's allowance. Where it is not there, nothing is taken,
-        and the seconds until it is are returned; with an amount of 0: until nothing is overdrawn.
+    async def count(self, claim: Claim) -> Refusal | None:
+        """Takes the request from its minute, unless the key's tokens are overdrawn. Where the claim
+        may reserve, this may be left to that.
         """
 
-    async def overdraw(self, account: str, amount: float, per_minute: int) -> None:
-        """Takes the amount whatever is left: what a request used is known when it is over. One
-        below 0 is given back: it was taken for what might have been used.
+    async def reserve(self, claim: Claim, tokens: int, sequences: int) -> Refusal | None:
+        """Sets tokens aside and holds sequences, all or nothing. Whoever holds nothing may hold
+        more than the limit at once.
         """
 
-    async def hold(self, account: str, amount: int, most: int) -> int:
-        """Holds the amount, unless that makes more than `most`: then what is held is returned.
-        0: it is held. Whoever holds nothing may hold more than that at once.
+    def settle(self, claim: Claim) -> None:
+        """Gives back what is set aside and held, and charges what has been used, whatever is left.
+        Returns at once; a second time does nothing.
         """
 
-    async def release(self, account: str, amount: int) -> None:
-        """Gives back what was held."""
+    @property
+    def away(self) -> Literal["", "local", "refused"]:
+        """What becomes of limited calls while the limits that all gateways share are away."""
+
+
+LIMITS: web.AppKey[Limits] = web.AppKey("limits")
 
 
 @dataclass(slots=True)
@@ -51,40 +115,95 @@ class _Allowance:
         self.left, self.filled_at = min(float(per_minute), self.left + gained), now
 
 
+@dataclass(slots=True)
+class _Account:
+    """Allowances begin full, with the first request that has such a limit."""
+
+    requests: _Allowance | None = None
+    tokens: _Allowance | None = None
+    held: int = 0
+
+
 class LocalLimits:
     """In this process: nothing here waits for anything."""
 
+    away: Literal[""] = ""
+
     def __init__(self) -> None:
-        self._allowances: dict[str, _Allowance] = {}
-        self._held: defaultdict[str, int] = defaultdict(int)
+        self._accounts: defaultdict[str, _Account] = defaultdict(_Account)
 
-    async def take(self, account: str, amount: float, per_minute: int) -> float:
-        allowance = self._refill(account, per_minute)
-        missing = max(amount, _LEAST) - allowance.left
-        if missing > 0:
-            return missing * 60 / per_minute
-        allowance.left -= amount
-        return 0.0
+    async def count(self, claim: Claim) -> Refusal | None:
+        account = self._refill(claim)
+        if claim.tokens_per_minute and claim.tokens_left < LEAST:
+            return refuse_tokens(claim, 0)
+        if claim.requests_per_minute and claim.requests_left < 1:
+            return refuse_requests(claim)
+        _take(claim, account, requests=1)
+        return None
 
-    async def overdraw(self, account: str, amount: float, per_minute: int) -> None:
-        self._refill(account, per_minute).left -= amount
+    async def reserve(self, claim: Claim, tokens: int, sequences: int) -> Refusal | None:
+        account, most = self._refill(claim), claim.max_concurrency
+        if most and account.held and account.held + sequences > most:
+            return Refusal("key_concurrency", held=account.held)
+        if tokens and claim.tokens_left < tokens:
+            return refuse_tokens(claim, tokens)
+        account.held += sequences
+        claim.tokens, claim.sequences = tokens, sequences
+        _take(claim, account, tokens=tokens)
+        return None
 
-    async def hold(self, account: str, amount: int, most: int) -> int:
-        held = self._held[account]
-        if held and held + amount > most:
-            return held
-        self._held[account] = held + amount
-        return 0
+    def settle(self, claim: Claim) -> None:
+        if claim.is_settled:
+            return
+        account = self._refill(claim)
+        account.held -= claim.sequences
+        _take(claim, account, tokens=claim.note_settled())
 
-    async def release(self, account: str, amount: int) -> None:
-        self._held[account] -= amount
-        if not self._held[account]:
-            del self._held[account]
+    def _refill(self, claim: Claim) -> _Account:
+        """And tells the claim what there is."""
+        account = self._accounts[claim.account]
+        if per_minute := claim.requests_per_minute:
+            if account.requests is None:
+                account.requests = _Allowance(per_minute, time.monotonic())
+            account.requests.refill(per_minute)
+            claim.requests_left = account.requests.left
+        if per_minute := claim.tokens_per_minute:
+            if account.tokens is None:
+                account.tokens = _Allowance(per_minute, time.monotonic())
+            account.tokens.refill(per_minute)
+            claim.tokens_left = account.tokens.left
+        return account
 
-    def _refill(self, account: str, per_minute: int) -> _Allowance:
-        allowance = self._allowances.get(account)
-        if allowance is None:
-            allowance = _Allowance(float(per_minute), time.monotonic())
-            self._allowances[account] = allowance
-        allowance.refill(per_minute)
-        return allowance
+
+def _take(claim: Claim, account: _Account, requests: int = 0, tokens: int = 0) -> None:
+    if claim.requests_per_minute and account.requests:
+        claim.requests_left = account.requests.left = account.requests.left - requests
+    if claim.tokens_per_minute and account.tokens:
+        claim.tokens_left = account.tokens.left = account.tokens.left - tokens
+
+
+def refuse_requests(claim: Claim) -> Refusal:
+    per_minute = claim.requests_per_minute
+    return Refusal("requests_per_minute", (1 - claim.requests_left) * 60 / per_minute)
+
+
+def refuse_tokens(claim: Claim, tokens: int) -> Refusal:
+    """With no tokens wanted: until nothing is overdrawn."""
+    missing = max(tokens, LEAST) - claim.tokens_left
+    return Refusal("tokens_per_minute", missing * 60 / claim.tokens_per_minute)
+
+
+def _tell(headers: MutableMapping[str, str], what: str, per_minute: int, left: float) -> None:
+    left = min(left, per_minute)
+    headers[f"x-ratelimit-limit-{what}"] = str(per_minute)
+    headers[f"x-ratelimit-remaining-{what}"] = str(max(0, math.floor(left)))
+    headers[f"x-ratelimit-reset-{what}"] = format_duration((per_minute - left) * 60 / per_minute)
+
+
+def format_duration(seconds: float) -> str:
+    """As OpenAI's headers write it: `120ms`, `1.5s`, `6m0s`."""
+    milliseconds = max(0, math.ceil(seconds * 1000))
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"

@@ -24,15 +24,12 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Self
 
-from aiohttp import web
-
 from gateway.admission.limits import Limits
 from gateway.admission.throughput import Throughput
-from gateway.admission.tickets import LANES, LONGEST_RETRY_AFTER_S, Claims, LaneName, Ticket
+from gateway.admission.tickets import LONGEST_RETRY_AFTER_S, Claims, LaneName, Ticket
 from gateway.config import Settings
 from gateway.engines.timeouts import Deadline
 from gateway.errors import DeadlineUnreachable, Overloaded
-from gateway.observability.metrics import Metrics
 
 # Of what the engines run: never the batch lane's; and let in besides, so that something waits there
 # for each place that comes free.
@@ -83,7 +80,7 @@ class _Delay:
 class AdmissionQueue:
     """Counts what is inside; the only limit between a caller and the engines."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, limits: Limits) -> None:
+    def __init__(self, settings: Settings, limits: Limits) -> None:
         self._most = self._capacity = settings.max_running
         self._largest = max(1, self._capacity // 2)
         self.is_feeding = False  # what may be cut comes in by pieces
@@ -98,10 +95,6 @@ class AdmissionQueue:
         self._delayed: _Delay | None = None
         self._kept = 0  # places kept free for the one who is delayed
         self._throughput = Throughput()
-        metrics.running_sequences.read = lambda: [((name,), self.count(name)[0]) for name in LANES]
-        metrics.waiting_sequences.read = lambda: [((name,), self.count(name)[1]) for name in LANES]
-        metrics.max_running_sequences.read = lambda: [((), self._capacity)]
-        metrics.max_waiting_sequences.read = lambda: [((), settings.max_waiting)]
 
     def change_capacity(self, sequences: int | None) -> None:
         """To what the engines run at once. Where nobody knows that, everything is let in, and no
@@ -124,8 +117,9 @@ class AdmissionQueue:
 
     async def take(self, ticket: Ticket) -> tuple[int, int]:
         """How many places the ticket got, and the number of this entry; `give_back` wants it."""
-        if ticket.account_limit or ticket.tokens:
-            await self._claims.open(ticket, self._throughput.time_for(ticket.sequences))
+        if ticket.claim is not None:
+            usual_wait_s = self._throughput.time_for(ticket.sequences)
+            await self._claims.open(ticket, ticket.claim, usual_wait_s)
         lane = self._lanes[ticket.lane]
         most = min(ticket.sequences, self._largest)
         least = min(most, self._piece) if ticket.is_divisible and self.is_feeding else most
@@ -134,7 +128,7 @@ class AdmissionQueue:
         try:
             return await self._wait(ticket, lane, least, most)
         except BaseException:
-            await self.close_claims(ticket)
+            self.close_claim(ticket)
             raise
 
     async def take_more(self, ticket: Ticket, most: int) -> tuple[int, int]:
@@ -163,14 +157,19 @@ class AdmissionQueue:
         if self._has_queue():
             self._admit()
 
-    async def close_claims(self, ticket: Ticket) -> None:
-        if ticket.account_limit or ticket.tokens:
-            await self._claims.close(ticket)
+    def close_claim(self, ticket: Ticket) -> None:
+        if ticket.claim is not None:
+            self._claims.close(ticket.claim)
 
     def count(self, lane: LaneName) -> tuple[int, int]:
         """Sequences of a lane that run and that wait."""
         one = self._lanes[lane]
         return one.running, one.waiting + one.rest
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that may be inside at once."""
+        return self._capacity
 
     def is_alone(self, lane: _Lane, places: int) -> bool:
         """Whether nobody else of the lane is inside or waits."""
@@ -372,7 +371,7 @@ class Admission(Places):
 
     async def __aexit__(self, *_: object) -> None:
         self.give_all_back()
-        await self._queue.close_claims(self._ticket)
+        self._queue.close_claim(self._ticket)
 
     @property
     def gate(self) -> Self | None:
@@ -407,6 +406,3 @@ class Admission(Places):
         else:
             self._further = [places]
         return places
-
-
-QUEUE = web.AppKey("queue", AdmissionQueue)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gateway.admission.keys import Caller
-from gateway.admission.limits import Limits
-from gateway.errors import InvalidRequest, Overloaded, RateLimited
+from gateway.admission.limits import Claim, Limits, Refusal
+from gateway.errors import GatewayError, InvalidRequest, Overloaded, RateLimited
 
 LaneName = Literal["interactive", "batch"]
 LANES: tuple[LaneName, ...] = ("interactive", "batch")
@@ -26,12 +26,10 @@ class Ticket:
 
     sequences: int
     lane: LaneName = "interactive"
-    account: str = ""
-    account_limit: int = 0
+    claim: Claim | None = None  # of a key without limits there is none
     deadline: float | None = None  # on the event loop's clock
     is_divisible: bool = False  # it may come in by pieces
     tokens: int = 0  # the most that it is expected to use
-    tokens_per_minute: int = 0
 
 
 def build_ticket(
@@ -40,18 +38,19 @@ def build_ticket(
     sequences: int,
     lane: LaneName,
     deadline: float | None,
+    *,
+    claim: Claim | None = None,
 ) -> Ticket:
-    """In the key's lane, else the one asked for, else the usual one."""
+    """In the key's lane, else the one asked for, else the usual one; of a key with limits, what the
+    request has claimed of them so far.
+    """
     asked = headers.get("X-Priority")
     if asked is not None and asked not in LANES:
         raise InvalidRequest("X-Priority is interactive or batch", param="X-Priority")
+    if claim is None and caller.has_limits:
+        claim = open_claim(caller)
     return Ticket(
-        sequences=sequences,
-        lane=caller.lane or asked or lane,
-        account=caller.name,
-        account_limit=caller.max_concurrency,
-        deadline=deadline,
-        tokens_per_minute=caller.tokens_per_minute,
+        sequences=sequences, lane=caller.lane or asked or lane, claim=claim, deadline=deadline
     )
 
 
@@ -66,62 +65,51 @@ def parse_deadline(headers: Mapping[str, str]) -> float | None:
 
 
 class Claims:
-    """What a ticket takes of its account for as long as it waits and runs, whatever room there is:
-    its sequences, and the tokens that it may come to use. What it has used is charged besides.
+    """What tickets take of their keys' limits for as long as they wait and run, whatever room there
+    is: sequences, and the tokens that they may come to use.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
 
-    async def open(self, ticket: Ticket, usual_wait_s: float) -> None:
-        """All of it or nothing; `Overloaded` and `RateLimited` say when to come back."""
-        if ticket.account_limit:
-            await self._hold(ticket, usual_wait_s)
-        if ticket.tokens_per_minute and ticket.tokens:
-            try:
-                await self._reserve(ticket)
-            except RateLimited:
-                await self._release(ticket)
-                raise
+    async def open(self, ticket: Ticket, claim: Claim, usual_wait_s: float) -> None:
+        """All of it or nothing; `Overloaded` and `RateLimited` say when to come back. What may use
+        more than a minute's allowance is let in when all of that is there.
+        """
+        tokens = min(ticket.tokens, claim.tokens_per_minute)
+        sequences = ticket.sequences if claim.max_concurrency else 0
+        if refusal := await self._limits.reserve(claim, tokens, sequences):
+            raise explain_refusal(refusal, claim, usual_wait_s)
 
-    async def close(self, ticket: Ticket) -> None:
-        if ticket.tokens_per_minute and ticket.tokens:
-            amount, most = -ticket.tokens, ticket.tokens_per_minute
-            await self._limits.overdraw(name_tokens(ticket.account), amount, most)
-        await self._release(ticket)
-
-    async def _hold(self, ticket: Ticket, usual_wait_s: float) -> None:
-        held = await self._limits.hold(ticket.account, ticket.sequences, ticket.account_limit)
-        if held:
-            raise Overloaded(
-                f"this key has {held} sequences running or waiting; its limit is "
-                f"{ticket.account_limit}",
-                code="key_concurrency",
-                retry_after_s=min(max(1.0, usual_wait_s), LONGEST_RETRY_AFTER_S),
-            )
-
-    async def _release(self, ticket: Ticket) -> None:
-        if ticket.account_limit:
-            await self._limits.release(ticket.account, ticket.sequences)
-
-    async def _reserve(self, ticket: Ticket) -> None:
-        """What may use more than a minute's allowance is let in when all of that is there."""
-        most = ticket.tokens_per_minute
-        ticket.tokens = min(ticket.tokens, most)
-        wait_s = await self._limits.take(name_tokens(ticket.account), ticket.tokens, most)
-        if wait_s:
-            raise refuse_allowance(wait_s, "tokens_per_minute", most)
+    def close(self, claim: Claim) -> None:
+        self._limits.settle(claim)
 
 
-def name_tokens(account: str) -> str:
-    """The account of a key's tokens, beside those of its requests and its sequences."""
-    return f"tokens:{account}"
+def open_claim(caller: Caller, *, may_reserve: bool = False) -> Claim:
+    """With nothing taken yet."""
+    return Claim(
+        caller.name,
+        caller.requests_per_minute,
+        caller.tokens_per_minute,
+        caller.max_concurrency,
+        may_reserve,
+    )
 
 
-def refuse_allowance(wait_s: float, limit: str, value: int) -> RateLimited:
+def explain_refusal(refusal: Refusal, claim: Claim, usual_wait_s: float = 0.0) -> GatewayError:
+    """What a caller is told whom their key's limits leave no room."""
+    if refusal.limit == "key_concurrency":
+        return Overloaded(
+            f"this key has {refusal.held} sequences running or waiting; its limit is "
+            f"{claim.max_concurrency}",
+            code="key_concurrency",
+            retry_after_s=min(max(1.0, usual_wait_s), LONGEST_RETRY_AFTER_S),
+        )
+    is_tokens = refusal.limit == "tokens_per_minute"
+    value = claim.tokens_per_minute if is_tokens else claim.requests_per_minute
     return RateLimited(
-        f"this key's {limit.replace('_', ' ')} ({value}) are used up or set aside for what it has "
-        "running",
-        code=limit,
-        retry_after_s=wait_s,
+        f"this key's {refusal.limit.replace('_', ' ')} ({value}) are used up or set aside for what "
+        "it has running",
+        code=refusal.limit,
+        retry_after_s=refusal.wait_s,
     )

@@ -18,13 +18,13 @@ from gateway.admission.calls import (
     parse_call,
 )
 from gateway.admission.keys import Caller
+from gateway.admission.limits import Claim
 from gateway.admission.media_hosts import MediaHosts
-from gateway.admission.queue import AdmissionQueue
-from gateway.admission.tickets import build_ticket
+from gateway.admission.served_models import ServedModel, ServedModels
+from gateway.admission.tickets import build_ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.engines.pool import EnginePool
 from gateway.errors import EngineBusy, EngineError, InvalidRequest
 from gateway.observability.request_record import RequestRecord
 from gateway.request_context import RequestContext
@@ -43,6 +43,18 @@ class Answer:
     queue_s: float
 
 
+@dataclass(slots=True)
+class _Line:
+    """One request on its way: who asks what of which model, and what it claims of their limits."""
+
+    caller: Caller
+    path: str
+    served: ServedModel
+    call: OpenAIRequest
+    context: RequestContext
+    claim: Claim | None
+
+
 class BodyCount(Protocol):
     """The bytes of all bodies in memory."""
 
@@ -58,18 +70,17 @@ class BatchCaller:
         self,
         *,
         settings: Settings,
-        pool: EnginePool,
-        queue: AdmissionQueue,
+        models: ServedModels,
         accounts: Accounts,
         media_hosts: MediaHosts,
         bodies: BodyCount,
     ) -> None:
-        self._settings, self._pool, self._queue = settings, pool, queue
+        self._settings, self._models = settings, models
         self._accounts, self._media_hosts, self._bodies = accounts, media_hosts, bodies
 
     def count_interactive(self) -> int:
         """Sequences of callers who wait for their answers, here or in the engines."""
-        return sum(self._queue.count("interactive"))
+        return sum(self._models.count("interactive"))
 
     async def ask(
         self, caller: Caller, path: str, size: int, read: ReadBody, request_id: str
@@ -86,32 +97,45 @@ class BatchCaller:
             self._bodies.release(context)
 
     async def _ask(self, caller: Caller, path: str, body: bytes, context: RequestContext) -> Answer:
-        call = await parse_call(path, body, self._settings, self._pool, None)
+        call = await parse_call(path, body, self._settings, self._models, None)
         if call.is_stream:
             raise InvalidRequest("nobody reads a stream in a batch; leave it out", param="stream")
         await check_call(call, caller, self._settings, self._media_hosts)
-        await self._accounts.take_request(caller)
-        ticket = build_ticket({}, caller, call.sequences, "batch", None)
+        served = self._models.by_name.get(call.model)
+        if served is None:
+            served = await self._models.find(call.model, caller, None)
+        served.requests += 1
+        claim = open_claim(caller, may_reserve=True) if caller.has_limits else None
+        line = _Line(caller, path, served, call, context, claim)
+        try:
+            await self._accounts.take_request(caller, claim)
+            return await self._enter(line)
+        finally:
+            if claim is not None:
+                self._accounts.close_claim(claim)
+
+    async def _enter(self, line: _Line) -> Answer:
+        caller, call, context = line.caller, line.call, line.context
+        ticket = build_ticket({}, caller, call.sequences, "batch", None, claim=line.claim)
         ticket.lane = "batch"  # whatever the key's own requests are
-        is_writing = path != "/v1/embeddings"
-        bound = bound_answer(call, self._settings, self._pool) if is_writing else 0
+        is_writing = line.path != "/v1/embeddings"
+        bound = bound_answer(call, self._settings, line.served.pool) if is_writing else 0
         taken = call.size // BYTES_A_TOKEN
-        if ticket.tokens_per_minute:
+        if caller.tokens_per_minute:
             ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
         context.record.note_queued()
-        async with self._queue.enter(ticket):
+        async with line.served.queue.enter(ticket):
             context.record.note_entered()
             try:
-                return await self._send(caller, path, call, context)
+                return await self._send(line)
             except asyncio.CancelledError:
                 if context.is_running:  # else to cancel a batch would be free
                     left = Spent(taken, 0, context.running_s(), call.sequences)
-                    await self._accounts.charge_left(caller, left, bound)
+                    await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise
 
-    async def _send(
-        self, caller: Caller, path: str, call: OpenAIRequest, context: RequestContext
-    ) -> Answer:
+    async def _send(self, line: _Line) -> Answer:
+        call, context, path = line.call, line.context, line.path
         engine_call = EngineCall(
             context,
             "POST",
@@ -122,7 +146,7 @@ class BatchCaller:
             affinity=call.affinity,
             is_relayed=True,
         )
-        async with self._pool.attempt(engine_call) as answer:
+        async with line.served.pool.attempt(engine_call) as answer:
             engine_call.body, call.body = None, b""
             self._bodies.release(context)
             if answer.body is None:
@@ -137,5 +161,6 @@ class BatchCaller:
             return Answer(status, name_engine_error(status, body, path), context.record.queue_s)
         if (usage := parse_usage(body)) is not None:
             spent = Spent(*usage, context.running_s(), call.sequences)
-            await self._accounts.count_tokens(caller, spent)
+            line.served.count_tokens(*usage)
+            await self._accounts.count_tokens(line.caller, spent, line.claim)
         return Answer(status, body, context.record.queue_s)

@@ -18,7 +18,7 @@ from gateway.config import Settings
 from gateway.engines.attempt import Attempt, EngineCall, may_run_again
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import Engine
-from gateway.engines.pool import EnginePool
+from gateway.engines.pool import ModelPool
 from gateway.errors import (
     EngineError,
     EngineTimeout,
@@ -128,7 +128,7 @@ class _Batch:
 class BatchGenerator:
     """Has every prompt of a batch answered, or says why it is not."""
 
-    def __init__(self, pool: EnginePool, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, pool: ModelPool, settings: Settings, metrics: Metrics) -> None:
         self._pool = pool
         self._settings = settings
         self._metrics = metrics
@@ -157,6 +157,12 @@ class BatchGenerator:
             raise failures.exceptions[0] from None  # one reason is enough for one caller
         answers = [answer for answer in batch.answers if answer is not None]
         return replace(batch.cost, answers=answers)
+
+    def _name_model(self, engine: Engine) -> str:
+        """As its engine calls it: an adapter by its own name."""
+        if self._pool.base:
+            return self._pool.name
+        return engine.card.name if engine.card else ""
 
     async def _cut(self, batch: _Batch, gate: Gate | None) -> AsyncIterator[_Piece]:
         """The pieces, each when there is room for it."""
@@ -192,7 +198,7 @@ class BatchGenerator:
             "/v1/completions",
             tries,
             body=lambda engine: build_completion_call(
-                _model_of(engine),
+                self._name_model(engine),
                 prompts,
                 batch.sampling,
                 is_stream=piece.is_stream and engine.knows_stream_interval,
@@ -299,10 +305,6 @@ class BatchGenerator:
         for place in lost:
             batch.answers[place] = None
         await self._answer(batch, piece, lost, call.tries_left, call.asked)
-
-
-def _model_of(engine: Engine) -> str:
-    return engine.card.name if engine.card else ""
 
 
 def cut(prompts: Sequence[Prompt], sampling: Sampling, n_engines: int, most: int) -> list[range]:

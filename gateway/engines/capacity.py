@@ -82,9 +82,10 @@ class EngineCapacity:
         for url, client in self._launchers.items():
             if URL(url).host == address.host:
                 status = await self._read_status(client)
-                if status.get("engine_port") == address.port:
-                    told = status.get("max_num_seqs")
-                    return told if isinstance(told, int) and told > 0 else 0
+                for one in status.get("engines") or [status]:  # of several it tells one by one
+                    if one.get("engine_port") == address.port:
+                        told = one.get("max_num_seqs")
+                        return told if isinstance(told, int) and told > 0 else 0
         return 0
 
     async def _read_status(self, client: EngineClient) -> Mapping[str, Any]:

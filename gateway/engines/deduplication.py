@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Self
 
-from aiohttp import web
-
 from gateway.config import Settings
 from gateway.engines.batch import BatchGenerator, Gate
 from gateway.engines.timeouts import Deadline
@@ -141,6 +139,3 @@ async def _collect(others: dict[_Key, _Shared]) -> dict[_Key, GeneratedText]:
         for key, future in others.items()
         if not future.cancelled() and isinstance(answer := future.result(), GeneratedText)
     }
-
-
-GENERATOR = web.AppKey("generator", Deduplicator)

@@ -51,7 +51,7 @@ class Engine:
         self.url = hide_password(url)  # the name by which all speak of it
         self.state = EngineState.DOWN
         self.reason = "not looked at yet"
-        self.card: ModelCard | None = None
+        self.cards: tuple[ModelCard, ...] = ()  # its model by all its names, and its adapters
         self.running = 0  # sequences
         self.sequences: int | None = None  # that it runs at once, where that is known
         self.is_capacity_told = False  # not only learnt
@@ -82,6 +82,11 @@ class Engine:
             self.suspect.set()  # it may have been refused for the old one: looked at again at once
 
     @property
+    def card(self) -> ModelCard | None:
+        """Its model."""
+        return self.cards[0] if self.cards else None
+
+    @property
     def is_usable(self) -> bool:
         """Ready, not just seen failing, and its breaker is closed."""
         return (
@@ -108,7 +113,7 @@ class Engine:
 
     @property
     def max_model_len(self) -> int | None:
-        return self.card.max_model_len if self.card else None
+        return self.cards[0].max_model_len if self.cards else None
 
     def expected_start_s(self, usual_s: float) -> float:
         """How long until it should be back, by what its past starts took; `usual_s` without any."""
@@ -202,6 +207,15 @@ class Engine:
             raise EngineBusy(message, retry_after_s=1)
         self.note_failure()
         raise EngineError(f"the engine answered {status}: {message}")
+
+    async def change_adapter(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Has it load or drop one; its answer, whatever that is."""
+        headers = {"Content-Type": "application/json"}
+        answer = await self.client.send("POST", path, headers, body)
+        if answer.body is None:
+            answer.close()
+            raise EngineError(f"the engine answered {path} with a stream", code="engine_garbled")
+        return answer.status, answer.body
 
     async def read_load(self) -> EngineLoad | None:
         """Its own figures; `None` when it has none to give."""

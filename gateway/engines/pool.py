@@ -1,4 +1,9 @@
-"""The engines behind this gateway: which there are, which one gets a call, waiting for one."""
+"""The engines behind this gateway: which there are, which model each serves, which one gets a call,
+waiting for one.
+
+The engines of a model are a pool of their own: its calls go to one of these and to no other. What
+it serves an engine says itself; until it has, it may come to serve any model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from aiohttp import web
@@ -28,21 +34,41 @@ _BREAKER_MARGIN_S = 0.01
 _LOAD = attrgetter("running")
 
 
-class EnginePool:
-    """Several engines as one."""
+@dataclass(slots=True)
+class _Shared:
+    """What all pools of a gateway have in common."""
 
-    def __init__(self, engines: Iterable[Engine], settings: Settings, metrics: Metrics) -> None:
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    draining: bool = False
+
+
+class ModelPool:
+    """Several engines as one: those of a model, and those that have not said yet what they serve.
+    Without a name it is for whatever they will serve.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engines: Iterable[Engine],
+        settings: Settings,
+        metrics: Metrics,
+        shared: _Shared,
+        *,
+        base: str = "",
+    ) -> None:
+        """With a `base` it is for another name of that model's, which some of its engines know."""
+        self.name = name
+        self.base = base
         self.engines = list(engines)
-        self.draining = False
         self._settings = settings
         self._metrics = metrics
-        self._changed = asyncio.Condition()
+        self._shared = shared
+        self._changed = shared.changed
+        self._last_max_model_len: int | None = None
+        self.held = 0  # calls that wait for an engine
         # Whoever must know how many sequences the engines run at once; `None`: nobody does.
         self.on_capacity: Callable[[int | None], None] = lambda _sequences: None
-        metrics.engine_ready.read = self._read_ready
-        metrics.engine_state.read = self._read_states
-        metrics.engine_breaker_open.read = self._read_breakers
-        metrics.engine_running_sequences.read = self._read_running
 
     def attempt(self, call: EngineCall) -> Attempt:
         """`async with pool.attempt(call) as answer`: the one way to have an engine work."""
@@ -51,41 +77,38 @@ class EnginePool:
     @property
     def is_ready(self) -> bool:
         """Whether a request that comes now would be served."""
-        return not self.draining and self._has_engine
+        return not self._shared.draining and self.has_engine
 
     @property
-    def _has_engine(self) -> bool:
+    def has_engine(self) -> bool:
+        """Whether one is ready, though the gateway may be stopping."""
         return any(engine.is_usable for engine in self.engines)
 
     def describe(self) -> str:
         """One line for people: why there is no engine to be had."""
-        if self.draining:
+        if self._shared.draining:
             return "the gateway is stopping"
-        return "; ".join(f"{one.url} is {one.state}: {one.reason}" for one in self.engines)
-
-    async def set_state(self, engine: Engine, state: EngineState, reason: str = "") -> None:
-        async with self._changed:
-            engine.enter_state(state, reason)
-            self.tell_capacity()
-            self._changed.notify_all()
-
-    async def set_engines(self, engines: Iterable[Engine]) -> None:
-        """Those that are gone finish what they have; nothing new is sent to them."""
-        async with self._changed:
-            self.engines = list(engines)
-            self.tell_capacity()
-            self._changed.notify_all()
+        told = [f"{one.url} is {one.state}: {one.reason}" for one in self.engines]
+        return "; ".join(told) or "no engine is listed"
 
     def tell_capacity(self) -> None:
-        """After every change: of the engines that serve, or of all while none does."""
+        """After every change: of the engines that serve, or of all while none does. Without any it
+        stays: who waits for one to come must get as far as to be held for it.
+        """
+        if not self.engines:
+            return
         ready = [one for one in self.engines if one.state is EngineState.READY] or self.engines
         known = [one.sequences for one in ready if one.sequences is not None]
         self.on_capacity(sum(known) if len(known) == len(ready) else None)
 
     async def wait_ready(self, timeout_s: float) -> bool:
+        return await self.wait_until(lambda: self.has_engine, timeout_s)
+
+    async def wait_until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Looks anew whenever an engine's state or the list of engines has changed."""
         deadline = time.monotonic() + timeout_s
         async with self._changed:
-            while not self._has_engine:
+            while not holds():
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return False
@@ -102,11 +125,16 @@ class EnginePool:
         The deadline, on the loop's clock, is of use here for a refusal alone: who would wait in
         vain is told so at once.
         """
-        if self._has_engine:
+        if self.has_engine:
             return
         if deadline is not None:
             self._check_deadline(deadline)
-        if not await self.wait_ready(self._settings.restart_hold_s):
+        self.held += 1
+        try:
+            is_ready = await self.wait_ready(self._settings.restart_hold_s)
+        finally:
+            self.held -= 1
+        if not is_ready:
             raise Unavailable(
                 f"no engine is ready: {self.describe()}", retry_after_s=self._retry_after_s()
             )
@@ -115,12 +143,22 @@ class EnginePool:
         """What a usable engine says of the model that it serves."""
         return next((engine.card for engine in self.engines if engine.is_usable), None)
 
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest context of the engines, where it is known; while there are none, the last."""
+        told = max((engine.max_model_len or 0 for engine in self.engines), default=0)
+        return told or self._last_max_model_len
+
+    def change_engines(self, engines: Sequence[Engine]) -> None:
+        self._last_max_model_len = self.max_model_len
+        self.engines = list(engines)
+
     async def find_max_model_len(self, deadline: float | None) -> int | None:
-        """The longest context of the engines; held while none has told what it serves."""
+        """The same; held while none has told what it serves."""
         if not any(engine.card for engine in self.engines):
             async with Deadline(deadline):
                 await self.ensure_ready(deadline)
-        return max((engine.max_model_len or 0 for engine in self.engines), default=0) or None
+        return self.max_model_len
 
     async def acquire(
         self, affinity: str = "", avoid: Engine | None = None, deadline: float | None = None
@@ -169,6 +207,113 @@ class EnginePool:
         most = _AFFINITY_SLACK * (sum(map(_LOAD, ready)) + 1) / len(ready) + 1
         ranked = sorted(ready, key=lambda engine: _rank(affinity, engine.url))
         return next((engine for engine in ranked if engine.running <= most), ranked[0])
+
+
+class EnginePool(ModelPool):
+    """All engines; each belongs to the pool of its model as well."""
+
+    def __init__(self, engines: Iterable[Engine], settings: Settings, metrics: Metrics) -> None:
+        super().__init__("", engines, settings, metrics, _Shared())
+        self.models: dict[str, ModelPool] = {}
+        # By a model's further names, such as its adapters': the engines that have it.
+        self.adapters: dict[str, ModelPool] = {}
+        # Whoever must know which models there are.
+        self.on_models: Callable[[], None] = lambda: None
+        self._group()
+        metrics.engine_ready.read = self._read_ready
+        metrics.engine_state.read = self._read_states
+        metrics.engine_info.read = self._read_models
+        metrics.engine_breaker_open.read = self._read_breakers
+        metrics.engine_running_sequences.read = self._read_running
+
+    @property
+    def draining(self) -> bool:
+        return self._shared.draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._shared.draining = value
+
+    @property
+    def has_told_all(self) -> bool:
+        """Whether it is known of each engine what it serves."""
+        return bool(self.engines) and all(engine.cards for engine in self.engines)
+
+    async def set_state(self, engine: Engine, state: EngineState, reason: str = "") -> None:
+        async with self._changed:
+            engine.enter_state(state, reason)
+            self.tell_capacity()
+            self._changed.notify_all()
+
+    async def set_engines(self, engines: Iterable[Engine]) -> None:
+        """Those that are gone finish what they have; nothing new is sent to them."""
+        async with self._changed:
+            self.engines = list(engines)
+            self._group()
+            self.tell_capacity()
+            self._changed.notify_all()
+
+    async def set_cards(self, engine: Engine, cards: Sequence[ModelCard]) -> None:
+        """What the engine says that it serves; it may be another model than before its restart."""
+        async with self._changed:
+            engine.cards = tuple(cards)
+            self._group()
+            self.tell_capacity()
+            self._changed.notify_all()
+
+    def tell_capacity(self) -> None:
+        for pool in self.models.values():
+            pool.tell_capacity()
+
+    def _group(self) -> None:
+        """A pool for each model. As long as there is no second one, the first one's has all the
+        engines, and it stays the same whatever they come to serve.
+        """
+        told = (one.card.name for one in self.engines if one.card)
+        names = list(dict.fromkeys((*self._settings.expected_models, *told))) or [""]
+        known, before = {}, self.models
+        for name in names:
+            known[name] = before.get(name) or self._make_pool(name, before, names)
+        for name, pool in known.items():
+            pool.name = name
+            pool.change_engines(
+                [one for one in self.engines if not one.card or one.card.name == name]
+            )
+        for pool in before.values():
+            if pool not in known.values():
+                pool.change_engines(())
+        self.models = known
+        self._group_adapters()
+        self.on_models()
+
+    def _group_adapters(self) -> None:
+        """One may be loaded in some of its model's engines alone."""
+        holders: dict[str, list[Engine]] = {}
+        for engine in self.engines:
+            for card in engine.cards[1:]:
+                if card.name not in self.models:
+                    holders.setdefault(card.name, []).append(engine)
+        before, self.adapters = self.adapters, {}
+        for name, engines in holders.items():
+            base = engines[0].cards[0].name
+            pool = before.get(name)
+            if pool is None or pool.base != base:
+                pool = ModelPool(name, (), self._settings, self._metrics, self._shared, base=base)
+            # Two models may have adapters of one name: the first one's is meant.
+            pool.engines = [one for one in engines if one.cards[0].name == base]
+            self.adapters[name] = pool
+
+    def _make_pool(
+        self, name: str, before: Mapping[str, ModelPool], names: Sequence[str]
+    ) -> ModelPool:
+        only = next(iter(before.values())) if len(before) == 1 else None
+        if only is not None and only.name not in names and name == names[0]:
+            return only
+        return ModelPool(name, (), self._settings, self._metrics, self._shared)
+
+    def _read_models(self) -> Iterator[tuple[Sequence[str], float]]:
+        for engine in self.engines:
+            yield (engine.url, engine.card.name if engine.card else ""), 1
 
     def _read_ready(self) -> Iterator[tuple[Sequence[str], float]]:
         for engine in self.engines:

@@ -32,7 +32,7 @@ from gateway.errors import (
 )
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
-from gateway.prompts.builder import PromptBuilder
+from gateway.prompts.builders import PromptBuilders
 from gateway.request_context import RequestContext
 from gateway.schemas.predict import default_sampling
 from gateway.schemas.warmup import WARMUP_ROUTES, build_warmup_call, parse_warmup_answer
@@ -49,7 +49,7 @@ class Warmup:
         settings: Settings,
         pool: EnginePool,
         generator: BatchGenerator,
-        builder: PromptBuilder,
+        prompts: PromptBuilders,
         metrics: Metrics,
         *,
         capacity: EngineCapacity,
@@ -58,7 +58,7 @@ class Warmup:
         self._pool = pool
         self._capacity = capacity
         self._generator = generator
-        self._builder = builder
+        self._prompts = prompts
         self._metrics = metrics
         self._questions = read_warmup_questions(settings)
 
@@ -102,7 +102,8 @@ class Warmup:
         cards = await engine.read_model_cards()
         if not cards:
             raise EngineError("it serves no model", code="no_model")
-        engine.card, engine.pools_at = cards[0], ""
+        await self._pool.set_cards(engine, cards)
+        engine.pools_at = ""
         await self._capacity.ask(engine)
         started = time.perf_counter()
         async with asyncio.timeout(self._settings.warmup_timeout_s):
@@ -115,7 +116,7 @@ class Warmup:
         log.info(
             "warmup_done",
             engine=engine.url,
-            model=engine.card.name,
+            model=cards[0].name,
             n_prompts=self._settings.warmup_prompts,
             tokens=tokens,
             pools_at=engine.pools_at or None,
@@ -171,7 +172,8 @@ class Warmup:
         )
 
     async def _generate(self, engine: Engine, questions: list[str], max_tokens: int) -> int:
-        prompts = await self._builder.build(questions, None, engine.max_model_len)
+        builder = self._prompts.find(engine.card.name if engine.card else "")
+        prompts = await builder.build(questions, None, engine.max_model_len)
         good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
         if not good:
             raise next(prompt for prompt in prompts if isinstance(prompt, GatewayError))
@@ -181,7 +183,7 @@ class Warmup:
         sampling = replace(default_sampling(self._settings), max_tokens=max_tokens)
         completion = await self._generator.generate(
             good,
-            self._builder.complete(sampling),
+            builder.complete(sampling),
             _make_context(),
             engine=engine,
         )

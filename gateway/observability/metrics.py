@@ -142,6 +142,7 @@ class Metrics:
         self._declare_predict()
         self._declare_engines()
         self._declare_batches()
+        self._declare_models()
         self._declare_process()
         self.tokens_in = self.tokens.labels("in")
         self.tokens_out = self.tokens.labels("out")
@@ -206,11 +207,22 @@ class Metrics:
         self.max_running_sequences = self._live_gauge(
             "max_running_sequences",
             "Sequences that may be inside at once: what the engines run and an eighth more, where "
-            "that is known; GATEWAY_MAX_RUNNING at most.",
+            "that is known; GATEWAY_MAX_RUNNING at most, of each model.",
         )
         self.max_waiting_sequences = self._live_gauge(
-            "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING)."
+            "max_waiting_sequences", "Sequences that may wait (GATEWAY_MAX_WAITING for each model)."
         )
+        self.redis_away = self._live_gauge(
+            "redis_away", "1 while Redis, which is to keep all gateways' limits, does not answer."
+        )
+        self.redis_away.read = lambda: [((), 0)]  # where there is none to be away
+        self.limits_without_redis = self._counter(
+            "limits_without_redis",
+            "Calls of keys with limits while Redis was away; outcome is local or refused.",
+            "outcome",
+        )
+        for outcome in ("local", "refused"):
+            self.limits_without_redis.labels(outcome)
         self.held_body_bytes = self._live_gauge(
             "held_body_bytes",
             "Bytes of request bodies in memory; at most GATEWAY_MAX_HELD_BYTES.",
@@ -261,6 +273,12 @@ class Metrics:
     def _declare_engines(self) -> None:
         self.engine_ready = self._live_gauge(
             "engine_ready", "1 when the engine has answered its warm-up.", "engine"
+        )
+        self.engine_info = self._live_gauge(
+            "engine_info",
+            "1; the model that the engine serves, empty until it has told.",
+            "engine",
+            "model",
         )
         self.engine_state = self._live_gauge(
             "engine_state", "1 at the present state: down, warming or ready.", "engine", "state"
@@ -324,6 +342,29 @@ class Metrics:
             self.batch_lines.labels(outcome)
         for code in (*_RETRIED, *_BATCH_RETRIED):
             self.batch_retries.labels(code)
+
+    def _declare_models(self) -> None:
+        self.model_ready = self._live_gauge(
+            "model_ready", "1 when an engine is ready for the model.", "model"
+        )
+        self.model_held_calls = self._live_gauge(
+            "model_held_calls", "Calls of the model that wait until it has an engine.", "model"
+        )
+        self.model_running_sequences = self._live_gauge(
+            "model_running_sequences", "Sequences inside the model's engines.", "model", "lane"
+        )
+        self.model_waiting_sequences = self._live_gauge(
+            "model_waiting_sequences", "Sequences waiting for the model.", "model", "lane"
+        )
+        self.model_requests = self._live_counter(
+            "model_requests", "Requests that asked the model, as they came.", "model"
+        )
+        self.model_tokens = self._live_counter(
+            "model_tokens",
+            "Tokens of the model by its engines' count; direction is in or out.",
+            "model",
+            "direction",
+        )
 
     def _declare_process(self) -> None:
         self.event_loop_lag_seconds = self._histogram(

@@ -14,6 +14,7 @@ class StreamTiming:
     first_chunk_at: float = 0.0
     last_chunk_at: float = 0.0
     longest_gap_s: float = 0.0
+    held_s: float = 0.0  # while its caller took nothing
 
     def note_chunk(self) -> None:
         """For each chunk, so a few additions and nothing else."""
@@ -24,6 +25,10 @@ class StreamTiming:
             self.longest_gap_s = now - self.last_chunk_at
         self.chunks += 1
         self.last_chunk_at = now
+
+    def note_written(self) -> None:
+        """The chunk that was noted last has been taken; for each, too."""
+        self.held_s += time.perf_counter() - self.last_chunk_at
 
 
 @dataclass(slots=True)

@@ -41,7 +41,7 @@ async def _measure_lag(metrics: Metrics) -> None:
 
 def describe_settings(settings: Settings) -> tuple[str, ...]:
     """The values of `gateway_config_info`; the fingerprint tells that something has changed."""
-    text = settings.model_dump_json(exclude={"api_keys"})
+    text = settings.model_dump_json(exclude={"api_keys", "redis_url"})
     return (
         hashlib.sha256(text.encode()).hexdigest()[:12],
         settings.prompt_style,

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS
 from gateway.admission.tickets import LANES
 from gateway.config import SETTINGS
 from gateway.engines.engine import Engine, EngineState
@@ -53,7 +53,7 @@ class PageFigures:
             "used": asdict(self._app[ACCOUNTS].sum_usage()),
             "limits": self._describe_limits(),
             "engines": described,
-            "launchers": [one for one in launchers if one is not None],
+            "launchers": [one for told in launchers for one in told],
         }
         self._read_at = time.monotonic()
 
@@ -62,8 +62,8 @@ class PageFigures:
         return "stopping" if pool.draining else "ready" if pool.is_ready else "waiting"
 
     def _describe_queue(self) -> dict[str, Any]:
-        queue = self._app[QUEUE]
-        lanes = {name: queue.count(name) for name in LANES}
+        models = self._app[MODELS]
+        lanes = {name: models.count(name) for name in LANES}
         return {
             "running": sum(running for running, _ in lanes.values()),
             "waiting": sum(waiting for _, waiting in lanes.values()),

@@ -41,25 +41,32 @@ class LauncherClient:
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self._url = url
         self._session = session
-        self._crash: dict[str, Any] | None = None
+        self._crashes: dict[object, dict[str, Any]] = {}  # the last one, by the engine's port
 
-    async def read(self) -> dict[str, Any] | None:
-        """Its status with the last crash, both cut down; `None` when it does not answer."""
+    async def read(self) -> list[dict[str, Any]]:
+        """The status of each of its engines with the last crash, both cut down; none when it does
+        not answer.
+        """
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 status = await self._get("/status")
-                known = (self._crash or {}).get("time")
-                told = (status.get("last_crash") or {}).get("time")
-                if told != known:
-                    self._crash = await self._read_crash() if told else None
+                engines = status.get("engines") or [status]
+                return [cut_status(one) | {"crash": await self._find_crash(one)} for one in engines]
         except (aiohttp.ClientError, TimeoutError, ValueError, TypeError, AttributeError):
-            return None
-        return cut_status(status) | {"crash": self._crash}
+            return []
 
-    async def _read_crash(self) -> dict[str, Any] | None:
+    async def _find_crash(self, status: Mapping[str, Any]) -> dict[str, Any] | None:
         """`None` when the card is not there (yet): asked for again at the next look."""
-        card = await self._get("/crash")
-        return cut_crash(card) if "time" in card else None
+        port = status.get("engine_port")
+        told = (status.get("last_crash") or {}).get("time")
+        if told is None:
+            self._crashes.pop(port, None)
+        elif told != self._crashes.get(port, {}).get("time"):
+            card = await self._get("/crash" if port is None else f"/crash?engine_port={int(port)}")
+            if "time" not in card:
+                return None
+            self._crashes[port] = cut_crash(card)
+        return self._crashes.get(port)
 
     async def _get(self, path: str) -> dict[str, Any]:
         async with self._session.get(self._url + path) as response:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from aiohttp import web
 from tokenizers import Encoding, Tokenizer
 
 from gateway.config import Settings, SettingsError
@@ -179,9 +178,6 @@ class PromptBuilder:
             lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
             text = " ".join(line for line in lines if line)
         return text.strip()
-
-
-PROMPTS = web.AppKey("prompts", PromptBuilder)
 
 
 def _slice(questions: Sequence[str], each: int) -> Iterator[Sequence[str]]:

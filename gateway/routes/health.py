@@ -5,18 +5,19 @@ from __future__ import annotations
 import orjson
 from aiohttp import web
 
+from gateway.admission.limits import LIMITS
+from gateway.admission.served_models import MODELS
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
-from gateway.errors import Unavailable
+from gateway.errors import LimitsAway, Unavailable
 
 _RETRY_AFTER_S = 1
 
 
 async def handle_root(request: web.Request) -> web.Response:
     """The course's judge polls this: held until warm, for as long as the setting allows."""
-    settings = request.app[SETTINGS]
-    pool = request.app[POOL]
-    if await pool.wait_ready(settings.root_hold_s) and pool.is_ready:
+    settings, models = request.app[SETTINGS], request.app[MODELS]
+    if await models.wait_default_ready(settings.root_hold_s) and request.app[POOL].is_ready:
         return _json({"status": settings.root_status})
     return _json({"status": "warming"}, status=503, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
@@ -29,6 +30,14 @@ async def handle_readyz(request: web.Request) -> web.Response:
     pool = request.app[POOL]
     if not pool.is_ready:
         raise Unavailable(pool.describe(), retry_after_s=_RETRY_AFTER_S)
+    away = request.app[LIMITS].away
+    if away == "refused":
+        raise LimitsAway(
+            "Redis does not answer, so calls of keys with limits are refused (GATEWAY_REDIS_AWAY)",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+    if request.app[SETTINGS].redis_url:
+        return _json({"status": "ready", "limits": away or "shared"})
     return _json({"status": "ready"})
 
 

@@ -11,17 +11,17 @@ from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
-from gateway.admission.queue import QUEUE
+from gateway.admission.limits import CLAIM
+from gateway.admission.served_models import MODELS, ServedModel
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS, Settings
-from gateway.engines.deduplication import GENERATOR
-from gateway.engines.pool import POOL
 from gateway.engines.timeouts import Deadline
-from gateway.errors import DeadlinePassed, GatewayError, InvalidRequest
+from gateway.errors import DeadlinePassed, EngineTimeout, GatewayError, InvalidRequest
 from gateway.observability.metrics import METRICS
-from gateway.prompts.builder import PROMPTS
+from gateway.prompts.builder import PromptBuilder
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
+from gateway.schemas.fields import wrong_type
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.predict import (
     PredictRequest,
@@ -43,29 +43,35 @@ async def handle_predict(request: web.Request) -> web.Response:
     context.carry(request.headers, TRACE_HEADERS)
     context.deadline = parse_deadline(request.headers)
     lane: LaneName = "batch" if count > 1 else "interactive"
-    ticket = build_ticket(request.headers, request[CALLER], count, lane, context.deadline)
+    caller, claim = request[CALLER], request.get(CLAIM)
+    ticket = build_ticket(request.headers, caller, count, lane, context.deadline, claim=claim)
 
-    prompts, sampling = await _build_prompts(request, asked)
+    served = await _find_model(request, asked)
+    builder = app[MODELS].prompts.find(served.pool.base or served.name)
+    prompts, sampling = await _build_prompts(request, asked, served, builder)
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
     done = Completion([])
     if good:
         ticket.sequences, ticket.is_divisible = len(good), True
-        if ticket.tokens_per_minute:
+        if caller.tokens_per_minute:
             most = sampling.max_tokens * len(good)
             ticket.tokens = sum(map(_estimate_tokens, good)) + most
         context.record.note_queued()
-        async with app[QUEUE].enter(ticket) as admission:
+        async with served.queue.enter(ticket) as admission:
             context.record.note_entered()
             began = time.perf_counter()
             try:
-                done = await app[GENERATOR].generate(good, sampling, context, admission.gate)
-            except (asyncio.CancelledError, DeadlinePassed):
+                done = await served.generator.generate(good, sampling, context, admission.gate)
+            except (asyncio.CancelledError, DeadlinePassed, EngineTimeout):
                 await _charge_left(request, good, sampling, admission.count_inside())
                 raise
             finally:
                 context.record.engine_s = time.perf_counter() - began
+            served.count_tokens(done.prompt_tokens, done.completion_tokens)
             await _count(request, done)
-    return await _build_answer(request, asked, _put_in_order(prompts, done.answers))
+            await _charge_late(request, good, done, sampling)
+    answers = _put_in_order(prompts, done.answers)
+    return await _build_answer(request, asked, answers, builder)
 
 
 async def _parse(body: bytes, settings: Settings) -> PredictRequest:
@@ -74,12 +80,25 @@ async def _parse(body: bytes, settings: Settings) -> PredictRequest:
     return await parse_large_predict(body, settings)
 
 
+async def _find_model(request: web.Request, asked: PredictRequest) -> ServedModel:
+    """The default one, unless there are several and the caller names another."""
+    models, name = request.app[MODELS], None
+    if models.is_several and asked.model is not None:
+        if not isinstance(asked.model, str):
+            raise wrong_type("model", "a string")
+        name = request.app[SETTINGS].alias_map.get(asked.model, asked.model)
+    served = models.by_name.get(name)
+    if served is None:
+        served = await models.find(name, request[CALLER], request[CONTEXT].deadline)
+    served.requests += 1
+    return served
+
+
 async def _build_prompts(
-    request: web.Request, asked: PredictRequest
+    request: web.Request, asked: PredictRequest, served: ServedModel, builder: PromptBuilder
 ) -> tuple[Sequence[Prompt | GatewayError], Sampling]:
     """What the engines are sent; 503 before any work is done where there is none."""
-    app, deadline = request.app, request[CONTEXT].deadline
-    builder, pool = app[PROMPTS], app[POOL]
+    pool, deadline = served.pool, request[CONTEXT].deadline
     if not asked.questions:
         return [], asked.sampling
     async with Deadline(deadline):
@@ -113,7 +132,7 @@ async def _count(request: web.Request, done: Completion) -> None:
     spent = Spent(done.prompt_tokens, done.completion_tokens, sequences=n_run)
     if n_prompts == 1:  # of more, each has had a time of its own
         spent.seconds = request[CONTEXT].running_s()
-    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
+    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 
 async def _charge_left(
@@ -122,15 +141,32 @@ async def _charge_left(
     """An engine tells of what has ended alone; hanging up is not free all the same."""
     taken, given = request[CONTEXT].told_tokens
     taken = max(taken, sum(map(_estimate_tokens, prompts)))
-    accounts, running_s = request.app[ACCOUNTS], request[CONTEXT].running_s()
-    inside = Spent(taken, 0, running_s, min(n_inside, len(prompts)))
-    await accounts.charge_left(request[CALLER], inside, sampling.max_tokens, given)
+    accounts, caller, claim = request.app[ACCOUNTS], request[CALLER], request.get(CLAIM)
+    inside = Spent(taken, 0, request[CONTEXT].running_s(), min(n_inside, len(prompts)))
+    await accounts.charge_left(caller, inside, sampling.max_tokens, given, claim)
+
+
+async def _charge_late(
+    request: web.Request, prompts: Sequence[Prompt], done: Completion, sampling: Sampling
+) -> None:
+    """What took too long has been generated all the same, as far as it came."""
+    pairs = zip(prompts, done.answers, strict=True)
+    late = [prompt for prompt, answer in pairs if isinstance(answer, EngineTimeout)]
+    if late:
+        n_run = min(len(late), len(prompts) - done.shared)
+        taken, caller = sum(map(_estimate_tokens, late)) * n_run // len(late), request[CALLER]
+        spent = Spent(taken, 0, request.app[SETTINGS].engine_timeout_s, n_run)
+        most, claim = sampling.max_tokens, request.get(CLAIM)
+        await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=claim)
 
 
 async def _build_answer(
-    request: web.Request, asked: PredictRequest, answers: Sequence[GeneratedText | GatewayError]
+    request: web.Request,
+    asked: PredictRequest,
+    answers: Sequence[GeneratedText | GatewayError],
+    builder: PromptBuilder,
 ) -> web.Response:
-    app, clean = request.app, request.app[PROMPTS].clean
+    app, clean = request.app, builder.clean
     texts: list[str | GatewayError] = []
     for place, one in enumerate(answers, start=1):
         texts.append(clean(one.text) if isinstance(one, GeneratedText) else one)
@@ -145,8 +181,11 @@ async def _build_answer(
     if len(texts) > _ANSWERS_AT_ONCE:
         await asyncio.sleep(0)  # what follows copies all of it again
     response = web.Response(body=body, content_type="application/json")
-    if asked.ignored_fields:
-        response.headers["X-Ignored-Fields"] = ", ".join(asked.ignored_fields)
+    ignored = asked.ignored_fields
+    if ignored and app[MODELS].is_several:
+        ignored = tuple(name for name in ignored if name != "model")
+    if ignored:
+        response.headers["X-Ignored-Fields"] = ", ".join(ignored)
     return response
 
 

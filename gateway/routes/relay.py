@@ -20,14 +20,14 @@ from gateway.admission.calls import (
     parse_call,
 )
 from gateway.admission.keys import CALLER
+from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS, SERVED_MODEL
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
-from gateway.engines.pool import POOL
-from gateway.errors import DeadlinePassed, EngineError, GatewayError
+from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayError
 from gateway.forms import read_form
 from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
@@ -35,6 +35,7 @@ from gateway.schemas.openai import (
     CHAT_BATCH,
     POOLING,
     OpenAIRequest,
+    build_model_list,
     build_models,
     name_engine_error,
     parse_usage,
@@ -65,23 +66,35 @@ _SENT = ("Accept", "X-Session-Id", "anthropic-version", *TRACE_HEADERS)
 # The last of them describes vectors that come as bytes.
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After", "metadata")
 _RETRY_AFTER_S = "1"
+_HELD_SHARE = 0.25  # of a stream's time; to write takes some itself where an engine is quick
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
     """Read, check, enter the queue, pass on."""
     if request.method == "GET":
-        # Nothing is generated, so it may be asked again like a greedy call.
-        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
-    context, caller = request[CONTEXT], request[CALLER]
+        return await _answer_models(request)
+    context, caller, models = request[CONTEXT], request[CALLER], request.app[MODELS]
     context.deadline = parse_deadline(request.headers)
     call = await _read_call(request)
     await check_call(call, caller, request.app[SETTINGS], request.app[MEDIA_HOSTS])
+    served = models.by_name.get(call.model)
+    if served is None:
+        served = await models.find(call.model, caller, context.deadline)
+    served.requests += 1
+    request[SERVED_MODEL] = served
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
-    ticket = build_ticket(request.headers, caller, call.sequences, lane, context.deadline)
-    if ticket.tokens_per_minute and request.path in _USING_TOKENS:
+    ticket = build_ticket(
+        request.headers,
+        caller,
+        call.sequences,
+        lane,
+        context.deadline,
+        claim=request.get(CLAIM),
+    )
+    if caller.tokens_per_minute and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
-    async with request.app[QUEUE].enter(ticket):
+    async with served.queue.enter(ticket):
         context.record.note_entered()
         return await _pass_on(request, call)
 
@@ -89,15 +102,28 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
 async def _read_call(request: web.Request) -> OpenAIRequest:
     if request.path in FORMS:
         return parse_form(await read_form(request), request.app[SETTINGS])
-    settings, pool, deadline = request.app[SETTINGS], request.app[POOL], request[CONTEXT].deadline
-    return await parse_call(request.path, await read_body(request), settings, pool, deadline)
+    settings, models = request.app[SETTINGS], request.app[MODELS]
+    deadline = request[CONTEXT].deadline
+    return await parse_call(request.path, await read_body(request), settings, models, deadline)
+
+
+async def _answer_models(request: web.Request) -> web.StreamResponse:
+    """Nothing is generated, so an engine may be asked again like a greedy call; of several models
+    the gateway knows itself.
+    """
+    models, caller = request.app[MODELS], request[CALLER]
+    if not models.is_several:
+        request[SERVED_MODEL] = models.all[0]
+        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
+    body = build_model_list(models.list_cards(caller), request.match_info.get("model"))
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
     stream: EventStream | None = None
     try:
         engine_call = _build_call(request, call)
-        async with request.app[POOL].attempt(engine_call) as answer:
+        async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
             # It is not sent again, and a stream may last.
             engine_call.body, call.body = None, b""
             request.app[BODIES].release(request[CONTEXT])
@@ -112,11 +138,11 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
     except GatewayError as error:
-        if isinstance(error, DeadlinePassed):
+        if isinstance(error, DeadlinePassed | EngineTimeout):
             await _charge(request, call, stream)
         if stream is None or not stream.has_started:
             raise
-        if isinstance(error, EngineError):
+        if isinstance(error, EngineError) and not isinstance(error, EngineTimeout):
             await _count(request, call, stream.usage)
         return await stream.end(error)
     except (asyncio.CancelledError, ConnectionError):
@@ -177,6 +203,8 @@ async def _answer_whole(
     elif answer.status >= 400:
         body = name_engine_error(answer.status, body, request.path)
         headers["Content-Type"] = "application/json"
+        if answer.status == 501:
+            headers["x-should-retry"] = "false"  # what it does not know it will not learn
         if answer.status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
     return web.Response(status=answer.status, headers=headers, body=body)
@@ -213,7 +241,8 @@ async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream
     taken = told if told and call.sequences == 1 else _guess_prompt(request, call)
     given = stream.told_tokens if stream else 0
     spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences)
-    await request.app[ACCOUNTS].charge_left(request[CALLER], spent, _bound_answer(request, call))
+    caller, most = request[CALLER], _bound_answer(request, call)
+    await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=request.get(CLAIM))
 
 
 async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None) -> None:
@@ -221,15 +250,19 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
         return
     context = request[CONTEXT]
     context.record.prompt_tokens, context.record.completion_tokens = usage
-    spent = Spent(*usage, context.running_s(), call.sequences)
-    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent)
+    request[SERVED_MODEL].count_tokens(*usage)
+    timing, running_s = context.record.stream, context.running_s()
+    if timing is not None and timing.held_s > running_s * _HELD_SHARE:
+        running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
+    spent = Spent(*usage, running_s, call.sequences)
+    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 
 def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
     """The most new tokens of a sequence, by the caller's word and by the model's context."""
     if request.path not in _WRITING:
         return 0
-    return bound_answer(call, request.app[SETTINGS], request.app[POOL])
+    return bound_answer(call, request.app[SETTINGS], request[SERVED_MODEL].pool)
 
 
 def _expect_tokens(request: web.Request, call: OpenAIRequest) -> int:

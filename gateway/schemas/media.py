@@ -1,7 +1,8 @@
-"""Media that a call names by URL: the engine would fetch them, with its own place in the network.
+"""Media of a call: those that it names by URL, which the engine would fetch with its own place in
+the network, and what it wants made of them.
 
-Found wherever an engine may look for them, on whichever route. Which hosts may be named is the
-matter of `admission/media_hosts.py`.
+URLs are found wherever an engine may look for them, on whichever route. Which hosts may be named is
+the matter of `admission/media_hosts.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from gateway.errors import InvalidRequest
 
 _KEYS = frozenset(("image_url", "audio_url", "video_url", "file_url"))
+_OPTIONS = frozenset(("media_io_kwargs", "mm_processor_kwargs"))
 # Written so plainly that every reader of URLs takes the same host out of it: no user, no percent
 # signs, no backslash, nothing but ASCII.
 _PLAIN = re.compile(
@@ -25,6 +27,18 @@ _PLAIN_FIELDS = frozenset(("prompt", "stop", "stream_options", "logit_bias", "te
 _CONTAINERS = (list, dict)
 _ESCAPES = b"\\u"
 _DEEPEST = 8  # a picture in a tool's result in a message lies six deep
+
+
+def refuse_media_options(data: Mapping[str, Any]) -> None:
+    """Frames, pixels and sizes of the caller's choice; `null` and `{}` are none."""
+    for name in _OPTIONS & data.keys():
+        if data[name]:
+            raise InvalidRequest(
+                f"{name} may not be set by callers: nobody bounds what it makes of a small file. "
+                "The operator can allow it with GATEWAY_MEDIA_OPTIONS, or set it for the engine",
+                param=name,
+                code="media_refused",
+            )
 
 
 def read_media_hosts(data: Mapping[str, Any], body: bytes) -> frozenset[str]:

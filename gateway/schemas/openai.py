@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import orjson
 
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
+from gateway.schemas.constraints.grammars import CONSTRAINING, Constraint, read_constraints
 from gateway.schemas.fields import (
     parse_json_object,
     read_flag,
@@ -21,9 +22,8 @@ from gateway.schemas.fields import (
     read_whole_number,
     wrong_type,
 )
-from gateway.schemas.grammars import CONSTRAINING, Constraint, read_constraints
 from gateway.schemas.large_json import LargeObject, scan_object
-from gateway.schemas.media import read_media_hosts
+from gateway.schemas.media import read_media_hosts, refuse_media_options
 from gateway.schemas.sampling import TOKEN_LISTS, check_sampling
 from gateway.schemas.vllm import garbled_models, lacks_route, no_route, parse_engine_error
 
@@ -125,13 +125,16 @@ def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRe
 
 
 async def parse_large_openai_request(
-    path: str, body: bytes, settings: Settings, max_model_len: int | None
+    path: str, body: bytes, settings: Settings, find_context: Callable[[Any], int | None]
 ) -> OpenAIRequest:
-    """The same of a body that takes long, or whose texts may be more than the model takes."""
+    """The same of a body that takes long, or whose texts may be more than its model takes; which
+    that is, only the body tells.
+    """
     # What is judged by what is in it.
     whole = dict.fromkeys(TOKEN_LISTS, _LARGEST_TOKEN_LIST_BYTES)
     whole |= dict.fromkeys((*_SCHEMA_FIELDS, *CONSTRAINING), settings.max_schema_bytes)
     large = await scan_object(body, settings.max_prompts, whole)
+    max_model_len = find_context(large.fields.get("model"))
     if max_model_len is not None:
         await _bound_texts(large, settings, max_model_len)
     return _read_openai_request(path, body, large.fields, large.dump, settings)
@@ -191,6 +194,8 @@ def _parse_openai_request(
     _bound_sizes(data, settings)
     most_new_tokens = _bound_lengths(data, settings)
     check_sampling(data)
+    if not settings.media_options:
+        refuse_media_options(data)
     is_stream = bool(data.get("stream"))
     hides_usage = hides_chunk_usage = False
     if is_stream and path in {"/v1/completions", "/v1/chat/completions"}:
@@ -451,6 +456,17 @@ def build_models(body: bytes, aliases: Mapping[str, str], wanted: str | None) ->
             cards[alias] = {**cards[target], "id": alias}
     if wanted is None:
         return orjson.dumps({**data, "data": list(cards.values())})
+    return _dump_card(cards, wanted)
+
+
+def build_model_list(cards: Sequence[Mapping[str, Any]], wanted: str | None) -> bytes:
+    """The same from the cards of several engines."""
+    if wanted is None:
+        return orjson.dumps({"object": "list", "data": cards})
+    return _dump_card({card["id"]: card for card in cards}, wanted)
+
+
+def _dump_card(cards: Mapping[str, Mapping[str, Any]], wanted: str) -> bytes:
     if wanted not in cards:
         raise NotFound(
             f"there is no model {wanted!r}; GET /v1/models lists what there is",

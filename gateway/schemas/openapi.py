@@ -37,6 +37,8 @@ NOTES: Mapping[str, RouteNote] = {
     "/docs": RouteNote(_HEALTH, "This document for people"),
     "/v1/models": RouteNote(_MODELS, "The models, and the further names of them", True),
     "/v1/models/{model}": RouteNote(_MODELS, "One of the models"),
+    "/v1/load_lora_adapter": RouteNote(_MODELS, "Load a LoRA adapter; needs an admin key"),
+    "/v1/unload_lora_adapter": RouteNote(_MODELS, "Drop a LoRA adapter; needs an admin key"),
     "/v1/completions": RouteNote(_TEXT, "Continue one prompt or several", True),
     "/v1/chat/completions": RouteNote(_TEXT, "Answer a conversation", True),
     "/v1/chat/completions/batch": RouteNote(_TEXT, "Answer several conversations", True),

@@ -43,6 +43,7 @@ class PredictRequest:
     system: str | None
     ignored_fields: tuple[str, ...] = ()
     is_length_asked: bool = False
+    model: object = None  # as it was sent; of interest where several are served
 
 
 def parse_predict(body: bytes, settings: Settings) -> PredictRequest:
@@ -90,6 +91,7 @@ def _read_predict(data: Mapping[str, Any], settings: Settings) -> PredictRequest
         system=system,
         ignored_fields=_name_ignored(data),
         is_length_asked=data.get("max_tokens") is not None,
+        model=data.get("model"),
     )
 
 

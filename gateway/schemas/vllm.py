@@ -6,7 +6,7 @@ import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import orjson
@@ -80,6 +80,7 @@ class ModelCard:
 
     name: str
     max_model_len: int | None = None
+    told: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all of it
 
 
 @dataclass(slots=True)
@@ -266,7 +267,7 @@ def parse_engine_error(body: bytes) -> tuple[str, str | None]:
 def parse_models(body: bytes) -> list[ModelCard]:
     try:
         return [
-            ModelCard(str(card["id"]), card.get("max_model_len"))
+            ModelCard(str(card["id"]), card.get("max_model_len"), card)
             for card in orjson.loads(body)["data"]
         ]
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:

@@ -25,7 +25,7 @@ from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPoli
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import query_gpus
 
-_STATES = ("starting", "warming", "ready", "draining", "waiting", "stopped")
+_STATES = ("starting", "warming", "ready", "draining", "waiting", "parked", "stopped")
 _PROGRAMS = ("engine", "gateway")
 _GPU_QUERY = (
     "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
@@ -130,17 +130,35 @@ class StatusSource:
     scheduler: Callable[[], SchedulerStatus]
     dropped: Callable[[], dict[str, int]]
     has_gpu: bool = False
+    engines: tuple[StatusSource, ...] = ()  # where there are several, each with its own
 
     def describe(self) -> dict[str, Any]:
+        programs = {name: describe_program(status) for name, status in self.programs.items()}
+        if self.engines:
+            return {"engines": [one.describe() for one in self.engines], **programs}
         crash = self.crash()
         keys = ("time", "reason", "exit_code", "signal", "cause")
         return {
-            **{name: describe_program(status) for name, status in self.programs.items()},
+            **programs,
             "progress": self.progress(),
             "scheduler": asdict(self.scheduler()),
             **self.facts,
             "last_crash": {key: crash[key] for key in keys} if crash else None,
         }
+
+    def list_states(self) -> dict[str, str]:
+        own = {name: status.state for name, status in self.programs.items()}
+        for one in self.engines:
+            own[f"engine {one.facts['engine_port']}"] = one.programs["engine"].state
+        return own
+
+    def find_crash(self, engine_port: str) -> dict[str, Any] | None:
+        """The last one: of the only engine, of the one that is asked for, or of any."""
+        if not self.engines:
+            return self.crash()
+        asked = [one for one in self.engines if engine_port in ("", str(one.facts["engine_port"]))]
+        cards = [card for one in asked if (card := one.crash())]
+        return max(cards, key=lambda card: str(card["time"]), default=None)
 
 
 def describe_program(status: ProgramStatus) -> dict[str, Any]:
@@ -163,25 +181,48 @@ class StatusCollector(Collector):
         self._build = (read_version("vllm-gateway"), platform.python_version())
 
     def collect(self) -> Iterator[Metric]:
-        source, crash = self._source, self._source.crash()
+        source = self._source
         yield METRICS["launcher_build_info"].build([(self._build, 1)])
         yield METRICS["launcher_start_time_seconds"].build([((), self._began_at)])
-        about = METRICS["launcher_engine_info"]
-        yield about.build([([source.labels[label] for label in about.labels], 1)])
+        if source.engines:
+            yield from _collect_engines(source.engines)
+        else:
+            yield from _collect_engine(source)
         for name, status in source.programs.items():
             yield from _collect_program(name, status)
-        if crash:
-            at = datetime.fromisoformat(crash["time"]).timestamp()
-            yield METRICS["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
-        scheduler = source.scheduler()
-        yield METRICS["launcher_engine_own_scheduler"].build([((), scheduler.state == "on")])
-        fallbacks = METRICS["launcher_engine_scheduler_fallbacks_total"]
-        yield fallbacks.build([((), scheduler.fallbacks)])
         dropped = METRICS["launcher_log_lines_dropped_total"]
         yield dropped.build(((log,), count) for log, count in source.dropped().items())
         yield METRICS["launcher_restart_limit"].build([((), source.policy.limit)])
         yield METRICS["launcher_restart_window_seconds"].build([((), source.policy.window_s)])
         yield from self._gpus.collect()
+
+
+def _collect_engine(source: StatusSource) -> Iterator[Metric]:
+    """What is told of an engine beside its process."""
+    about, crash = METRICS["launcher_engine_info"], source.crash()
+    yield about.build([([source.labels[label] for label in about.labels], 1)])
+    if crash:
+        at = datetime.fromisoformat(crash["time"]).timestamp()
+        yield METRICS["launcher_engine_last_crash_timestamp_seconds"].build([((), at)])
+    scheduler = source.scheduler()
+    yield METRICS["launcher_engine_own_scheduler"].build([((), scheduler.state == "on")])
+    fallbacks = METRICS["launcher_engine_scheduler_fallbacks_total"]
+    yield fallbacks.build([((), scheduler.fallbacks)])
+
+
+def _collect_engines(sources: Iterable[StatusSource]) -> Iterator[Metric]:
+    """Of several each series has a label more, `engine`: its port."""
+    merged: dict[str, Metric] = {}
+    for one in sources:
+        port = str(one.facts["engine_port"])
+        told = (*_collect_engine(one), *_collect_program("engine", one.programs["engine"]))
+        for family in told:
+            known = merged.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                known.samples.append(sample._replace(labels=sample.labels | {"engine": port}))
+    yield from merged.values()
 
 
 def _collect_program(name: str, status: ProgramStatus) -> Iterator[Metric]:
@@ -284,13 +325,13 @@ def build_status_app(source: StatusSource, guard: PageGuard) -> web.Application:
     async def status(_request: web.Request) -> web.Response:
         return _json(source.describe())
 
-    async def crash(_request: web.Request) -> web.Response:
-        card = source.crash()
+    async def crash(request: web.Request) -> web.Response:
+        card = source.find_crash(request.query.get("engine_port", ""))
         return _json(card) if card else _json({"error": "no crash so far"}, status=404)
 
     async def readyz(_request: web.Request) -> web.Response:
-        states = {name: status.state for name, status in source.programs.items()}
-        is_ready = all(state == "ready" for state in states.values())
+        states = source.list_states()
+        is_ready = all(state in {"ready", "parked"} for state in states.values())
         return _json(states, status=200 if is_ready else 503)
 
     async def metrics(request: web.Request) -> web.Response:

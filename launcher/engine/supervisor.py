@@ -82,7 +82,7 @@ class RestartPolicy:
 class ExitReport:
     """How one run of the program ended."""
 
-    reason: str  # "asked", or one of CRASH_REASONS
+    reason: str  # "asked", "parked", or one of CRASH_REASONS
     returncode: int | None
     uptime_s: float
     was_ready: bool
@@ -97,7 +97,9 @@ class ProgramStatus:
     """What the status endpoint shows; written by the supervisor alone."""
 
     state: str = (
-        "stopped"  # starting > warming > ready > draining > stopped; waiting: for a restart
+        # starting > warming > ready > draining > stopped; waiting: for a restart; parked: until it
+        # is wanted
+        "stopped"
     )
     since: float = field(default_factory=time.monotonic)
     restarts: dict[str, int] = field(default_factory=dict)
@@ -116,8 +118,13 @@ class Supervisor:
         terminal: Terminal,
         folder: Path,
         on_crash: OnCrash | None = None,
+        *,
+        label: str = "",
     ) -> None:
+        """With a label its lines and events say which one of several it is."""
         self._program = program
+        self._label = label
+        self._log = log.bind(**{program.name: label}) if label else log
         self._policy = policy
         self._terminal = terminal
         self._record = folder / f"{program.name}.json"
@@ -128,12 +135,24 @@ class Supervisor:
         self._hurry = asyncio.Event()
         self.status = ProgramStatus()
         self.ready = asyncio.Event()
+        self._parked = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._wanted.set()
         self._members: dict[int, str] = {}
         self._hang_detail = ""
         self._drain_until = 0.0
 
     def ask_to_stop(self) -> None:
         self._stop.set()
+
+    def park(self) -> None:
+        """It drains and stops, and is started again when it is wanted: no crash, no end."""
+        self._wanted.clear()
+        self._parked.set()
+
+    def unpark(self) -> None:
+        self._parked.clear()
+        self._wanted.set()
 
     def hurry(self) -> None:
         self._stop.set()
@@ -143,14 +162,25 @@ class Supervisor:
         """Until asked to stop; an error says why it gave up. Nothing of the program is left."""
         try:
             while not self._stop.is_set():
+                if self._parked.is_set():
+                    await self._wait_wanted()
+                    continue
                 report = await self._run_once()
                 if report.reason == "asked":
                     break
+                if report.reason == "parked":
+                    continue
                 await self._judge(report)
                 await self._pause()
         finally:
             self._set_state("stopped")
             self.lines.close()
+
+    async def _wait_wanted(self) -> None:
+        self._set_state("parked")
+        waits = [asyncio.create_task(one.wait()) for one in (self._wanted, self._stop)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(*waits)
 
     async def _run_once(self) -> ExitReport:
         self._members = {}
@@ -178,16 +208,17 @@ class Supervisor:
         """From start to end; returns why it ended. The first of these events decides."""
         exited = asyncio.create_task(child.wait())
         stopping = asyncio.create_task(self._stop.wait())
+        parking = asyncio.create_task(self._parked.wait())
         step = asyncio.create_task(self._become_ready(began))
-        tasks: set[asyncio.Task[Any]] = {exited, stopping, step}
+        tasks: set[asyncio.Task[Any]] = {exited, stopping, parking, step}
         members = asyncio.create_task(self._learn_members(child))
         try:
             while True:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if stopping in done:
+                if stopping in done or parking in done:
                     if self.ready.is_set():
                         await self._drain(exited)
-                    return "asked"
+                    return "asked" if stopping in done else "parked"
                 if exited in done:
                     return "exit" if exited.result() >= 0 else "signal"
                 if verdict := step.result():
@@ -214,7 +245,7 @@ class Supervisor:
 
     async def _watch(self, child: ChildProcess) -> str:
         detail = await self._program.watch(child)
-        log.error(f"{self._program.name}_hung", detail=detail)
+        self._log.error(f"{self._program.name}_hung", detail=detail)
         self._hang_detail = detail
         return "hang"
 
@@ -251,7 +282,7 @@ class Supervisor:
         name = self._program.name
         if self._on_crash:
             await self._on_crash(report, self.status)
-        log.error(f"{name}_crashed", **_summary(report))
+        self._log.error(f"{name}_crashed", **_summary(report))
         if not report.was_ready and self.status.start_seconds is None:
             raise _never_ready(name, report, self.lines.path)
         now = time.monotonic()
@@ -268,7 +299,7 @@ class Supervisor:
     async def _pause(self) -> None:
         delay = self._policy.delay_after(len(self._crashes))
         self._set_state("waiting")
-        log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
+        self._log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), delay)
 
@@ -284,14 +315,14 @@ class Supervisor:
     def _take_line(self, stream: str, line: str) -> None:
         self.lines.add(line)
         self._program.read_line(line)
-        self._terminal.show_line(self._program.name, stream, line)
+        self._terminal.show_line(self._program.name, stream, line, label=self._label)
 
     def _set_state(self, state: str) -> None:
         if state != self.status.state:
             self.status.state, self.status.since = state, time.monotonic()
             took = self.status.start_seconds if state == "ready" else None
             extra = {"start_s": round(took, 1)} if took else {}
-            log.info(f"{self._program.name}_{state}", **extra)
+            self._log.info(f"{self._program.name}_{state}", **extra)
 
     def _report_exit(
         self, child: ChildProcess, reason: str, began: float, was_ready: bool, dump: list[str]

@@ -77,17 +77,19 @@ class Terminal:
                 return self._stream
         return open_log_stream(sys.stdout)
 
-    def show_line(self, source: str, stream: str, line: str) -> None:
-        """One line that a child program wrote."""
+    def show_line(self, source: str, stream: str, line: str, *, label: str = "") -> None:
+        """One line that a child program wrote; `label` tells several of one kind apart."""
         if source == "engine" and not self._wants(line):
             return
         if not self._may_show():
             return
         if not self.is_json:
             shown = line if self.is_terminal else vllm_log.clean(line)
-            self._write(self._prefix(source) + shown)
+            self._write(self._prefix(source, label) + shown)
             return
         head = {"timestamp": _now(), "source": source, "level": "info", "event": "line"}
+        if label:
+            head[source] = label
         row = _parse_object(line) or {"stream": stream, **vllm_log.split_line(line)}
         self._write(json.dumps(head | row, ensure_ascii=False, default=str))
 
@@ -117,9 +119,9 @@ class Terminal:
         self._hidden += self._shown > _SHOWN_PER_S
         return self._shown <= _SHOWN_PER_S
 
-    def _prefix(self, source: str) -> str:
-        label = f"{source:<8} | "
-        return f"{_COLOURS.get(source, '')}{label}{_RESET}" if self.is_terminal else label
+    def _prefix(self, source: str, label: str = "") -> str:
+        head = f"{label or source:<8} | "
+        return f"{_COLOURS.get(source, '')}{head}{_RESET}" if self.is_terminal else head
 
     def _write(self, text: str) -> None:
         self._stream.write(text + "\n")

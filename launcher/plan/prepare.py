@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command, find_vllm
-from launcher.plan.engine_plan import EnginePlan, build_plan, choose_profile, parse_overrides
+from launcher.plan.engine_plan import (
+    EngineOption,
+    EnginePlan,
+    build_plan,
+    choose_profile,
+    parse_overrides,
+)
 from launcher.plan.fingerprint import Fingerprint, take_fingerprint
-from launcher.plan.flags import Flags, read_flags
-from launcher.plan.hardware import find_device
+from launcher.plan.flags.known_flags import Flags, read_flags
+from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
 from launcher.plan.tuned import read_tuned
+
+# Of a whole GPU, as profiles/base.toml has it: the rest is for what vLLM does not count.
+_GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,25 @@ def decide(
     settings: LauncherSettings, vllm: InstalledVllm, flags: Flags, model: Model
 ) -> EnginePlan:
     """Profile, then what was measured on this host, then what the user asked for."""
-    device = find_device(settings.gpu, engine_build=vllm.build)
+    device = find_device(settings.gpu, engine_build=vllm.build, gpus=settings.gpus)
+    device, shared = cut_share(device, settings.share)
     profile = choose_profile(settings.profile, device)
     asked = parse_overrides(settings.set, flags)
     tuned, notes = read_tuned(settings.tuned_path, profile, vllm, model, device)
-    plan = build_plan(profile, device, model, flags, overrides=[*tuned, *asked], notes=notes)
+    plan = build_plan(
+        profile, device, model, flags, overrides=[*tuned, *shared, *asked], notes=notes
+    )
     return choose_scheduler(plan, vllm)
+
+
+def cut_share(device: Device, share: float) -> tuple[Device, list[EngineOption]]:
+    """What is planned for is the engine's part of the device; vLLM counts a GPU's by itself."""
+    if share >= 1:
+        return device, []
+    if not device.is_gpu:
+        memory, cores = int(device.memory_bytes * share), max(1, round(device.cores * share))
+        return replace(device, memory_bytes=memory, cores=cores), []
+    value = round(share * _GPU_SHARE, 3)
+    reason = f"its share of the device is {share:.0%}"
+    name = "gpu-memory-utilization"
+    return device, [EngineOption(name, value, reason, "launcher settings", "launcher")]

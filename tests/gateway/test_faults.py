@@ -22,7 +22,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS
 from gateway.engines.pool import POOL
 from tests.gateway.conftest import Served, serve_gateway, until
 from tests.gateway.raw import RawAnswer, build_request, connect, read_answer
@@ -470,7 +470,7 @@ def _judge(answer: RawAnswer, route: CallerRoute, number: int) -> str:
 
 def _count_leftovers(served: Served, engines: Sequence[ScriptedEngine]) -> dict[str, int]:
     """What a call holds while it is there; none of it may outlive the call."""
-    queue, pool = served.app[QUEUE], served.app[POOL]
+    queue, pool = served.app[MODELS], served.app[POOL]
     gc.collect()
     kept = (web.Request, web.StreamResponse, aiohttp.ClientResponse)
     connections = sum(

@@ -10,10 +10,13 @@ import httpx
 import openai
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.engines.pool import POOL
 from gateway.errors import EngineError
 from gateway.schemas.openai import build_stream_error, name_stream_errors, parse_usage
+from gateway.streaming import UnfinishedEvent
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
@@ -39,6 +42,37 @@ async def test_stream_hides_usage_that_nobody_asked_for(served: Served) -> None:
 
     assert through.content == direct.content
     assert served.engine.calls[-1]["stream_options"] == {"include_usage": True}
+
+
+def _time_event(size: int) -> float:
+    """Of the processor, for one event of so many bytes that comes in pieces of 16 KiB."""
+    piece, rest = b"x" * 2**14, UnfinishedEvent()
+    began = time.process_time()
+    for _ in range(size // len(piece)):
+        assert rest.complete(piece) == b""
+    assert len(rest.complete(b"\n\ndata: ")) == size + 2
+    assert rest.take() == b"data: "
+    return time.process_time() - began
+
+
+def test_event_of_many_pieces_takes_time_by_its_size() -> None:
+    """Put together anew with each, four times as large would be sixteen times as long."""
+    small, large = (min(_time_event(size) for _ in range(3)) for size in (2**23, 2**25))
+
+    assert large < 10 * small
+
+
+@given(pieces=st.lists(st.sampled_from([b"\n", b"\r\n", b"\r", b"a", b"\n\n", b"b\r\n\r"])))
+def test_events_are_cut_as_if_put_together_anew(pieces: list[bytes]) -> None:
+    event, rest = UnfinishedEvent(), b""
+    for piece in pieces:
+        rest += piece
+        ends = [rest.rfind(mark) + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if mark in rest]
+        whole, rest = rest[: max(ends, default=0)], rest[max(ends, default=0) :]
+
+        assert event.complete(piece) == whole
+        assert event.is_there == bool(rest)
+    assert event.take() == rest
 
 
 async def test_stream_cut_by_the_engine_ends_in_one_error_event(served: Served) -> None:

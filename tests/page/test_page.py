@@ -297,6 +297,15 @@ def test_several_engines_are_told_apart(visitor: Visitor) -> None:
         expect(page.locator(".engines li").last).to_have_text("Engine 2: Ready")
 
 
+def test_engines_of_several_models_tell_theirs(visitor: Visitor) -> None:
+    with running_gateway(Behaviour(model="small"), Behaviour(model="large")) as served:
+        page = visitor.open(served.url)
+        expect(page.locator("#pill-text")).to_have_text("Ready · small, large")
+        expect(page.locator(".engines li")).to_have_text(
+            ["Engine 1: Ready · small", "Engine 2: Ready · large"]
+        )
+
+
 def test_engine_whose_figures_are_missing_once_moves_no_sum(visitor: Visitor) -> None:
     first, second = (Behaviour(metrics=_metrics_of(count)) for count in (1000, 2000))
     with running_gateway(first, second) as served:

@@ -86,6 +86,9 @@ def load_bases(docker: Docker, tar: Path) -> None:
         "USER 99\n"
         'ENTRYPOINT ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]',
     )
+    derive(
+        docker, _image_of("compose.replicas.yaml", "redis"), 'WORKDIR /data\nCMD ["redis-server"]'
+    )
 
 
 def derive(docker: Docker, tag: str, lines: str) -> None:

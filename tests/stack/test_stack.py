@@ -353,6 +353,7 @@ def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step
         stack.compose(*up, files=TWO_GATEWAYS, timeout_s=120)
     try:
         wait_until("the balancer found them", lambda: answers(f"{GATEWAY}/readyz"), within_s=20)
+        assert httpx.get(f"{GATEWAY}/readyz", trust_env=False).json()["limits"] == "shared"
         questions, known = read_pairs(40)
         answered = [predict([question]).json()["response"] for question in questions]
         right = sum(given == [want] for given, want in zip(answered, known, strict=True))
@@ -364,7 +365,7 @@ def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step
         kill_container(stack, "vllm-gateway-gateway-2")
         assert [predict([question]).status_code for question in questions] == [200] * 40
     finally:
-        stack.compose("rm", "--stop", "--force", "balancer", files=TWO_GATEWAYS)
+        stack.compose("rm", "--stop", "--force", "balancer", "redis", files=TWO_GATEWAYS)
         stack.compose(*up, timeout_s=120)
     assert predict(questions[:1]).status_code == 200
 

@@ -63,7 +63,8 @@ export class EnginePanel {
     const pill = find("pill");
     pill.dataset.tone = TONES[state] ?? "bad";
     pill.dataset.state = state;
-    const model = status?.engines.find((engine) => engine.model)?.model ?? status?.launchers[0]?.model;
+    const models = new Set(status?.engines.map((engine) => engine.model).filter(Boolean));
+    const model = [...models].join(", ") || status?.launchers[0]?.model;
     const total = status?.engines.length ?? 0;
     const ready = status?.engines.filter((engine) => engine.state === "ready").length ?? 0;
     let text = say(`state.${state}`);
@@ -177,10 +178,12 @@ export class EnginePanel {
   #showOthers({ engines }) {
     this.#more.hidden = engines.length < 2;
     if (engines.length < 2) return;
+    const areSeveral = new Set(engines.map((engine) => engine.model).filter(Boolean)).size > 1;
     const lines = engines.map((engine, index) => {
       const dot = make("span.dot");
       dot.setAttribute("aria-hidden", "true");
-      const line = make("li", dot, `${say("engine.number", { number: index + 1 })}: ${say(`state.${engine.state}`)}`);
+      const model = areSeveral && engine.model ? ` · ${engine.model}` : "";
+      const line = make("li", dot, `${say("engine.number", { number: index + 1 })}: ${say(`state.${engine.state}`)}${model}`);
       line.dataset.tone = engine.state === "ready" ? "good" : engine.state === "warming" ? "busy" : "bad";
       return line;
     });

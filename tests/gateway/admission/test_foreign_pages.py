@@ -144,6 +144,26 @@ async def test_anonymous_gateway_takes_programs_by_any_name_and_browsers_not(ser
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
 
 
+async def test_page_under_a_rebound_name_reads_what_an_anonymous_gateway_tells_and_no_more(
+    serve: Serve,
+) -> None:
+    """Its GETs look like a program's, which may come by any name. A list of names keeps it out."""
+    rebound = {"Host": "rebound.example"}
+    browser = rebound | {"Origin": "http://rebound.example"}  # as with every POST
+    async with serve(allow_anonymous=True) as served:
+        for path in ("/v1/models", "/metrics"):
+            assert (await served.client.get(path, headers=rebound)).status_code == 200
+        assert (await post(served, **browser)).status_code == 403
+        assert served.engine.calls == []
+    async with serve(allow_anonymous=True, allowed_hosts=("llm.example",)) as served:
+        for path in ("/v1/models", "/metrics"):
+            assert (await served.client.get(path, headers=rebound)).status_code == 403
+    async with serve(allow_anonymous=True, allowed_hosts=("*",)) as served:
+        assert (await post(served, **browser)).status_code == 200  # `*` is any name
+        foreign = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
+        assert (await post(served, **foreign)).status_code == 403  # and no other page
+
+
 async def test_gateway_with_keys_asks_for_the_key_alone(serve: Serve) -> None:
     async with serve(api_keys=("secret",)) as served:
         key = {"Authorization": "Bearer secret"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ import structlog
 
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import KEYRING, Keyring, is_loopback, make_key
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS
 from gateway.admission.throughput import Pace
 from gateway.admission.tickets import LANES
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
+from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, make_settings, until
+from tests.gateway.raw import address, build_request
 
 
 def _keys_file(folder: Path, **extras: str) -> tuple[Path, dict[str, str]]:
@@ -250,6 +253,73 @@ async def test_key_is_charged_for_the_time_of_a_whole_answer_that_it_leaves(
             assert await read_given() == before + most  # and no more than were asked for
 
 
+async def test_key_is_charged_for_what_the_engine_made_until_its_time_was_over(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """A call that takes too long has kept the engine busy for longest of all."""
+    path, keys = _keys_file(tmp_path, eve="tokens_per_minute = 100000", root="admin = true")
+    async with serve(keys_file=path, engine_timeout_s=1.0, max_prompts_per_call=1) as served:
+        served.client.headers.update(_bearer(keys["eve"]))
+
+        async def read_used() -> tuple[int, int]:
+            usage = await served.client.get("/usage", headers=_bearer(keys["root"]))
+            row = usage.json()["keys"]["eve"]
+            return row["prompt_tokens"], row["completion_tokens"]
+
+        served.app[ACCOUNTS]._pace.learn(1000, 1)  # a thousand tokens a second
+        served.engine.stream_gap_s = 60
+        taken, given = 0, 0
+        chat, stream = partial(served.chat, "x" * 400), partial(served.chat, "x" * 400, stream=True)
+        for delay_s, ask in ((60, chat), (0, stream), (60, partial(served.predict, "y " * 150))):
+            served.engine.delay_s = delay_s
+            assert "engine_timeout" in (await ask(max_tokens=50)).text
+            then_taken, then_given = await read_used()
+            assert then_taken >= taken + 100
+            assert then_given == given + 50
+            taken, given = then_taken, then_given
+        served.engine.delay_s = 0
+        served.engine.delays = lambda question: 60 if "y" in question else 0
+        batch = await served.predict(["z", "y " * 150], max_tokens=50)
+        while batch.status_code != 200:  # the one that is answered took too long, too
+            taken, given = await read_used()
+            batch = await served.predict(["z", "y " * 150], max_tokens=50)
+        assert set(batch.json()["errors"]) == {"1"}
+        then_taken, then_given = await read_used()
+        assert then_taken >= taken + 100
+        assert then_given == given + 2 + 50
+
+
+async def test_slow_reader_does_not_tell_how_long_a_token_takes(serve: Serve) -> None:
+    """Else whoever reads slowly would make it cheap for everybody to leave in the middle."""
+    content = "x" * 8_000  # more than the gateway writes to who reads nothing
+    body = {"model": "fake", "messages": [{"role": "user", "content": content}], "stream": True}
+    async with serve(Behaviour(max_model_len=100_000)) as served:
+        pace, engine, began = served.app[ACCOUNTS]._pace, served.engine, time.monotonic()
+        pace.learn(10**6, 1)
+        known = pace.count_tokens(10**6)
+        loop = asyncio.get_running_loop()
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.setblocking(False)
+            await loop.sock_connect(slow, address(served.url))
+            request = build_request("POST", "/v1/chat/completions", orjson.dumps(body))
+            await loop.sock_sendall(slow, request)
+            at_last = -1
+            while at_last != engine.streamed or not at_last:  # until nothing moves
+                at_last = engine.streamed
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(3 * (time.monotonic() - began))  # most of the time is the reader's
+            while not (await loop.sock_recv(slow, 2**16)).endswith(b"0\r\n\r\n"):
+                pass
+        await until(lambda: served.app[ACCOUNTS].sum_usage().completion_tokens >= len(content))
+
+        assert pace.count_tokens(10**6) == known
+        engine.stream_gap_s = 0.005
+        quick = await served.chat("x" * 40, stream=True)
+        assert quick.status_code == 200
+        assert pace.count_tokens(10**6) != known
+
+
 async def test_key_tokens_a_minute_hold_for_calls_at_the_same_time(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -432,7 +502,7 @@ async def test_key_taken_out_of_the_file_ends_what_it_has_running_and_waiting(
         waiting = asyncio.create_task(
             served.client.post("/predict", json={"prompt": "b"}, headers=headers)
         )
-        await until(lambda: served.app[QUEUE].count("interactive")[1] == 1)
+        await until(lambda: served.app[MODELS].count("interactive")[1] == 1)
 
         path.write_text(path.read_text().partition("\n\n")[2])
 
@@ -448,7 +518,7 @@ async def test_key_taken_out_of_the_file_ends_what_it_has_running_and_waiting(
         assert not stays.done()
         served.engine.stream_gap_s = 0.0
         assert "key_revoked" not in await stays
-        assert [served.app[QUEUE].count(lane) for lane in LANES] == [(0, 0), (0, 0)]
+        assert [served.app[MODELS].count(lane) for lane in LANES] == [(0, 0), (0, 0)]
 
 
 async def test_keys_file_of_tens_of_thousands_is_read_beside_the_requests(

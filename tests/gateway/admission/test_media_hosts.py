@@ -165,3 +165,24 @@ async def test_media_of_many_hosts_are_too_many(served: Served) -> None:
     answer = await served.client.post("/v1/chat/completions", json=body)
 
     assert "at most 16" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+@pytest.mark.parametrize("name", ["media_io_kwargs", "mm_processor_kwargs"])
+async def test_callers_do_not_say_what_is_made_of_media(serve: Serve, name: str, path: str) -> None:
+    field = "input" if path == "/v1/responses" else "messages"
+    body = {"model": "fake", "prompt": "a", field: [{"role": "user", "content": "a"}]}
+    async with serve() as served, serve(media_options=True) as open_one:
+        for value in ({"video": {"num_frames": 10**6}}, {"max_pixels": 2**40}, [1], "x"):
+            refused = await served.client.post(path, json=body | {name: value})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (400, "media_refused")
+            assert error["param"] == name
+            open_one.engine.headers.clear()
+            passed = await open_one.client.post(path, json=body | {name: value})
+            assert reached_engine(open_one, passed)
+        served.engine.headers.clear()
+        nothing: tuple[dict[str, int] | None, ...] = (None, {})
+        for none in nothing:
+            passed = await served.client.post(path, json=body | {name: none})
+            assert reached_engine(served, passed)

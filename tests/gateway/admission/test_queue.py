@@ -21,7 +21,11 @@ from tests.gateway.conftest import make_settings, until
 
 
 def start_queue(metrics: Metrics | None = None, **options: Any) -> AdmissionQueue:
-    return AdmissionQueue(make_settings(**options), metrics or Metrics(), LocalLimits())
+    queue = AdmissionQueue(make_settings(**options), LocalLimits())
+    if metrics is not None:
+        metrics.running_sequences.read = lambda: [((name,), queue.count(name)[0]) for name in LANES]
+        metrics.waiting_sequences.read = lambda: [((name,), queue.count(name)[1]) for name in LANES]
+    return queue
 
 
 def _gauge(metrics: Metrics, name: str) -> float:

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from gateway.admission.keys import make_key
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import CHAT, Batches, ask, open_batches, until
 from tests.gateway.conftest import serve_gateway
@@ -280,7 +280,7 @@ async def test_lines_go_by_system_prompt_and_in_the_lane_batch(tmp_path: Path) -
 
 
 def _read_lane(app: Any, lane: str) -> int:
-    running: int = app[QUEUE].count(lane)[0]
+    running: int = app[MODELS].count(lane)[0]
     return running
 
 

@@ -196,7 +196,7 @@ async def test_waiting_for_a_suspect_engine_is_no_polling(
 
     async with serve() as served:
         pool = served.app[POOL]
-        monkeypatch.setattr(EnginePool, "_has_engine", property(look))
+        monkeypatch.setattr(EnginePool, "has_engine", property(look))
         pool.engines[0].is_healthy = _hang  # type: ignore[method-assign]
         pool.engines[0].suspect.set()
 

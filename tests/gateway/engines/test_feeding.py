@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS
-from gateway.admission.queue import QUEUE
+from gateway.admission.served_models import MODELS
 from gateway.admission.tickets import LANES
 from gateway.engines.pool import POOL
 from gateway.middleware import OPEN_REQUESTS
@@ -24,7 +24,7 @@ def _sent(engine: Behaviour) -> int:
 
 
 def _is_empty(served: Served) -> bool:
-    counts = [served.app[QUEUE].count(lane) for lane in LANES]
+    counts = [served.app[MODELS].count(lane) for lane in LANES]
     return counts == [(0, 0), (0, 0)] and all(e.running == 0 for e in served.app[POOL].engines)
 
 
@@ -70,7 +70,7 @@ async def test_chat_is_answered_before_half_of_the_batch_is_sent(serve: Serve, s
 
         chat = await served.chat("hello")
 
-        assert served.app[QUEUE].count("batch")[1] > size / 2  # all of the rest is told of
+        assert served.app[MODELS].count("batch")[1] > size / 2  # all of the rest is told of
         assert chat.status_code == 200
         assert _sent(engine) < size / 2
         assert (await batch).json()["response"] == [f"answer:{n}" for n in range(size)]
@@ -175,7 +175,7 @@ async def test_prompt_whose_first_asker_left_is_let_in_again(serve: Serve) -> No
         second = asyncio.create_task(served.predict("a"))
         await until(lambda: served.app[OPEN_REQUESTS].count == 2)
         # It has nothing in the engine, so it takes no room there.
-        await until(lambda: served.app[QUEUE].count("interactive") == (0, 0))
+        await until(lambda: served.app[MODELS].count("interactive") == (0, 0))
 
         engine.delay_s = 0
         first.cancel()
@@ -232,10 +232,10 @@ async def test_list_of_v1_counts_for_the_batch_share_and_chats_for_the_rest(serv
                 served.client.post("/v1/completions", json={"model": "fake", "prompt": ["a"] * 100})
             )
         ]
-        await until(lambda: served.app[QUEUE].count("batch") == (30, 0))
+        await until(lambda: served.app[MODELS].count("batch") == (30, 0))
         calls += [asyncio.create_task(served.chat(f"{n}")) for n in range(7)]
 
-        await until(lambda: served.app[QUEUE].count("interactive") == (6, 1))  # 32 and an eighth
+        await until(lambda: served.app[MODELS].count("interactive") == (6, 1))  # 32 and an eighth
         for call in calls:
             call.cancel()
         await until(lambda: _is_empty(served))

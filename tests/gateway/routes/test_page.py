@@ -470,13 +470,11 @@ async def test_launcher_whose_crash_card_is_missing_is_asked_again() -> None:
     async with serve_app(launcher.build()) as url, aiohttp.ClientSession() as session:
         reader = launchers.LauncherClient(url, session)
         for _ in range(2):
-            status = await reader.read()
-            assert status is not None
+            (status,) = await reader.read()
             assert (status["state"], status["crash"]) == ("starting", None)
 
         launcher.crash = card
-        status = await reader.read()
-        assert status is not None
+        (status,) = await reader.read()
         assert status["crash"]["signal"] == "SIGKILL"
 
 

@@ -1,0 +1,1 @@
+"""Where engines are found: in the settings, by DNS, in Kubernetes; added and drained meanwhile."""

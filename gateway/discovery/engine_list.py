@@ -1,0 +1,130 @@
+"""Which engines there are: those of the settings file as it is now, and those that are found where
+it says. Each is watched while listed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from common.files import FileWatch
+from gateway.config import Settings, SettingsError
+from gateway.discovery.dns_names import DnsSource
+from gateway.discovery.kubernetes import KubernetesSource
+from gateway.discovery.sources import EngineSource, is_source
+from gateway.engines.engine import Engine, hide_password
+from gateway.engines.pool import EnginePool
+from gateway.engines.warmup import Warmup
+
+log = structlog.get_logger("gateway")
+
+
+class EngineList:
+    """Keeps the pool's list of engines, and a watch over each of them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: EnginePool,
+        warmup: Warmup,
+        build: Callable[[str], Engine],
+        reload: Callable[[], Settings],
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._warmup = warmup
+        self._build = build
+        self._reload = reload
+        self._entries = settings.engines
+        self._found: dict[str, Sequence[str]] = {}  # by each source, at its last good answer
+        self._file = FileWatch(settings.config) if settings.config else None
+        if self._file is not None:
+            self._file.has_changed()  # what is in it has just been read
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._sources: dict[str, asyncio.Task[None]] = {}
+        self._changing = asyncio.Lock()
+
+    async def start(self) -> None:
+        await self._take_entries(self._entries)
+
+    async def stop(self) -> None:
+        tasks = [*self._sources.values(), *self._watches.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def follow(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.reload_interval_s)
+            entries = self._read_if_changed()
+            if entries is not None:
+                await self._take_entries(entries)
+
+    def _read_if_changed(self) -> tuple[str, ...] | None:
+        """The entries, if they are others than before; a bad file changes nothing."""
+        if self._file is None or not self._file.has_changed():
+            return None
+        try:
+            entries = self._reload().engines
+        except SettingsError as error:
+            log.error("settings_not_reloaded", reason=str(error))  # noqa: TRY400
+            return None
+        log.info("settings_reloaded", note="engines take effect now, the rest at the next start")
+        return None if entries == self._entries else entries
+
+    async def _take_entries(self, entries: tuple[str, ...]) -> None:
+        self._entries = entries
+        sources = set(filter(is_source, entries))
+        for gone in self._sources.keys() - sources:
+            self._sources.pop(gone).cancel()
+            self._found.pop(gone, None)
+        for new in sources - self._sources.keys():
+            self._sources[new] = asyncio.create_task(self._follow_source(new))
+        await self._change_engines()
+
+    async def _follow_source(self, entry: str) -> None:
+        async def tell(urls: Sequence[str]) -> None:
+            if self._found.get(entry) != urls:
+                self._found[entry] = urls
+                await self._change_engines()
+
+        await build_source(entry, self._settings).follow(tell)
+
+    def _list_urls(self) -> list[str]:
+        """In the order of the entries; what two of them find is one engine."""
+        urls: dict[str, str] = {}
+        for entry in self._entries:
+            for url in self._found.get(entry, ()) if is_source(entry) else (entry,):
+                urls.setdefault(hide_password(url), url)
+        return list(urls.values())
+
+    async def _change_engines(self) -> None:
+        """Engines that are gone finish what they have: nothing new goes there."""
+        async with self._changing:
+            urls = self._list_urls()
+            known = {engine.url: engine for engine in self._pool.engines}
+            engines = []
+            for url in urls:
+                engine = known.get(hide_password(url))
+                if engine is None:
+                    engine = self._build(url)
+                else:
+                    engine.change_password(url)
+                engines.append(engine)
+            await self._pool.set_engines(engines)
+            for url in known.keys() - set(map(hide_password, urls)):
+                self._watches.pop(url).cancel()
+                log.info("engine_removed", engine=url)
+            for engine in engines:
+                if engine.url not in self._watches:
+                    self._watches[engine.url] = asyncio.create_task(self._warmup.watch(engine))
+                    log.info("engine_added", engine=engine.url)
+
+
+def build_source(entry: str, settings: Settings) -> EngineSource:
+    if entry.startswith("kubernetes+"):
+        return KubernetesSource(entry, settings)
+    return DnsSource(entry, settings)

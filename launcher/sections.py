@@ -1,0 +1,102 @@
+"""The `[[engine]]` sections of a settings file: the settings of each engine of this host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from pydantic import ValidationError
+
+from common.errors import SettingsError
+from common.settings import suggest
+from launcher.config import LauncherSettings, ServeSettings
+from launcher.plan.command import find_vllm
+from launcher.plan.hardware import parse_device, query_gpus
+from launcher.plan.sharing import Place, Wanted, share_out
+
+# What belongs to all of them together.
+_COMMON = frozenset(
+    (
+        "config",
+        "engine",
+        "host",
+        "port",
+        "gateway_hang_timeout_s",
+        "log_format",
+        "engine_log",
+        "shortest_turn_s",
+    )
+) | {name for name in LauncherSettings.model_fields if name.startswith("status_")}
+_PORTS_APART = 10
+_PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+
+
+def list_engines(settings: LauncherSettings) -> list[LauncherSettings]:
+    """Of each section, with what it does not say from the rest of the file; without sections the
+    settings themselves.
+    """
+    if not settings.engine:
+        return [settings]
+    found = [_read_section(settings, number) for number in range(len(settings.engine))]
+    places = share_out([_read_wish(one) for one in found], _list_gpus(found[0]))
+    return [_place(one, place) for one, place in zip(found, places, strict=True)]
+
+
+def meet(one: LauncherSettings, other: LauncherSettings) -> bool:
+    """Whether they share a device."""
+    return Place(one.gpus, one.share).meets(Place(other.gpus, other.share))
+
+
+def _read_section(settings: LauncherSettings, number: int) -> LauncherSettings:
+    section = settings.engine[number]
+    known = set(ServeSettings.model_fields) - _COMMON
+    where = f"[[engine]] {number + 1}"
+    for name in section:
+        if name in _COMMON:
+            raise SettingsError(f"{where}: {name} is for all engines: put it above the sections")
+        if name not in known:
+            raise SettingsError(f"{where}: unknown setting {name}{suggest(name, known)}")
+    above = settings.model_dump(include=settings.model_fields_set - {"engine", "config"})
+    port = settings.engine_port + number * _PORTS_APART
+    own: dict[str, Any] = {"engine_port": port, "engine": (), "config": None, **section}
+    if settings.state_dir is not None and "state_dir" not in section:
+        own["state_dir"] = settings.state_dir / str(own["engine_port"])
+    try:
+        return ServeSettings(**{**above, **own})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        message = problem["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{where}: {problem['loc'][0]}: {message}") from None
+
+
+def _read_wish(settings: LauncherSettings) -> Wanted:
+    n_gpus = 1
+    for pair in settings.set:
+        name, _, value = pair.partition("=")
+        if name.replace("_", "-") in _PARALLEL and value.isdecimal():
+            n_gpus *= int(value)
+    share = settings.share if "share" in settings.model_fields_set else 0.0
+    return Wanted(settings.gpus, n_gpus, share, settings.takes_turns)
+
+
+def _place(settings: LauncherSettings, place: Place) -> LauncherSettings:
+    update: dict[str, Any] = {"gpus": place.gpus, "share": place.share}
+    if settings.gpu and place.gpus:
+        update["gpu"] = f"{len(place.gpus)}x {parse_device(settings.gpu).name}"
+    return settings.model_copy(update=update)
+
+
+def _list_gpus(settings: LauncherSettings) -> list[str]:
+    """By their numbers: those here, or those that are only planned for; none where vLLM is built
+    for a CPU.
+    """
+    if settings.gpu:
+        device = parse_device(settings.gpu)
+        return [str(number) for number in range(device.count)] if device.is_gpu else []
+    if find_vllm().build == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip()]
+    return [row[0] for row in asyncio.run(query_gpus("index,name"))]

@@ -4,6 +4,7 @@
 #   containers   dockerd, BuildKit, Compose v2, mmdebstrap (the stack test)
 #   prometheus   Prometheus 3 with promtool (rules, dashboards)
 #   browser      chromium (the page)
+#   postgres     PostgreSQL (batches)
 #   redis        redis-server (limits over several gateways)
 #   kubernetes   kubectl with kustomize 5 (deploy/kubernetes)
 #   operations   Caddy, Alertmanager (compose.tls.yaml, compose.alerts.yaml)
@@ -14,6 +15,7 @@ declare -A TOOLS=(
   [containers]="docker.io iptables iproute2 mmdebstrap docker-compose docker-buildx"
   [prometheus]="prometheus"
   [browser]="chromium fonts-noto-cjk"
+  [postgres]="postgresql"
   [redis]="redis-server"
   [kubernetes]="kubectl"
   [operations]="caddy prometheus-alertmanager"
@@ -26,7 +28,7 @@ main() {
   local check=false group
   local -a missing=()
   if [ "${1:-}" = --check ]; then check=true; shift; fi
-  [ $# -gt 0 ] || { sed -n '2,11s/^# //p' "$0" >&2; exit 2; }
+  [ $# -gt 0 ] || { sed -n '2,12s/^# //p' "$0" >&2; exit 2; }
   for group in "$@"; do
     [ -n "${TOOLS[$group]:-}" ] || { echo "system: unknown group $group; known: ${!TOOLS[*]}" >&2; exit 2; }
   done
@@ -59,6 +61,7 @@ is_there() {
     iproute2) command -v ip ;;
     prometheus) is_version_3 prometheus && is_version_3 promtool ;;
     kubectl) kubectl version --client 2>&1 | grep -q 'Kustomize Version: v[5-9]' ;;
+    postgresql) command -v initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' ;;
     fonts-noto-cjk) compgen -G '/usr/share/fonts/*/*/*CJK*' ;;
     *) command -v "$1" ;;
   esac >/dev/null 2>&1

@@ -36,8 +36,6 @@ from tests.deploy.promtool import run_promtool
 
 pytestmark = pytest.mark.slow  # kubectl and schemas judge, not Python
 
-# Of the component `batches`, which needs a gateway that has them.
-LATER = {"GATEWAY_BATCH_FOLDER", "GATEWAY_BATCH_DATABASE"}
 PRODUCTION = "overlays/production"
 SEVERAL_HOSTS = "overlays/several-hosts"
 
@@ -246,7 +244,7 @@ def test_variables_are_settings(overlay: str) -> None:
         names = set(pods.environment)
         for row in pods.container.get("envFrom", ()):
             names |= find(overlay, "ConfigMap", row["configMapRef"]["name"])["data"].keys()
-        assert {one for one in names - LATER if one.startswith("GATEWAY_")} <= {
+        assert {one for one in names if one.startswith("GATEWAY_")} <= {
             f"GATEWAY_{one.upper()}" for one in gateway
         }, pods.name
         assert {one for one in names if one.startswith("LAUNCHER_")} <= {
@@ -259,7 +257,7 @@ def test_values_are_what_the_gateway_takes(
     overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in find_pods(overlay, "gateway").environment.items():
-        if name.startswith("GATEWAY_") and value and name not in LATER:
+        if name.startswith("GATEWAY_") and value:
             monkeypatch.setenv(name, value)
     keys = tmp_path / "keys.toml"
     keys.touch()

@@ -62,7 +62,7 @@ docs: setup-dev ## the tables of docs/settings.md and docs/metrics.md, and docs/
 	@$(PY) -m scripts.tree draw
 	@$(PY) -m lab results
 
-dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py
+dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.py; the rules for Kubernetes
 	@$(PY) -m scripts.dashboards
 
 lock: setup-dev ## resolve uv.lock anew, from the public index: it names where each file is

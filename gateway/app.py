@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -17,6 +18,7 @@ from gateway.admission.limits import LIMITS, Limits, LocalLimits
 from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
 from gateway.admission.queue import AdmissionQueue
 from gateway.admission.served_models import MODELS, ServedModel, ServedModels
+from gateway.batches.access import BATCHES
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.discovery.engine_list import EngineList
 from gateway.engines.batch import BatchGenerator
@@ -37,6 +39,8 @@ from gateway.prompts.builders import PromptBuilders
 from gateway.request_body import BODIES, HeldBodies
 from gateway.routes import (
     adapters,
+    batches,
+    files,
     health,
     metrics,
     openapi,
@@ -48,6 +52,9 @@ from gateway.routes import (
     version,
 )
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
+
+if TYPE_CHECKING:
+    from gateway.batches.service import BatchService
 
 
 def build_app(
@@ -80,6 +87,9 @@ def build_app(
     app.cleanup_ctx.append(metrics.run_metrics_port)
     engines = partial(run_engines, prompts=prompts, limits=limits, reload=reload)
     app.cleanup_ctx.extend((engines, watch_event_loop, run_key_reload))
+    if settings.batch_folder is not None:
+        app[BATCHES] = build_batches(settings, app[METRICS])
+        app.cleanup_ctx.append(run_batches)
     if settings.grade_record:
         GradeRecordFile(settings.grade_record, app[METRICS])
     if settings.otlp_endpoint:
@@ -111,6 +121,9 @@ def add_routes(app: web.Application) -> None:
         app.router.add_route(method, path, relay.handle_relay)
     for method, path in responses.ROUTES:
         app.router.add_route(method, path, responses.handle_response)
+    for room in (files, batches):
+        for (method, path), handler in zip(room.ROUTES, room.HANDLERS, strict=True):
+            app.router.add_route(method, path, handler)
     # So that the first call of each is seen in the metrics.
     routes = {resource.canonical for resource in app.router.resources()} - middleware.QUIET_ROUTES
     entering = ("/predict", *relay.GENERATING)
@@ -155,6 +168,37 @@ async def run_engines(
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await listed.stop()
+
+
+def build_batches(settings: Settings, figures: Metrics) -> BatchService:
+    """Loaded only when asked for: its database takes its time."""
+    from gateway.batches.service import BatchService  # noqa: PLC0415
+
+    return BatchService(settings, figures)
+
+
+async def run_batches(app: web.Application) -> AsyncIterator[None]:
+    """For as long as the engines are there."""
+    from gateway.batches.calls import BatchCaller  # noqa: PLC0415
+    from gateway.batches.service import Parts  # noqa: PLC0415
+
+    pool = app[POOL]
+    caller = BatchCaller(
+        settings=app[SETTINGS],
+        models=app[MODELS],
+        accounts=app[ACCOUNTS],
+        media_hosts=app[MEDIA_HOSTS],
+        bodies=app[BODIES],
+    )
+    parts = Parts(
+        keyring=app[KEYRING],
+        caller=caller,
+        metrics=app[METRICS],
+        open_requests=app[middleware.OPEN_REQUESTS],
+        is_draining=lambda: pool.draining,
+    )
+    async with app[BATCHES].run(parts):
+        yield
 
 
 def build_page_guard(settings: Settings) -> PageGuard:

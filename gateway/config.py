@@ -458,6 +458,57 @@ class Settings(ProgramSettings):
         description="Time for running requests to finish once the gateway is told to stop.",
     )
 
+    batch_folder: Path | None = Field(
+        None,
+        description="Folder for what /v1/files and /v1/batches keep; empty: these routes are off. "
+        "Several gateways may share one: on one host, or on a shared file system with "
+        "GATEWAY_BATCH_DATABASE.",
+    )
+    batch_database: str = Field(
+        "",
+        repr=False,
+        description="PostgreSQL for the state of files and batches, as "
+        "`postgresql://user:password@host/name`; needs the extra `postgres`. Empty: a SQLite file "
+        "in GATEWAY_BATCH_FOLDER, which then has to be on a local disk.",
+    )
+    batch_max_file_bytes: int = Field(
+        2**30, ge=1024, description="Largest file that can be uploaded for a batch."
+    )
+    batch_max_lines: int = Field(
+        50_000, ge=1, description="Most requests (lines) in a file for a batch."
+    )
+    batch_max_jobs: int = Field(
+        100,
+        ge=1,
+        description="Most batches of one key that have not ended; a key may have a bound of its "
+        "own.",
+    )
+    batch_max_stored_bytes: int = Field(
+        20 * 2**30,
+        ge=1024,
+        description="Most bytes that the files of one key may take, those with answers included; a "
+        "key may have a bound of its own.",
+    )
+    batch_max_running: int = Field(
+        256,
+        ge=1,
+        description="Most requests of batches that this gateway has running at once; below that it "
+        "finds out by itself how many the engines bear.",
+    )
+    batch_retention_days: float = Field(
+        30.0,
+        gt=0,
+        le=3650,
+        description="How long files and ended batches are kept, unless their caller or their key "
+        "says less.",
+    )
+    batch_lease_s: float = Field(
+        15.0,
+        gt=0,
+        description="Silence of the gateway that runs a batch after which another one, or the same "
+        "after a restart, takes it over.",
+    )
+
     ui: bool = Field(True, description="Serve the page at /ui.")
     launchers: CommaList = Field(
         (),
@@ -512,6 +563,13 @@ class Settings(ProgramSettings):
         for pair in value:
             if not all(pair.partition("=")):
                 raise ValueError(f"{pair!r} is not alias=model")
+        return value
+
+    @field_validator("batch_database")
+    @classmethod
+    def _check_database(cls, value: str) -> str:
+        if value and not value.startswith(("postgresql://", "postgres://")):
+            raise ValueError("give postgresql://user:password@host/name, or nothing for SQLite")
         return value
 
     @field_validator("tokenizers")
@@ -569,6 +627,8 @@ class Settings(ProgramSettings):
     def _check_files(self) -> Settings:
         if self.metrics_port and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another than port, which everybody can reach")
+        if self.batch_database and self.batch_folder is None:
+            raise ValueError("batch_database needs batch_folder too: files are kept there")
         if self.system_prompt and self.system_prompt_file:
             raise ValueError("give system_prompt or system_prompt_file, not both")
         if self.prompt_style == "chat" and self.tokenizer is None:

@@ -8,6 +8,7 @@ GatewayError
 │   └── RouteNotServed 404    the engine has no such route for the model that it serves
 ├── MethodNotAllowed 405
 ├── BodyTimeout 408
+├── Conflict 409              what is asked does not go with the state that something is in
 ├── PayloadTooLarge 413
 ├── UnsupportedMediaType 415  the body is no JSON
 ├── RateLimited 429           a key's allowance is used up
@@ -17,7 +18,9 @@ GatewayError
 ├── Unavailable 503           no engine is ready: warming, restarting, draining
 │   ├── EngineBusy 503        the engine has too much to do already
 │   ├── LimitsAway 503        nobody can say what the key has left
-│   └── OutOfFiles 503        the gateway itself may open no more connections
+│   ├── OutOfFiles 503        the gateway itself may open no more connections
+│   └── StorageUnavailable 503  the disk or the database of the batches does not answer
+├── StorageFull 507           there is no room left for files of batches
 └── EngineError 502           the engine failed
     ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
     ├── EngineAborted 502     it gave a sequence up
@@ -141,6 +144,12 @@ class BodyTimeout(GatewayError):
     code = "body_timeout"
 
 
+class Conflict(GatewayError):
+    status = 409
+    kind = "invalid_request_error"
+    code = "conflict"
+
+
 class PayloadTooLarge(GatewayError):
     status = 413
     kind = "invalid_request_error"
@@ -192,6 +201,17 @@ class OutOfFiles(Unavailable):
     """The gateway's own shortage: the engine is not to blame."""
 
     code = "out_of_files"
+
+
+class StorageUnavailable(Unavailable):
+    """Of files and batches; everything else is served as ever."""
+
+    code = "storage_unavailable"
+
+
+class StorageFull(GatewayError):
+    status = 507
+    code = "storage_full"
 
 
 class EngineError(GatewayError):

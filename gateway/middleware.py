@@ -44,6 +44,8 @@ _PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
 # Whoever asks for these, by whatever name, learns that somebody is there.
 _HEALTH_ROUTES = frozenset(("/", "/health", "/healthz", "/readyz"))
 _OPEN_ROUTES = _HEALTH_ROUTES | {"/metrics", "/openapi.json", "/docs", "other"} | _PAGE_ROUTES
+# What callers have stored.
+_PRIVATE_ROUTES = ("/v1/files", "/v1/batches")
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
 QUIET_ROUTES = _HEALTH_ROUTES | {"/metrics"} | _PAGE_ROUTES
@@ -83,7 +85,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
     try:
         try:
             if record.route not in _HEALTH_ROUTES:
-                _refuse_foreign_page(request)
+                _refuse_foreign_page(request, record.route)
             if record.route not in _OPEN_ROUTES:
                 await _admit(request, record)
             response = await handler(request)
@@ -181,9 +183,12 @@ def _let_page_in(request: web.Request, cors: CrossOrigin, handler: Handler) -> H
     return cors.answer_options if request.method == "OPTIONS" else handler
 
 
-def _refuse_foreign_page(request: web.Request) -> None:
+def _refuse_foreign_page(request: web.Request, route: str) -> None:
     guard = request.app[PAGE_GUARD]
-    refusal = guard.check(request.method, request.headers) if guard else None
+    if guard is None:
+        return
+    is_private = route.startswith(_PRIVATE_ROUTES)
+    refusal = guard.check(request.method, request.headers, is_private=is_private)
     if refusal is not None:
         raise Forbidden(refusal.message, code=refusal.code)
 

@@ -20,7 +20,7 @@ from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
 from launcher.plan.engine_plan import EnginePlan
 from launcher.plan.fingerprint import read_version
-from launcher.plan.flags import Flags, find_change, read_flags, try_commands
+from launcher.plan.flags.known_flags import Flags, find_change, read_flags, try_commands
 from launcher.plan.hardware import GIB, Device, find_device
 from launcher.plan.prepare import decide
 

@@ -18,7 +18,7 @@ from launcher.plan.command import (
 )
 from launcher.plan.compile_cache import describe_cache
 from launcher.plan.engine_plan import EngineOption
-from launcher.plan.flags import Flags, read_flags, read_shipped_flags
+from launcher.plan.flags.known_flags import Flags, read_flags, read_shipped_flags
 from launcher.plan.hardware import GIB, parse_device
 from launcher.plan.prepare import Prepared, prepare_with
 

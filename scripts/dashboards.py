@@ -1,5 +1,5 @@
-"""Writes deploy/grafana/dashboards/*.json from scripts/panels.py (`make dashboards`:
-`python -m scripts.dashboards`).
+"""Writes deploy/grafana/dashboards/*.json from scripts/panels.py, and deploy/prometheus/rules as
+Kubernetes takes them (`make dashboards`: `python -m scripts.dashboards`).
 
 `--check` changes nothing and says whether the files are what it would write.
 """
@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import re
 import sys
+import textwrap
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,31 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from scripts.panels import BOARDS, STATES, Board, Panel, Query
+from scripts.panels import BOARDS, SLO_S, STATES, Board, Panel, Query
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
+RULES = sorted((ROOT / "deploy" / "prometheus" / "rules").glob("*.yml"))
+# kustomize reads nothing outside its own folder, so the rules are there a second time.
+KUBERNETES_RULES = ROOT / "deploy" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
+_KUBERNETES_HEAD = """\
+# Written by `make dashboards` from deploy/prometheus/rules.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: vllm-gateway
+spec:
+  groups:
+"""
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GREEN, _RED, _GREY = "green", "red", "#8e8e8e"
 _STATE_COLOURS = (_GREY, "blue", "light-blue", _GREEN, "yellow", "orange", "purple")
 _SMALL, _TALL = 4, 8
+_SLO = "1"
+_STRINGS = re.compile(r'"[^"]*"')
+_PART = re.compile("_(?:bucket|count|sum)$")  # of a histogram
+_METRIC = re.compile(r"\b(?:(?:gateway|launcher|engine|vllm|process)[:_][\w:]+|ALERTS|up(?=\{))")
 AnyPanel = timeseries.Panel | stat.Panel | statetimeline.Panel | heatmap.Panel | table.Panel
 
 
@@ -64,22 +82,39 @@ def build_board(board: Board) -> models.Dashboard:
         )
         .annotations(list(_build_annotations()))
     )
-    if board.by_engine:
-        builder.with_variable(_build_choice())
-    identities = itertools.count(1)
+    for choice in _build_choices():
+        builder.with_variable(choice)
     for row in board.rows:
-        builder.with_row(builders.Row(row.title).id(next(identities)))
+        builder.with_row(builders.Row(row.title).id(identify(board, row.title + " (row)")))
         for panel in row.panels:
-            builder.with_panel(_build_panel(panel).id(next(identities)))
+            builder.with_panel(_build_panel(panel).id(identify(board, panel.title)))
     return builder.build()
 
 
-def _build_choice() -> builders.QueryVariable:
+def identify(board: Board, title: str) -> int:
+    """A panel's number, by its title: alerts link to it, so a new panel must not shift others."""
+    return zlib.crc32(f"{board.name}/{title}".encode()) % 1_000_000 + 1
+
+
+def _build_choices() -> Iterator[builders.QueryVariable | builders.CustomVariable]:
+    yield _build_choice("model", "Model", "label_values(vllm:num_requests_running, model_name)")
+    running = 'vllm:num_requests_running{model_name=~"$model"}'
+    yield _build_choice("engine", "Engine", f"label_values({running}, instance)")
+    yield _build_choice("key", "Key", "label_values(gateway_usage_requests_total, key)")
+    yield (
+        builders.CustomVariable("slo")
+        .label("SLO: TTFT, s")
+        .values(",".join(SLO_S))
+        .current(models.VariableOption(text=_SLO, value=_SLO, selected=True))
+    )
+
+
+def _build_choice(name: str, label: str, query: str) -> builders.QueryVariable:
     return (
-        builders.QueryVariable("instance")
-        .label("Engine")
+        builders.QueryVariable(name)
+        .label(label)
         .datasource(_SOURCE)
-        .query("label_values(vllm:num_requests_running, instance)")
+        .query(query)
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
@@ -107,13 +142,20 @@ def _build_annotations() -> Iterator[builders.AnnotationQuery]:
 
 def _build_panel(panel: Panel) -> AnyPanel:
     builder: AnyPanel = _KINDS[panel.kind](panel)
-    builder.title(panel.title).description(panel.about).datasource(_SOURCE).unit(panel.unit)
+    builder.title(panel.title).description(_describe(panel)).datasource(_SOURCE).unit(panel.unit)
     builder.span(panel.width).height(_SMALL if panel.kind == "number" else _TALL)
     if panel.empty:
         builder.no_value(panel.empty)
     for place, query in enumerate(panel.queries):
         builder.with_target(_build_query(query, panel, chr(ord("A") + place)))
     return builder
+
+
+def _describe(panel: Panel) -> str:
+    """What to make of it, and what it shows: the names to search for in docs/metrics.md."""
+    exprs = " ".join(_STRINGS.sub("", query.expr) for query in panel.queries)
+    names = dict.fromkeys(_PART.sub("", name) for name in _METRIC.findall(exprs))
+    return f"{panel.about}\n\n{', '.join(f'`{name}`' for name in names)}"
 
 
 def _build_query(query: Query, panel: Panel, name: str) -> prometheus.Dataquery:
@@ -137,9 +179,10 @@ def _build_chart(panel: Panel) -> timeseries.Panel:
         .axis_soft_min(0)
         .legend(
             common_builders.VizLegendOptions()
-            .display_mode(common.LegendDisplayMode.LIST)
+            .display_mode(common.LegendDisplayMode.TABLE)
             .placement(common.LegendPlacement.BOTTOM)
             .show_legend(True)
+            .calcs(["lastNotNull", "max"])
         )
         .tooltip(
             common_builders.VizTooltipOptions()
@@ -215,16 +258,22 @@ def render(board: Board) -> str:
     return json.dumps(built, cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def render_rules() -> str:
+    """Alerts and recording rules for the Prometheus operator: the same text, further in."""
+    groups = [path.read_text(encoding="utf-8").partition("\ngroups:\n")[2] for path in RULES]
+    return _KUBERNETES_HEAD + textwrap.indent("\n".join(groups), "  ")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether they are current")
     arguments = parser.parse_args()
+    files = {FOLDER / f"{board.name}.json": render(board) for board in BOARDS}
+    files[KUBERNETES_RULES] = render_rules()
     is_current = True
-    for board in BOARDS:
-        path = FOLDER / f"{board.name}.json"
-        wanted = render(board)
+    for path, wanted in files.items():
         if not arguments.check:
-            FOLDER.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != wanted:
             print(f"{path.relative_to(ROOT)}: run `make dashboards`")

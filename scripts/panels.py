@@ -5,7 +5,7 @@ Data alone; `dashboards.py` makes Grafana's JSON of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["chart", "number", "states", "heatmap", "table"]
@@ -13,8 +13,17 @@ Kind = Literal["chart", "number", "states", "heatmap", "table"]
 STATES = ("stopped", "starting", "warming", "ready", "draining", "waiting", "parked")
 _GENERATING = 'route=~"/predict|/v1/.*"'
 _PREDICT = 'route="/predict"'
-_ENGINE = 'instance=~"$instance"'
+# What the choices at a board's top leave over: of launchers and recorded figures, of vLLM's, of the
+# gateway's by engine (which it names by address), of those by key.
+_ENGINE = 'instance=~"$engine"'
+_VLLM = f'{_ENGINE}, model_name=~"$model"'
+_CALLED = 'engine=~"(https?://)?($engine)(:.*)?"'
+_KEY = 'key=~"$key"'
+# The bucket of the chosen SLO, as Prometheus 2 and 3 write whole numbers.
+_IN_SLO = 'le=~"$slo([.]0)?"'
+SLO_S = ("0.25", "0.5", "1", "2.5", "5", "10")  # buckets of gateway and profiles alike
 _PER_S = "si:/s"  # Grafana's way to say 71 k/s
+_TOKENS_PER_S = "si:tok/s"
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture; `about` says what to make of it."""
+    """One picture; `about` says what to make of it, `dashboards.py` adds which metrics it shows."""
 
     title: str
     queries: tuple[Query, ...]
     unit: str = "short"
     kind: Kind = "chart"
-    about: str = ""
+    about: str = field(kw_only=True)
     is_stacked: bool = False
     # From this value on it is red; with `is_high_good`, below it.
     alarm: float | None = None
@@ -51,13 +60,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """One dashboard; with `by_engine` there is a choice of engines at its top."""
+    """One dashboard."""
 
     name: str
     title: str
     about: str
     rows: tuple[Row, ...]
-    by_engine: bool = False
 
 
 def number(
@@ -65,7 +73,7 @@ def number(
     expr: str,
     unit: str = "short",
     *,
-    about: str = "",
+    about: str,
     alarm: float | None = None,
     is_high_good: bool = False,
     empty: str = "",
@@ -99,7 +107,7 @@ def quantiles(
 
 def heat(title: str, metric: str, unit: str, about: str, matcher: str = "") -> Panel:
     expr = f"sum by (le) (increase({metric}_bucket{{{matcher}}}[$__rate_interval]))"
-    return Panel(title, (Query(expr, "{{le}}"),), unit, "heatmap", about)
+    return Panel(title, (Query(expr, "{{le}}"),), unit, "heatmap", about=about)
 
 
 def _number_states(matcher: str = "") -> str:
@@ -109,6 +117,12 @@ def _number_states(matcher: str = "") -> str:
         for place, state in enumerate(STATES)
     )
     return f"sum by (instance) ({' or '.join(terms)})"
+
+
+def _within_slo(metric: str, matcher: str = "") -> str:
+    more = f", {matcher}" if matcher else ""
+    part = f"sum(rate({metric}_bucket{{{_IN_SLO}{more}}}[5m]))"
+    return _share(part, f"sum(rate({metric}_count{{{matcher}}}[5m]))")
 
 
 def _rate(metric: str, by: str, matcher: str = "") -> str:
@@ -121,123 +135,262 @@ def _share(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
+_SLO_LINE = Query("vector($slo)", "SLO")
+_TTFT_ABOUT = (
+    "Time to first token: half of the streams have theirs sooner than p50, all but one in a "
+    "hundred "
+    "sooner than p99."
+)
+
+
+def _build_glance(
+    ttft: str, matcher: str, *, tokens: str, errors: Panel, in_flight: str, whose: str
+) -> Row:
+    """The first row of every board: is it fast, busy, right?"""
+    itl = "vllm:inter_token_latency_seconds"
+    buckets = f"sum by (le) (rate({ttft}_bucket{{{matcher}}}[5m]))"
+    gaps = f"sum by (le) (rate({itl}_bucket{{{_VLLM}}}[5m]))"
+    return Row(
+        "At a glance",
+        (
+            number(
+                "TTFT p95",
+                f"histogram_quantile(0.95, {buckets}) > 0",
+                "s",
+                about=f"Time to first token, {whose}, over five minutes: one in twenty waits "
+                "longer.",
+                empty="nothing streamed",
+            ),
+            number(
+                "ITL p95",
+                f"histogram_quantile(0.95, {gaps}) > 0",  # nothing, not "NaN"
+                "s",
+                about="Inter-token latency, by the engines, over five minutes: from one token of "
+                "an "
+                "answer to the next.",
+                empty="no tokens",
+            ),
+            number(
+                "tok/s",
+                tokens,
+                _TOKENS_PER_S,
+                about="Tokens generated a second, over the last minute.",
+            ),
+            errors,
+            number(
+                "TTFT within SLO",
+                _within_slo(ttft, matcher),
+                "percentunit",
+                about="Share whose first token came within the SLO that is chosen above, over five "
+                "minutes.",
+                empty="nothing streamed",
+                alarm=0.95,
+                is_high_good=True,
+            ),
+            number("In flight", in_flight, about="Sequences that engines work on at this moment."),
+        ),
+    )
+
+
+_ERRORS = number(
+    "Errors",
+    "gateway:failures:ratio5m",
+    "percentunit",
+    about="Share of the requests that the gateway or an engine failed in five minutes, broken "
+    "streams among them; what callers do wrong or want too soon does not count.",
+    alarm=0.05,
+    empty="no request",
+)
+_CALLERS = Row(
+    "Callers",
+    (
+        Panel(
+            "Requests by key",
+            (
+                Query(
+                    f"topk(10, {_rate('gateway_usage_requests_total', 'key', _KEY)})",
+                    "{{key}}",
+                ),
+            ),
+            "reqps",
+            about="The ten keys that ask most. Without keys, or on a port that everybody may read, "
+            "there is one row.",
+            width=12,
+        ),
+        Panel(
+            "Tokens by key",
+            (
+                Query(
+                    f"topk(10, {_rate('gateway_usage_tokens_total', 'key', _KEY)})",
+                    "{{key}}",
+                ),
+            ),
+            _TOKENS_PER_S,
+            about="The ten keys that use most, prompts and answers together.",
+            width=12,
+        ),
+    ),
+)
+
 _UP = Row(
     "Is it up?",
     (
-        number("Gateways that answer", 'sum(up{job="gateway"})', alarm=1, is_high_good=True),
         number(
-            "Engines that serve",
-            "sum(max by (engine) (gateway_engine_ready))",
+            "Gateways up",
+            'sum(up{job="gateway"})',
+            about="Gateways that answer Prometheus.",
+            alarm=1,
+            is_high_good=True,
+        ),
+        number(
+            "Engines ready",
+            f"sum(max by (engine) (gateway_engine_ready{{{_CALLED}}}))",
             about="Ready: they have answered their warm-up.",
             alarm=1,
             is_high_good=True,
         ),
         number(
             "Alerts firing",
-            'count(ALERTS{alertstate="firing"}) or vector(0)',
-            about="Which: the table below. What to do: docs/metrics.md.",
+            'count(ALERTS{alertstate="firing", alertname!="Watchdog"}) or vector(0)',
+            about="Which: the table below. What to do: docs/runbook.md, a section each.",
             alarm=1,
         ),
         number(
-            "Engine restarts, a day",
-            "sum(increase(launcher_engine_restarts_total[1d]))",
+            "Engine restarts, 24 h",
+            f"sum(increase(launcher_engine_restarts_total{{{_ENGINE}}}[1d]))",
             about="The launcher's crash cards say why.",
             alarm=1,
         ),
         number(
-            "Requests that fail",
-            "gateway:failures:ratio5m",
-            "percentunit",
-            about="By the gateway's or an engine's doing, broken streams among them, in five "
-            "minutes; what callers do wrong or want too soon does not count.",
-            alarm=0.05,
-            empty="no request",
+            "Watchdog",
+            'count(ALERTS{alertstate="firing", alertname="Watchdog"}) or vector(0)',
+            about="1 as long as Prometheus evaluates its rules; at 0 no other alert can fire.",
+            alarm=1,
+            is_high_good=True,
         ),
-        number("Gateway started", "max(gateway_start_time_seconds) * 1000", "dateTimeFromNow"),
+        number(
+            "Gateway started",
+            "max(gateway_start_time_seconds) * 1000",
+            "dateTimeFromNow",
+            about="When the youngest gateway started.",
+        ),
         Panel(
-            "Engines",
-            (Query(_number_states(), "{{instance}}"),),
+            "Engine states",
+            (Query(_number_states(_ENGINE), "{{instance}}"),),
             kind="states",
             about="As their launchers see them. waiting: a pause before a restart.",
             width=16,
         ),
         Panel(
             "Alerts",
-            (Query('ALERTS{alertstate="firing"}'),),
+            (Query('ALERTS{alertstate="firing", alertname!="Watchdog"}'),),
             kind="table",
+            about="Those that fire. What each means and what to do: docs/runbook.md.",
             empty="none is firing",
         ),
     ),
 )
 _FAST = Row(
-    "How fast?",
+    "Latency and throughput",
     (
         Panel(
-            "From a request's first byte to its answer's last",
+            "E2E latency",
             quantiles("gateway_request_seconds", 0.5, 0.95, 0.99, by="route", matcher=_GENERATING),
             "s",
+            about="End to end: from a request's first byte to its answer's last.",
         ),
         Panel(
-            "To a stream's first chunk",
-            quantiles("gateway_first_chunk_seconds", 0.5, 0.95, by="route"),
+            "TTFT",
+            (*quantiles("gateway_first_chunk_seconds", 0.5, 0.95, by="route"), _SLO_LINE),
             "s",
+            about="Time to first token, as callers of streams see it: from a request's first byte "
+            "to "
+            "the first chunk of its stream.",
         ),
         Panel(
-            "Between a stream's chunks",
+            "ITL, as callers see it",
             (
                 *quantiles("gateway_chunk_gap_seconds", 0.5, 0.95, legend="mean"),
                 *quantiles("gateway_longest_chunk_gap_seconds", 0.95, legend="longest"),
             ),
             "s",
-            about="One observation a stream: its mean gap, and its longest.",
+            about="Inter-token latency, between a stream's chunks. One observation a stream: its "
+            "mean "
+            "gap, and its longest.",
         ),
-        Panel("Waiting to enter", quantiles("gateway_queue_seconds", 0.5, 0.95, 0.99), "s"),
+        Panel(
+            "Queue time",
+            quantiles("gateway_queue_seconds", 0.5, 0.95, 0.99),
+            "s",
+            about="How long requests that entered had waited for a place inside the engines.",
+        ),
         Panel(
             "Requests",
             (Query("gateway:requests:rate1m", "{{route}}"),),
             "reqps",
+            about="Answered requests a second, whatever the answer; without those of health "
+            "checks, "
+            "metrics and the page.",
             is_stacked=True,
         ),
         Panel(
             "Tokens",
             (Query("gateway:tokens:rate1m", "{{direction}}"),),
-            _PER_S,
-            about="By the engines' count: read (in) and made (out).",
+            _TOKENS_PER_S,
+            about="By the engines' count: read (in) and generated (out).",
         ),
     ),
 )
 _FULL = Row(
-    "How full?",
+    "Saturation",
     (
         Panel(
-            "Sequences inside and waiting",
+            "In flight and queued",
             (
-                Query("sum by (lane) (gateway_running_sequences)", "inside, {{lane}}"),
-                Query("sum by (lane) (gateway_waiting_sequences)", "waiting, {{lane}}"),
+                Query("sum by (lane) (gateway_running_sequences)", "in flight, {{lane}}"),
+                Query("sum by (lane) (gateway_waiting_sequences)", "queued, {{lane}}"),
             ),
+            about="Sequences inside the engines, and those that wait for a place there, by lane.",
         ),
         Panel(
             "Places taken",
             (Query("gateway:fullness:ratio", "of all places"),),
             "percentunit",
+            about="In flight, of what the gateways let in at once. At 100 % requests queue.",
         ),
-        Panel("Inside each engine", (Query("gateway_engine_running_sequences", "{{engine}}"),)),
-        Panel("KV cache", (Query("engine:kv_usage:max", "{{instance}}"),), "percentunit"),
         Panel(
-            "The gateway's event loop is late by",
+            "In flight, by engine",
+            (Query(f"gateway_engine_running_sequences{{{_CALLED}}}", "{{engine}}"),),
+            about="Sequences that the gateway has at each engine.",
+        ),
+        Panel(
+            "KV cache usage",
+            (Query(f"engine:kv_usage:max{{{_ENGINE}}}", "{{instance}}"),),
+            "percentunit",
+            about="Of the memory for tokens that are being worked on. Above 95 % requests are "
+            "preempted "
+            "and computed again.",
+            alarm=0.95,
+        ),
+        Panel(
+            "Event loop lag",
             (Query("gateway:event_loop_lag_seconds:p99_5m", "p99"),),
             "s",
-            about="Above 50 ms the gateway itself is what is slow: more gateways.",
+            about="How late the gateway's one thread comes. Above 50 ms the gateway itself is what "
+            "is "
+            "slow: more gateways.",
+            alarm=0.05,
         ),
         Panel(
-            "Answers shared by identical prompts",
+            "Deduplicated prompts",
             (Query("sum(rate(gateway_deduplicated_prompts_total[$__rate_interval]))", "prompts"),),
             _PER_S,
+            about="Greedy prompts that got the answer of an identical one.",
         ),
     ),
 )
 _FAILS = Row(
-    "What fails?",
+    "Errors",
     (
         Panel(
             "Errors by code",
@@ -248,143 +401,178 @@ _FAILS = Row(
             empty="no error so far",
         ),
         Panel(
-            "Turned away",
+            "Refused",
             (Query(_rate("gateway_refused_total", "reason"), "{{reason}}"),),
             _PER_S,
-            about="Before an engine saw them: limits, keys, a full queue, no engine.",
+            about="Turned away before an engine saw them: limits, keys, a full queue, no engine.",
             is_stacked=True,
         ),
         Panel(
-            "Calls that engines failed, and calls made again",
+            "Failed engine calls and retries",
             (
-                Query(_rate("gateway_engine_failures_total", "engine"), "failed, {{engine}}"),
                 Query(
-                    "sum(rate(gateway_retried_prompts_total[$__rate_interval]))", "prompts again"
+                    _rate("gateway_engine_failures_total", "engine", _CALLED), "failed, {{engine}}"
                 ),
-                Query("sum by (engine) (gateway_engine_breaker_open)", "left alone, {{engine}}"),
+                Query(
+                    "sum(rate(gateway_retried_prompts_total[$__rate_interval]))", "retried prompts"
+                ),
             ),
+            _PER_S,
+            about="Calls that an engine lost or did not take, and prompts run again because of "
+            "that.",
+        ),
+        Panel(
+            "Circuit breakers",
+            (Query(f"max by (engine) (gateway_engine_breaker_open{{{_CALLED}}})", "{{engine}}"),),
+            "bool_on_off",
+            about="On: the gateway leaves the engine alone after failures in a row.",
+        ),
+        Panel(
+            "Redis away",
+            (Query("max by (instance) (gateway_redis_away)", "{{instance}}"),),
+            "bool_yes_no",
+            about="Yes: the gateway does not reach the Redis in which keys' limits are kept. No, "
+            "too, where there is none.",
         ),
     ),
 )
 _WHOM = Row(
-    "For whom?",
+    "Callers",
     (
+        *_CALLERS.panels,
         Panel(
-            "Requests by key",
-            (Query(f"topk(10, {_rate('gateway_usage_requests_total', 'key')})", "{{key}}"),),
-            "reqps",
-        ),
-        Panel(
-            "Tokens by key",
-            (Query(f"topk(10, {_rate('gateway_usage_tokens_total', 'key')})", "{{key}}"),),
-            _PER_S,
-        ),
-        Panel(
-            "Used since the gateway started",
-            (Query("topk(20, sum by (key, direction) (gateway_usage_tokens_total))"),),
+            "Tokens used since the gateway started",
+            (Query(f"topk(20, sum by (key, direction) (gateway_usage_tokens_total{{{_KEY}}}))"),),
             kind="table",
-            about="Tokens, by key; GET /usage has all of them.",
+            about="By key; GET /usage has all of them.",
+            width=24,
         ),
     ),
 )
 OVERVIEW = Board(
     "overview",
     "Gateway: overview",
-    "Is it up, how fast, how full, what fails, for whom.",
-    (_UP, _FAST, _FULL, _FAILS, _WHOM),
+    "TTFT, ITL, E2E latency, throughput, queue, errors, callers; what fires.",
+    (
+        _build_glance(
+            "gateway_first_chunk_seconds",
+            "",
+            tokens='sum(gateway:tokens:rate1m{direction="out"})',
+            errors=_ERRORS,
+            in_flight="sum(gateway_running_sequences)",
+            whose="as callers of streams see it",
+        ),
+        _UP,
+        _FAST,
+        _FULL,
+        _FAILS,
+        _WHOM,
+    ),
 )
 
 _WORK = Row(
-    "Work",
+    "Throughput",
     (
         Panel(
             "Requests running and waiting",
             (
                 Query(
-                    f"sum by (instance) (vllm:num_requests_running{{{_ENGINE}}})",
+                    f"sum by (instance) (vllm:num_requests_running{{{_VLLM}}})",
                     "{{instance}} running",
                 ),
                 Query(
-                    f"sum by (instance) (vllm:num_requests_waiting{{{_ENGINE}}})",
+                    f"sum by (instance) (vllm:num_requests_waiting{{{_VLLM}}})",
                     "{{instance}} waiting",
                 ),
             ),
+            about="In flight inside each engine, and queued there. The gateway's own queue is on "
+            "the "
+            "overview.",
         ),
         Panel(
-            "Tokens made",
+            "Generation throughput",
             (Query(f"engine:generation_tokens:rate1m{{{_ENGINE}}}", "{{instance}}"),),
-            _PER_S,
+            _TOKENS_PER_S,
+            about="Tokens generated a second, by engine.",
         ),
         Panel(
-            "Prompt tokens, by where they came from",
-            (Query(_rate("vllm:prompt_tokens_by_source_total", "source", _ENGINE), "{{source}}"),),
-            _PER_S,
+            "Prompt throughput, by source",
+            (Query(_rate("vllm:prompt_tokens_by_source_total", "source", _VLLM), "{{source}}"),),
+            _TOKENS_PER_S,
+            about="Prompt tokens a second: computed, or found in a cache.",
             is_stacked=True,
         ),
         Panel(
-            "Tokens a step",
-            quantiles("vllm:iteration_tokens_total", 0.5, 0.95, matcher=_ENGINE),
+            "Tokens per step",
+            quantiles("vllm:iteration_tokens_total", 0.5, 0.95, matcher=_VLLM),
             about="How well the batch fills the engine's steps.",
         ),
         Panel(
-            "How answers end",
+            "Finish reasons",
             (
                 Query(
-                    _rate("vllm:request_success_total", "finished_reason", _ENGINE),
+                    _rate("vllm:request_success_total", "finished_reason", _VLLM),
                     "{{finished_reason}}",
                 ),
             ),
             _PER_S,
+            about="How answers end: stop (the model's own end), length (cut off), abort (the "
+            "caller "
+            "hung up).",
             is_stacked=True,
         ),
         Panel(
-            "Length of prompts and answers",
+            "Prompt and answer lengths",
             (
+                *quantiles("vllm:request_prompt_tokens", 0.5, 0.95, matcher=_VLLM, legend="prompt"),
                 *quantiles(
-                    "vllm:request_prompt_tokens", 0.5, 0.95, matcher=_ENGINE, legend="prompt"
-                ),
-                *quantiles(
-                    "vllm:request_generation_tokens", 0.5, 0.95, matcher=_ENGINE, legend="answer"
+                    "vllm:request_generation_tokens", 0.5, 0.95, matcher=_VLLM, legend="answer"
                 ),
             ),
+            about="In tokens. Long prompts fill the KV cache, long answers take long.",
         ),
     ),
 )
 _LATENCY = Row(
-    "Time",
+    "Latency",
     (
         Panel(
-            "To the first token",
-            quantiles("vllm:time_to_first_token_seconds", 0.5, 0.95, 0.99, matcher=_ENGINE),
-            "s",
-        ),
-        Panel(
-            "Between tokens",
-            quantiles("vllm:inter_token_latency_seconds", 0.5, 0.95, 0.99, matcher=_ENGINE),
-            "s",
-        ),
-        Panel(
-            "A request: waiting, reading, writing, in all",
+            "TTFT",
             (
-                *quantiles(
-                    "vllm:request_queue_time_seconds", 0.95, matcher=_ENGINE, legend="queue"
-                ),
-                *quantiles(
-                    "vllm:request_prefill_time_seconds", 0.95, matcher=_ENGINE, legend="prefill"
-                ),
-                *quantiles(
-                    "vllm:request_decode_time_seconds", 0.95, matcher=_ENGINE, legend="decode"
-                ),
-                *quantiles("vllm:e2e_request_latency_seconds", 0.95, matcher=_ENGINE, legend="all"),
+                *quantiles("vllm:time_to_first_token_seconds", 0.5, 0.95, 0.99, matcher=_VLLM),
+                _SLO_LINE,
             ),
             "s",
+            about=f"{_TTFT_ABOUT} By the engine: without the gateway's queue.",
+        ),
+        Panel(
+            "ITL",
+            quantiles("vllm:inter_token_latency_seconds", 0.5, 0.95, 0.99, matcher=_VLLM),
+            "s",
+            about="Inter-token latency: from one token of an answer to the next.",
+        ),
+        Panel(
+            "Latency by phase, p95",
+            (
+                *quantiles("vllm:request_queue_time_seconds", 0.95, matcher=_VLLM, legend="queue"),
+                *quantiles(
+                    "vllm:request_prefill_time_seconds", 0.95, matcher=_VLLM, legend="prefill"
+                ),
+                *quantiles(
+                    "vllm:request_decode_time_seconds", 0.95, matcher=_VLLM, legend="decode"
+                ),
+                *quantiles("vllm:e2e_request_latency_seconds", 0.95, matcher=_VLLM, legend="E2E"),
+            ),
+            "s",
+            about="Of a request inside the engine: waiting, reading its prompt, generating, in "
+            "all.",
         ),
         heat(
-            "Between tokens, all of them",
+            "ITL, all of them",
             "vllm:inter_token_latency_seconds",
             "s",
             "The buckets are those of the profiles: 1 ms to 5 s.",
-            _ENGINE,
+            _VLLM,
         ),
     ),
 )
@@ -392,62 +580,66 @@ _CACHE = Row(
     "Cache",
     (
         Panel(
-            "KV cache in use",
+            "KV cache usage",
             (Query(f"engine:kv_usage:max{{{_ENGINE}}}", "{{instance}}"),),
             "percentunit",
+            about="Of the memory for tokens that are being worked on. Above 95 % requests are "
+            "preempted.",
             alarm=0.95,
         ),
         Panel(
-            "Prompt tokens found in the prefix cache",
+            "Prefix cache hit rate",
             (Query(f"engine:prefix_hits:ratio5m{{{_ENGINE}}}", "{{instance}}"),),
             "percentunit",
+            about="Share of the prompt tokens that were found in the prefix cache, over five "
+            "minutes.",
         ),
         Panel(
-            "Requests preempted",
-            (Query(_rate("vllm:num_preemptions_total", "instance", _ENGINE), "{{instance}}"),),
+            "Preemptions",
+            (Query(_rate("vllm:num_preemptions_total", "instance", _VLLM), "{{instance}}"),),
             _PER_S,
-            about="Computed again, because the cache was full.",
+            about="Requests that are computed again, because the cache was full.",
         ),
     ),
 )
 _SPECULATION = Row(
-    "Speculation",
+    "Speculative decoding",
     (
         Panel(
-            "Drafted tokens that were accepted",
+            "Acceptance rate",
             (
                 Query(
                     _share(
-                        _rate("vllm:spec_decode_num_accepted_tokens_total", "instance", _ENGINE),
-                        _rate("vllm:spec_decode_num_draft_tokens_total", "instance", _ENGINE),
+                        _rate("vllm:spec_decode_num_accepted_tokens_total", "instance", _VLLM),
+                        _rate("vllm:spec_decode_num_draft_tokens_total", "instance", _VLLM),
                     ),
                     "{{instance}}",
                 ),
             ),
             "percentunit",
+            about="Share of the drafted tokens that the model accepted.",
             empty="this engine does not speculate",
         ),
         Panel(
-            "Accepted, by place in the draft",
+            "Accepted, by position",
             (
                 Query(
-                    _rate(
-                        "vllm:spec_decode_num_accepted_tokens_per_pos_total", "position", _ENGINE
-                    ),
+                    _rate("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position", _VLLM),
                     "{{position}}",
                 ),
             ),
-            _PER_S,
+            _TOKENS_PER_S,
+            about="By place in the draft: where it falls off, a shorter draft does as well.",
             empty="this engine does not speculate",
         ),
         Panel(
-            "Tokens a draft",
+            "Tokens per draft",
             (
                 Query(
                     "1 + "
                     + _share(
-                        _rate("vllm:spec_decode_num_accepted_tokens_total", "instance", _ENGINE),
-                        _rate("vllm:spec_decode_num_drafts_total", "instance", _ENGINE),
+                        _rate("vllm:spec_decode_num_accepted_tokens_total", "instance", _VLLM),
+                        _rate("vllm:spec_decode_num_drafts_total", "instance", _VLLM),
                     ),
                     "{{instance}}",
                 ),
@@ -461,43 +653,57 @@ _GPU = Row(
     "GPU",
     (
         Panel(
-            "Busy",
+            "GPU utilization",
             (Query(f"launcher_gpu_utilization_ratio{{{_ENGINE}}}", "{{instance}} {{gpu}}"),),
             "percentunit",
+            about="Share of the time in which a kernel ran, by nvidia-smi: not how well it was "
+            "used.",
             empty="no GPU",
+            width=6,
         ),
         Panel(
-            "Memory",
+            "GPU memory",
             (
                 Query(f"launcher_gpu_memory_used_bytes{{{_ENGINE}}}", "{{instance}} {{gpu}}"),
                 Query(f"launcher_gpu_memory_bytes{{{_ENGINE}}}", "{{instance}} {{gpu}}: all"),
             ),
             "bytes",
+            about="In use, and all there is. vLLM takes its share at the start and keeps it.",
             empty="no GPU",
+            width=6,
         ),
         Panel(
-            "Power and temperature",
-            (
-                Query(f"launcher_gpu_power_watts{{{_ENGINE}}}", "{{instance}} {{gpu}}: W"),
-                Query(f"launcher_gpu_temperature_celsius{{{_ENGINE}}}", "{{instance}} {{gpu}}: °C"),
-            ),
+            "GPU power",
+            (Query(f"launcher_gpu_power_watts{{{_ENGINE}}}", "{{instance}} {{gpu}}"),),
+            "watt",
+            about="What the GPU draws: close to its limit it is slowed down.",
             empty="no GPU",
+            width=6,
+        ),
+        Panel(
+            "GPU temperature",
+            (Query(f"launcher_gpu_temperature_celsius{{{_ENGINE}}}", "{{instance}} {{gpu}}"),),
+            "celsius",
+            about="How warm the GPU is.",
+            empty="no GPU",
+            width=6,
         ),
     ),
 )
 _ENGINE_LIFE = Row(
-    "The process",
+    "Process",
     (
         Panel(
             "State",
             (Query(_number_states(_ENGINE), "{{instance}}"),),
             kind="states",
-            about="As its launcher sees it.",
+            about="As its launcher sees it. waiting: a pause before a restart.",
         ),
         Panel(
-            "Memory of its front end",
+            "Front end memory",
             (Query(f'process_resident_memory_bytes{{job="engine", {_ENGINE}}}', "{{instance}}"),),
             "bytes",
+            about="Resident memory of the process that answers HTTP. What grows without end leaks.",
         ),
         Panel(
             "What runs",
@@ -510,32 +716,67 @@ _ENGINE_LIFE = Row(
 ENGINE = Board(
     "engine",
     "Gateway: engines",
-    "What vLLM does: its batch, its cache, its latencies, its GPU.",
-    (_WORK, _LATENCY, _CACHE, _SPECULATION, _GPU, _ENGINE_LIFE),
-    by_engine=True,
+    "What vLLM does: throughput, TTFT, ITL, KV cache, speculation, GPU.",
+    (
+        _build_glance(
+            "vllm:time_to_first_token_seconds",
+            _VLLM,
+            tokens=f"sum(engine:generation_tokens:rate1m{{{_ENGINE}}})",
+            errors=number(
+                "Errors",
+                f"sum(rate(gateway_engine_failures_total{{{_CALLED}}}[5m])) "
+                f"+ sum(rate(gateway_engine_errors_total{{{_CALLED}}}[5m]))",
+                "reqps",
+                about="Calls that the engines lost, did not take or answered with an error of "
+                "their "
+                "own, over five minutes.",
+                alarm=0.1,
+            ),
+            in_flight=f"sum(vllm:num_requests_running{{{_VLLM}}})",
+            whose="by the engines",
+        ),
+        _WORK,
+        _LATENCY,
+        _CACHE,
+        _SPECULATION,
+        _GPU,
+        _ENGINE_LIFE,
+        _CALLERS,
+    ),
 )
 
 _LAST = Row(
     "The last batch",
     (
-        number("Questions", "max(gateway_last_batch_prompts)"),
-        number("Seconds", "max(gateway_last_batch_seconds)", "s"),
+        number(
+            "Questions",
+            "max(gateway_last_batch_prompts)",
+            about="Prompts of the last /predict call with several.",
+        ),
+        number(
+            "Seconds",
+            "max(gateway_last_batch_seconds)",
+            "s",
+            about="From its first byte to its answer's last.",
+        ),
         number(
             "Tokens a second",
             _share("max(gateway_last_batch_tokens)", "max(gateway_last_batch_seconds)"),
-            _PER_S,
+            _TOKENS_PER_S,
             about="New tokens over the time from its first byte to its answer's last.",
             empty="no batch so far",
         ),
         number(
             "Characters a second",
             _share("max(gateway_last_batch_characters)", "max(gateway_last_batch_seconds)"),
-            _PER_S,
+            "si:char/s",
+            about="Of the answers, over the same time.",
             empty="no batch so far",
         ),
         number(
             "Characters an answer",
             _share("max(gateway_last_batch_characters)", "max(gateway_last_batch_prompts)"),
+            about="On average. Answers that grow longer take longer.",
             empty="no batch so far",
         ),
         number(
@@ -562,12 +803,14 @@ _BATCHES = Row(
                     "/predict",
                 ),
             ),
-            "si:/min",
+            "reqpm",
+            about="Calls of /predict a minute, whatever their size.",
         ),
         Panel(
-            "A call's duration",
+            "E2E latency of a call",
             quantiles("gateway_request_seconds", 0.5, 0.95, matcher=_PREDICT),
             "s",
+            about="From a /predict call's first byte to its answer's last.",
         ),
         Panel(
             "Speed while a call runs",
@@ -598,11 +841,14 @@ _BATCHES = Row(
                 Query("sum(rate(gateway_predict_characters_total[1m]))", "characters"),
             ),
             _PER_S,
+            about="By all routes' tokens and /predict's characters, pauses between calls included.",
         ),
         Panel(
             "Questions without an answer",
             (Query(_rate("gateway_prompts_failed_total", "code"), "{{code}}"),),
             _PER_S,
+            about="Prompts of /predict that got none, and why; the others of their call were "
+            "answered.",
             is_stacked=True,
             empty="every question was answered",
         ),
@@ -611,23 +857,30 @@ _BATCHES = Row(
 _START = Row(
     "Warm-up",
     (
-        number("Warm-up batch", "max(gateway_warmup_seconds)", "s"),
         number(
-            "Warm-ups that failed, an hour",
-            'sum(increase(gateway_warmups_total{outcome="failed"}[1h]))',
+            "Warm-up batch",
+            f"max(gateway_warmup_seconds{{{_CALLED}}})",
+            "s",
+            about="How long the last batch took that an engine had to answer before it got work.",
+        ),
+        number(
+            "Warm-ups that failed, 1 h",
+            f'sum(increase(gateway_warmups_total{{outcome="failed", {_CALLED}}}[1h]))',
+            about="The gateway's log says why (warmup_failed).",
             alarm=1,
         ),
         number(
             "Engine ready after",
-            "max(launcher_engine_start_seconds)",
+            f"max(launcher_engine_start_seconds{{{_ENGINE}}})",
             "s",
             about="From its start to its first token; the judge waits for 420 s in all.",
             alarm=420,
         ),
         Panel(
             "Engines ready",
-            (Query("max by (engine) (gateway_engine_ready)", "{{engine}}"),),
-            about="1: it has answered the batch that it will serve.",
+            (Query(f"max by (engine) (gateway_engine_ready{{{_CALLED}}})", "{{engine}}"),),
+            "bool_yes_no",
+            about="Yes: it has answered the batch that it will serve.",
             width=12,
         ),
     ),
@@ -644,25 +897,29 @@ _GRADES = Row(
         number(
             "Graded: tokens a second",
             'max(gateway_grade{figure="tokens/s"})',
-            _PER_S,
+            _TOKENS_PER_S,
+            about="Tokens generated a second while it was graded.",
             empty="not graded",
         ),
         number(
             "Graded: characters a second",
             'max(gateway_grade{figure="characters/s"})',
-            _PER_S,
+            "si:char/s",
+            about="Characters answered a second while it was graded.",
             empty="not graded",
         ),
         number(
             "Graded: when",
             "max(gateway_grade_timestamp_seconds) * 1000",
             "dateTimeFromNow",
+            about="When the record of the last grade was taken.",
             empty="never",
         ),
         Panel(
             "Graded: everything",
             (Query("gateway_grade"),),
             kind="table",
+            about="All figures of the last grade, each with its unit.",
             empty="not graded",
         ),
     ),
@@ -671,7 +928,21 @@ COURSE = Board(
     "course",
     "Gateway: the course",
     "Batches as the course's judge sends them: how large, how fast, how good.",
-    (_LAST, _BATCHES, _START, _GRADES),
+    (
+        _build_glance(
+            "vllm:time_to_first_token_seconds",
+            _VLLM,
+            tokens='sum(gateway:tokens:rate1m{direction="out"})',
+            errors=_ERRORS,
+            in_flight="sum(gateway_running_sequences)",
+            whose="by the engines, of every question",
+        ),
+        _LAST,
+        _BATCHES,
+        _START,
+        _GRADES,
+        _CALLERS,
+    ),
 )
 
 BOARDS = (OVERVIEW, ENGINE, COURSE)

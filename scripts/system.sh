@@ -4,7 +4,10 @@
 #   containers   dockerd, BuildKit, Compose v2, mmdebstrap (the stack test)
 #   prometheus   Prometheus 3 with promtool (rules, dashboards)
 #   browser      chromium (the page)
+#   postgres     PostgreSQL (batches)
 #   redis        redis-server (limits over several gateways)
+#   kubernetes   kubectl with kustomize 5 (deploy/kubernetes)
+#   operations   Caddy, Alertmanager (compose.tls.yaml, compose.alerts.yaml)
 # --check installs nothing. Exit: 0 all is there, 77 something is missing and cannot be had here, 2 wrong usage.
 set -euo pipefail
 
@@ -12,17 +15,20 @@ declare -A TOOLS=(
   [containers]="docker.io iptables iproute2 mmdebstrap docker-compose docker-buildx"
   [prometheus]="prometheus"
   [browser]="chromium fonts-noto-cjk"
+  [postgres]="postgresql"
   [redis]="redis-server"
+  [kubernetes]="kubectl"
+  [operations]="caddy prometheus-alertmanager"
 )
 # The oldest release of Debian that has what is needed, for machines whose own release does not.
-declare -A SUITE=([docker-compose]=trixie [docker-buildx]=trixie [prometheus]=forky)
+declare -A SUITE=([docker-compose]=trixie [docker-buildx]=trixie [prometheus]=forky [kubectl]=trixie)
 PLUGIN_DIR=/usr/local/lib/docker/cli-plugins
 
 main() {
   local check=false group
   local -a missing=()
   if [ "${1:-}" = --check ]; then check=true; shift; fi
-  [ $# -gt 0 ] || { sed -n '2,9s/^# //p' "$0" >&2; exit 2; }
+  [ $# -gt 0 ] || { sed -n '2,12s/^# //p' "$0" >&2; exit 2; }
   for group in "$@"; do
     [ -n "${TOOLS[$group]:-}" ] || { echo "system: unknown group $group; known: ${!TOOLS[*]}" >&2; exit 2; }
   done
@@ -54,6 +60,8 @@ is_there() {
     docker-*) has_plugin "$1" ;;
     iproute2) command -v ip ;;
     prometheus) is_version_3 prometheus && is_version_3 promtool ;;
+    kubectl) kubectl version --client 2>&1 | grep -q 'Kustomize Version: v[5-9]' ;;
+    postgresql) command -v initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' ;;
     fonts-noto-cjk) compgen -G '/usr/share/fonts/*/*/*CJK*' ;;
     *) command -v "$1" ;;
   esac >/dev/null 2>&1
@@ -108,6 +116,7 @@ native_package() {
       ;;
     docker-buildx) if has_candidate docker-buildx 0; then echo docker-buildx; fi ;;
     prometheus) if has_candidate prometheus 3; then echo prometheus; fi ;;
+    kubectl) if has_candidate kubectl 1.30; then echo kubectl; fi ;;
     *) echo "$1" ;;
   esac
 }
@@ -160,6 +169,8 @@ CONF
 place() {
   if [ "$1" = prometheus ]; then
     command install -m 755 root/usr/bin/prometheus root/usr/bin/promtool /usr/local/bin/
+  elif [ "$1" = kubectl ]; then
+    command install -m 755 root/usr/bin/kubectl /usr/local/bin/
   else
     mkdir -p $PLUGIN_DIR
     command install -m 755 root/usr/libexec/docker/cli-plugins/docker-* $PLUGIN_DIR/

@@ -73,7 +73,9 @@ def test_wheel_holds_every_file_of_the_packages_and_the_licence(wheel: Path) -> 
         held = set(archive.namelist())
         licence = [archive.read(name) for name in held if name.endswith("/licenses/LICENSE")]
 
-    assert {"gateway/page/static/index.html", "launcher/plan/flags.toml"} < set(wanted.split())
+    assert {"gateway/page/static/index.html", "launcher/plan/flags/flags.toml"} < set(
+        wanted.split()
+    )
     assert set(wanted.split()) - held == set()
     assert licence == [(ROOT / "LICENSE").read_bytes()]
 

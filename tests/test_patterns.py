@@ -21,7 +21,8 @@ from gateway import middleware, request_body
 from gateway.observability import metrics
 from gateway.page import launchers
 from gateway.routes import page
-from gateway.schemas import large_json, media, openai, predict, regex_cost, vllm
+from gateway.schemas import large_json, media, openai, predict, vllm
+from gateway.schemas.constraints import regex_cost
 from launcher import config
 from launcher.engine import vllm_log
 from launcher.models import families, model

@@ -88,16 +88,24 @@ class PageGuard:
         self._only_browsers = only_browsers
         self._known: set[str] = set()
 
-    def check(self, method: str, headers: Mapping[str, str]) -> Refusal | None:
+    def check(
+        self, method: str, headers: Mapping[str, str], *, is_private: bool = False
+    ) -> Refusal | None:
+        """`is_private`: what somebody has stored. A page under a rebound name could read it with a
+        plain GET, in which nothing tells a browser from a program: then all are held to the names.
+        """
         host = headers.get("Host", "")
         origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site")
         is_browser = origin is not None or site is not None
-        if (is_browser or not self._only_browsers) and not self._knows(host):
+        is_held = is_browser or is_private or not self._only_browsers
+        if is_held and not self._knows(host):
             return Refusal(
                 "host_not_allowed",
                 f"this server is not known as {_cut(host)!r}; if it is right to call it so, "
                 f"add the name to {self._setting}",
             )
+        if is_private and method in {"GET", "HEAD"}:
+            method = "POST"  # nor is a followed link any way to it
         if is_browser and self._is_foreign(method, headers, host, origin, site):
             return Refusal(
                 "cross_site",

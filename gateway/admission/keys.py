@@ -24,7 +24,7 @@ from common.files import FileWatch, read_text
 from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, Unauthorized
 from gateway.request_context import RequestContext
-from gateway.schemas.grammars import Constraint, Kind
+from gateway.schemas.constraints.grammars import Constraint, Kind
 
 log = structlog.get_logger("gateway")
 
@@ -46,6 +46,10 @@ class Caller(BaseModel):
     models: tuple[str, ...] = ()
     routes: tuple[str, ...] = ()
     structured_outputs: tuple[Kind, ...] | None = None  # as the setting says
+    batch_max_jobs: int = Field(0, ge=0)  # that have not ended
+    batch_max_lines: int = Field(0, ge=0)
+    batch_max_stored_bytes: int = Field(0, ge=0)
+    batch_retention_days: float = Field(0, ge=0)
     admin: bool = False
 
     @property
@@ -101,10 +105,11 @@ class Keyring:
         }
         self._callers = dict(self._from_environment)  # and those of the file who have called
         self._entries: Entries = {}
+        self._digests: dict[str, str] = {}  # by name
         self._open: dict[asyncio.Task[Any], tuple[Caller, RequestContext]] = {}
         if self._file is not None:
             self._file.has_changed()  # before it is read
-            self._entries = self._read(self._file.path)
+            self._take(*self._read(self._file.path))
         self._check_exposure(settings)
 
     @property
@@ -117,6 +122,14 @@ class Keyring:
             return [ANONYMOUS.name]
         own = [caller.name for caller in self._from_environment.values()]
         return own + [entry["name"] for entry in self._entries.values()]
+
+    def find_named(self, name: str) -> Caller | None:
+        """Whose batch it is, if there still is such a key."""
+        if self.is_open:
+            return ANONYMOUS if name == ANONYMOUS.name else None
+        own = (one for one in self._from_environment.values() if one.name == name)
+        digest = self._digests.get(name)
+        return next(own, None) or (self._find(digest) if digest else None)
 
     def identify(self, headers: Mapping[str, str]) -> Caller:
         """The caller by their key; `Unauthorized` says how to send one."""
@@ -160,10 +173,11 @@ class Keyring:
         if self._file is None or not self._file.has_changed():
             return
         try:
-            self._entries = await asyncio.to_thread(self._read, self._file.path)
+            read = await asyncio.to_thread(self._read, self._file.path)
         except SettingsError as error:  # one that is gone is told once, too
             log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 — no traceback to see
         else:
+            self._take(*read)
             self._callers = dict(self._from_environment)
             log.info("keys_reloaded", count=len(self._entries) + len(self._from_environment))
             self._end_revoked()
@@ -177,7 +191,10 @@ class Keyring:
                 )
                 task.cancel()
 
-    def _read(self, path: Path) -> Entries:
+    def _take(self, entries: Entries, digests: dict[str, str]) -> None:
+        self._entries, self._digests = entries, digests
+
+    def _read(self, path: Path) -> tuple[Entries, dict[str, str]]:
         """What is in the environment as well would have two limits."""
         entries = read_keys(path)
         names = {entry["name"] for entry in entries.values()}
@@ -192,7 +209,7 @@ class Keyring:
                     f"{path}: the key of {entries[digest]['name']} is in GATEWAY_API_KEYS too; "
                     "take it out there"
                 )
-        return entries
+        return entries, {entry["name"]: digest for digest, entry in entries.items()}
 
     def _check_exposure(self, settings: Settings) -> None:
         if self.is_open and not settings.allow_anonymous and not is_loopback(settings.host):

@@ -50,6 +50,8 @@ _FURTHER_FAILURES = (
     *(("http_500", "engine"), ("http_503", "engine")),
 )
 _RETRIED = ("engine_busy", "not_ready", "out_of_files")  # and whatever is the engine's
+# Those of batches besides.
+_BATCH_RETRIED = ("overloaded", "queue_timeout", "engine_failed", "engine_unreachable")
 _PROMPT_REFUSALS = ("empty_prompt", "prompt_too_long", "not_text", "engine_refused")
 
 Rows = Iterable[tuple[Sequence[str], float]]
@@ -139,6 +141,7 @@ class Metrics:
         self._declare_admission()
         self._declare_predict()
         self._declare_engines()
+        self._declare_batches()
         self._declare_models()
         self._declare_process()
         self.tokens_in = self.tokens.labels("in")
@@ -312,6 +315,33 @@ class Metrics:
         self.retried = self._counter(
             "retried_prompts", "Prompts of /predict run again because an engine lost them."
         )
+
+    def _declare_batches(self) -> None:
+        self.batch_jobs = self._live_gauge("batch_jobs", "Batches that this gateway runs.")
+        self.batch_running = self._live_gauge(
+            "batch_running_lines", "Requests of batches that have a slot of the window."
+        )
+        self.batch_window = self._live_gauge(
+            "batch_window_lines", "Requests of batches that may run at once, as found out so far."
+        )
+        for figure in (self.batch_jobs, self.batch_running, self.batch_window):
+            figure.read = lambda: [((), 0)]  # until batches are turned on
+        self.batch_lines = self._counter(
+            "batch_lines", "Requests of batches answered; outcome is good or error.", "outcome"
+        )
+        self.batch_retries = self._counter(
+            "batch_retries", "Requests of batches asked again, by the code of the refusal.", "code"
+        )
+        self.batch_takeovers = self._counter(
+            "batch_takeovers", "Batches taken over from a gateway that had fallen silent."
+        )
+        self.batch_storage_failures = self._counter(
+            "batch_storage_failures", "Times that a batch had to wait for its database or disk."
+        )
+        for outcome in ("good", "error"):
+            self.batch_lines.labels(outcome)
+        for code in (*_RETRIED, *_BATCH_RETRIED):
+            self.batch_retries.labels(code)
 
     def _declare_models(self) -> None:
         self.model_ready = self._live_gauge(

@@ -7,12 +7,18 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from functools import partial
 
 from aiohttp import web
 
 from gateway.admission.accounts import ACCOUNTS, Spent
+from gateway.admission.calls import (
+    BYTES_A_TOKEN,
+    bound_answer,
+    check_call,
+    expect_tokens,
+    parse_call,
+)
 from gateway.admission.keys import CALLER
 from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
@@ -25,17 +31,13 @@ from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayEr
 from gateway.forms import read_form
 from gateway.request_body import BODIES, read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
-from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
     CHAT_BATCH,
     POOLING,
-    NotWritable,
     OpenAIRequest,
     build_model_list,
     build_models,
     name_engine_error,
-    parse_large_openai_request,
-    parse_openai_request,
     parse_usage,
 )
 from gateway.schemas.transcription import FORMS, parse_form
@@ -64,9 +66,7 @@ _SENT = ("Accept", "X-Session-Id", "anthropic-version", *TRACE_HEADERS)
 # The last of them describes vectors that come as bytes.
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After", "metadata")
 _RETRY_AFTER_S = "1"
-_BYTES_A_TOKEN = 4
 _HELD_SHARE = 0.25  # of a stream's time; to write takes some itself where an engine is quick
-_SHORT_BYTES = 4096  # no model's context is too short for that
 
 
 async def handle_relay(request: web.Request) -> web.StreamResponse:
@@ -76,17 +76,12 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     context, caller, models = request[CONTEXT], request[CALLER], request.app[MODELS]
     context.deadline = parse_deadline(request.headers)
     call = await _read_call(request)
-    if caller.models:
-        caller.check_model(call.model)
+    await check_call(call, caller, request.app[SETTINGS], request.app[MEDIA_HOSTS])
     served = models.by_name.get(call.model)
     if served is None:
         served = await models.find(call.model, caller, context.deadline)
     served.requests += 1
     request[SERVED_MODEL] = served
-    if call.constraints:
-        caller.check_constraints(call.constraints, request.app[SETTINGS].structured_outputs)
-    if call.media_hosts:
-        await request.app[MEDIA_HOSTS].ensure_allowed(call.media_hosts)
     lane: LaneName = "batch" if call.sequences > 1 else "interactive"
     ticket = build_ticket(
         request.headers,
@@ -107,23 +102,9 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
 async def _read_call(request: web.Request) -> OpenAIRequest:
     if request.path in FORMS:
         return parse_form(await read_form(request), request.app[SETTINGS])
-    return await _parse(request, await read_body(request))
-
-
-async def _parse(request: web.Request, body: bytes) -> OpenAIRequest:
-    settings = request.app[SETTINGS]
-    models = request.app[MODELS]
-    length, most = None, _SHORT_BYTES
-    if len(body) > _SHORT_BYTES:
-        length = await models.find_shortest_context(request[CONTEXT].deadline)
-        most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
-    if len(body) <= min(SMALL_BYTES, most):
-        # What is nested too deep to be written again is copied where it lies, as what is large.
-        with contextlib.suppress(NotWritable):
-            return parse_openai_request(request.path, body, settings)
-    return await parse_large_openai_request(
-        request.path, body, settings, lambda model: models.find_context(model) or length
-    )
+    settings, models = request.app[SETTINGS], request.app[MODELS]
+    deadline = request[CONTEXT].deadline
+    return await parse_call(request.path, await read_body(request), settings, models, deadline)
 
 
 async def _answer_models(request: web.Request) -> web.StreamResponse:
@@ -232,7 +213,7 @@ async def _answer_whole(
 def _read_usage(request: web.Request, call: OpenAIRequest, answer: EngineAnswer) -> Usage | None:
     body = answer.body or b""
     if request.path in FORMS:  # the engine counts seconds of sound, if anything
-        return 0, len(body) // _BYTES_A_TOKEN
+        return 0, len(body) // BYTES_A_TOKEN
     told = parse_usage(body)
     if told is None and request.path in POOLING:
         # Vectors as bytes: a header may tell, or nothing does.
@@ -281,19 +262,14 @@ def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
     """The most new tokens of a sequence, by the caller's word and by the model's context."""
     if request.path not in _WRITING:
         return 0
-    settings, card = request.app[SETTINGS], request[SERVED_MODEL].pool.read_card()
-    context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens
-    return min(call.most_new_tokens or context, context)
+    return bound_answer(call, request.app[SETTINGS], request[SERVED_MODEL].pool)
 
 
 def _expect_tokens(request: web.Request, call: OpenAIRequest) -> int:
-    """What is set aside of the key's minute until it is known what the call has used."""
-    each = _bound_answer(request, call)
-    if call.most_new_tokens is None:
-        each = min(each, request.app[ACCOUNTS].expect_answer(request[CALLER]))
-    return _guess_prompt(request, call) + each * call.sequences
+    bound, taken = _bound_answer(request, call), _guess_prompt(request, call)
+    return expect_tokens(call, taken, bound, request[CALLER], request.app[ACCOUNTS])
 
 
 def _guess_prompt(request: web.Request, call: OpenAIRequest) -> int:
     """Its tokens, by its size; a sound is no text."""
-    return 0 if request.path in FORMS else call.size // _BYTES_A_TOKEN
+    return 0 if request.path in FORMS else call.size // BYTES_A_TOKEN

@@ -206,6 +206,11 @@ class LargeObject:
         return self._body[start : start + 1]
 
 
+async def scan_members(body: bytes, most_items: int) -> dict[str, Member]:
+    """Where the members of an object lie, and nothing of what is in them."""
+    return await _Scanner(body, most_items).scan()
+
+
 async def scan_object(
     body: bytes, most_items: int, whole: Mapping[str, int] | None = None
 ) -> LargeObject:

@@ -14,6 +14,7 @@ import orjson
 
 from gateway.config import Settings
 from gateway.errors import EngineError, GatewayError, InvalidRequest, NotFound
+from gateway.schemas.constraints.grammars import CONSTRAINING, Constraint, read_constraints
 from gateway.schemas.fields import (
     parse_json_object,
     read_flag,
@@ -21,7 +22,6 @@ from gateway.schemas.fields import (
     read_whole_number,
     wrong_type,
 )
-from gateway.schemas.grammars import CONSTRAINING, Constraint, read_constraints
 from gateway.schemas.large_json import LargeObject, scan_object
 from gateway.schemas.media import read_media_hosts, refuse_media_options
 from gateway.schemas.sampling import TOKEN_LISTS, check_sampling

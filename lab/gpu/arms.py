@@ -22,7 +22,7 @@ from launcher.models.model import find_model
 from launcher.plan.budget import Budget, Sizing, Workload, compute_budget
 from launcher.plan.command import EngineCommand, build_arguments, find_vllm
 from launcher.plan.engine_plan import NAMES, EngineOption, EnginePlan, parse_overrides
-from launcher.plan.flags import read_flags
+from launcher.plan.flags.known_flags import read_flags
 from launcher.plan.hardware import GIB, Device, find_device
 from launcher.plan.prepare import Prepared, prepare_with
 

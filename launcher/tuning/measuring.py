@@ -30,7 +30,7 @@ from launcher.plan.engine_plan import (
     choose_profile,
     parse_overrides,
 )
-from launcher.plan.flags import Flags, read_flags
+from launcher.plan.flags.known_flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
 from launcher.tuning.candidates import Candidate, CandidateResult

@@ -23,12 +23,13 @@ _GPU = "needs an NVIDIA GPU beside the launcher"
 _SPECULATION = "needs an engine that speculates (speculative-config)"
 WITHOUT_DATA = {
     ("overview", "Alerts"): "lists the alerts that fire, and none should",
-    ("engine", "Busy"): _GPU,
-    ("engine", "Memory"): _GPU,
-    ("engine", "Power and temperature"): _GPU,
-    ("engine", "Drafted tokens that were accepted"): _SPECULATION,
-    ("engine", "Accepted, by place in the draft"): _SPECULATION,
-    ("engine", "Tokens a draft"): _SPECULATION,
+    ("engine", "GPU utilization"): _GPU,
+    ("engine", "GPU memory"): _GPU,
+    ("engine", "GPU power"): _GPU,
+    ("engine", "GPU temperature"): _GPU,
+    ("engine", "Acceptance rate"): _SPECULATION,
+    ("engine", "Accepted, by position"): _SPECULATION,
+    ("engine", "Tokens per draft"): _SPECULATION,
 }
 _PAUSE_S = 1.0
 

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
 RULES = ROOT / "deploy" / "prometheus" / "rules"
 # What Grafana puts in their place.
-VARIABLES = {"$__rate_interval": "1m", "$instance": ".*"}
+VARIABLES = {
+    "$__rate_interval": "1m",
+    **dict.fromkeys(("$model", "$engine", "$key"), ".*"),
+    "$slo": "1",
+}
 _STRINGS = re.compile(r'"[^"]*"')
 _LABELS = re.compile(r"\{[^}]*\}|\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
 _RANGES = re.compile(r"\[[^\]]*\]")

@@ -20,6 +20,7 @@ from tests.deploy.check_live import WITHOUT_DATA
 from tests.deploy.expressions import (
     DASHBOARDS,
     RULES,
+    Expression,
     find_names,
     list_expressions,
     list_known_names,
@@ -173,11 +174,77 @@ def test_lines_of_a_chart_have_names_of_their_own() -> None:
                     assert missing == [], panel.title
 
 
-def test_choice_of_engines_holds_for_every_panel_of_its_board() -> None:
+# What a metric's name begins with, and by which choice its series must be picked out.
+CHOSEN = {
+    "vllm:": ('instance=~"$engine"', 'model_name=~"$model"'),
+    "engine:": ('instance=~"$engine"',),
+    "launcher_": ('instance=~"$engine"',),
+    "gateway_engine_": ('engine=~"(https?://)?($engine)(:.*)?"',),
+    "gateway_warmup": ('engine=~"(https?://)?($engine)(:.*)?"',),
+    "gateway_usage_": ('key=~"$key"',),
+}
+
+
+def test_choices_at_the_top_hold_for_every_panel() -> None:
     for one in list_expressions():
-        if one.board == "engine":
-            names = [name for name in find_names(one.text) if ":" in name or "_" in name]
-            assert one.text.count('instance=~"$instance"') >= len(names) > 0, one.panel
+        for beginning, matchers in CHOSEN.items():
+            names = [name for name in find_names(one.text) if name.startswith(beginning)]
+            for matcher in matchers:
+                assert one.text.count(matcher) >= len(names), f"{one.board}, {one.panel}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_board_has_the_same_choices_and_first_row(path: Path) -> None:
+    board = read(path)
+    names = [one["name"] for one in board["templating"]["list"]]
+    assert names == ["datasource", "model", "engine", "key", "slo"]
+    expressions = [one.text for one in list_expressions() if one.board == path.stem]
+    for name in names[1:]:
+        assert any(f"${name}" in text for text in expressions), f"${name} changes nothing"
+
+    first = [panel for panel in list_panels(board) if panel["gridPos"]["y"] <= 1]
+    assert [panel["title"] for panel in first] == [
+        *("TTFT p95", "ITL p95", "tok/s", "Errors", "TTFT within SLO", "In flight")
+    ]
+    assert {panel["type"] for panel in first} == {"stat"}
+
+
+# By the end of a metric's name the units of which one is right.
+UNITS = {
+    r"_seconds_bucket$": {"s", "percentunit"},
+    r"_timestamp_seconds$|_start_time_seconds$": {"dateTimeFromNow"},
+    r"_bytes$": {"bytes"},
+    r"_watts$": {"watt"},
+    r"_celsius$": {"celsius"},
+    r"_ratio$|:ratio|kv_usage": {"percentunit"},
+    r"tokens:rate1m$|usage_tokens_total$": {"si:tok/s", "si:/s", "short"},
+    r"requests:rate1m$|usage_requests_total$": {"reqps"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_panel_has_a_description_with_its_metrics_and_the_right_unit(path: Path) -> None:
+    for panel in list_panels(read(path)):
+        title, unit = panel["title"], panel["fieldConfig"]["defaults"]["unit"]
+        about, _, metrics = panel["description"].rpartition("\n\n")
+        assert len(about) > 15, title
+        asked = [Expression(path.stem, title, target["expr"]) for target in panel["targets"]]
+        names = set().union(*(find_names(one.promql) for one in asked))
+        shown = {re.sub("_(bucket|count|sum)$", "", name) for name in names}
+        assert set(re.findall(r"`([^`]+)`", metrics)) == shown, title
+        assert unit, title
+        for ending, units in UNITS.items():
+            if panel["type"] != "table" and any(re.search(ending, name) for name in names):
+                assert unit in units, f"{title}: {unit}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_legend_of_a_chart_says_last_and_max(path: Path) -> None:
+    for panel in list_panels(read(path)):
+        if panel["type"] == "timeseries":
+            legend = panel["options"]["legend"]
+            assert legend["calcs"] == ["lastNotNull", "max"], panel["title"]
+            assert legend["displayMode"] == "table", panel["title"]
 
 
 def test_division_by_nought_shows_nothing() -> None:

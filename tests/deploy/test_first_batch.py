@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # Prometheus judges, not Python
 # Of the course's board: what one batch of questions, one of them empty, must show.
 SHOWN = (
     *("Questions", "Seconds", "Tokens a second", "Characters a second", "Characters an answer"),
-    *("Answers shared", "Questions in a call", "Calls", "A call's duration"),
+    *("Answers shared", "Questions in a call", "Calls", "E2E latency of a call"),
     *("Speed while a call runs", "Tokens and characters, by the clock"),
     "Questions without an answer",
 )

@@ -14,7 +14,7 @@ from launcher.config import LauncherSettings
 from launcher.models.families import find_parser_rules, list_parser_rules
 from launcher.models.model import Model, find_model
 from launcher.plan.engine_plan import EngineOption, EnginePlan, build_plan, parse_overrides
-from launcher.plan.flags import Flags, read_shipped_flags
+from launcher.plan.flags.known_flags import Flags, read_shipped_flags
 from launcher.plan.hardware import parse_device
 
 MODELS = Path(__file__).parent / "models"

@@ -15,7 +15,7 @@ from common.errors import SettingsError
 from launcher.config import LauncherSettings
 from launcher.plan.command import InstalledVllm, build_command
 from launcher.plan.engine_plan import NAMES, build_plan, parse_overrides
-from launcher.plan.flags import Flags, list_changes, read_flags, read_shipped_flags
+from launcher.plan.flags.known_flags import Flags, list_changes, read_flags, read_shipped_flags
 from launcher.plan.hardware import parse_device
 from tests.launcher.test_profiles import GPUS, MODELS, make_command, make_plan, read_model
 
@@ -151,7 +151,7 @@ def test_flags_file_of_an_earlier_launcher_is_asked_for_anew(
 ) -> None:
     (tmp_path / "flags-0.20.2.json").write_text('{"flags": {}, "fields": {}}')
     answer = json.dumps({"flags": {"model": "value"}, "fields": {}, "choices": {}})
-    monkeypatch.setattr("launcher.plan.flags._ask_parser", lambda *_: [answer])
+    monkeypatch.setattr("launcher.plan.flags.known_flags._ask_parser", lambda *_: [answer])
     assert read_flags("0.20.2", tmp_path) == Flags("0.20.2", {"model": "value"}, {}, {})
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import SettingsError
 from launcher.plan.engine_plan import build_plan, parse_overrides
-from launcher.plan.flags import read_shipped_flags
+from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.hardware import GIB, parse_device
 from tests.launcher.test_profiles import read_model
 

@@ -18,7 +18,7 @@ from launcher.models.model import find_model
 from launcher.models.multimodal import reads_media
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
 from launcher.plan.engine_plan import build_plan
-from launcher.plan.flags import read_shipped_flags
+from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.hardware import parse_device
 
 FLAGS = read_shipped_flags()

@@ -22,7 +22,7 @@ from launcher.config import LauncherSettings
 from launcher.models.model import Model, find_model
 from launcher.plan.command import EngineCommand, InstalledVllm, build_command
 from launcher.plan.engine_plan import NAMES, EnginePlan, build_plan, parse_overrides
-from launcher.plan.flags import Flags, read_shipped_flags, try_commands
+from launcher.plan.flags.known_flags import Flags, read_shipped_flags, try_commands
 from launcher.plan.hardware import GIB, Device, list_gpus, parse_device
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from launcher.plan.command import build_arguments
 from launcher.plan.engine_plan import EngineOption, build_plan
-from launcher.plan.flags import read_shipped_flags, try_commands
+from launcher.plan.flags.known_flags import read_shipped_flags, try_commands
 from launcher.plan.hardware import parse_device
 from launcher.tuning.candidates import (
     Candidate,

@@ -18,7 +18,7 @@ from launcher.config import LauncherSettings
 from launcher.gateway_process import check_gateway
 from launcher.models.model import find_model
 from launcher.plan.command import find_vllm
-from launcher.plan.flags import read_flags
+from launcher.plan.flags.known_flags import read_flags
 from launcher.plan.prepare import decide
 from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
 

@@ -25,6 +25,9 @@ WAYS = [
     ("compose.cpu.yaml",),
     ("compose.scale.yaml",),
     ("compose.replicas.yaml",),
+    ("compose.tls.yaml",),
+    ("compose.alerts.yaml",),
+    ("compose.tls.yaml", "compose.replicas.yaml", "compose.alerts.yaml"),
     ("compose.cpu.yaml", "compose.replicas.yaml"),
     ("compose.scale.yaml", "compose.replicas.yaml"),
     ("tests/stack/compose.ci.yaml",),
@@ -33,7 +36,8 @@ WAYS = [
 
 
 def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **variables}
+    # compose.tls.yaml wants the one, and the others leave it be.
+    environment = {**os.environ, "DOMAIN": "llm.example.com", **variables}
     return subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -299,10 +303,37 @@ def test_several_gateways_are_published_by_their_balancer_alone() -> None:
         assert several["balancer"][key] == several["redis"][key] == one["gateway"][key], key
 
 
+def test_gateway_behind_tls_is_reached_by_caddy_alone_and_with_keys() -> None:
+    stack = services(("compose.tls.yaml",))
+    assert "ports" not in stack["gateway"]
+    assert stack["gateway"]["command"] == ["--no-allow-anonymous"]
+    assert stack["gateway"]["environment"]["GATEWAY_ALLOWED_HOSTS"] == "llm.example.com"
+    assert [port["target"] for port in stack["caddy"]["ports"]] == [80, 443]
+    for key in ("init", "restart", "security_opt", "cap_drop", "logging"):
+        assert stack["caddy"][key] == services()["gateway"][key], key
+
+
+def test_alertmanager_is_told_where_it_is_there_and_on_the_loopback_alone() -> None:
+    before, after = services(), services(("compose.alerts.yaml",))
+    target = "/etc/prometheus/alertmanagers"
+    assert "alertmanager" not in before
+    assert [one for one in before["prometheus"]["volumes"] if one["target"] == target] == []
+    folder = Path(mount(after["prometheus"], target)["source"])
+    (path,) = folder.iterdir()
+    assert path.read_text(encoding="utf-8") == "- targets: [alertmanager:9093]\n"
+    assert {port["host_ip"] for port in after["alertmanager"]["ports"]} == {"127.0.0.1"}
+
+
+def test_prometheus_data_is_bounded_in_size() -> None:
+    command = services(PROMETHEUS_SIZE="")["prometheus"]["command"]
+    assert "--storage.tsdb.retention.size=10GB" in command
+
+
 def test_every_image_of_a_registry_is_pinned() -> None:
-    images = compose(("compose.replicas.yaml",), "config", "--images").split()
+    ways = ("compose.replicas.yaml", "compose.tls.yaml", "compose.alerts.yaml")
+    images = compose(ways, "config", "--images").split()
     foreign = [image for image in images if not image.startswith("vllm-gateway")]
-    assert len(foreign) == 4
+    assert len(foreign) == 6
     assert all(":" in image and not image.endswith(":latest") for image in foreign)
 
 

@@ -17,7 +17,7 @@ from lab.gpu.arms import (
     list_default_arms,
     parse_arm,
 )
-from launcher.plan.flags import read_shipped_flags
+from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.hardware import GIB, Device, parse_device
 
 # They ask what the installed vLLM is, which the other Pythons' environments have not.

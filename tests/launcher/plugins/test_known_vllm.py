@@ -14,7 +14,7 @@ from launcher.config import LauncherSettings
 from launcher.models.model import find_model
 from launcher.plan.command import InstalledVllm
 from launcher.plan.engine_plan import EnginePlan, build_plan, parse_overrides
-from launcher.plan.flags import read_shipped_flags
+from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.hardware import parse_device
 from launcher.plan.scheduler import OPTION, OURS, choose_scheduler, find_model_kind
 from launcher.plugins.known_vllm import digest_files, find_difference, find_vllm_folder, read_known

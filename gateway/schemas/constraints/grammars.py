@@ -18,7 +18,7 @@ import orjson
 
 from gateway.config import Settings
 from gateway.errors import InvalidRequest
-from gateway.schemas.regex_cost import TooCostly, check_regex
+from gateway.schemas.constraints.regex_cost import TooCostly, check_regex
 
 Kind = Literal["json", "choice", "regex", "grammar", "structural_tag", "tools"]
 

@@ -1,0 +1,69 @@
+"""What a /v1 call must pass before it enters, whoever makes it: its parser, its key's rights, the
+hosts of its media, and what is set aside for it. Whose turn it is, is `queue.py`'s matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from gateway.admission.accounts import Accounts
+from gateway.admission.keys import Caller
+from gateway.admission.media_hosts import MediaHosts
+from gateway.admission.served_models import ServedModels
+from gateway.config import Settings
+from gateway.engines.pool import ModelPool
+from gateway.schemas.large_json import SMALL_BYTES
+from gateway.schemas.openai import (
+    NotWritable,
+    OpenAIRequest,
+    parse_large_openai_request,
+    parse_openai_request,
+)
+
+BYTES_A_TOKEN = 4
+_SHORT_BYTES = 4096  # no model's context is too short for that
+
+
+async def parse_call(
+    path: str, body: bytes, settings: Settings, models: ServedModels, deadline: float | None
+) -> OpenAIRequest:
+    length, most = None, _SHORT_BYTES
+    if len(body) > _SHORT_BYTES:
+        length = await models.find_shortest_context(deadline)
+        most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
+    if len(body) <= min(SMALL_BYTES, most):
+        # What is nested too deep to be written again is copied where it lies, as what is large.
+        with contextlib.suppress(NotWritable):
+            return parse_openai_request(path, body, settings)
+    return await parse_large_openai_request(
+        path, body, settings, lambda model: models.find_context(model) or length
+    )
+
+
+async def check_call(
+    call: OpenAIRequest, caller: Caller, settings: Settings, media_hosts: MediaHosts
+) -> None:
+    if caller.models:
+        caller.check_model(call.model)
+    if call.constraints:
+        caller.check_constraints(call.constraints, settings.structured_outputs)
+    if call.media_hosts:
+        await media_hosts.ensure_allowed(call.media_hosts)
+
+
+def bound_answer(call: OpenAIRequest, settings: Settings, pool: ModelPool) -> int:
+    """The most new tokens of a sequence, by the caller's word and by the model's context."""
+    card = pool.read_card()
+    context = card.max_model_len if card and card.max_model_len else settings.max_new_tokens
+    return min(call.most_new_tokens or context, context)
+
+
+def expect_tokens(
+    call: OpenAIRequest, taken: int, bound: int, caller: Caller, accounts: Accounts
+) -> int:
+    """What is set aside of the key's minute until it is known what the call has used; `taken` for
+    its prompt.
+    """
+    if call.most_new_tokens is None:
+        bound = min(bound, accounts.expect_answer(caller))
+    return taken + bound * call.sequences

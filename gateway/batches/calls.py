@@ -1,0 +1,166 @@
+"""One request of a batch: the way of any other one, with its checks and its place in the queue, in
+the lane `batch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.admission.accounts import Accounts, Spent
+from gateway.admission.calls import (
+    BYTES_A_TOKEN,
+    bound_answer,
+    check_call,
+    expect_tokens,
+    parse_call,
+)
+from gateway.admission.keys import Caller
+from gateway.admission.limits import Claim
+from gateway.admission.media_hosts import MediaHosts
+from gateway.admission.served_models import ServedModel, ServedModels
+from gateway.admission.tickets import build_ticket, open_claim
+from gateway.config import Settings
+from gateway.engines.attempt import EngineCall
+from gateway.engines.engine import BUSY_STATUSES
+from gateway.errors import EngineBusy, EngineError, InvalidRequest
+from gateway.observability.request_record import RequestRecord
+from gateway.request_context import RequestContext
+from gateway.schemas.openai import OpenAIRequest, name_engine_error, parse_usage
+from gateway.schemas.vllm import parse_engine_error
+
+ReadBody = Callable[[], Awaitable[bytes]]
+
+
+@dataclass(slots=True)
+class Answer:
+    """An engine's word on one request: its answer, or its refusal."""
+
+    status: int
+    body: bytes
+    queue_s: float
+
+
+@dataclass(slots=True)
+class _Line:
+    """One request on its way: who asks what of which model, and what it claims of their limits."""
+
+    caller: Caller
+    path: str
+    served: ServedModel
+    call: OpenAIRequest
+    context: RequestContext
+    claim: Claim | None
+
+
+class BodyCount(Protocol):
+    """The bytes of all bodies in memory."""
+
+    def hold(self, context: RequestContext, size: int) -> None: ...
+
+    def release(self, context: RequestContext) -> None: ...
+
+
+class BatchCaller:
+    """What /v1 routes do for a caller who waits, for one who does not."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        models: ServedModels,
+        accounts: Accounts,
+        media_hosts: MediaHosts,
+        bodies: BodyCount,
+    ) -> None:
+        self._settings, self._models = settings, models
+        self._accounts, self._media_hosts, self._bodies = accounts, media_hosts, bodies
+
+    def count_interactive(self) -> int:
+        """Sequences of callers who wait for their answers, here or in the engines."""
+        return sum(self._models.count("interactive"))
+
+    async def ask(
+        self, caller: Caller, path: str, size: int, read: ReadBody, request_id: str
+    ) -> Answer:
+        """A `GatewayError` is what a caller would be told. Bodies count with those of requests that
+        come in: so many lines of megabytes are not in memory at once.
+        """
+        caller.check_route(path)
+        context = RequestContext(request_id, RequestRecord(path))
+        try:
+            self._bodies.hold(context, size)
+            return await self._ask(caller, path, await read(), context)
+        finally:
+            self._bodies.release(context)
+
+    async def _ask(self, caller: Caller, path: str, body: bytes, context: RequestContext) -> Answer:
+        call = await parse_call(path, body, self._settings, self._models, None)
+        if call.is_stream:
+            raise InvalidRequest("nobody reads a stream in a batch; leave it out", param="stream")
+        await check_call(call, caller, self._settings, self._media_hosts)
+        served = self._models.by_name.get(call.model)
+        if served is None:
+            served = await self._models.find(call.model, caller, None)
+        served.requests += 1
+        claim = open_claim(caller, may_reserve=True) if caller.has_limits else None
+        line = _Line(caller, path, served, call, context, claim)
+        try:
+            await self._accounts.take_request(caller, claim)
+            return await self._enter(line)
+        finally:
+            if claim is not None:
+                self._accounts.close_claim(claim)
+
+    async def _enter(self, line: _Line) -> Answer:
+        caller, call, context = line.caller, line.call, line.context
+        ticket = build_ticket({}, caller, call.sequences, "batch", None, claim=line.claim)
+        ticket.lane = "batch"  # whatever the key's own requests are
+        is_writing = line.path != "/v1/embeddings"
+        bound = bound_answer(call, self._settings, line.served.pool) if is_writing else 0
+        taken = call.size // BYTES_A_TOKEN
+        if caller.tokens_per_minute:
+            ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
+        context.record.note_queued()
+        async with line.served.queue.enter(ticket):
+            context.record.note_entered()
+            try:
+                return await self._send(line)
+            except asyncio.CancelledError:
+                if context.is_running:  # else to cancel a batch would be free
+                    left = Spent(taken, 0, context.running_s(), call.sequences)
+                    await self._accounts.charge_left(caller, left, bound, claim=line.claim)
+                raise
+
+    async def _send(self, line: _Line) -> Answer:
+        call, context, path = line.call, line.context, line.path
+        engine_call = EngineCall(
+            context,
+            "POST",
+            path,
+            1,  # whether it is sent again is its batch's matter
+            body=call.body,
+            sequences=call.sequences,
+            affinity=call.affinity,
+            is_relayed=True,
+        )
+        async with line.served.pool.attempt(engine_call) as answer:
+            engine_call.body, call.body = None, b""
+            self._bodies.release(context)
+            if answer.body is None:
+                raise EngineError("the engine answered with a stream", code="engine_garbled")
+            status, body = answer.status, answer.body
+        if status in BUSY_STATUSES:
+            raise EngineBusy(parse_engine_error(body)[0], retry_after_s=1)
+        if status >= 500:
+            message, _ = parse_engine_error(body)
+            raise EngineError(f"the engine answered {status}: {message}")
+        if status >= 400:
+            return Answer(status, name_engine_error(status, body, path), context.record.queue_s)
+        if (usage := parse_usage(body)) is not None:
+            spent = Spent(*usage, context.running_s(), call.sequences)
+            line.served.count_tokens(*usage)
+            await self._accounts.count_tokens(line.caller, spent, line.claim)
+        return Answer(status, body, context.record.queue_s)

@@ -1,0 +1,175 @@
+"""Which batches this gateway runs: it takes what nobody runs, shows that it lives, notices what has
+become of its own, and throws away what is too old.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from gateway.batches.blobs import Blobs
+from gateway.batches.ownership import Ownership, OwnershipLost
+from gateway.batches.runner import JobRunner
+from gateway.batches.shapes import JobRecord
+from gateway.batches.store import DAY_S, Store
+from gateway.config import Settings
+from gateway.errors import GatewayError
+from gateway.observability.metrics import Metrics
+
+log = structlog.get_logger("gateway")
+
+_MOST_AT_ONCE = 16  # batches that one gateway runs; further ones wait
+_LONGEST_POLL_S = 1.0
+_BEATS_A_LEASE = 5
+_SWEEP_S = 600.0
+_ORPHAN_AGE_S = 3600.0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Of another gateway's batch: how far its owner was, and since when, by our own clock."""
+
+    mark: tuple[int, int]
+    since: float
+
+
+class Coordinator:
+    """One task that looks, and one for each batch that it runs."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        ownership: Ownership,
+        store: Store,
+        blobs: Blobs,
+        build_runner: Callable[[JobRecord], JobRunner],
+        metrics: Metrics,
+    ) -> None:
+        self._ownership, self._store, self._blobs = ownership, store, blobs
+        self._build_runner, self._metrics = build_runner, metrics
+        self._lease_s = settings.batch_lease_s
+        self._kept_s = settings.batch_retention_days * DAY_S
+        self._poll_s = min(_LONGEST_POLL_S, self._lease_s / _BEATS_A_LEASE)
+        self._running: dict[str, tuple[JobRunner, asyncio.Task[None]]] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._wake = asyncio.Event()
+        self._is_stopping = False
+        self._swept_at = float("-inf")
+        metrics.batch_jobs.read = lambda: [((), len(self._running))]
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._look()
+                await self._sweep()
+            except GatewayError as error:
+                self._metrics.batch_storage_failures.inc()
+                log.warning("batches_not_looked_at", reason=error.message)
+            except Exception:
+                log.exception("batches_not_looked_at")
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self._poll_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def stop(self) -> None:
+        """What runs is given up and given back: another gateway may go on at once."""
+        self._is_stopping = True
+        runners = list(self._running.values())
+        for _, task in runners:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in runners), return_exceptions=True)
+        for runner, _ in runners:
+            try:
+                await self._ownership.give_back(runner.job)
+            except GatewayError as error:
+                log.warning("batch_not_given_back", batch=runner.job.id, reason=error.message)
+
+    async def _look(self) -> None:
+        if self._running:
+            await self._ownership.beat(self._running)
+        jobs = await self._ownership.list_open()
+        open_ids = {job.id for job in jobs}
+        for gone in self._seen.keys() - open_ids:
+            del self._seen[gone]
+        for job in jobs:
+            if job.id in self._running:
+                self._tell(self._running[job.id][0], job)
+            elif self._is_free(job) and self._has_room_for(job):
+                await self._take(job)
+
+    def _tell(self, runner: JobRunner, job: JobRecord) -> None:
+        """What its owner or its time has decided about a batch of ours."""
+        if job.epoch != runner.job.epoch:
+            self._running[job.id][1].cancel()
+        elif job.status == "cancelling":
+            runner.end("cancelled")
+        elif job.expires_at <= time.time():
+            runner.end("expired")
+        else:
+            runner.check_owner()
+
+    def _is_free(self, job: JobRecord) -> bool:
+        """Nobody has it, or who has it has not moved for a whole lease."""
+        if not job.worker:
+            return True
+        mark, now = (job.epoch, job.beat), time.monotonic()
+        seen = self._seen.get(job.id)
+        if seen is None or seen.mark != mark:
+            self._seen[job.id] = _Seen(mark, now)
+            return False
+        return now - seen.since >= self._lease_s
+
+    def _has_room_for(self, job: JobRecord) -> bool:
+        """What only has to be ended costs little, and is waited for."""
+        is_short = job.ending is not None or job.expires_at <= time.time()
+        return is_short or len(self._running) < _MOST_AT_ONCE
+
+    async def _take(self, job: JobRecord) -> None:
+        claimed = await self._ownership.claim(job)
+        if claimed is None:
+            return
+        if job.worker:
+            self._metrics.batch_takeovers.inc()
+            log.warning("batch_taken_over", batch=job.id, worker=job.worker)
+        runner = self._build_runner(claimed)
+        self._tell(runner, claimed)
+        task = asyncio.create_task(self._run(runner))
+        self._running[job.id] = runner, task
+
+    async def _run(self, runner: JobRunner) -> None:
+        try:
+            await runner.run()
+        except OwnershipLost:
+            log.warning("batch_lost", batch=runner.job.id)
+        except Exception:
+            log.exception("batch_crashed", batch=runner.job.id)
+        finally:
+            if not self._is_stopping:
+                self._running.pop(runner.job.id, None)
+                self.wake()
+
+    async def _sweep(self) -> None:
+        """Files whose time is over, and bytes that no file has: of uploads and of files that were
+        begun by a gateway that is no more.
+        """
+        if time.monotonic() - self._swept_at < _SWEEP_S:
+            return
+        self._swept_at = time.monotonic()
+        for file in await self._store.list_expired_files():
+            await self._store.delete_file(file.owner, file.id)
+            await self._blobs.delete(file.blob)
+        for name in await self._store.find_orphans(await self._blobs.list_older(_ORPHAN_AGE_S)):
+            await self._blobs.delete(name)
+        await self._store.delete_old_jobs(self._kept_s)

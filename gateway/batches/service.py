@@ -1,0 +1,211 @@
+"""All of it put together: what the routes ask for, and what lives as long as the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.admission.keys import Caller, Keyring
+from gateway.batches.blobs import Blobs, DiskBlobs
+from gateway.batches.calls import BatchCaller
+from gateway.batches.coordinator import Coordinator
+from gateway.batches.database import Database
+from gateway.batches.ownership import Ownership
+from gateway.batches.runner import JobRunner, OpenCount
+from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
+from gateway.batches.store import Store, find_kept_s, make_id
+from gateway.batches.uploads import Upload
+from gateway.batches.window import Window
+from gateway.config import Settings, SettingsError
+from gateway.errors import Forbidden, InvalidRequest
+from gateway.observability.metrics import Metrics
+
+_BLOBS = "files"
+
+
+@dataclass(slots=True)
+class Parts:
+    """What it needs of the gateway."""
+
+    keyring: Keyring
+    caller: BatchCaller
+    metrics: Metrics
+    open_requests: OpenCount
+    is_draining: Callable[[], bool]
+
+
+class BatchService:
+    """Files and batches of this gateway's callers."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        folder = _ensure_folder(settings)
+        self._settings, self._metrics = settings, metrics
+        self._blobs: Blobs = DiskBlobs(folder / _BLOBS)
+        self._database = Database(settings)
+        self.store = Store(self._database)
+        self._coordinator: Coordinator | None = None
+
+    @asynccontextmanager
+    async def run(self, parts: Parts) -> AsyncIterator[None]:
+        """Batches are run inside of this; their database is opened when it is needed."""
+        ownership = Ownership(self._database, secrets.token_hex(8))
+        window = Window(self._settings.batch_max_running, parts.caller.count_interactive)
+        self._metrics.batch_window.read = lambda: [((), window.limit)]
+        self._metrics.batch_running.read = lambda: [((), window.running)]
+
+        def build_runner(job: JobRecord) -> JobRunner:
+            return JobRunner(
+                job,
+                ownership=ownership,
+                blobs=self._blobs,
+                caller=parts.caller,
+                find_caller=parts.keyring.find_named,
+                window=window,
+                open_requests=parts.open_requests,
+                is_draining=parts.is_draining,
+                settings=self._settings,
+                metrics=self._metrics,
+            )
+
+        coordinator = self._coordinator = Coordinator(
+            settings=self._settings,
+            ownership=ownership,
+            store=self.store,
+            blobs=self._blobs,
+            build_runner=build_runner,
+            metrics=self._metrics,
+        )
+        looking = asyncio.create_task(coordinator.run())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+            await coordinator.stop()
+            await self._database.close()
+
+    @asynccontextmanager
+    async def receive(self, caller: Caller) -> AsyncIterator[tuple[Upload, UploadEnd]]:
+        """Where a file's bytes go; it is there once its end has been told."""
+        most, lines = await self._find_room(caller), self._settings.batch_max_lines
+        file_id = make_id("file-")
+        end = UploadEnd()
+        async with self._blobs.write(file_id) as writer:
+            upload = Upload(
+                writer,
+                max_bytes=most,
+                max_lines=min(lines, caller.batch_max_lines or lines),
+                max_line_bytes=self._settings.max_body_bytes,
+                most_items=self._settings.max_prompts,
+            )
+            yield upload, end
+            await upload.finish()
+        now = int(time.time())
+        end.file = FileRecord(
+            id=file_id,
+            owner=caller.name,
+            filename=end.filename,
+            purpose=PURPOSE,
+            bytes=upload.bytes,
+            created_at=now,
+            expires_at=now + find_kept_s(self._settings, caller, end.expires_s),
+            blob=file_id,
+            lines=len(upload.lines),
+            url=upload.url,
+            models=upload.models,
+        )
+        await self.store.add_file(end.file, upload.lines)
+
+    async def _find_room(self, caller: Caller) -> int:
+        """How large the next file may be. Two at once may both find it."""
+        bound = caller.batch_max_stored_bytes or self._settings.batch_max_stored_bytes
+        stored = await self.store.sum_bytes(caller.name)
+        if stored >= bound:
+            raise Forbidden(
+                f"this key's files take {stored} bytes already, and may take {bound}: delete some",
+                code="batch_storage",
+            )
+        return min(self._settings.batch_max_file_bytes, bound - stored)
+
+    def read(self, file: FileRecord) -> AsyncGenerator[bytes, None]:
+        return self._blobs.read_all(file.blob)
+
+    async def delete(self, caller: Caller, file_id: str) -> None:
+        file = await self.store.delete_file(caller.name, file_id)
+        await self._blobs.delete(file.blob)
+
+    async def create(self, caller: Caller, asked: BatchRequest) -> JobRecord:
+        """Everything that can be wrong with it is told at once."""
+        caller.check_route(asked.endpoint)
+        file = await self.store.find_file(caller.name, asked.input_file_id)
+        if file.purpose != PURPOSE:
+            raise InvalidRequest(
+                f"{file.id} is a file of answers; a batch reads one that was uploaded with the "
+                f"purpose {PURPOSE!r}",
+                param="input_file_id",
+            )
+        if file.url != asked.endpoint:
+            raise InvalidRequest(
+                f"line 1: url is {file.url}, and the batch's endpoint is {asked.endpoint}",
+                param="endpoint",
+                code="mismatched_url",
+            )
+        for model in file.models if caller.models else ():
+            caller.check_model(self._settings.alias_map.get(model, model))
+        now = int(time.time())
+        job = JobRecord(
+            id=make_id("batch_"),
+            owner=caller.name,
+            input_file_id=file.id,
+            endpoint=asked.endpoint,
+            completion_window=asked.completion_window,
+            status="validating",
+            created_at=now,
+            expires_at=now + asked.window_s,
+            total=file.lines,
+            metadata=asked.metadata,
+            model=file.models[0] if len(file.models) == 1 else None,
+            output_expires_s=asked.output_expires_s,
+        )
+        await self.store.add_job(job, caller.batch_max_jobs or self._settings.batch_max_jobs)
+        self.wake()
+        return job
+
+    async def cancel(self, caller: Caller, job_id: str) -> JobRecord:
+        job = await self.store.cancel_job(caller.name, job_id)
+        self.wake()
+        return job
+
+    def wake(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.wake()
+
+
+@dataclass(slots=True)
+class UploadEnd:
+    """What is known of a file only when all of it is there."""
+
+    filename: str = "batch.jsonl"
+    expires_s: int | None = None
+    file: FileRecord | None = None
+
+
+def _ensure_folder(settings: Settings) -> Path:
+    folder = settings.batch_folder
+    assert folder is not None  # noqa: S101 — else nobody comes here
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / _BLOBS).mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(
+            f"GATEWAY_BATCH_FOLDER: cannot make {folder} ({error.strerror})"
+        ) from None
+    if not os.access(folder / _BLOBS, os.W_OK | os.X_OK):
+        raise SettingsError(f"GATEWAY_BATCH_FOLDER: {folder} may not be written")
+    return folder

@@ -1,0 +1,1 @@
+"""Which flags `vllm serve` knows: recorded ones, changes, and what the installed one says."""

@@ -1,0 +1,198 @@
+"""A gateway that keeps batches, its callers with OpenAI's SDK, and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import orjson
+import pytest
+
+from common.ports import find_free_ports
+from tests.gateway import conftest as gateway
+from tests.gateway.conftest import Served, serve_gateway
+from tests.plain_http import NO_TLS
+
+_USER = "postgres"  # PostgreSQL does not run as root
+CHAT = "/v1/chat/completions"
+
+
+@dataclass
+class Postgres:
+    """A server of its own, with a new database for each who asks."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+    databases: int = 0
+    programs: Path = field(default_factory=lambda: find_postgres() or Path())
+
+    def make_database(self) -> str:
+        self.databases += 1
+        name = f"batches_{self.databases}"
+        self.ask(f"CREATE DATABASE {name}")
+        return f"postgresql://{_USER}@127.0.0.1:{self.port}/{name}"
+
+    def ask(self, statement: str, database: str = "postgres") -> str:
+        address = ["-h", "127.0.0.1", "-p", str(self.port), "-U", _USER, "-d", database]
+        command = [str(self.programs / "psql"), *address, "-qAtc", statement]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def start(self) -> None:
+        options = {"listen_addresses": "127.0.0.1", "port": self.port, "fsync": "off"}
+        options |= {"unix_socket_directories": self.folder, "max_connections": 50}
+        words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        self.process = subprocess.Popen(
+            [self.programs / "postgres", "-D", self.folder / "data", *words],
+            stderr=subprocess.DEVNULL,
+            user=_find_user(),
+        )
+        deadline = time.monotonic() + 30
+        probe: list[str | Path] = [
+            self.programs / "pg_isready",
+            "-q",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+        ]
+        while subprocess.run(probe, check=False).returncode != 0:
+            assert time.monotonic() < deadline, "PostgreSQL does not start"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """At once: whoever has a connection loses it."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
+
+
+def find_postgres() -> Path | None:
+    """The folder with its programs: Debian has them on no path."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    found = shutil.which("initdb")
+    return Path(found).resolve().parent if found else folders[-1] if folders else None
+
+
+def _find_user() -> str | None:
+    return _USER if os.geteuid() == 0 else None
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    if find_postgres() is None:
+        message = "PostgreSQL is not here (scripts/system.sh postgres)"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    # Not below pytest's own folders, into which no other user may look.
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    server = Postgres(folder, find_free_ports(1)[0])
+    try:
+        if (user := _find_user()) is not None:
+            entry = pwd.getpwnam(user)
+            os.chown(folder, entry.pw_uid, entry.pw_gid)
+        subprocess.run(
+            [server.programs / "initdb", "-D", folder / "data", "-U", _USER, "-A", "trust", "-N"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            user=user,
+        )
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a gateway with batches, on either database."""
+    found: dict[str, Any] = {"batch_folder": tmp_path / "batches"}
+    if request.param == "postgres":
+        found["batch_database"] = request.getfixturevalue("postgres").make_database()
+    return found
+
+
+@dataclass
+class Batches:
+    """A gateway with batches, and a caller of it."""
+
+    served: Served
+    sdk: Any  # its types know OpenAI's own values alone
+
+    async def upload(self, lines: Sequence[dict[str, Any]] | bytes, name: str = "in.jsonl") -> str:
+        data = lines if isinstance(lines, bytes) else dump(lines)
+        file = await self.sdk.files.create(file=(name, data), purpose="batch")
+        return str(file.id)
+
+    async def create(self, lines: Sequence[dict[str, Any]], **fields: Any) -> str:
+        options: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h"} | fields
+        file_id = await self.upload(lines)
+        return str((await self.sdk.batches.create(input_file_id=file_id, **options)).id)
+
+    async def wait(self, batch_id: str, *states: str) -> Any:
+        states = states or ("completed", "failed", "expired", "cancelled")
+        found: list[Any] = []
+
+        async def has_ended() -> bool:
+            found[:] = [await self.sdk.batches.retrieve(batch_id)]
+            return found[0].status in states
+
+        await until(has_ended)
+        return found[0]
+
+    async def read(self, file_id: str | None) -> list[dict[str, Any]]:
+        if file_id is None:
+            return []
+        content = await self.sdk.files.content(file_id)
+        return [orjson.loads(line) for line in content.content.splitlines()]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Long enough for a machine that has much else to do."""
+    await gateway.until(condition, 90)
+
+
+def dump(lines: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(orjson.dumps(line) + b"\n" for line in lines)
+
+
+def ask(number: int, content: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A line of a file: a question with its number."""
+    messages = [{"role": "user", "content": content or f"question {number}"}]
+    body = {"model": "fake", "messages": messages, **fields}
+    return {"custom_id": f"line-{number}", "method": "POST", "url": CHAT, "body": body}
+
+
+@contextlib.asynccontextmanager
+async def open_batches(served: Served, key: str = "none") -> AsyncIterator[Batches]:
+    async with open_sdk(served.url, key) as sdk:
+        yield Batches(served, sdk)
+
+
+@contextlib.asynccontextmanager
+async def open_sdk(url: str, key: str = "none") -> AsyncIterator[Any]:
+    """No retries: each answer is looked at."""
+    options: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": key, "max_retries": 0}
+    client = openai.DefaultAsyncHttpxClient(verify=NO_TLS, timeout=60)
+    async with openai.AsyncOpenAI(http_client=client, **options) as sdk:
+        yield sdk
+
+
+@pytest.fixture
+async def batches(tmp_path: Path) -> AsyncIterator[Batches]:
+    async with (
+        serve_gateway(batch_folder=tmp_path / "batches") as served,
+        open_batches(served) as opened,
+    ):
+        yield opened

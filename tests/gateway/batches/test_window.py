@@ -1,0 +1,130 @@
+"""How many requests of batches run at once, and whose turn it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway.batches.window import Slot, Window
+
+
+async def fill(window: Window) -> list[Slot]:
+    """As many as it lets in."""
+    return [await window.enter(0.0) for _ in range(int(window.limit) - window.running)]
+
+
+async def run_rounds(window: Window, rounds: int) -> None:
+    for _ in range(rounds):
+        for slot in await fill(window):
+            slot.leave("answered")
+
+
+async def test_window_grows_by_one_a_round_up_to_its_most() -> None:
+    window = Window(12)
+    first = int(window.limit)
+
+    await run_rounds(window, 2)
+    grown = int(window.limit)
+    await run_rounds(window, 50)
+
+    assert (first, grown) == (8, 9)
+    assert window.limit == 12
+    assert window.running == 0
+
+
+async def test_window_is_halved_once_a_round_however_many_are_refused() -> None:
+    window = Window(64)
+    slots = await fill(window)
+
+    for slot in slots:
+        slot.leave("refused")
+    once = window.limit
+    await asyncio.sleep(0.001)  # the clock has moved on
+    for slot in await fill(window):
+        slot.leave("refused")
+
+    assert once == 4
+    assert window.limit == 2
+
+
+async def test_window_grows_no_more_where_requests_wait_for_their_place() -> None:
+    window = Window(64)
+
+    for slot in await fill(window):
+        slot.leave("answered", wait_s=1.0)
+    kept = window.limit
+    for slot in await fill(window):
+        slot.leave("answered", wait_s=10.0)
+
+    assert kept == 8
+    assert window.limit == 4
+
+
+async def test_window_opens_again_after_the_pause_that_was_asked_for() -> None:
+    window = Window(64)
+    slots = await fill(window)
+    slots[0].leave("refused", pause_s=0.05)
+    for slot in slots[1:]:
+        slot.leave()
+    waiting = asyncio.create_task(window.enter(0.0))
+    await asyncio.sleep(0)
+    was_open = waiting.done()
+
+    slot = await asyncio.wait_for(waiting, 30)
+
+    assert not was_open
+    slot.leave()
+
+
+async def test_slot_is_given_to_the_lowest_clock_and_left_once() -> None:
+    window = Window(1)
+    slot = await window.enter(0.0)
+    served: list[str] = []
+
+    async def run(name: str, clock: float) -> None:
+        mine = await window.enter(clock)
+        served.append(name)
+        mine.leave()
+        mine.leave()
+
+    others = [asyncio.create_task(run(name, clock)) for name, clock in (("late", 2), ("soon", 1))]
+    await asyncio.sleep(0)
+    slot.leave()
+    await asyncio.gather(*others)
+
+    assert served == ["soon", "late"]
+    assert window.running == 0
+
+
+async def test_waiter_that_is_cancelled_leaves_its_slot_to_others() -> None:
+    window = Window(1)
+    slot = await window.enter(0.0)
+    gone = asyncio.create_task(window.enter(1.0))
+    stays = asyncio.create_task(window.enter(2.0))
+    await asyncio.sleep(0)
+
+    slot.leave()  # it is the turn of the one who is cancelled in this moment
+    gone.cancel()
+    given = await asyncio.wait_for(stays, 30)
+
+    assert gone.cancelled() or gone.cancelling()
+    assert window.running == 1
+    given.leave()
+
+
+async def test_window_is_a_quarter_beside_callers_who_wait() -> None:
+    others = 0
+    window = Window(64, lambda: others)
+    window.limit = 16
+    alone = await fill(window)
+    for slot in alone:
+        slot.leave()
+
+    others = 1
+    waiting = [asyncio.create_task(window.enter(0.0)) for _ in range(10)]
+    await asyncio.sleep(0)
+    beside = window.running
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert (len(alone), beside) == (16, 4)

@@ -14,15 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.project import DEMO_MODEL
 from gateway.admission.keys import make_key
@@ -72,9 +70,10 @@ class Fleet:
 
 def make_other_model(folder: Path) -> Path:
     """A Llama of two layers that nobody has trained, with the demo's tokenizer."""
+    torch, transformers = import_module("torch"), import_module("transformers")
     torch.manual_seed(1)
     vocabulary = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).get_vocab_size()
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=768,
@@ -87,7 +86,7 @@ def make_other_model(folder: Path) -> Path:
         tie_word_embeddings=True,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
     return folder
@@ -95,6 +94,7 @@ def make_other_model(folder: Path) -> Path:
 
 def make_adapter(folder: Path) -> Path:
     """For that model; strong enough to change what it says."""
+    torch, safetensors = import_module("torch"), import_module("safetensors.torch")
     torch.manual_seed(2)
     folder.mkdir()
     weights = {}
@@ -103,7 +103,7 @@ def make_adapter(folder: Path) -> Path:
             head = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             weights[f"{head}.lora_A.weight"] = torch.randn(8, 256)
             weights[f"{head}.lora_B.weight"] = torch.randn(width, 8)
-    save_file(weights, folder / "adapter_model.safetensors")
+    safetensors.save_file(weights, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
     return folder

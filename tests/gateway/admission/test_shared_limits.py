@@ -384,4 +384,4 @@ def test_redis_url_that_can_be_none_stops_the_start(url: str) -> None:
 
 
 def test_redis_password_is_in_no_text_of_the_settings() -> None:
-    assert "secret" not in repr(make_settings(redis_url="redis://:secret@127.0.0.1:6379/0"))
+    assert "hush-hush" not in repr(make_settings(redis_url="redis://:hush-hush@127.0.0.1:6379/0"))

@@ -39,6 +39,7 @@ async def read_form(request: web.Request) -> list[FormField]:
     except (
         ValueError,
         AssertionError,
+        RuntimeError,  # aiohttp's word for a `_charset_` that is too long to be one
         HttpProcessingError,
         aiohttp.ClientPayloadError,
         web.RequestPayloadError,
@@ -58,10 +59,20 @@ async def _read_fields(request: web.Request) -> list[FormField]:
             raise InvalidRequest("send the form's fields as they are", code="bad_encoding")
         if len(fields) == _MOST_FIELDS:
             raise InvalidRequest(f"the form has more than {_MOST_FIELDS} fields", code="bad_form")
+        if not _is_text(part.name) or not _is_text(part.filename or ""):
+            raise InvalidRequest(
+                "a name in the form is no UTF-8; send names of fields and of files in UTF-8",
+                code="bad_form",
+            )
         data = await _read_part(request, part)
         kind = part.headers.get("Content-Type", "")
         fields.append(FormField(part.name, part.filename, kind, data))
     return fields
+
+
+def _is_text(name: str) -> bool:
+    """Bytes of a header that are no UTF-8 come as surrogates, which nobody can write again."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 async def _read_part(request: web.Request, part: BodyPartReader) -> bytearray:

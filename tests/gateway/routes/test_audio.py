@@ -96,6 +96,15 @@ async def test_form_that_is_too_large_is_413(serve: Serve) -> None:
     assert served.engine.calls == []
 
 
+def _build_form(*parts: tuple[bytes, bytes]) -> bytes:
+    """Of each part, what its header names and what is in it."""
+    told = (b"--x\r\nContent-Disposition: form-data; " + b"\r\n\r\n".join(one) for one in parts)
+    return b"\r\n".join((*told, b"--x--\r\n"))
+
+
+_ONE_FILE = (b'name="file"; filename="a"', b"y")
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "status", "code"),
     [
@@ -103,6 +112,14 @@ async def test_form_that_is_too_large_is_413(serve: Serve) -> None:
         ("multipart/form-data", b"--x\r\n", 400, "bad_form"),
         ("multipart/form-data; boundary=x", b"no form", 400, "bad_form"),
         ("multipart/form-data; boundary=x", b"--x\r\nA: b\r\n\r\nc\r\n--x--\r\n", 400, "bad_form"),
+        *(
+            ("multipart/form-data; boundary=x", _build_form(*parts), 400, "bad_form")
+            for parts in (
+                [(b'name="file"; filename="caf\xe9.wav"', b"y")],
+                [(b'name="f\xe9"', b"y"), _ONE_FILE],
+                [(b'name="_charset_"', b"y" * 40), _ONE_FILE],
+            )
+        ),
         (
             "multipart/form-data; boundary=x",
             b'--x\r\nContent-Disposition: form-data; name="a"\r\n'

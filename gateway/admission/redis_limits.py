@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,8 @@ class RedisLimits:
         self._held: Counter[str] = Counter()
         self._seen: dict[str, _Seen] = {}
         self._settlements: deque[tuple[Claim, int, int]] = deque()
+        # Questions whose callers have hung up.
+        self._left: set[asyncio.Task[list[Any] | None]] = set()
         self._is_away = False
         self._wake = asyncio.Event()
         self._decided_alone = metrics.limits_without_redis
@@ -108,10 +110,7 @@ class RedisLimits:
         if not (claim.is_local or self._is_away):
             if not (requests or tokens or sequences):
                 return None
-            try:
-                reply = await self._ask(claim, requests, tokens, sequences)
-            finally:
-                self._note_counted(claim, requests)
+            reply = await self._ask_to_the_end(claim, requests, tokens, sequences)
             if reply is not None:
                 refusal = _judge(claim, reply, tokens)
                 if refusal is None:
@@ -144,7 +143,7 @@ class RedisLimits:
         working = asyncio.create_task(self._work())
         yield
         working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
+        await asyncio.gather(working, *self._left, return_exceptions=True)
         await self._look(is_due=False)
         with contextlib.suppress(*_FAILURES):
             await self._redis.aclose()
@@ -194,6 +193,31 @@ class RedisLimits:
                 retry_after_s=1,
             )
         claim.is_local = True
+
+    async def _ask_to_the_end(
+        self, claim: Claim, requests: int, tokens: int, sequences: int
+    ) -> list[Any] | None:
+        """Though the caller hangs up: what Redis sets aside for it, nobody else would give back."""
+
+        async def ask() -> list[Any] | None:
+            try:
+                return await self._ask(claim, requests, tokens, sequences)
+            finally:
+                self._note_counted(claim, requests)
+
+        def give_back(asking: asyncio.Task[list[Any] | None]) -> None:
+            self._left.discard(asking)
+            reply = None if asking.cancelled() else asking.result()
+            if reply is not None and not reply[0]:
+                self.settle(replace(claim, tokens=tokens, sequences=sequences))
+
+        asking = asyncio.create_task(ask())
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._left.add(asking)
+            asking.add_done_callback(give_back)
+            raise
 
     async def _ask(
         self, claim: Claim, requests: int, tokens: int = 0, sequences: int = 0

@@ -16,7 +16,7 @@ import pytest
 from redis.asyncio import Redis
 
 from gateway.admission.keys import make_key
-from gateway.admission.limits import LIMITS, Claim
+from gateway.admission.limits import LIMITS, Claim, Refusal
 from gateway.admission.redis_limits import RedisLimits
 from gateway.app import build_app
 from gateway.config import SettingsError
@@ -221,6 +221,35 @@ async def test_limited_request_asks_redis_once_and_unlimited_never(
             assert (await gateways.ask(0, "free")).status_code == 200
         assert len(asked) == 40
         assert await gateways.count_scripts() <= before + 4  # looks whether Redis is there
+
+
+async def test_hang_up_while_redis_is_asked_costs_the_key_nothing(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    limits = "tokens_per_minute = 1000\nmax_concurrency = 5"
+    async with _serve_gateways(redis, tmp_path, 1, entries={"a": limits}) as gateways:
+        asked, began = _count_questions(gateways.limits), await gateways.now()
+
+        def reserve(claim: Claim) -> asyncio.Task[Refusal | None]:
+            return asyncio.create_task(gateways.limits.reserve(claim, 1000, 1))
+
+        left = Claim("a", 0, 1000, 5)
+        redis.freeze()
+        try:
+            call = reserve(left)
+            await until(lambda: asked)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            gateways.limits.settle(left)
+        finally:
+            redis.thaw()
+
+        async def is_whole() -> bool:
+            return await reserve(Claim("a", 0, 1000, 5)) is None
+
+        await until(is_whole, 30)
+        assert await gateways.now() < began + 55  # by the minute it would be whole as well
 
 
 async def test_gateway_that_is_killed_leaves_what_it_holds_for_seconds(

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import httpx
 import orjson
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from gateway.admission.keys import make_key
 from gateway.admission.limits import LIMITS, Claim, Refusal
@@ -84,7 +87,7 @@ async def _serve_gateways(
             await stack.enter_async_context(serve_gateway(**(options | settings)))
             for _ in range(count)
         ]
-        client = Redis.from_url(server.url)
+        client = Redis.from_url(server.url, retry=Retry(NoBackoff(), 1))  # it may come back
         stack.push_async_callback(client.aclose)
         yield Gateways(served, keys, client)
 
@@ -101,6 +104,23 @@ async def _run_load(ask: Callable[[int], Awaitable[httpx.Response]], count: int)
     return statuses
 
 
+async def _ask_until_refused(
+    gateways: Gateways, ask: Callable[[int], Awaitable[httpx.Response]]
+) -> tuple[float, list[int]]:
+    """To the moment of a refusal, at which nothing was left: when the calls began of which one was
+    refused, and all statuses. Many at once: one by one, a slow machine never asks for more than
+    comes back by Redis's clock meanwhile.
+    """
+    statuses: list[int] = []
+    while True:
+        began = await gateways.now()
+        answers = await asyncio.gather(*(ask(number) for number in range(20)))
+        last = [answer.status_code for answer in answers]
+        statuses += last
+        if 429 in last:
+            return began, statuses
+
+
 async def test_requests_a_minute_hold_over_three_gateways_under_load(
     redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -111,11 +131,12 @@ async def test_requests_a_minute_hold_over_three_gateways_under_load(
         statuses = [(await gateways.ask(0, "a")).status_code]
         first_passed = await gateways.now()
         statuses += await _run_load(lambda number: gateways.ask(number, "a"), 300)
-        while True:  # to the moment of a refusal, at which nothing was left
-            last_asked = await gateways.now()
-            statuses.append((await gateways.ask(len(statuses), "a")).status_code)
-            if statuses[-1] == 429:
-                break
+
+        async def ask(number: int) -> httpx.Response:
+            return await gateways.ask(number, "a")
+
+        last_asked, last_statuses = await _ask_until_refused(gateways, ask)
+        statuses += last_statuses
         ended = await gateways.now()
 
         assert set(statuses) == {200, 429}
@@ -142,9 +163,9 @@ async def test_tokens_a_minute_hold_over_three_gateways_under_load(
     used = 0
     async with _serve_gateways(redis, tmp_path, 3, entries={"a": limits}) as gateways:
 
-        async def ask(number: int) -> httpx.Response:
+        async def ask(number: int, **changed: object) -> httpx.Response:
             nonlocal used
-            answer = await gateways.ask(number, "a", **body)
+            answer = await gateways.ask(number, "a", **(body | changed))
             if answer.status_code == 200:
                 last = answer.text.rpartition("\n\ndata: {")[2].partition("\n\n")[0]
                 used += int(orjson.loads("{" + last)["usage"]["total_tokens"])
@@ -154,10 +175,10 @@ async def test_tokens_a_minute_hold_over_three_gateways_under_load(
         await ask(0)
         first_passed = await gateways.now()
         statuses = await _run_load(ask, 150)
-        while True:
-            last_asked = await gateways.now()
-            if (await ask(0)).status_code == 429:
-                break
+        # By calls that use just what is set aside for them: with many of them at once a refusal
+        # says that nothing is left.
+        exact = partial(ask, max_tokens=50)
+        last_asked, _ = await _ask_until_refused(gateways, exact)
         ended = await gateways.now()
 
         assert set(statuses) == {200, 429}
@@ -290,11 +311,13 @@ async def test_refused_bodies_are_counted_though_nothing_is_reserved_for_them(
 ) -> None:
     limits = "requests_per_minute = 5\nmax_concurrency = 100"
     async with _serve_gateways(redis, tmp_path, 1, entries={"a": limits}) as gateways:
+        began = await gateways.now()
         statuses = [(await gateways.ask(0, "a", max_tokens="many")).status_code for _ in range(12)]
+        most = int(5 * (1 + (await gateways.now() - began) / 60))
 
         assert statuses[:5] == [400] * 5
-        assert statuses.count(400) <= 6  # one more may have come by the minute
-        assert set(statuses) == {400, 429}
+        assert statuses.count(400) <= most
+        assert statuses.count(400) + statuses.count(429) == 12
 
 
 async def test_answer_does_not_wait_until_redis_has_been_told_of_its_end(
@@ -333,7 +356,15 @@ async def test_redis_killed_and_back_is_told_and_limits_go_on_in_each_gateway(
         async def ask(number: int) -> int:
             return (await gateways.ask(number, "a")).status_code
 
-        assert [await ask(0), await ask(1), await ask(0), await ask(1)] == [200, 200, 429, 429]
+        async def check_allowance() -> None:
+            """A minute's is there, once."""
+            began = await gateways.now()
+            statuses = await asyncio.gather(*map(ask, range(4)))
+            most = int(2 * (1 + (await gateways.now() - began) / 60))
+            assert 2 <= statuses.count(200) <= most
+            assert statuses.count(200) + statuses.count(429) == 4
+
+        await check_allowance()
         assert await read_state(first) == "shared"
         assert await _read_away(first) == 0
 
@@ -347,8 +378,7 @@ async def test_redis_killed_and_back_is_told_and_limits_go_on_in_each_gateway(
         redis.start()
         for served in (first, second):
             await until(lambda one=served: _is_shared(one), _PATIENCE_S)  # type: ignore[misc]
-        # It remembers nothing, so a minute's allowance is there, once.
-        assert [await ask(0), await ask(1), await ask(0), await ask(1)] == [200, 200, 429, 429]
+        await check_allowance()  # it remembers nothing
 
 
 async def _is_shared(served: Served) -> bool:

@@ -58,7 +58,9 @@ class DnsSource:
         """In the order of the names, not of the answer: resolvers turn that around each time."""
         if self._is_srv:
             answer = await self._ask(self._name, dns.rdatatype.SRV)
-            hosts = [(str(one.target).rstrip("."), one.port) for one in answer]
+            # The target `.` says that the service is not there (RFC 2782).
+            told = [(str(one.target).rstrip("."), one.port) for one in answer]
+            hosts = [(host, port) for host, port in told if host]
         else:
             try:
                 answer = await self._ask(self._name, dns.rdatatype.A)

@@ -91,7 +91,13 @@ class EngineList:
                 self._found[entry] = urls
                 await self._change_engines()
 
-        await build_source(entry, self._settings).follow(tell)
+        while True:
+            try:
+                await build_source(entry, self._settings).follow(tell)
+            except Exception as error:  # noqa: BLE001 — it would never be looked at again
+                reason = f"{type(error).__name__}: {error}"
+                log.warning("engines_not_found", source=entry, reason=reason)
+            await asyncio.sleep(self._settings.discovery_interval_s)
 
     def _list_urls(self) -> list[str]:
         """In the order of the entries; what two of them find is one engine."""

@@ -6,8 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import dns.asyncresolver
 import dns.rcode
+import dns.resolver
 import pytest
+import structlog
 
 from common.ports import find_free_ports
 from gateway.app import build_app
@@ -82,6 +85,49 @@ async def test_srv_records_tell_host_and_port(serve: Serve) -> None:
             await until(lambda: sorted(list_ready(served)) == expected)
 
             assert (await served.chat("hi")).status_code == 200
+
+
+async def test_srv_record_of_a_service_that_is_away_is_no_engine(serve: Serve) -> None:
+    """Its target is the root (RFC 2782)."""
+    server = NameServer()
+    (port,) = find_free_ports(1)
+    name = f"_http._tcp.{NAME}"
+    server.records[name, "SRV"] = ["0 0 0 ."]
+    async with (
+        run_name_server(server),
+        serve_app(build_fake_engine(Behaviour()), port),
+        serve(**_settings(server, f"srv+http://{name}")) as served,
+    ):
+        await until(lambda: len(server.asked) > 1)
+        assert served.app[POOL].engines == []
+
+        server.records[name, "SRV"] = [f"0 0 {port} localhost."]
+        await until(lambda: list_ready(served) == [f"http://localhost:{port}"])
+
+
+async def test_source_that_cannot_be_built_is_told_and_tried_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a host without /etc/resolv.conf."""
+    build, failures = dns_names.build_resolver, 0
+
+    def fail(_server: str) -> dns.asyncresolver.Resolver:
+        nonlocal failures
+        failures += 1
+        raise dns.resolver.NoResolverConfiguration("no name servers")
+
+    monkeypatch.setattr(dns_names, "build_resolver", fail)
+    server = NameServer({(NAME, "A"): [A]})
+    async with run_name_server(server), run_pods(A) as pods:
+        entry = f"dns+http://{NAME}:{pods.port}"
+        with structlog.testing.capture_logs() as logs:
+            async with serve(**_settings(server, entry)) as served:
+                await until(lambda: failures > 1)
+                monkeypatch.setattr(dns_names, "build_resolver", build)
+                await until(lambda: list_ready(served) == pods.list_urls(A))
+
+    told = [one for one in logs if one["event"] == "engines_not_found"]
+    assert "no name servers" in told[0]["reason"]
 
 
 @pytest.mark.parametrize("failure", ["refused", "unknown", "empty", "silent"])

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -215,6 +216,7 @@ class EnginePool(ModelPool):
     def __init__(self, engines: Iterable[Engine], settings: Settings, metrics: Metrics) -> None:
         super().__init__("", engines, settings, metrics, _Shared())
         self.models: dict[str, ModelPool] = {}
+        self._leaving: list[Engine] = []  # no longer listed; they may have calls to finish
         # By a model's further names, such as its adapters': the engines that have it.
         self.adapters: dict[str, ModelPool] = {}
         # Whoever must know which models there are.
@@ -248,7 +250,10 @@ class EnginePool(ModelPool):
     async def set_engines(self, engines: Iterable[Engine]) -> None:
         """Those that are gone finish what they have; nothing new is sent to them."""
         async with self._changed:
-            self.engines = list(engines)
+            before, self.engines = self.engines, list(engines)
+            self._leaving = self._list_leaving() + [
+                one for one in before if one not in self.engines
+            ]
             self._group()
             self.tell_capacity()
             self._changed.notify_all()
@@ -330,8 +335,16 @@ class EnginePool(ModelPool):
             yield (engine.url,), engine.breaker_open_until > now
 
     def _read_running(self) -> Iterator[tuple[Sequence[str], float]]:
-        for engine in self.engines:
-            yield (engine.url,), engine.running
+        """Of those that have left, too, until they have finished: only then may they be stopped."""
+        self._leaving = self._list_leaving()
+        running: Counter[str] = Counter()
+        for engine in (*self.engines, *self._leaving):  # one may be listed anew meanwhile
+            running[engine.url] += engine.running
+        for url, sequences in running.items():
+            yield (url,), sequences
+
+    def _list_leaving(self) -> list[Engine]:
+        return [one for one in self._leaving if one.running and one not in self.engines]
 
 
 def _rank(affinity: str, url: str) -> bytes:

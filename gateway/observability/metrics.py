@@ -289,7 +289,9 @@ class Metrics:
             "engine",
         )
         self.engine_running_sequences = self._live_gauge(
-            "engine_running_sequences", "Sequences inside the engine.", "engine"
+            "engine_running_sequences",
+            "Sequences inside the engine; told until it has finished, also when no longer listed.",
+            "engine",
         )
         self.engine_failures = self._counter(
             "engine_failures", "Calls that the engine failed, as the breaker sees them.", "engine"

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from gateway.config import Settings, load_settings
+from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, until
 
@@ -58,6 +59,29 @@ async def call_on(served: Served, statuses: set[int]) -> None:
 
 
 async def is_gone(served: Served, url: str) -> bool:
-    """The gateway has the engine no more, so it has finished what it had."""
+    """The gateway has the engine no more, and it has finished what it had."""
     metrics = (await served.client.get("/metrics")).text
-    return f'gateway_engine_ready{{engine="{url}"}}' not in metrics
+    figures = ("gateway_engine_ready", "gateway_engine_running_sequences")
+    return not any(f'{figure}{{engine="{url}"}}' in metrics for figure in figures)
+
+
+async def test_engine_that_left_is_told_until_it_has_finished(serve: Serve) -> None:
+    old, new = Behaviour(), Behaviour()
+    async with serve(old, new) as served:
+        old.slots, new.slots = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        calls = [asyncio.create_task(served.chat("hi")) for _ in range(4)]
+        await until(lambda: (old.running, new.running) == (2, 2))
+        gone, stays = served.app[POOL].engines
+        await served.app[POOL].set_engines([stays])
+
+        figure = f'gateway_engine_running_sequences{{engine="{gone.url}"}} 2.0\n'
+        assert figure in (await served.client.get("/metrics")).text
+        assert not await is_gone(served, gone.url)
+        old.slots.release()
+        old.slots.release()
+        await until(lambda: is_gone(served, gone.url))
+
+        assert old.running == 0
+        new.slots.release()
+        new.slots.release()
+        assert {(await call).status_code for call in calls} == {200}

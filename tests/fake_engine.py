@@ -43,6 +43,8 @@ class Behaviour:
     model: str = "fake"
     adapters: list[str] = field(default_factory=list)
     takes_adapters: bool = True
+    adapters_answer: asyncio.Event | None = None  # a change is answered once it is set
+    models_delay_s: float = 0.0
     max_model_len: int = 512
     fingerprint: str = "vllm-fake"
     routes: frozenset[str] | None = None  # where its model is for some alone
@@ -182,6 +184,7 @@ async def _version(_request: web.Request) -> web.Response:
 
 async def _models(request: web.Request) -> web.Response:
     behaviour = request.app[BEHAVIOUR]
+    await asyncio.sleep(behaviour.models_delay_s)
     card = {"id": behaviour.model, "object": "model", "max_model_len": behaviour.max_model_len}
     cards = [card, *({"id": one, "parent": behaviour.model} for one in behaviour.adapters)]
     return _json({"object": "list", "data": cards})
@@ -194,13 +197,22 @@ async def _load_adapter(request: web.Request) -> web.Response:
     if order["lora_path"] == "/nowhere":
         message = f"No adapter found for {order['lora_path']}"
         return _json({"error": {"message": message, "code": 404}}, 404)
+    if order["lora_name"] in behaviour.adapters:
+        message = f"The lora adapter '{order['lora_name']}' has already been loaded."
+        return _json({"error": {"message": message, "code": 400}}, 400)
     behaviour.adapters.append(order["lora_name"])
     behaviour.calls.append(order)
+    if behaviour.adapters_answer is not None:
+        await behaviour.adapters_answer.wait()
     return web.Response(text="Success")
 
 
 async def _unload_adapter(request: web.Request) -> web.Response:
-    request.app[BEHAVIOUR].adapters.remove((await request.json())["lora_name"])
+    adapters, name = request.app[BEHAVIOUR].adapters, (await request.json())["lora_name"]
+    if name not in adapters:
+        message = f"The lora adapter '{name}' cannot be found."
+        return _json({"error": {"message": message, "code": 404}}, 404)
+    adapters.remove(name)
     return web.Response(text="Success")
 
 

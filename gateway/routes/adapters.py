@@ -5,7 +5,6 @@ engines by an admin key alone, for a path on their hosts is read and put before 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from aiohttp import web
 
@@ -13,8 +12,8 @@ from gateway.admission.keys import CALLER
 from gateway.admission.served_models import MODELS
 from gateway.config import SETTINGS
 from gateway.engines.engine import Engine, EngineState
-from gateway.engines.pool import POOL, ModelPool
-from gateway.errors import Forbidden, GatewayError, InvalidRequest, NotFound
+from gateway.engines.pool import POOL, EnginePool, ModelPool
+from gateway.errors import EngineError, Forbidden, GatewayError, InvalidRequest, NotFound
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT
 from gateway.schemas.adapters import (
@@ -45,7 +44,9 @@ async def handle_load(request: web.Request) -> web.Response:
 async def handle_unload(request: web.Request) -> web.Response:
     _check_admin(request)
     order = parse_adapter_order(await read_body(request), is_load=False)
-    pool = request.app[POOL].adapters.get(order.name)
+    pools = request.app[POOL]
+    holders = pools.adapters.get(order.name)
+    pool = pools.models.get(holders.base) if holders else None
     if pool is None:
         raise NotFound(
             f"there is no adapter {order.name!r}; GET /v1/models lists what there is",
@@ -67,27 +68,43 @@ async def _change(
     request: web.Request, path: str, order: AdapterOrder, pool: ModelPool
 ) -> web.Response:
     engines = [engine for engine in pool.engines if engine.state is EngineState.READY]
-    failures = await asyncio.gather(*(_ask(engine, path, order.body) for engine in engines))
-    changed = [one for one, failure in zip(engines, failures, strict=True) if failure is None]
-    await _read_anew(request, changed)
+    changing = asyncio.gather(
+        *(_change_engine(request.app[POOL], engine, path, order.body) for engine in engines)
+    )
+    try:
+        failures = await asyncio.shield(changing)
+    except asyncio.CancelledError:
+        # An engine goes on though the caller hangs up, and what it has then is to be known.
+        await changing
+        raise
+    changed = failures.count(None)
     for failure in failures:
         if failure is not None:
-            failure.message += f"; {len(changed)} of {len(engines)} engines have done it"
+            failure.message += f"; {changed} of {len(engines)} engines have done it"
             raise failure
-    model = pool.base or pool.name
-    body = build_adapter_answer(order.name, model, [engine.url for engine in engines])
+    body = build_adapter_answer(order.name, pool.name, [engine.url for engine in engines])
     return web.Response(body=body, content_type="application/json")
 
 
-async def _ask(engine: Engine, path: str, body: bytes) -> GatewayError | None:
+async def _change_engine(
+    pool: EnginePool, engine: Engine, path: str, body: bytes
+) -> GatewayError | None:
+    """What it serves then is read whatever it answered: it may have done so before, or have been
+    too slow to say.
+    """
+    failure: GatewayError | None = None
     try:
         status, answer = await engine.change_adapter(path, body)
+        if status != 200:
+            failure = explain_adapter_refusal(engine.url, status, answer, is_load=path == LOAD)
     except GatewayError as error:
-        return error
-    return None if status == 200 else explain_adapter_refusal(engine.url, status, answer)
-
-
-async def _read_anew(request: web.Request, engines: Sequence[Engine]) -> None:
-    """What they serve now."""
-    for engine in engines:
-        await request.app[POOL].set_cards(engine, await engine.read_model_cards())
+        failure = error
+    try:
+        if cards := await engine.read_model_cards():
+            await pool.set_cards(engine, cards)
+    except (GatewayError, TimeoutError) as error:
+        reason = str(error) or "no answer in time"
+        failure = failure or EngineError(
+            f"{engine.url} does not say what it serves now ({reason}); send the same again"
+        )
+    return failure

@@ -40,7 +40,10 @@ def build_adapter_answer(name: str, model: str, engines: Sequence[str]) -> bytes
     return orjson.dumps(told)
 
 
-def explain_adapter_refusal(engine: str, status: int, body: bytes) -> GatewayError:
+def explain_adapter_refusal(
+    engine: str, status: int, body: bytes, *, is_load: bool
+) -> GatewayError | None:
+    """`None`: it has not what it should drop, and that is what was wanted."""
     message, _ = parse_engine_error(body)
     if status == 404 and message == _NO_ROUTE:
         return InvalidRequest(
@@ -48,6 +51,8 @@ def explain_adapter_refusal(engine: str, status: int, body: bytes) -> GatewayErr
             "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
             code="adapters_not_changed",
         )
+    if status == 404 and not is_load:
+        return None
     text = f"{engine} answered {status}: {message}"
     if status < 500:
         return InvalidRequest(text, code="engine_refused")

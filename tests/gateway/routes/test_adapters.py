@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from gateway.admission.keys import make_key
 from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour
-from tests.gateway.conftest import Serve, Served
+from tests.gateway.conftest import Serve, Served, until
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -143,3 +144,58 @@ async def test_engine_that_changes_no_adapters_is_named_with_what_to_do(
     assert answer.status_code == 400
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; 1 of 2 engines have done it" in message
     assert listed == ["fake", "sql"]
+
+
+async def test_adapter_that_some_engines_have_already_is_known_and_dropped_in_all(
+    serve: Serve, keys: tuple[Path, dict[str, dict[str, str]]]
+) -> None:
+    """As after a load that half succeeded, or through another gateway."""
+    having, without = Behaviour(), Behaviour()
+    async with serve(having, without, keys_file=keys[0]) as served:
+        root, post = keys[1]["root"], served.client.post
+        having.adapters.append("sql")
+        nowhere = {"lora_name": "sql", "lora_path": "/nowhere"}
+        refused = await post(LOAD, json=nowhere, headers=root)
+        listed = await list_models(served, root)
+        dropped = await post(UNLOAD, json={"lora_name": "sql"}, headers=root)
+        rest = await list_models(served, root)
+
+    assert refused.status_code == 400
+    assert listed == ["fake", "sql"]
+    assert (dropped.status_code, having.adapters) == (200, [])
+    assert rest == ["fake"]
+
+
+async def test_engine_that_does_not_say_what_it_serves_now_is_named(
+    serve: Serve, keys: tuple[Path, dict[str, dict[str, str]]]
+) -> None:
+    quick, slow = Behaviour(), Behaviour()
+    order = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+    async with serve(quick, slow, keys_file=keys[0], probe_timeout_s=1) as served:
+        slow.models_delay_s = 60
+        answer = await served.client.post(LOAD, json=order, headers=keys[1]["root"])
+        listed = await list_models(served, keys[1]["root"])
+
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 502
+    assert "does not say what it serves now (no answer in time); send the same again" in message
+    assert "1 of 2 engines have done it" in message
+    assert listed == ["fake", "sql"]
+
+
+async def test_adapter_whose_caller_hangs_up_is_known_once_it_is_loaded(
+    serve: Serve, keys: tuple[Path, dict[str, dict[str, str]]]
+) -> None:
+    may_answer = asyncio.Event()
+    engine = Behaviour(adapters_answer=may_answer)
+    order = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+    async with serve(engine, keys_file=keys[0]) as served:
+        call = served.client.post(LOAD, json=order, headers=keys[1]["root"])
+        asking = asyncio.create_task(call)
+        await until(lambda: engine.adapters)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await list_models(served, keys[1]["root"])  # by now the gateway has seen the caller go
+        assert "sql" not in served.app[POOL].adapters
+        may_answer.set()
+        await until(lambda: "sql" in served.app[POOL].adapters)

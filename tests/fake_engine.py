@@ -480,6 +480,12 @@ async def _transcribe(request: web.Request) -> web.StreamResponse:
 async def _tell_response(request: web.Request) -> web.Response:
     behaviour, name = request.app[BEHAVIOUR], request.match_info["response_id"]
     behaviour.asked_responses.append(f"{request.method} {request.path}")
+    if behaviour.cuts_connection:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+    if behaviour.status != 200:
+        return _json({"error": {"message": "lost", "code": behaviour.status}}, behaviour.status)
     if name not in behaviour.responses:
         error = {"message": f"Response with id '{name}' not found.", "code": 404}
         return _json({"error": error}, 404)

@@ -4,6 +4,8 @@ by one until one has it. Whoever knows the id may have it.
 
 from __future__ import annotations
 
+from typing import cast
+
 import orjson
 from aiohttp import web
 
@@ -11,7 +13,7 @@ from gateway.admission.keys import CALLER
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import Engine
 from gateway.engines.pool import POOL
-from gateway.errors import EngineError, Unavailable
+from gateway.errors import EngineError, GatewayError, Unavailable
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT
 from gateway.schemas.openai import name_engine_error
@@ -25,23 +27,48 @@ async def handle_response(request: web.Request) -> web.Response:
     if request.method == "POST":
         await read_body(request)  # nothing is said in it
     await pool.ensure_ready(request[CONTEXT].deadline)
-    status, body = 404, b""
-    for engine in [one for one in pool.engines if one.is_usable]:
-        status, body = await _ask(request, engine)
-        if status != 404:
-            break
-    if not body:
+    engines = [one for one in pool.engines if one.is_usable]
+    if not engines:
         raise Unavailable(f"no engine is ready: {pool.describe()}", retry_after_s=1)
-    return web.Response(status=status, body=body, content_type="application/json")
+    missing = failed = None
+    failure: GatewayError | None = None
+    for engine in engines:
+        try:
+            status, body = await _find(request, engine)
+        except GatewayError as error:  # another one may have it
+            failure = error
+            continue
+        answer = web.Response(status=status, body=body, content_type="application/json")
+        if status == 404:
+            missing = answer
+        elif status >= 500:
+            failed = answer
+        else:
+            if status < 400 and request[CALLER].models:
+                request[CALLER].check_model(_read_model(body))
+            return answer
+    if failure is not None:  # it may be the one that has it
+        raise failure
+    return cast("web.Response", failed or missing)
 
 
-async def _ask(request: web.Request, engine: Engine) -> tuple[int, bytes]:
+async def _find(request: web.Request, engine: Engine) -> tuple[int, bytes]:
+    """What the engine answers; it is told to cancel nothing that is not of the key's models."""
+    path = request.rel_url.raw_path
+    if request.method == "POST" and request[CALLER].models:
+        status, body = await _ask(request, engine, "GET", path.removesuffix("/cancel"))
+        if status >= 400 or _read_model(body) not in request[CALLER].models:
+            return status, body
+    return await _ask(request, engine, request.method, path)
+
+
+async def _ask(request: web.Request, engine: Engine, method: str, path: str) -> tuple[int, bytes]:
     call = EngineCall(
         request[CONTEXT],
-        request.method,
-        request.rel_url.raw_path,
+        method,
+        path,
         tries_left=1,
-        body=b"" if request.method == "POST" else None,
+        body=b"" if method == "POST" else None,
         engine=engine,
         is_relayed=True,
     )
@@ -51,8 +78,6 @@ async def _ask(request: web.Request, engine: Engine) -> tuple[int, bytes]:
             raise EngineError("the engine answered with a stream", code="engine_garbled")
     if answer.status >= 400:
         return answer.status, name_engine_error(answer.status, body, request.path)
-    if request[CALLER].models:
-        request[CALLER].check_model(_read_model(body))
     return answer.status, body
 
 

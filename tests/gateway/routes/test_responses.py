@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from gateway.admission.keys import make_key
+from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour
-from tests.gateway.conftest import Serve, Served
+from tests.gateway.conftest import Serve, Served, until
 
 
 @pytest.mark.parametrize("value", [True, 1, "yes"])
@@ -72,7 +74,44 @@ async def test_stored_response_of_a_model_that_is_not_the_keys_is_not_told(
             "/v1/responses/resp_1", headers={"Authorization": f"Bearer {key}"}
         )
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_allowed")
+        cancelled = await served.client.post(
+            "/v1/responses/resp_1/cancel", headers={"Authorization": f"Bearer {key}"}
+        )
+        told = served.engine.asked_responses
+
+    for one in (answer, cancelled):
+        assert (one.status_code, one.json()["error"]["code"]) == (403, "model_not_allowed")
+    assert told == ["GET /v1/responses/resp_1"] * 2
+
+
+async def test_stored_response_of_the_keys_model_is_cancelled(serve: Serve, tmp_path: Path) -> None:
+    key, entry = make_key("one")
+    file = tmp_path / "keys.toml"
+    file.write_text(f'{entry}models = ["fake"]\n')
+    async with serve(Behaviour(responses=("resp_1",)), keys_file=file) as served:
+        answer = await served.client.post(
+            "/v1/responses/resp_1/cancel", headers={"Authorization": f"Bearer {key}"}
+        )
+        told = served.engine.asked_responses
+
+    assert answer.status_code == 200
+    assert told[-1] == "POST /v1/responses/resp_1/cancel"
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cuts_connection": True}])
+async def test_stored_response_is_found_though_another_engine_fails(
+    serve: Serve, fault: dict[str, Any]
+) -> None:
+    failing, having = Behaviour(), Behaviour(responses=("resp_1",))
+    async with serve(failing, having) as served:
+        for name, value in fault.items():
+            setattr(failing, name, value)
+        found = await served.client.get("/v1/responses/resp_1")
+        await until(lambda: all(one.is_usable for one in served.app[POOL].engines))
+        missing = await served.client.get("/v1/responses/resp_2")
+
+    assert (found.status_code, found.json()["id"]) == (200, "resp_1")
+    assert missing.status_code >= 500  # the one that failed may have it
 
 
 async def test_stored_response_without_an_engine_is_503(serve: Serve) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from aiohttp import web
 
 ANY = "*"
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z]+")
+_USUAL_PORT = re.compile(r"http://.*:80|https://.*:443")
 _REMEMBERED_S = 600
 # A page's script sees no other of ours.
 _EXPOSED = ", ".join(
@@ -33,12 +34,15 @@ _EXPOSED = ", ".join(
 
 
 def check_origins(entries: tuple[str, ...]) -> tuple[str, ...]:
-    """A validator for settings: an origin as browsers send it, which is in lower case."""
+    """A validator for settings: an origin as browsers send it, which is in lower case and without
+    the port that its scheme has anyway; another one would let nobody in.
+    """
     for entry in entries:
-        if entry != ANY and not _ORIGIN.fullmatch(entry):
+        if entry != ANY and (not _ORIGIN.fullmatch(entry) or _USUAL_PORT.fullmatch(entry)):
             raise ValueError(
                 f"{entry!r} is no origin: give scheme, host and port as a browser sends them "
-                "(`https://app.example.com`, `http://localhost:3000`), without a path; `*` for any"
+                "(`https://app.example.com`, `http://localhost:3000`), in lower case, without a "
+                "path and without the scheme's usual port; `*` for any"
             )
     return entries
 

@@ -89,7 +89,13 @@ async def test_listed_page_under_a_strangers_name_is_refused(serve: Serve) -> No
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
 
 
-@pytest.mark.parametrize("origin", ["app.example.com", "https://app.example.com/", "HTTPS://a", ""])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("app.example.com", "https://app.example.com/", "HTTPS://a", ""),
+        *("https://App.example.com", "https://app.example.com:443", "http://localhost:80"),
+    ],
+)
 def test_origin_that_no_browser_sends_stops_the_start(origin: str) -> None:
     with pytest.raises(SettingsError, match="CORS_ORIGINS"):
         load_settings(["--cors-origins", f"https://ok.example,{origin or 'null'}"])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import orjson
 from yarl import URL
@@ -39,8 +40,10 @@ class EngineCapacity:
         self._settings = settings
         self._pool = pool
         self._launchers = {url: build_client(url) for url in settings.launchers}
-        self._before: dict[Engine, float] = {}  # what ran at the last look, with others waiting
-        self._looks: dict[Engine, int] = {}  # at one nearly full, since others waited there
+        # What ran at the last look, with others waiting.
+        self._before: MutableMapping[Engine, float] = WeakKeyDictionary()
+        # At one nearly full, since others waited there.
+        self._looks: MutableMapping[Engine, int] = WeakKeyDictionary()
 
     async def ask(self, engine: Engine) -> None:
         """Before an engine serves: it may be another one than before its restart."""

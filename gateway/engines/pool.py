@@ -251,9 +251,8 @@ class EnginePool(ModelPool):
         """Those that are gone finish what they have; nothing new is sent to them."""
         async with self._changed:
             before, self.engines = self.engines, list(engines)
-            self._leaving = self._list_leaving() + [
-                one for one in before if one not in self.engines
-            ]
+            self._leaving += [one for one in before if one not in self.engines]
+            self._forget_finished()
             self._group()
             self.tell_capacity()
             self._changed.notify_all()
@@ -336,15 +335,21 @@ class EnginePool(ModelPool):
 
     def _read_running(self) -> Iterator[tuple[Sequence[str], float]]:
         """Of those that have left, too, until they have finished: only then may they be stopped."""
-        self._leaving = self._list_leaving()
+        self._forget_finished()
         running: Counter[str] = Counter()
         for engine in (*self.engines, *self._leaving):  # one may be listed anew meanwhile
             running[engine.url] += engine.running
         for url, sequences in running.items():
             yield (url,), sequences
 
-    def _list_leaving(self) -> list[Engine]:
-        return [one for one in self._leaving if one.running and one not in self.engines]
+    def _forget_finished(self) -> None:
+        """Where engines come and go, as pods do, their figures would add up for ever."""
+        listed = {engine.url for engine in self.engines}
+        leaving = [one for one in self._leaving if one.running and one not in self.engines]
+        kept = listed | {engine.url for engine in leaving}
+        for url in {engine.url for engine in self._leaving} - kept:
+            self._metrics.forget_engine(url)
+        self._leaving = leaving
 
 
 def _rank(affinity: str, url: str) -> bytes:

@@ -416,6 +416,14 @@ class Metrics:
     def _declare(self, name: str, kind: str, labels: tuple[str, ...], meaning: str) -> None:
         self.declared.append(Declared(f"gateway_{name}", kind, labels, meaning))
 
+    def forget_engine(self, url: str) -> None:
+        """What is counted of one that is no more."""
+        for figure in (self.engine_failures, self.engine_errors, self.breaker_trips):
+            figure.remove(url)
+        self.warmup_seconds.remove(url)
+        for outcome in ("done", "failed"):
+            self.warmups.remove(url, outcome)
+
     def _find_route(self, route: str) -> RouteFigures:
         return RouteFigures(
             self.request_seconds.labels(route),

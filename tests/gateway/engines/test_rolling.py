@@ -81,6 +81,7 @@ async def test_engine_that_left_is_told_until_it_has_finished(serve: Serve) -> N
         old.slots.release()
         await until(lambda: is_gone(served, gone.url))
 
+        assert f'"{gone.url}"' not in (await served.client.get("/metrics")).text
         assert old.running == 0
         new.slots.release()
         new.slots.release()

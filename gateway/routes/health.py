@@ -19,7 +19,13 @@ async def handle_root(request: web.Request) -> web.Response:
     settings, models = request.app[SETTINGS], request.app[MODELS]
     if await models.wait_default_ready(settings.root_hold_s) and request.app[POOL].is_ready:
         return _json({"status": settings.root_status})
-    return _json({"status": "warming"}, status=503, headers={"Retry-After": str(_RETRY_AFTER_S)})
+    told = {"status": "warming"}
+    if models.is_several and not settings.default_model:
+        told["message"] = (
+            "there are several models and none is the default: set GATEWAY_DEFAULT_MODEL to the "
+            "one that this is asked for; GET /readyz is about all of them"
+        )
+    return _json(told, status=503, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
 
 async def handle_healthz(_request: web.Request) -> web.Response:

@@ -207,3 +207,14 @@ async def test_version_needs_a_key_where_there_are_keys(serve: Serve) -> None:
     async with serve(api_keys=("secret",)) as served:
         assert (await served.client.get("/version")).status_code == 401
         assert (await served.client.get("/health")).status_code == 200
+
+
+async def test_root_says_that_there_is_no_default_of_several_models(serve: Serve) -> None:
+    async with serve(Behaviour(model="a"), Behaviour(model="b")) as served:
+        answer = await served.client.get("/")
+    async with serve(Behaviour(model="a"), Behaviour(model="b"), default_model="b") as served:
+        good = await served.client.get("/")
+
+    assert answer.status_code == 503
+    assert "set GATEWAY_DEFAULT_MODEL" in answer.json()["message"]
+    assert (good.status_code, good.json()) == (200, {"status": "batch"})

@@ -340,6 +340,30 @@ def test_sections_are_planned_for_gpus_that_are_not_here(tmp_path: Path) -> None
     ]
 
 
+def test_sections_keep_the_users_words_for_a_gpu(tmp_path: Path) -> None:
+    found = read_sections(tmp_path, 'gpu = "2 x 24GiB sm_89"\n[[engine]]\n[[engine]]\n')
+
+    assert [(one.gpus, one.gpu) for one in found] == [
+        (("0",), "1x 24GiB sm_89"),
+        (("1",), "1x 24GiB sm_89"),
+    ]
+    assert parse_device(found[0].gpu).memory_bytes == 24 * 2**30
+
+
+def test_sections_are_read_where_vllm_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_none() -> None:
+        raise SettingsError("no vLLM is installed")
+
+    monkeypatch.setattr("launcher.sections.find_vllm", find_none)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+
+    found = read_sections(tmp_path, "[[engine]]\n[[engine]]\n")
+
+    assert [one.gpus for one in found] == [("4",), ("5",)]
+
+
 @pytest.mark.parametrize(
     ("section", "told"),
     [

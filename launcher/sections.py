@@ -65,7 +65,9 @@ def _read_section(settings: LauncherSettings, number: int) -> LauncherSettings:
     if settings.state_dir is not None and "state_dir" not in section:
         own["state_dir"] = settings.state_dir / str(own["engine_port"])
     try:
-        return ServeSettings(**{**above, **own})
+        read = ServeSettings(**{**above, **own})
+        # Now, when it is not read once more: its [tuned] is every section's.
+        return read.model_copy(update={"config": settings.config})
     except ValidationError as error:
         problem = error.errors()[0]
         message = problem["msg"].removeprefix("Value error, ")

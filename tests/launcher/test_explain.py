@@ -92,14 +92,19 @@ def write_sections(launcher: Launcher, text: str) -> None:
     launcher.settings["LAUNCHER_CONFIG"] = str(config)
 
 
-def test_explain_several_engines_is_one_list(launcher: Launcher) -> None:
+def test_explain_several_engines_is_one_list_and_minds_what_was_tuned(launcher: Launcher) -> None:
+    tuned = 'profile = "cpu"\ndevice = "none"\nmodel = "none"\nvllm = "0"\nsummary = "fast"'
     write_sections(
         launcher,
-        """
+        f"""
         [[launcher.engine]]
         served_model_name = "one"
         [[launcher.engine]]
         served_model_name = "two"
+        [tuned]
+        {tuned}
+        options = {{}}
+        environment = {{}}
         """,
     )
 
@@ -109,6 +114,8 @@ def test_explain_several_engines_is_one_list(launcher: Launcher) -> None:
     assert code == 0
     for name, one in zip(("one", "two"), facts, strict=True):
         assert one["argv"][one["argv"].index("--served-model-name") + 1] == name
+        (note,) = one["notes"]
+        assert re.search(r"\[tuned\] of .*launcher.toml was measured for device none, .*not", note)
 
 
 def test_doctor_asks_the_gateway_once_for_engines_that_take_turns(launcher: Launcher) -> None:

@@ -1,8 +1,8 @@
 """Engines that do not fit together take turns: which runs, by what the gateway's callers wait for.
 
 The gateway is told by its settings file, which it follows anyway: an engine that is to end is taken
-off the list first, so that nothing new is sent to it, and drains. The launcher asks
-the gateway for its figures; nobody orders the launcher.
+off the list first, so that nothing new is sent to it, and drains. The launcher asks the gateway for
+its figures; nobody orders the launcher.
 """
 
 from __future__ import annotations

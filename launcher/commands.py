@@ -84,12 +84,12 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal = Terminal(settings.log_format, settings.engine_log)
     terminal.configure_logging("warning" if command == "tune" else "info")
     if isinstance(settings, ExplainSettings):
-        for one in list_engines(settings):
-            print(explain(one, as_json=settings.json_output, is_long=settings.all_options))
+        engines = list_engines(settings)
+        for text in explain(engines, as_json=settings.json_output, is_long=settings.all_options):
+            print(text)
         return 0
     if command == "doctor":
-        show = partial(print, flush=True)
-        return max(run_doctor(one, show, sys.stderr) for one in list_engines(settings))
+        return run_doctor(list_engines(settings), partial(print, flush=True), sys.stderr)
     if settings.engine and command != "up":
         raise SettingsError(
             f"[[engine]] sections are for up, doctor and explain; {command} takes one engine"
@@ -97,6 +97,6 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
     if isinstance(settings, TuneSettings):
         return tune(settings, partial(print, flush=True))  # minutes between two lines
     if command == "up":
-        engines = [prepare(one) for one in list_engines(settings)]
-        return asyncio.run(run(engines, terminal, with_gateway=True))
+        prepared = [prepare(one) for one in list_engines(settings)]
+        return asyncio.run(run(prepared, terminal, with_gateway=True))
     return asyncio.run(run([prepare(settings)], terminal, with_gateway=False))

@@ -151,7 +151,8 @@ class LauncherSettings(ProgramSettings):
     drain_timeout_s: int = Field(
         30,
         ge=0,
-        description="Time for running requests to finish when the launcher is told to stop.",
+        description="Time for running requests to finish when the launcher is told to stop, or an "
+        "engine's turn is over.",
     )
     kill_timeout_s: float = Field(
         15.0, gt=0, description="Time that a program has to end after SIGTERM; then it is killed."

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from common.errors import ProgramError, SettingsError
 from launcher.config import LauncherSettings
-from launcher.gateway_process import check_gateway
+from launcher.gateway_process import check_gateway, find_engines_file, write_engines_file
 from launcher.host_resources import list_listeners
 from launcher.models.model import Model, find_model
 from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
@@ -43,8 +45,18 @@ class Finding:
         return f"{_MARKS[self.level]}  {self.subject:<8} {self.text}"
 
 
+class Planned(NamedTuple):
+    settings: LauncherSettings
+    plan: EnginePlan
+
+
+Check = tuple[str, Callable[[], Iterator[Finding]]]
+
+
 class Doctor:
-    """Each check is a method that yields findings; a later one needs what an earlier one found."""
+    """Of one engine. Each check is a method that yields findings; a later one needs what an earlier
+    one found.
+    """
 
     def __init__(self, settings: LauncherSettings) -> None:
         self._settings = settings
@@ -54,27 +66,20 @@ class Doctor:
         self._model: Model | None = None
         self._plan: EnginePlan | None = None
 
-    def examine(self, announce: Callable[[str], None] = lambda _: None) -> Iterator[Finding]:
-        """`announce` is told what is looked at next: vLLM's parser alone takes seconds."""
-        checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    @property
+    def planned(self) -> Planned | None:
+        return Planned(self._settings, self._plan) if self._plan else None
+
+    def list_checks(self) -> list[Check]:
+        return [
             ("vllm", self._check_vllm),
             ("torch", self._check_torch),
             ("device", self._check_device),
             ("model", self._check_model),
             ("plan", self._check_plan),
             ("flags", self._check_flags),
-            ("gateway", self._check_gateway),
-            ("port", self._check_ports),
             ("disk", self._check_disk),
-            ("limits", self._check_limits),
-            ("clock", self._check_clock),
-        )
-        for number, (subject, check) in enumerate(checks, start=1):
-            announce(f"{number} of {len(checks)}: {subject}")
-            try:
-                yield from check()
-            except ProgramError as error:
-                yield Finding("fail", subject, str(error))
+        ]
 
     def _check_vllm(self) -> Iterator[Finding]:
         self._vllm = find_vllm()
@@ -177,19 +182,6 @@ class Doctor:
                 text = f"{choice.name} is unknown to {self._vllm.title}: left out or renamed"
                 yield Finding("warn", "flags", text)
 
-    def _check_gateway(self) -> Iterator[Finding]:
-        if self._plan and importlib.util.find_spec("gateway"):  # the engine's image has none
-            check_gateway(self._settings, self._plan)
-            yield Finding("ok", "gateway", "it has nothing against its settings")
-
-    def _check_ports(self) -> Iterator[Finding]:
-        for listener in list_listeners([self._settings], with_gateway=True):
-            try:
-                listener.ensure_free()
-                yield Finding("ok", "port", f"{listener.host}:{listener.port} is free")
-            except SettingsError as error:
-                yield Finding("fail", "port", str(error))
-
     def _check_disk(self) -> Iterator[Finding]:
         for path in (self._settings.cache_path, self._settings.state_path):
             try:
@@ -208,24 +200,75 @@ class Doctor:
             text = f"{shared} is smaller than 1 GiB: GPUs talk through it (docker: --shm-size)"
             yield Finding("fail", "disk", text)
 
-    def _check_limits(self) -> Iterator[Finding]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        least = hard if hard != resource.RLIM_INFINITY else _MIN_FILES
-        level = "ok" if max(soft, least) >= _MIN_FILES else "warn"
-        yield Finding(level, "limits", f"{soft} open files, {hard} at most (vLLM raises its own)")
 
-    def _check_clock(self) -> Iterator[Finding]:
-        """Wrong clocks break TLS, caches and every log; files from the future give them away."""
-        newest = max(file.stat().st_mtime for file in Path(__file__).parent.rglob("*.py"))
-        now = time.time()
-        if now < newest - 300:
-            text = f"the clock is {(newest - now) / 3600:.1f} h behind this program's own files"
-            yield Finding("fail", "clock", text)
-        else:
-            yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+def examine(
+    engines: Sequence[LauncherSettings], announce: Callable[[str], None] = lambda _: None
+) -> Iterator[Finding]:
+    """Each engine, then what they have in common. `announce` is told what is looked at next: vLLM's
+    parser alone takes seconds.
+    """
+    doctors = [Doctor(one) for one in engines]
+    checks = [check for doctor in doctors for check in doctor.list_checks()]
+    checks += [
+        ("gateway", partial(check_gateway_settings, doctors)),
+        ("port", partial(check_ports, engines)),
+        ("limits", check_limits),
+        ("clock", check_clock),
+    ]
+    for number, (subject, check) in enumerate(checks, start=1):
+        announce(f"{number} of {len(checks)}: {subject}")
+        try:
+            yield from check()
+        except ProgramError as error:
+            yield Finding("fail", subject, str(error))
 
 
-def run_doctor(settings: LauncherSettings, say: Callable[[str], None], progress: TextIO) -> int:
+def check_gateway_settings(doctors: Sequence[Doctor]) -> Iterator[Finding]:
+    """One for all engines; where they take turns it is told of them by a file."""
+    planned = [doctor.planned for doctor in doctors]
+    engines = [one for one in planned if one]
+    # The engine's image has no gateway.
+    if len(engines) < len(planned) or not importlib.util.find_spec("gateway"):
+        return
+    first, *others = engines
+    file = find_engines_file(first.settings)
+    if any(one.settings.takes_turns for one in engines) and not file.is_file():
+        with contextlib.suppress(OSError):  # the folder's finding tells it
+            write_engines_file(file, [first.settings])
+    check_gateway(first.settings, first.plan, others)
+    yield Finding("ok", "gateway", "it has nothing against its settings")
+
+
+def check_ports(engines: Sequence[LauncherSettings]) -> Iterator[Finding]:
+    for listener in list_listeners(engines, with_gateway=True):
+        try:
+            listener.ensure_free()
+            yield Finding("ok", "port", f"{listener.host}:{listener.port} is free")
+        except SettingsError as error:
+            yield Finding("fail", "port", str(error))
+
+
+def check_limits() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least = hard if hard != resource.RLIM_INFINITY else _MIN_FILES
+    level = "ok" if max(soft, least) >= _MIN_FILES else "warn"
+    yield Finding(level, "limits", f"{soft} open files, {hard} at most (vLLM raises its own)")
+
+
+def check_clock() -> Iterator[Finding]:
+    """Wrong clocks break TLS, caches and every log; files from the future give them away."""
+    newest = max(file.stat().st_mtime for file in Path(__file__).parent.rglob("*.py"))
+    now = time.time()
+    if now < newest - 300:
+        text = f"the clock is {(newest - now) / 3600:.1f} h behind this program's own files"
+        yield Finding("fail", "clock", text)
+    else:
+        yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+
+
+def run_doctor(
+    engines: Sequence[LauncherSettings], say: Callable[[str], None], progress: TextIO
+) -> int:
     """On a terminal a line tells what is being looked at, and goes when that is known."""
     is_shown, n_failed = progress.isatty(), 0
 
@@ -234,7 +277,7 @@ def run_doctor(settings: LauncherSettings, say: Callable[[str], None], progress:
             progress.write(f"{_ERASE}looking at {what} …")
             progress.flush()
 
-    for finding in Doctor(settings).examine(announce):
+    for finding in examine(engines, announce):
         if is_shown:
             progress.write(_ERASE)
             progress.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from common.errors import SettingsError
@@ -23,14 +23,27 @@ from launcher.plan.hardware import GIB, parse_device
 from launcher.plan.prepare import Prepared, prepare_with
 
 
-def explain(settings: LauncherSettings, *, as_json: bool, is_long: bool = False) -> str:
-    """Works without a GPU, without vLLM and without the model's weights."""
+def explain(
+    engines: Sequence[LauncherSettings], *, as_json: bool, is_long: bool = False
+) -> Iterator[str]:
+    """Works without a GPU, without vLLM and without the model's weights. As JSON several engines
+    are one list.
+    """
+    every = map(_prepare, engines)
+    if not as_json:
+        yield from (_tell(_gather(one), one, is_long=is_long) for one in every)
+        return
+    facts = [_gather(one) for one in every]
+    yield json.dumps(facts if len(facts) > 1 else facts[0], indent=2, ensure_ascii=False)
+
+
+def _prepare(settings: LauncherSettings) -> Prepared:
     vllm, flags = _find_vllm_or_shipped(settings)
     model = find_model(settings, config_only=True)
-    prepared = prepare_with(settings, vllm, flags, model)
-    facts = _gather(prepared)
-    if as_json:
-        return json.dumps(facts, indent=2, ensure_ascii=False)
+    return prepare_with(settings, vllm, flags, model)
+
+
+def _tell(facts: dict[str, Any], prepared: Prepared, *, is_long: bool) -> str:
     conclusion = _conclude(facts, prepared)
     if is_long:
         return "\n".join((*conclusion, "", _render(facts, prepared)))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 
@@ -21,7 +22,6 @@ from launcher.engine.hang_detector import SilenceDetector
 from launcher.engine.polling import poll
 from launcher.engine.process import ChildProcess, bind_to_parent
 from launcher.plan.engine_plan import EnginePlan
-from launcher.plan.prepare import Prepared
 
 _POLL_S = 0.2
 _LISTEN_TIMEOUT_S = 60.0
@@ -29,6 +29,15 @@ _QUICK_TIMEOUT_S = 5.0
 _CHECK_TIMEOUT_S = 30.0
 # Where engines take turns: their list is looked at so often, and a start is waited for so long.
 _RELOAD_S, _TURN_HOLD_S = "0.2", "300"
+
+
+class Planned(Protocol):
+    """An engine, as far as the gateway must know it."""
+
+    @property
+    def settings(self) -> LauncherSettings: ...
+    @property
+    def plan(self) -> EnginePlan: ...
 
 
 class GatewayProcess:
@@ -43,7 +52,7 @@ class GatewayProcess:
         log_format: str,
         engine_ready: asyncio.Event,
         inherited: Sequence[int] = (),
-        others: Sequence[Prepared] = (),
+        others: Sequence[Planned] = (),
     ) -> None:
         """`settings` and `plan` are the first engine's."""
         self._settings = settings
@@ -106,7 +115,7 @@ class GatewayProcess:
 
 
 def check_gateway(
-    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Prepared] = ()
+    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Planned] = ()
 ) -> None:
     """Its settings are its own to judge; asked first, it costs half a second and no engine."""
     try:
@@ -133,7 +142,7 @@ def build_environment(
     settings: LauncherSettings,
     plan: EnginePlan,
     log_format: str,
-    others: Sequence[Prepared] = (),
+    others: Sequence[Planned] = (),
 ) -> dict[str, str]:
     """Its settings, as variables: what the launcher knows, under what the user exported."""
     urls = [settings.engine_url, *(one.settings.engine_url for one in others)]
@@ -174,7 +183,7 @@ def build_environment(
 
 
 def _build_turn_settings(
-    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Prepared]
+    settings: LauncherSettings, plan: EnginePlan, others: Sequence[Planned]
 ) -> dict[str, str]:
     """Where engines take turns their list is a file, which changes while the gateway runs."""
     pairs = [(settings, plan), *((one.settings, one.plan) for one in others)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ from common.errors import SettingsError
 from common.settings import suggest
 from launcher.config import LauncherSettings, ServeSettings
 from launcher.plan.command import find_vllm
-from launcher.plan.hardware import parse_device, query_gpus
+from launcher.plan.hardware import change_count, parse_device, query_gpus
 from launcher.plan.sharing import Place, Wanted, share_out
 
 # What belongs to all of them together.
@@ -57,13 +58,16 @@ def _read_section(settings: LauncherSettings, number: int) -> LauncherSettings:
             raise SettingsError(f"{where}: {name} is for all engines: put it above the sections")
         if name not in known:
             raise SettingsError(f"{where}: unknown setting {name}{suggest(name, known)}")
-    above = settings.model_dump(include=settings.model_fields_set - {"engine", "config"})
+    common = settings.model_fields_set & ServeSettings.model_fields.keys()  # not the command's own
+    above = settings.model_dump(include=common - {"engine", "config"})
     port = settings.engine_port + number * _PORTS_APART
     own: dict[str, Any] = {"engine_port": port, "engine": (), "config": None, **section}
     if settings.state_dir is not None and "state_dir" not in section:
         own["state_dir"] = settings.state_dir / str(own["engine_port"])
     try:
-        return ServeSettings(**{**above, **own})
+        read = ServeSettings(**{**above, **own})
+        # Now, when it is not read once more: its [tuned] is every section's.
+        return read.model_copy(update={"config": settings.config})
     except ValidationError as error:
         problem = error.errors()[0]
         message = problem["msg"].removeprefix("Value error, ")
@@ -83,7 +87,7 @@ def _read_wish(settings: LauncherSettings) -> Wanted:
 def _place(settings: LauncherSettings, place: Place) -> LauncherSettings:
     update: dict[str, Any] = {"gpus": place.gpus, "share": place.share}
     if settings.gpu and place.gpus:
-        update["gpu"] = f"{len(place.gpus)}x {parse_device(settings.gpu).name}"
+        update["gpu"] = change_count(settings.gpu, len(place.gpus))
     return settings.model_copy(update=update)
 
 
@@ -94,8 +98,9 @@ def _list_gpus(settings: LauncherSettings) -> list[str]:
     if settings.gpu:
         device = parse_device(settings.gpu)
         return [str(number) for number in range(device.count)] if device.is_gpu else []
-    if find_vllm().build == "cpu":
-        return []
+    with contextlib.suppress(SettingsError):  # `explain` works without vLLM; others tell it later
+        if find_vllm().build == "cpu":
+            return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [part.strip() for part in visible.split(",") if part.strip()]

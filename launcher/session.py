@@ -14,6 +14,7 @@ from dataclasses import replace
 import httpx
 import structlog
 
+from common.errors import ProgramError, SettingsError
 from common.project import DEMO_MODEL
 from common.web.foreign_pages import PageGuard
 from launcher.config import PREFIX, LauncherSettings
@@ -23,7 +24,7 @@ from launcher.engine.status import StatusSource, serve_status
 from launcher.engine.supervisor import RestartPolicy, Supervisor
 from launcher.engine.terminal import Terminal
 from launcher.engine_unit import EngineUnit
-from launcher.errors import CrashLoop
+from launcher.errors import CrashLoop, NeverReady
 from launcher.gateway_process import (
     GatewayProcess,
     check_gateway,
@@ -159,7 +160,12 @@ class Session:
         log.info("launcher_stopped")
 
     async def _run_engine(self, engine: EngineUnit) -> None:
-        """After those before it on its device: vLLM measures what is free there while it starts."""
+        """After those before it on its device: vLLM measures what is free there while it starts.
+
+        One whose first start waits for a caller is tried when the others have long been at work: it
+        is given up where another that never becomes ready ends the launcher's start.
+        """
+        is_late = self._is_asleep(engine)
         for other in self._engines[: self._engines.index(engine)]:
             if self._is_asleep(other) or self._is_asleep(engine):
                 continue
@@ -176,11 +182,19 @@ class Session:
         try:
             await engine.supervisor.run()
         except CrashLoop as error:
-            self._given_up += 1
-            if self._given_up == len(self._engines):
+            await self._give_up(engine, error)
+        except (NeverReady, SettingsError) as error:
+            if not is_late:
                 raise
-            log.error("engine_given_up", engine=engine.label, why=str(error))  # noqa: TRY400
-            await self._stop.wait()  # the others go on
+            await self._give_up(engine, error)
+
+    async def _give_up(self, engine: EngineUnit, error: ProgramError) -> None:
+        """The last one's end is the launcher's."""
+        self._given_up += 1
+        if self._given_up == len(self._engines):
+            raise error
+        log.error("engine_given_up", engine=engine.label, why=str(error))
+        await self._stop.wait()  # the others go on
 
     def status_source(self) -> StatusSource:
         gateway = self.gateway.status if self.gateway else None

@@ -1,8 +1,8 @@
 """Engines that do not fit together take turns: which runs, by what the gateway's callers wait for.
 
 The gateway is told by its settings file, which it follows anyway: an engine that is to end is taken
-off the list first, so that nothing new is sent to it, and finishes what it has. The launcher asks
-the gateway for its figures; nobody orders the launcher.
+off the list first, so that nothing new is sent to it, and drains. The launcher asks the gateway for
+its figures; nobody orders the launcher.
 """
 
 from __future__ import annotations
@@ -65,31 +65,37 @@ class Turns:
         self._shortest_turn_s = settings.shortest_turn_s
         self._client = client
         self._file = find_engines_file(settings)
+        self._listed: Sequence[EngineUnit] = ()
         self._asleep: list[EngineUnit] = []
         for place, engine in enumerate(engines):
             if engine.takes_turns and self._find_rivals(engine, engines[:place]):
                 engine.supervisor.park()
                 self._asleep.append(engine)
-        self._write_list()
+        self._write_list(self._list_awake())
 
     def is_asleep(self, engine: EngineUnit) -> bool:
         return engine in self._asleep
 
     async def run(self) -> None:
         """Until cancelled."""
+        told = None
         while True:
-            figures = await self._read_figures()
-            wanted = figures and self._choose(figures)
-            if wanted:
-                try:
+            try:
+                self._write_list(self._list_awake())  # without those given up
+                figures = await self._read_figures()
+                if figures and (wanted := self._choose(figures)):
                     await self._give_turn(wanted)
-                except OSError as error:  # the disk is full: the list stays, and so does the turn
-                    log.warning("turn_not_given", engine=wanted.label, why=error.strerror)
+                told = None
+            except OSError as error:  # the disk is full: the list stays, and so does the turn
+                if error.strerror != told:
+                    told = error.strerror
+                    log.warning("engines_file_not_written", file=str(self._file), why=told)
             await asyncio.sleep(_PAUSE_S)
 
     def _choose(self, figures: Figures) -> EngineUnit | None:
         """The one that most callers wait for, if those in its way have had their turn."""
-        waiting = [one for one in self._asleep if figures.count_held(one.model) > 0]
+        asleep = [one for one in self._asleep if not one.supervisor.has_ended]
+        waiting = [one for one in asleep if figures.count_held(one.model) > 0]
         waiting.sort(key=lambda one: -figures.count_held(one.model))
         for engine in waiting:
             rivals = self._find_rivals(engine, self._list_awake())
@@ -99,17 +105,19 @@ class Turns:
 
     def _may_end(self, engine: EngineUnit, figures: Figures) -> bool:
         status = engine.supervisor.status
-        if status.state == "ready":
-            has_served = time.monotonic() - status.since >= self._shortest_turn_s
-            return has_served or figures.is_idle(engine.model)
-        return status.state == "stopped"  # given up
+        if status.state != "ready":
+            return False
+        has_served = time.monotonic() - status.since >= self._shortest_turn_s
+        return has_served or figures.is_idle(engine.model)
 
     async def _give_turn(self, engine: EngineUnit) -> None:
         rivals = self._find_rivals(engine, self._list_awake())
+        staying = [one for one in self._list_awake() if one not in rivals]
+        # With the wanted one, before it runs: an empty list would be refused by the gateway, which
+        # would go on sending to those that leave.
+        self._write_list([one for one in self._engines if one in staying or one is engine])
         names = ", ".join(one.label for one in rivals)
         log.info("engine_turn", engine=engine.label, instead_of=names)
-        staying = [one for one in self._list_awake() if one not in rivals]
-        write_engines_file(self._file, [one.prepared.settings for one in staying])
         self._asleep += rivals
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST_LEAVE_S):
@@ -119,7 +127,6 @@ class Turns:
         await poll(lambda: _have_ended(rivals), pause_s=_PAUSE_S / 2)
         self._asleep.remove(engine)
         engine.supervisor.unpark()
-        self._write_list()
 
     async def _have_left(self, engines: Sequence[EngineUnit]) -> bool:
         figures = await self._read_figures()
@@ -134,14 +141,18 @@ class Turns:
             return None  # it restarts
 
     def _list_awake(self) -> list[EngineUnit]:
-        return [one for one in self._engines if one not in self._asleep]
+        """Without those given up, which need no device and serve nobody."""
+        running = [one for one in self._engines if not one.supervisor.has_ended]
+        return [one for one in running if one not in self._asleep]
 
     def _find_rivals(self, engine: EngineUnit, others: Sequence[EngineUnit]) -> list[EngineUnit]:
         own = engine.prepared.settings
         return [one for one in others if one.takes_turns and meet(own, one.prepared.settings)]
 
-    def _write_list(self) -> None:
-        write_engines_file(self._file, [one.prepared.settings for one in self._list_awake()])
+    def _write_list(self, listed: Sequence[EngineUnit]) -> None:
+        if listed and listed != self._listed:
+            write_engines_file(self._file, [one.prepared.settings for one in listed])
+            self._listed = listed
 
 
 async def _have_ended(engines: Sequence[EngineUnit]) -> bool:

@@ -1,13 +1,14 @@
 """Which way of asking suits a model: prompt style x system prompt x max_tokens x single_line.
 
 The engine is started once, and before it, for each combination, a gateway with those settings; each
-is asked every question as the judge asks, scored and timed. What is done already is not done again:
+is asked every question as the judge asks, scored and timed. What is measured already is not
+measured again, unless the model, the questions, course.toml or a file of --system-prompt changed:
 
     python -m lab sweep --model models/my-ft --count 60            all combinations, on 60 questions
     python -m lab sweep --prompt-style chat qa --max-tokens 96 256 fewer of them
     python -m lab sweep --system-prompt none one-line mine.txt     a file with a text of your own
     python -m lab sweep --write course.toml                        the best one goes in there
-    python -m lab sweep --engine http://127.0.0.1:8001 …           over an engine that runs already
+    python -m lab sweep --engine URL --model models/my-ft …        over an engine that runs already
 
 Exit codes: 0 done, 2 bad options, or no combination works, 3 the engine does not start, 130
 interrupted (what was measured is kept).
@@ -20,6 +21,7 @@ import asyncio
 import contextlib
 import io
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +33,13 @@ from common.project import DEMO_MODEL
 from common.questions import QuestionSet, read_questions
 from common.toml_edit import set_values
 from lab import options
-from lab.course.sweep_result import SweepArm, SweepResult, SweptArm
+from lab.course.sweep_result import (
+    SweepArm,
+    SweepResult,
+    SweptArm,
+    digest_system_prompt,
+    digest_text,
+)
 from lab.failures import BadOptions
 from lab.grade.grade_result import build_answers, build_run
 from lab.grade.judge import Judge, SendingPlan
@@ -41,6 +49,9 @@ from lab.readiness import POLL_S, Problem, ServerNeverReady, wait_ready
 from lab.reports.console import ProgressLine, show
 from lab.reports.output_files import ensure_writable
 from lab.service import open_http
+from launcher.config import ServeSettings, load_settings
+from launcher.models.model import Model, find_model
+from launcher.plan.fingerprint import describe_model
 
 STYLES = ("chat", "chatml", "qa", "raw")
 NO_SYSTEM_PROMPT = "none"
@@ -56,11 +67,12 @@ def main(words: Sequence[str]) -> int:
     outputs = [out, out.with_suffix(".html"), out.with_name("sweep-engine.log")]
     for path in (*outputs, *([Path(arguments.write)] if arguments.write else [])):
         ensure_writable(path)
-    context = f"{arguments.engine or arguments.model} {asked.digest} {len(asked.pairs)}"
+    model = find_asked_model(arguments)
+    context = describe_context(arguments, asked, model)
     result = SweepResult.read(out, "" if arguments.again else context) or SweepResult(context)
     progress = ProgressLine()
     try:
-        sweep(arguments, asked, result, progress)
+        sweep(arguments, asked, model.path, result, progress)
     finally:
         progress.close()
         result.write(out)
@@ -80,8 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_questions(parser, "--official-test")
     add, positive = parser.add_argument, options.whole_number(1)
     help_ = "a folder, or a hub's name (default: the demo)"
-    add("--model", default=str(DEMO_MODEL), metavar="MODEL", help=help_)
-    add("--engine", type=options.address, default="", metavar="URL", help="use one that runs")
+    add("--model", default="", metavar="MODEL", help=help_)
+    help_ = "use one that runs; --model is what it serves"
+    add("--engine", type=options.address, default="", metavar="URL", help=help_)
     help_ = "ask so many: the first N, or the file again from its start (default: 358)"
     add("--count", type=positive, default=358, metavar="N", help=help_)
     add("--prompt-style", nargs="+", choices=STYLES, default=list(STYLES), help="default: all")
@@ -110,10 +123,30 @@ def check_system_prompts(names: Sequence[str]) -> None:
                 raise BadOptions(f"--system-prompt {name}: cannot be read ({error})") from None
 
 
+def find_asked_model(arguments: argparse.Namespace) -> Model:
+    """Its folder has the tokenizer, which a gateway needs for `chat`; a hub's is fetched."""
+    if arguments.engine and not arguments.model:
+        raise BadOptions("--engine needs --model: which one it serves")
+    arguments.model = arguments.model or str(DEMO_MODEL)
+    words = ["--config", str(_COURSE)] if _COURSE.is_file() else []
+    words += ["--model", arguments.model, *arguments.launcher_options]
+    settings = load_settings(ServeSettings, words)
+    return find_model(settings, config_only=bool(arguments.engine))
+
+
+def describe_context(arguments: argparse.Namespace, asked: QuestionSet, model: Model) -> str:
+    """What else than an arm's own settings moves its figures: what is asked of what, and how."""
+    course = read_text(_COURSE) if _COURSE.is_file() else ""
+    words = [course, *arguments.launcher_options]
+    where = arguments.engine or arguments.model
+    asked_of = f"{where} {describe_model(model)} {asked.digest} {len(asked.pairs)}"
+    return f"{asked_of} {digest_text(json.dumps(words))}"
+
+
 def list_arms(arguments: argparse.Namespace) -> list[SweepArm]:
     systems = ["" if one == NO_SYSTEM_PROMPT else one for one in arguments.system_prompt]
     return [
-        SweepArm(style, system, tokens, line == "yes")
+        SweepArm(style, system, tokens, line == "yes", digest_system_prompt(system))
         for style, system, tokens, line in itertools.product(
             arguments.prompt_style, systems, arguments.max_tokens, arguments.single_line
         )
@@ -121,8 +154,13 @@ def list_arms(arguments: argparse.Namespace) -> list[SweepArm]:
 
 
 def sweep(
-    arguments: argparse.Namespace, asked: QuestionSet, result: SweepResult, progress: ProgressLine
+    arguments: argparse.Namespace,
+    asked: QuestionSet,
+    folder: Path,
+    result: SweepResult,
+    progress: ProgressLine,
 ) -> None:
+    """`folder` is the model's."""
     arms = list_arms(arguments)
     left = [arm for arm in arms if result.find(arm) is None]
     if len(left) < len(arms):
@@ -132,7 +170,7 @@ def sweep(
     with run_engine(arguments, progress) as (url, launched):
         asyncio.run(wait_engine(url, launched, progress))
         for number, arm in enumerate(left, start=1):
-            swept = measure(arguments, asked, arm, url)
+            swept = measure(Path(arguments.out), asked, arm, url, folder)
             result.add(swept)
             result.write(Path(arguments.out))
             progress.say(f"{number} of {len(left)}  {arm.name}: {swept.describe()}")
@@ -169,17 +207,15 @@ async def wait_engine(url: str, launched: LaunchedServer | None, progress: Progr
 
 
 def measure(
-    arguments: argparse.Namespace, asked: QuestionSet, arm: SweepArm, engine_url: str
+    out: Path, asked: QuestionSet, arm: SweepArm, engine_url: str, folder: Path
 ) -> SweptArm:
     """By a gateway of its own: what is measured is what the judge would see."""
     port = find_free_ports(1)[0]
     words = ["--port", str(port), "--engines", engine_url, *arm.flags()]
     words += ["--warmup-prompts", str(min(len(asked.pairs), 64))]
     environment = {"GATEWAY_CONFIG": str(_COURSE)} if _COURSE.is_file() else {}
-    model = Path(arguments.model)
-    if model.is_dir():
-        words += ["--tokenizer", str(model)]
-    log_path = Path(arguments.out).with_name("sweep-gateway.log")
+    words += ["--tokenizer", str(folder)]
+    log_path = out.with_name("sweep-gateway.log")
     with launch_program("gateway", words, environment, log_path) as gateway:
         try:
             return asyncio.run(ask(asked, arm, f"http://127.0.0.1:{port}", gateway))

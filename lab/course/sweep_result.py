@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,14 +20,25 @@ _SHIPPED = ("", "one-line")
 _SAME_SCORE = 0.002
 
 
+def digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def digest_system_prompt(system: str) -> str:
+    return "" if system in _SHIPPED else digest_text(read_text(Path(system)))
+
+
 @dataclass(frozen=True)
 class SweepArm:
-    """One way of asking. `system` is empty, a shipped prompt's name, or a file."""
+    """One way of asking. `system` is empty, a shipped prompt's name, or a file: with another text
+    it is another arm.
+    """
 
     style: str
     system: str
     max_tokens: int
     single_line: bool
+    system_digest: str = ""
 
     @property
     def name(self) -> str:
@@ -80,23 +92,26 @@ class SweptArm:
 
 @dataclass
 class SweepResult:
-    """`context` is what must be the same for an earlier result to count: model and questions."""
+    """`context` is what must be the same for an earlier result to count: model, questions, the rest
+    of the settings.
+    """
 
     context: str
     swept: list[SweptArm] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path, context: str) -> SweepResult | None:
-        """None of another context, and of what is no result."""
+        """None of another context, and of what is no result. What failed is tried again."""
         try:
             packed = json.loads(read_text(path))
             rows = [SweptArm(**{**row, "arm": SweepArm(**row["arm"])}) for row in packed["swept"]]
         except (OSError, ValueError, TypeError, KeyError):
             return None
+        rows = [row for row in rows if not row.failure]
         return cls(context, rows) if context and packed.get("context") == context else None
 
     def add(self, swept: SweptArm) -> None:
-        self.swept = [one for one in self.swept if one.arm != swept.arm] + [swept]
+        self.swept = [one for one in self.swept if one.arm.name != swept.arm.name] + [swept]
 
     def find(self, arm: SweepArm) -> SweptArm | None:
         return next((one for one in self.swept if one.arm == arm), None)

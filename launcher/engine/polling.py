@@ -16,4 +16,9 @@ async def poll(ask: Callable[[], Awaitable[T | None]], *, pause_s: float) -> T:
     asking = tenacity.AsyncRetrying(
         wait=tenacity.wait_fixed(pause_s), retry=tenacity.retry_if_result(operator.not_)
     )
-    return cast("T", await asking(ask))
+
+    # Of a lambda tenacity would take the coroutine itself for the answer: always a yes.
+    async def ask_once() -> T | None:
+        return await ask()
+
+    return cast("T", await asking(ask_once))

@@ -134,6 +134,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self.status = ProgramStatus()
+        self.has_ended = False  # for good: asked to, or given up
         self.ready = asyncio.Event()
         self._parked = asyncio.Event()
         self._wanted = asyncio.Event()
@@ -173,6 +174,7 @@ class Supervisor:
                 await self._judge(report)
                 await self._pause()
         finally:
+            self.has_ended = True
             self._set_state("stopped")
             self.lines.close()
 

@@ -20,6 +20,7 @@ GIB = 2**30
 _GPUS = Path(__file__).parent / "gpus.toml"
 _QUERY_S = 20.0  # it takes seconds where a GPU is ill
 _END_S = 1.0
+_COUNT = re.compile(r"^\s*\d+\s*x\s*", re.IGNORECASE)
 _ANY_CARD = re.compile(r"(\d+(?:\.\d+)?)\s*GiB[\s,]+sm_?(\d{2,3})[a-z]?", re.IGNORECASE)
 # What nvidia-smi puts around a name and tells no cards apart.
 _ADORNMENT = re.compile(
@@ -87,6 +88,11 @@ def parse_device(text: str) -> Device:
             "its memory and compute capability, as `24GiB sm_89`)"
         )
     return Device(row["name"], row["generation"], int(row["memory_gib"] * GIB), count)
+
+
+def change_count(text: str, count: int) -> str:
+    """So many of the device that the user named, in their own words: `parse_device` reads them."""
+    return f"{count}x {_COUNT.sub('', text)}"
 
 
 def list_gpus() -> list[dict[str, Any]]:

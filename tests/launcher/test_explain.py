@@ -86,6 +86,57 @@ def test_explain_says_whether_the_next_start_is_warm(launcher: Launcher) -> None
     assert "cold" in call(launcher, "explain", "--set", "max-num-seqs=3")[1]
 
 
+def write_sections(launcher: Launcher, text: str) -> None:
+    config = launcher.folder / "launcher.toml"
+    config.write_text(text)
+    launcher.settings["LAUNCHER_CONFIG"] = str(config)
+
+
+def test_explain_several_engines_is_one_list_and_minds_what_was_tuned(launcher: Launcher) -> None:
+    tuned = 'profile = "cpu"\ndevice = "none"\nmodel = "none"\nvllm = "0"\nsummary = "fast"'
+    write_sections(
+        launcher,
+        f"""
+        [[launcher.engine]]
+        served_model_name = "one"
+        [[launcher.engine]]
+        served_model_name = "two"
+        [tuned]
+        {tuned}
+        options = {{}}
+        environment = {{}}
+        """,
+    )
+
+    code, out, _ = call(launcher, "explain", "--json")
+
+    facts = json.loads(out)
+    assert code == 0
+    for name, one in zip(("one", "two"), facts, strict=True):
+        assert one["argv"][one["argv"].index("--served-model-name") + 1] == name
+        (note,) = one["notes"]
+        assert re.search(r"\[tuned\] of .*launcher.toml was measured for device none, .*not", note)
+
+
+def test_doctor_asks_the_gateway_once_for_engines_that_take_turns(launcher: Launcher) -> None:
+    write_sections(launcher, "takes_turns = true\n[[engine]]\n[[engine]]\n")
+
+    out = call(launcher, "doctor")[1]
+
+    gateway = [line for line in out.splitlines() if line.split()[1] == "gateway"]
+    assert gateway == ["ok    gateway  it has nothing against its settings"]
+
+
+def test_doctor_names_two_engines_on_one_port(launcher: Launcher) -> None:
+    port = launcher.engine_port
+    write_sections(launcher, f"[[engine]]\n[[engine]]\nengine_port = {port}\n")
+
+    code, out, _ = call(launcher, "doctor")
+
+    assert code == 2
+    assert f"engine_port of [[engine]] 2 are both {port}" in out
+
+
 def test_explain_named_gpu_needs_no_gpu(launcher: Launcher) -> None:
     model = str(MODELS / "qwen3-0.6b")
     code, out, _ = call(launcher, "explain", "--all", "--gpu", "RTX 5090", "--model", model)
@@ -211,7 +262,7 @@ def test_doctor_on_a_terminal_says_what_it_looks_at() -> None:
     screen, said = Screen(), list[str]()
     settings = load_settings(DoctorSettings, ["--model", "/nowhere"])
 
-    assert run_doctor(settings, said.append, screen) == 2
+    assert run_doctor([settings], said.append, screen) == 2
     assert "looking at 4 of 11: model" in screen.getvalue()
     assert screen.getvalue().endswith("\r\033[K")
     assert any("no folder" in line for line in said)

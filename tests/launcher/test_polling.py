@@ -30,3 +30,12 @@ async def test_poll_ends_with_its_callers_time_and_with_an_error() -> None:
             await poll(never, pause_s=0.001)
     with pytest.raises(ZeroDivisionError):
         await poll(fail, pause_s=0.001)
+
+
+async def test_poll_awaits_whatever_returns_an_awaitable() -> None:
+    answers = iter((False, 7))
+
+    async def ask(name: str) -> int | None:
+        return next(answers) if name == "a" else None
+
+    assert await poll(lambda: ask("a"), pause_s=0.001) == 7

@@ -174,6 +174,31 @@ def test_engines_that_take_turns_serve_whoever_is_waited_for(tmp_path: Path) -> 
     assert "engine_crashed" not in launcher.err
 
 
+def test_engine_whose_first_turn_fails_is_given_up_alone(tmp_path: Path) -> None:
+    """Its callers wait in vain; the other is not stopped for it again."""
+    launcher = make_turns(tmp_path)
+    launcher.fake = "never_with=other"
+    launcher.settings["GATEWAY_RESTART_HOLD_S"] = "2"
+
+    def ask_for(model: str) -> int:
+        return ask(launcher, "/v1/completions", model=model, prompt="q").status_code
+
+    with running(launcher):
+        wait_ready(launcher)
+        in_vain = ask_for("other")
+        wait_for(lambda: "engine_given_up" in launcher.err, "the loss")
+        wait_for(lambda: ask_for("demo") == 200, f"the other's turn; {launcher.err[-2000:]}")
+        again, served = ask_for("other"), ask_for("demo")
+        turns = re.findall(r"engine_turn +engine=(\S+)", launcher.err)
+        states = [one["engine"]["state"] for one in launcher.status()["engines"]]
+        assert launcher.stop() == 0
+    assert launcher.processes() == []
+
+    assert (in_vain, again, served) == (503, 503, 200)
+    assert turns == ["other", "demo"]
+    assert states == ["ready", "stopped"]
+
+
 def make_turns(folder: Path) -> Launcher:
     other = shutil.copytree(MODEL, folder / "models" / "other")
     launcher = Launcher(folder, command="up")
@@ -313,6 +338,30 @@ def test_sections_are_planned_for_gpus_that_are_not_here(tmp_path: Path) -> None
         (("2",), "1x H200", 1.0),
         (("0",), "1x H200", 0.5),
     ]
+
+
+def test_sections_keep_the_users_words_for_a_gpu(tmp_path: Path) -> None:
+    found = read_sections(tmp_path, 'gpu = "2 x 24GiB sm_89"\n[[engine]]\n[[engine]]\n')
+
+    assert [(one.gpus, one.gpu) for one in found] == [
+        (("0",), "1x 24GiB sm_89"),
+        (("1",), "1x 24GiB sm_89"),
+    ]
+    assert parse_device(found[0].gpu).memory_bytes == 24 * 2**30
+
+
+def test_sections_are_read_where_vllm_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_none() -> None:
+        raise SettingsError("no vLLM is installed")
+
+    monkeypatch.setattr("launcher.sections.find_vllm", find_none)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+
+    found = read_sections(tmp_path, "[[engine]]\n[[engine]]\n")
+
+    assert [one.gpus for one in found] == [("4",), ("5",)]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,18 @@ from typing import Any
 
 import pytest
 
-from lab.course.run_sweep import main
+from common.project import DEMO_QUESTIONS
+from common.questions import read_questions
+from lab.course.run_sweep import (
+    build_parser,
+    describe_context,
+    find_asked_model,
+    list_arms,
+    main,
+)
 from lab.course.sweep_result import SweepArm, SweepResult, SweptArm
 from lab.failures import BadOptions
+from lab.options import parse_options
 from lab.readiness import ServerNeverReady
 from tests.lab.grade.test_run_grade import environment
 from tests.launcher.programs import MODEL, ROOT
@@ -82,7 +91,47 @@ def test_sweep_that_cannot_begin_says_why(tmp_path: Path) -> None:
     with pytest.raises(BadOptions, match="none-such: cannot be read"):
         main([*out, "--system-prompt", str(tmp_path / "none-such")])
     with pytest.raises(ServerNeverReady, match="no engine answers at"):
+        main([*out, "--engine", "http://127.0.0.1:9", "--model", str(MODEL)])
+    with pytest.raises(BadOptions, match="--engine needs --model"):
         main([*out, "--engine", "http://127.0.0.1:9"])
+
+
+def test_earlier_figures_count_while_nothing_behind_them_changed(
+    tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course, system = tmp_path / "course.toml", tmp_path / "system.txt"
+    monkeypatch.setattr("lab.course.run_sweep._COURSE", course)
+    system.write_text("Be brief.")
+
+    def describe(*words: str) -> tuple[str, list[SweepArm]]:
+        model = ["--model", str(bare), "--system-prompt", str(system)]
+        arguments = parse_options(build_parser(), [*model, *words])
+        asked = read_questions(DEMO_QUESTIONS).take(4)
+        context = describe_context(arguments, asked, find_asked_model(arguments))
+        return context, list_arms(arguments)
+
+    first, arms = describe()
+    assert describe() == (first, arms)
+    assert describe("--", "--set", "max-num-seqs=3")[0] != first
+    course.write_text("[gateway]\ntop_p = 0.5\n")
+    second = describe()[0]
+    assert second != first
+    (bare / "config.json").write_text((bare / "config.json").read_text() + "\n")
+    assert describe()[0] != second
+    system.write_text("Be long.")
+    assert not set(describe()[1]) & set(arms)
+
+
+def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+    result = SweepResult("x")
+    result.add(SweptArm(SweepArm("qa", "", 32, single_line=False), 0.3))
+    result.add(SweptArm(SweepArm("chat", "", 32, single_line=False), failure="no start"))
+    result.write(tmp_path / "sweep.json")
+
+    again = SweepResult.read(tmp_path / "sweep.json", "x")
+
+    assert again is not None
+    assert [one.arm.style for one in again.swept] == ["qa"]
 
 
 def test_best_is_the_fastest_of_those_that_score_nearly_the_same(tmp_path: Path) -> None:
@@ -97,5 +146,7 @@ def test_best_is_the_fastest_of_those_that_score_nearly_the_same(tmp_path: Path)
     assert best.arm.max_tokens == 64
     assert [one.arm.max_tokens for one in result.rank(arms)] == [128, 64, 32, 256]
     result.write(tmp_path / "sweep.json")
-    assert SweepResult.read(tmp_path / "sweep.json", "x") == result
+    again = SweepResult.read(tmp_path / "sweep.json", "x")
+    assert again is not None
+    assert [one.arm.max_tokens for one in again.rank(arms)] == [128, 64, 32]
     assert SweepResult.read(tmp_path / "sweep.json", "another") is None

@@ -2,8 +2,8 @@
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
 `flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`, and `fast_with=WORD`,
-`wrong_with=WORD`, `dies_with=WORD` for a word of its argv); once it runs, POST /fake tells it what
-to do.
+`wrong_with=WORD`, `dies_with=WORD`, `never_with=WORD` for a word of its argv); once it runs, POST
+/fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
 
@@ -193,9 +193,9 @@ def main() -> None:
             subprocess.Popen([sys.executable, "-c", _CORE], process_group=0)
             print("deaf", flush=True)
         time.sleep(600)
-    if "exit_loading" in words:
+    if "exit_loading" in words or words.get("never_with") in sys.argv:
         print("ValueError: the fake model is not supported", file=sys.stderr, flush=True)
-        sys.exit(int(words["exit_loading"]))
+        sys.exit(int(words.get("exit_loading", 1)))
     for percent in (0, 50, 100):
         print(f"Loading safetensors checkpoint shards: {percent}% Completed | 1/2", flush=True)
     if "flood" in words:

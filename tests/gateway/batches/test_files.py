@@ -216,6 +216,26 @@ async def test_page_under_a_rebound_name_reads_no_files(tmp_path: Path, path: st
     assert elsewhere.status_code == 200
 
 
+async def test_files_stay_with_their_key_of_the_environment_whatever_its_place(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "batches"
+    async with (
+        serve_gateway(batch_folder=folder, api_keys=("of-alice", "of-bob")) as served,
+        open_batches(served, "of-alice") as alice,
+        open_batches(served, "of-bob") as bob,
+    ):
+        await alice.upload([ask(0)])
+        own = await bob.upload([ask(1)])
+    async with (
+        serve_gateway(batch_folder=folder, api_keys=("of-bob",)) as served,
+        open_batches(served, "of-bob") as bob,
+    ):
+        seen = [file.id async for file in bob.sdk.files.list()]
+
+    assert seen == [own]
+
+
 async def test_upload_from_a_foreign_page_is_refused(batches: Batches) -> None:
     answer = await batches.served.client.post(
         "/v1/files",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -87,6 +88,7 @@ class JobRunner:
         self._is_ending = asyncio.Event()
         self._results: list[tuple[Result, asyncio.Future[None]]] = []
         self._has_results = asyncio.Event()
+        self._written: list[str] = []  # names of bytes for files that may not have been made
 
     def end(self, ending: str, error: tuple[str, str] | None = None) -> None:
         """What runs is given up, what has been answered is kept."""
@@ -101,8 +103,9 @@ class JobRunner:
             try:
                 if self.job.ending is None:
                     await self._answer_lines()
-                    ending, error = self._ending or ("completed", None)
-                    self.job = await self._ownership.begin_end(self.job, ending, error)
+                ending, error = self._ending or (self.job.ending or "completed", None)
+                # Each time: the commit of an end whose answer was lost has ended it already.
+                self.job = await self._ownership.begin_end(self.job, ending, error)
                 await self._write_files()
             except (StorageUnavailable, StorageFull) as error:
                 self._metrics.batch_storage_failures.inc()
@@ -286,8 +289,14 @@ class JobRunner:
                 return
 
     async def _write_files(self) -> None:
-        """Anew from what is stored, whoever has begun before: under names of this epoch."""
-        names = {good: self._name_blob(good) for good in (True, False)}
+        """Anew from what is stored, whoever has begun before: under names that are nobody else's,
+        for what an earlier attempt wrote may be what the batch has ended with.
+        """
+        while self._written:  # by attempts that have not ended it, as is known by now
+            await self._blobs.delete(self._written[-1])
+            self._written.pop()
+        attempt = secrets.token_hex(4)
+        names = {good: self._name_blob(attempt, good) for good in (True, False)}
         sizes, counts = {True: 0, False: 0}, {True: 0, False: 0}
         async with contextlib.AsyncExitStack() as stack:
             writers: dict[bool, BlobWriter] = {}
@@ -296,6 +305,7 @@ class JobRunner:
                 for number, custom_id, is_good, line in rows:
                     good, text = bool(is_good), line or self._explain(number, custom_id)
                     if good not in writers:
+                        self._written.append(names[good])
                         blob = self._blobs.write(names[good])
                         writers[good] = await stack.enter_async_context(blob)
                     await writers[good].write(text)
@@ -310,8 +320,8 @@ class JobRunner:
             self.job, files[True], files[False], (counts[True], counts[False])
         )
 
-    def _name_blob(self, good: bool) -> str:
-        return f"{self.job.id}-{self.job.epoch}-{'output' if good else 'errors'}"
+    def _name_blob(self, attempt: str, good: bool) -> str:
+        return f"{self.job.id}-{self.job.epoch}-{attempt}-{'output' if good else 'errors'}"
 
     def _explain(self, number: int, custom_id: str) -> bytes:
         ending = self.job.ending or "completed"

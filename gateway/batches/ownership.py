@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy import and_, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
@@ -90,6 +90,12 @@ class Ownership:
         query = select(FILES.c.blob).where(FILES.c.id == job.input_file_id)
         async with self._database.read() as connection:
             return (await connection.execute(query)).scalar_one_or_none() or ""
+
+    async def count_lines(self, job: JobRecord) -> int:
+        """Of its input: fewer than it had where its file has been deleted."""
+        query = select(func.count()).select_from(LINES).where(LINES.c.file_id == job.input_file_id)
+        async with self._database.read() as connection:
+            return int((await connection.execute(query)).scalar_one())
 
     async def list_unanswered(self, job: JobRecord) -> list[StoredLine]:
         """Side by side those that begin alike: the engine has their beginning in its cache."""

@@ -120,6 +120,9 @@ class JobRunner:
         await self._store([one for one, _ in self._results])  # of a time that ended badly
         self._results.clear()
         blob = await self._ownership.find_input(self.job)
+        if await self._ownership.count_lines(self.job) < self.job.total:
+            self.end("failed", ("input_file_lost", "the input's lines are not there any more"))
+            return
         lines = await self._ownership.list_unanswered(self.job)
         recording = asyncio.create_task(self._record_results())
         working = asyncio.create_task(self._work(blob, lines))

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
 from gateway.admission.keys import ANONYMOUS
 from gateway.batches.blobs import DiskBlobs
-from gateway.batches.database import Database
+from gateway.batches.database import LINES, Database
 from gateway.batches.ownership import Ownership, OwnershipLost, Result
 from gateway.batches.runner import JobRunner
 from gateway.batches.shapes import FileRecord, JobRecord
@@ -82,3 +83,17 @@ async def test_end_whose_answer_is_lost_leaves_the_files_that_are_told(
     assert list(contents.values()) == [b"good 0\ngood 1\n", b"bad 2\n"]
     assert (ended.status, ended.completed, ended.failed) == ("completed", 2, 1)
     assert {one.name for one in folder.iterdir()} == set(contents)
+
+
+async def test_batch_whose_lines_are_gone_fails(database: Database, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    ownership = Ownership(database, "worker")
+    job = await claim(ownership)
+    async with database.write() as connection:
+        await connection.execute(delete(LINES))
+
+    await build_runner(job, ownership, folder).run()
+
+    ended = await Store(database).find_job(JOB.owner, job.id)
+    assert (ended.status, ended.error_code) == ("failed", "input_file_lost")

@@ -79,9 +79,12 @@ class Ownership:
         async with self._database.write() as connection:
             await connection.execute(change)
 
-    async def give_back(self, job: JobRecord) -> None:
-        """Whoever looks next may take it at once."""
-        change = update(JOBS).where(_is_ours(job)).values(worker="", beat=JOBS.c.beat + 1)
+    async def give_back(self) -> None:
+        """All that is ours, also what was claimed in the last moment: whoever looks next may take
+        it at once.
+        """
+        mine = and_(JOBS.c.worker == self.worker, JOBS.c.status.in_(OPEN))
+        change = update(JOBS).where(mine).values(worker="", beat=JOBS.c.beat + 1)
         async with self._database.write() as connection:
             await connection.execute(change)
 

@@ -24,7 +24,7 @@ async def test_who_has_lost_a_batch_writes_nothing(database: Database) -> None:
     ):
         with pytest.raises(OwnershipLost):
             await write
-    await first.give_back(old)
+    await first.give_back()
     await second.add_results(new, [Result(1, is_good=True, line=b"by second\n")])
 
     lines = [row[3] for row in await second.read_lines(new, -1, 10)]

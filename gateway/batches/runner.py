@@ -43,7 +43,6 @@ from gateway.observability.metrics import Metrics
 log = structlog.get_logger("gateway")
 
 _MOST_WEIGHT = 10.0  # of a batch near its end, beside one with all its time
-_KEYS_OWN = ("key_concurrency",)  # no sign of what the engines bear
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _RESULTS_AT_ONCE = 200
 _LINES_AT_ONCE = 50  # answers may be long
@@ -88,6 +87,8 @@ class JobRunner:
         self._is_ending = asyncio.Event()
         self._results: list[tuple[Result, asyncio.Future[None]]] = []
         self._has_results = asyncio.Event()
+        self._goes_on_at = 0.0  # after what its key's own limits refused
+        self._own_pause_s = 0.0
         self._written: list[str] = []  # names of bytes for files that may not have been made
 
     def end(self, ending: str, error: tuple[str, str] | None = None) -> None:
@@ -142,28 +143,42 @@ class JobRunner:
 
     async def _work(self, blob: str, lines: list[StoredLine]) -> None:
         """As many at once as the window says; the others are not even tasks."""
-        most = self._settings.batch_max_running
         running: set[asyncio.Task[None]] = set()
         try:
             for line in lines:
-                if len(running) >= most:
+                while len(running) >= self._find_most():
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    _take_done(running)
                 slot = await self._enter()
                 task = asyncio.create_task(self._answer(blob, line, slot))
                 # One that is cancelled before it has begun never comes to leave it.
                 task.add_done_callback(partial(_leave, slot))
                 running.add(task)
-                for task in [one for one in running if one.done()]:
-                    running.remove(task)
-                    task.result()
+                _take_done(running)
             await asyncio.gather(*running)
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
+    def _find_most(self) -> int:
+        """More than its key may have at once would only be refused."""
+        owner = self._find_caller(self.job.owner)
+        most = self._settings.batch_max_running
+        return min(most, (owner.max_concurrency if owner else 0) or most)
+
+    def _pause(self, seconds: float) -> None:
+        """Each request that a key's own limits refuse may use up more of them, so the whole batch
+        waits, and longer each time until one is answered.
+        """
+        now = asyncio.get_running_loop().time()
+        if now >= self._goes_on_at:
+            self._own_pause_s = min(max(_FIRST_PAUSE_S, self._own_pause_s * 2), _LONGEST_PAUSE_S)
+            self._goes_on_at = now + max(seconds, self._own_pause_s)
+
     async def _enter(self) -> Slot:
         """The nearer its end, the less a request moves the batch's clock."""
+        await asyncio.sleep(max(0.0, self._goes_on_at - asyncio.get_running_loop().time()))
         if self._is_draining():
             await asyncio.Event().wait()  # until this is cancelled: another gateway goes on
         whole_s = max(1, self.job.expires_at - self.job.created_at)
@@ -219,6 +234,7 @@ class JobRunner:
             log.exception("batch_line_crashed", batch=self.job.id, line=number)
             refusal = GatewayError(f"the gateway failed ({type(error).__name__}); see its log")
         else:
+            self._own_pause_s = 0.0
             slot.leave("answered", answer.queue_s)
             text = build_response_line(custom_id, request_id, answer.status, answer.body)
             return Result(number, answer.status < 400, text), 0.0, False
@@ -229,8 +245,15 @@ class JobRunner:
     ) -> tuple[Result | None, float, bool]:
         pause_s = refusal.retry_after_s or _FIRST_PAUSE_S
         is_lost = _is_lost(refusal)
-        is_too_much = _is_too_much(refusal)
-        slot.leave("refused" if is_too_much else "other", pause_s=pause_s if is_too_much else 0.0)
+        if _is_own(refusal):
+            self._pause(pause_s)
+            slot.leave()
+        elif _is_away(refusal):
+            slot.leave("away", pause_s=pause_s)
+        elif _is_too_much(refusal):
+            slot.leave("refused", pause_s=pause_s)
+        else:
+            slot.leave()
         if _has_not_run(refusal) or (is_lost and lost + 1 < self._settings.max_attempts):
             self._metrics.batch_retries.labels(refusal.error_code).inc()
             return None, pause_s, is_lost
@@ -349,14 +372,28 @@ class JobRunner:
         )
 
 
+def _take_done(running: set[asyncio.Task[None]]) -> None:
+    for task in [one for one in running if one.done()]:
+        running.remove(task)
+        task.result()
+
+
 def _leave(slot: Slot, _task: asyncio.Task[None]) -> None:
     slot.leave()
 
 
+def _is_own(error: GatewayError) -> bool:
+    """It is the key that has no more, which is no sign of what the engines bear."""
+    return isinstance(error, RateLimited) or error.error_code == "key_concurrency"
+
+
+def _is_away(error: GatewayError) -> bool:
+    return isinstance(error, Unavailable) and error.error_code == "not_ready"
+
+
 def _is_too_much(error: GatewayError) -> bool:
-    """For the engines, and not for the key alone."""
-    kinds = Overloaded | Unavailable | EngineUnreachable | EngineTimeout
-    return isinstance(error, kinds) and error.error_code not in _KEYS_OWN
+    """For the engines."""
+    return isinstance(error, Overloaded | Unavailable | EngineUnreachable | EngineTimeout)
 
 
 def _is_lost(error: GatewayError) -> bool:

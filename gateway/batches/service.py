@@ -21,7 +21,7 @@ from gateway.batches.runner import JobRunner, OpenCount
 from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
 from gateway.batches.store import Store, find_kept_s, make_id
 from gateway.batches.uploads import Room, Upload
-from gateway.batches.window import Window
+from gateway.batches.window import Windows
 from gateway.config import Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
@@ -56,9 +56,10 @@ class BatchService:
     async def run(self, parts: Parts) -> AsyncIterator[None]:
         """Batches are run inside of this; their database is opened when it is needed."""
         ownership = Ownership(self._database, secrets.token_hex(8))
-        window = Window(self._settings.batch_max_running, parts.caller.count_interactive)
-        self._metrics.batch_window.read = lambda: [((), window.limit)]
-        self._metrics.batch_running.read = lambda: [((), window.running)]
+        windows = Windows(self._settings.batch_max_running, parts.caller.count_interactive)
+        self._metrics.batch_window.read = lambda: [((), windows.limit)]
+        self._metrics.batch_running.read = lambda: [((), windows.running)]
+        aliases = self._settings.alias_map
 
         def build_runner(job: JobRecord) -> JobRunner:
             return JobRunner(
@@ -67,7 +68,8 @@ class BatchService:
                 blobs=self._blobs,
                 caller=parts.caller,
                 find_caller=parts.keyring.find_named,
-                window=window,
+                # A file that names several models, or none, is run by a window of its own.
+                window=windows.find(aliases.get(job.model, job.model) if job.model else job.id),
                 open_requests=parts.open_requests,
                 is_draining=parts.is_draining,
                 settings=self._settings,

@@ -16,7 +16,7 @@ from gateway.batches.ownership import Ownership, OwnershipLost, Result
 from gateway.batches.runner import JobRunner
 from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import Store
-from gateway.batches.window import Window
+from gateway.batches.window import Windows
 from gateway.errors import StorageUnavailable
 from gateway.observability.metrics import Metrics
 from tests.gateway.batches.conftest import JOB, claim
@@ -49,7 +49,7 @@ def build_runner(job: JobRecord, ownership: Ownership, folder: Path) -> JobRunne
         blobs=DiskBlobs(folder),
         caller=caller,
         find_caller=lambda _name: ANONYMOUS,
-        window=Window(8),
+        window=Windows(8).find("fake"),
         open_requests=SimpleNamespace(count=0),
         is_draining=lambda: False,
         settings=make_settings(batch_folder=folder),

@@ -107,7 +107,7 @@ class BatchCaller:
         if served.pool.held and not served.pool.has_engine:
             # One line that waits is enough to have an engine started for it; many would take the
             # slots of other models' lines for as long as calls are held.
-            raise Unavailable(f"no engine is ready: {served.pool.describe()}", retry_after_s=1)
+            raise Unavailable(f"no engine is ready: {served.pool.describe()}", retry_after_s=5)
         served.requests += 1
         claim = open_claim(caller, may_reserve=True) if caller.has_limits else None
         line = _Line(caller, path, served, call, context, claim)

@@ -30,6 +30,7 @@ log = structlog.get_logger("gateway")
 
 _BEARER = "bearer "
 _KEY_PREFIX = "vg-"
+_NAME_DIGITS = 8
 
 
 class Caller(BaseModel):
@@ -99,10 +100,8 @@ class Keyring:
 
     def __init__(self, settings: Settings) -> None:
         self._file = FileWatch(settings.keys_file) if settings.keys_file else None
-        self._from_environment = {
-            _hash(key): Caller(name=f"key-{number}")
-            for number, key in enumerate(settings.api_keys, start=1)
-        }
+        hashes = map(_hash, settings.api_keys)
+        self._from_environment = {one: Caller(name=_name_by_hash(one)) for one in hashes}
         self._callers = dict(self._from_environment)  # and those of the file who have called
         self._entries: Entries = {}
         self._digests: dict[str, str] = {}  # by name
@@ -277,6 +276,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _name_by_hash(hashed: str) -> str:
+    """Files and batches are their key's by its name: by its place in the list they would pass to
+    another key when one before it is taken out.
+    """
+    return f"key-{hashed.removeprefix('sha256:')[:_NAME_DIGITS]}"
 
 
 def _hash(key: str) -> str:

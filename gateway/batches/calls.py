@@ -25,7 +25,7 @@ from gateway.admission.tickets import build_ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.errors import EngineBusy, EngineError, InvalidRequest
+from gateway.errors import EngineBusy, EngineError, InvalidRequest, Unavailable
 from gateway.observability.request_record import RequestRecord
 from gateway.request_context import RequestContext
 from gateway.schemas.openai import OpenAIRequest, name_engine_error, parse_usage
@@ -104,6 +104,10 @@ class BatchCaller:
         served = self._models.by_name.get(call.model)
         if served is None:
             served = await self._models.find(call.model, caller, None)
+        if served.pool.held and not served.pool.has_engine:
+            # One line that waits is enough to have an engine started for it; many would take the
+            # slots of other models' lines for as long as calls are held.
+            raise Unavailable(f"no engine is ready: {served.pool.describe()}", retry_after_s=5)
         served.requests += 1
         claim = open_claim(caller, may_reserve=True) if caller.has_limits else None
         line = _Line(caller, path, served, call, context, claim)

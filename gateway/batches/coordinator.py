@@ -5,8 +5,11 @@ become of its own, and throws away what is too old.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -17,16 +20,18 @@ from gateway.batches.runner import JobRunner
 from gateway.batches.shapes import JobRecord
 from gateway.batches.store import DAY_S, Store
 from gateway.config import Settings
-from gateway.errors import GatewayError
+from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.observability.metrics import Metrics
 
 log = structlog.get_logger("gateway")
 
 _MOST_AT_ONCE = 16  # batches that one gateway runs; further ones wait
+_MOST_BESIDE = 64  # with the first ones of owners who have none running
 _LONGEST_POLL_S = 1.0
 _BEATS_A_LEASE = 5
 _SWEEP_S = 600.0
 _ORPHAN_AGE_S = 3600.0
+_GIVE_BACK_S = 5.0  # a database that is away is not waited for: the lease ends as well
 
 
 @dataclass(slots=True)
@@ -38,7 +43,7 @@ class _Seen:
 
 
 class Coordinator:
-    """One task that looks, and one for each batch that it runs."""
+    """One task that looks, one that throws away, and one for each batch that runs."""
 
     def __init__(
         self,
@@ -59,7 +64,6 @@ class Coordinator:
         self._seen: dict[str, _Seen] = {}
         self._wake = asyncio.Event()
         self._is_stopping = False
-        self._swept_at = float("-inf")
         metrics.batch_jobs.read = lambda: [((), len(self._running))]
 
     def wake(self) -> None:
@@ -67,21 +71,34 @@ class Coordinator:
         self._wake.set()
 
     async def run(self) -> None:
+        """What is thrown away may take long, and meanwhile others must see that we live."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_looking())
+            tasks.create_task(self._keep_sweeping())
+
+    async def _keep_looking(self) -> None:
         while True:
-            try:
-                await self._look()
-                await self._sweep()
-            except GatewayError as error:
-                self._metrics.batch_storage_failures.inc()
-                log.warning("batches_not_looked_at", reason=error.message)
-            except Exception:
-                log.exception("batches_not_looked_at")
+            await self._try("batches_not_looked_at", self._look)
             self._wake.clear()
             try:
                 async with asyncio.timeout(self._poll_s):
                     await self._wake.wait()
             except TimeoutError:
                 continue
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            await self._try("batches_not_swept", self._sweep)
+            await asyncio.sleep(_SWEEP_S)
+
+    async def _try(self, failure: str, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except GatewayError as error:
+            self._metrics.batch_storage_failures.inc()
+            log.warning(failure, reason=error.message)
+        except Exception:
+            log.exception(failure)
 
     async def stop(self) -> None:
         """What runs is given up and given back: another gateway may go on at once."""
@@ -90,11 +107,11 @@ class Coordinator:
         for _, task in runners:
             task.cancel()
         await asyncio.gather(*(task for _, task in runners), return_exceptions=True)
-        for runner, _ in runners:
-            try:
-                await self._ownership.give_back(runner.job)
-            except GatewayError as error:
-                log.warning("batch_not_given_back", batch=runner.job.id, reason=error.message)
+        try:
+            async with asyncio.timeout(_GIVE_BACK_S):
+                await self._ownership.give_back()
+        except (GatewayError, TimeoutError) as error:
+            log.warning("batches_not_given_back", reason=str(error) or type(error).__name__)
 
     async def _look(self) -> None:
         if self._running:
@@ -103,11 +120,35 @@ class Coordinator:
         open_ids = {job.id for job in jobs}
         for gone in self._seen.keys() - open_ids:
             del self._seen[gone]
+        free: list[JobRecord] = []
         for job in jobs:
             if job.id in self._running:
                 self._tell(self._running[job.id][0], job)
-            elif self._is_free(job) and self._has_room_for(job):
+            elif self._is_free(job):
+                free.append(job)
+        await self._take_in_turn(free)
+
+    async def _take_in_turn(self, free: Sequence[JobRecord]) -> None:
+        """Of those who have the fewest running first, so that nobody's many keep others' out; of
+        one owner's as they come.
+        """
+        running = Counter(runner.job.owner for runner, _ in self._running.values())
+        waiting: defaultdict[str, deque[tuple[int, JobRecord]]] = defaultdict(deque)
+        for place, job in enumerate(free):
+            # What only has to be ended costs little, and is waited for.
+            if job.ending is not None or job.expires_at <= time.time():
                 await self._take(job)
+            else:
+                waiting[job.owner].append((place, job))
+        owners = [(running[owner], jobs[0][0], owner) for owner, jobs in waiting.items()]
+        heapq.heapify(owners)
+        while owners:
+            number, _, owner = heapq.heappop(owners)
+            if len(self._running) >= (_MOST_AT_ONCE if number else _MOST_BESIDE):
+                return
+            await self._take(waiting[owner].popleft()[1])
+            if jobs := waiting[owner]:
+                heapq.heappush(owners, (number + 1, jobs[0][0], owner))
 
     def _tell(self, runner: JobRunner, job: JobRecord) -> None:
         """What its owner or its time has decided about a batch of ours."""
@@ -130,11 +171,6 @@ class Coordinator:
             self._seen[job.id] = _Seen(mark, now)
             return False
         return now - seen.since >= self._lease_s
-
-    def _has_room_for(self, job: JobRecord) -> bool:
-        """What only has to be ended costs little, and is waited for."""
-        is_short = job.ending is not None or job.expires_at <= time.time()
-        return is_short or len(self._running) < _MOST_AT_ONCE
 
     async def _take(self, job: JobRecord) -> None:
         claimed = await self._ownership.claim(job)
@@ -164,12 +200,11 @@ class Coordinator:
         """Files whose time is over, and bytes that no file has: of uploads and of files that were
         begun by a gateway that is no more.
         """
-        if time.monotonic() - self._swept_at < _SWEEP_S:
-            return
-        self._swept_at = time.monotonic()
         for file in await self._store.list_expired_files():
-            await self._store.delete_file(file.owner, file.id)
-            await self._blobs.delete(file.blob)
+            # Another gateway, or its owner, was first; or a batch has just been made of it.
+            with suppress(NotFound, Conflict):
+                await self._store.delete_file(file.owner, file.id)
+                await self._blobs.delete(file.blob)
         for name in await self._store.find_orphans(await self._blobs.list_older(_ORPHAN_AGE_S)):
             await self._blobs.delete(name)
         await self._store.delete_old_jobs(self._kept_s)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy import and_, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
@@ -79,9 +79,12 @@ class Ownership:
         async with self._database.write() as connection:
             await connection.execute(change)
 
-    async def give_back(self, job: JobRecord) -> None:
-        """Whoever looks next may take it at once."""
-        change = update(JOBS).where(_is_ours(job)).values(worker="", beat=JOBS.c.beat + 1)
+    async def give_back(self) -> None:
+        """All that is ours, also what was claimed in the last moment: whoever looks next may take
+        it at once.
+        """
+        mine = and_(JOBS.c.worker == self.worker, JOBS.c.status.in_(OPEN))
+        change = update(JOBS).where(mine).values(worker="", beat=JOBS.c.beat + 1)
         async with self._database.write() as connection:
             await connection.execute(change)
 
@@ -90,6 +93,12 @@ class Ownership:
         query = select(FILES.c.blob).where(FILES.c.id == job.input_file_id)
         async with self._database.read() as connection:
             return (await connection.execute(query)).scalar_one_or_none() or ""
+
+    async def count_lines(self, job: JobRecord) -> int:
+        """Of its input: fewer than it had where its file has been deleted."""
+        query = select(func.count()).select_from(LINES).where(LINES.c.file_id == job.input_file_id)
+        async with self._database.read() as connection:
+            return int((await connection.execute(query)).scalar_one())
 
     async def list_unanswered(self, job: JobRecord) -> list[StoredLine]:
         """Side by side those that begin alike: the engine has their beginning in its cache."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,7 +43,6 @@ from gateway.observability.metrics import Metrics
 log = structlog.get_logger("gateway")
 
 _MOST_WEIGHT = 10.0  # of a batch near its end, beside one with all its time
-_KEYS_OWN = ("key_concurrency",)  # no sign of what the engines bear
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _RESULTS_AT_ONCE = 200
 _LINES_AT_ONCE = 50  # answers may be long
@@ -87,6 +87,9 @@ class JobRunner:
         self._is_ending = asyncio.Event()
         self._results: list[tuple[Result, asyncio.Future[None]]] = []
         self._has_results = asyncio.Event()
+        self._goes_on_at = 0.0  # after what its key's own limits refused
+        self._own_pause_s = 0.0
+        self._written: list[str] = []  # names of bytes for files that may not have been made
 
     def end(self, ending: str, error: tuple[str, str] | None = None) -> None:
         """What runs is given up, what has been answered is kept."""
@@ -101,8 +104,9 @@ class JobRunner:
             try:
                 if self.job.ending is None:
                     await self._answer_lines()
-                    ending, error = self._ending or ("completed", None)
-                    self.job = await self._ownership.begin_end(self.job, ending, error)
+                ending, error = self._ending or (self.job.ending or "completed", None)
+                # Each time: the commit of an end whose answer was lost has ended it already.
+                self.job = await self._ownership.begin_end(self.job, ending, error)
                 await self._write_files()
             except (StorageUnavailable, StorageFull) as error:
                 self._metrics.batch_storage_failures.inc()
@@ -117,6 +121,9 @@ class JobRunner:
         await self._store([one for one, _ in self._results])  # of a time that ended badly
         self._results.clear()
         blob = await self._ownership.find_input(self.job)
+        if await self._ownership.count_lines(self.job) < self.job.total:
+            self.end("failed", ("input_file_lost", "the input's lines are not there any more"))
+            return
         lines = await self._ownership.list_unanswered(self.job)
         recording = asyncio.create_task(self._record_results())
         working = asyncio.create_task(self._work(blob, lines))
@@ -136,28 +143,42 @@ class JobRunner:
 
     async def _work(self, blob: str, lines: list[StoredLine]) -> None:
         """As many at once as the window says; the others are not even tasks."""
-        most = self._settings.batch_max_running
         running: set[asyncio.Task[None]] = set()
         try:
             for line in lines:
-                if len(running) >= most:
+                while len(running) >= self._find_most():
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    _take_done(running)
                 slot = await self._enter()
                 task = asyncio.create_task(self._answer(blob, line, slot))
                 # One that is cancelled before it has begun never comes to leave it.
                 task.add_done_callback(partial(_leave, slot))
                 running.add(task)
-                for task in [one for one in running if one.done()]:
-                    running.remove(task)
-                    task.result()
+                _take_done(running)
             await asyncio.gather(*running)
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
+    def _find_most(self) -> int:
+        """More than its key may have at once would only be refused."""
+        owner = self._find_caller(self.job.owner)
+        most = self._settings.batch_max_running
+        return min(most, (owner.max_concurrency if owner else 0) or most)
+
+    def _pause(self, seconds: float) -> None:
+        """Each request that a key's own limits refuse may use up more of them, so the whole batch
+        waits, and longer each time until one is answered.
+        """
+        now = asyncio.get_running_loop().time()
+        if now >= self._goes_on_at:
+            self._own_pause_s = min(max(_FIRST_PAUSE_S, self._own_pause_s * 2), _LONGEST_PAUSE_S)
+            self._goes_on_at = now + max(seconds, self._own_pause_s)
+
     async def _enter(self) -> Slot:
         """The nearer its end, the less a request moves the batch's clock."""
+        await asyncio.sleep(max(0.0, self._goes_on_at - asyncio.get_running_loop().time()))
         if self._is_draining():
             await asyncio.Event().wait()  # until this is cancelled: another gateway goes on
         whole_s = max(1, self.job.expires_at - self.job.created_at)
@@ -213,6 +234,7 @@ class JobRunner:
             log.exception("batch_line_crashed", batch=self.job.id, line=number)
             refusal = GatewayError(f"the gateway failed ({type(error).__name__}); see its log")
         else:
+            self._own_pause_s = 0.0
             slot.leave("answered", answer.queue_s)
             text = build_response_line(custom_id, request_id, answer.status, answer.body)
             return Result(number, answer.status < 400, text), 0.0, False
@@ -223,8 +245,15 @@ class JobRunner:
     ) -> tuple[Result | None, float, bool]:
         pause_s = refusal.retry_after_s or _FIRST_PAUSE_S
         is_lost = _is_lost(refusal)
-        is_too_much = _is_too_much(refusal)
-        slot.leave("refused" if is_too_much else "other", pause_s=pause_s if is_too_much else 0.0)
+        if _is_own(refusal):
+            self._pause(pause_s)
+            slot.leave()
+        elif _is_away(refusal):
+            slot.leave("away", pause_s=pause_s)
+        elif _is_too_much(refusal):
+            slot.leave("refused", pause_s=pause_s)
+        else:
+            slot.leave()
         if _has_not_run(refusal) or (is_lost and lost + 1 < self._settings.max_attempts):
             self._metrics.batch_retries.labels(refusal.error_code).inc()
             return None, pause_s, is_lost
@@ -286,8 +315,14 @@ class JobRunner:
                 return
 
     async def _write_files(self) -> None:
-        """Anew from what is stored, whoever has begun before: under names of this epoch."""
-        names = {good: self._name_blob(good) for good in (True, False)}
+        """Anew from what is stored, whoever has begun before: under names that are nobody else's,
+        for what an earlier attempt wrote may be what the batch has ended with.
+        """
+        while self._written:  # by attempts that have not ended it, as is known by now
+            await self._blobs.delete(self._written[-1])
+            self._written.pop()
+        attempt = secrets.token_hex(4)
+        names = {good: self._name_blob(attempt, good) for good in (True, False)}
         sizes, counts = {True: 0, False: 0}, {True: 0, False: 0}
         async with contextlib.AsyncExitStack() as stack:
             writers: dict[bool, BlobWriter] = {}
@@ -296,6 +331,7 @@ class JobRunner:
                 for number, custom_id, is_good, line in rows:
                     good, text = bool(is_good), line or self._explain(number, custom_id)
                     if good not in writers:
+                        self._written.append(names[good])
                         blob = self._blobs.write(names[good])
                         writers[good] = await stack.enter_async_context(blob)
                     await writers[good].write(text)
@@ -310,8 +346,8 @@ class JobRunner:
             self.job, files[True], files[False], (counts[True], counts[False])
         )
 
-    def _name_blob(self, good: bool) -> str:
-        return f"{self.job.id}-{self.job.epoch}-{'output' if good else 'errors'}"
+    def _name_blob(self, attempt: str, good: bool) -> str:
+        return f"{self.job.id}-{self.job.epoch}-{attempt}-{'output' if good else 'errors'}"
 
     def _explain(self, number: int, custom_id: str) -> bytes:
         ending = self.job.ending or "completed"
@@ -336,14 +372,28 @@ class JobRunner:
         )
 
 
+def _take_done(running: set[asyncio.Task[None]]) -> None:
+    for task in [one for one in running if one.done()]:
+        running.remove(task)
+        task.result()
+
+
 def _leave(slot: Slot, _task: asyncio.Task[None]) -> None:
     slot.leave()
 
 
+def _is_own(error: GatewayError) -> bool:
+    """It is the key that has no more, which is no sign of what the engines bear."""
+    return isinstance(error, RateLimited) or error.error_code == "key_concurrency"
+
+
+def _is_away(error: GatewayError) -> bool:
+    return isinstance(error, Unavailable) and error.error_code == "not_ready"
+
+
 def _is_too_much(error: GatewayError) -> bool:
-    """For the engines, and not for the key alone."""
-    kinds = Overloaded | Unavailable | EngineUnreachable | EngineTimeout
-    return isinstance(error, kinds) and error.error_code not in _KEYS_OWN
+    """For the engines."""
+    return isinstance(error, Overloaded | Unavailable | EngineUnreachable | EngineTimeout)
 
 
 def _is_lost(error: GatewayError) -> bool:

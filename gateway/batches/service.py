@@ -20,8 +20,8 @@ from gateway.batches.ownership import Ownership
 from gateway.batches.runner import JobRunner, OpenCount
 from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
 from gateway.batches.store import Store, find_kept_s, make_id
-from gateway.batches.uploads import Upload
-from gateway.batches.window import Window
+from gateway.batches.uploads import Room, Upload
+from gateway.batches.window import Windows
 from gateway.config import Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
@@ -50,14 +50,16 @@ class BatchService:
         self._database = Database(settings)
         self.store = Store(self._database)
         self._coordinator: Coordinator | None = None
+        self._rooms: dict[str, Room] = {}  # of callers who are sending files
 
     @asynccontextmanager
     async def run(self, parts: Parts) -> AsyncIterator[None]:
         """Batches are run inside of this; their database is opened when it is needed."""
         ownership = Ownership(self._database, secrets.token_hex(8))
-        window = Window(self._settings.batch_max_running, parts.caller.count_interactive)
-        self._metrics.batch_window.read = lambda: [((), window.limit)]
-        self._metrics.batch_running.read = lambda: [((), window.running)]
+        windows = Windows(self._settings.batch_max_running, parts.caller.count_interactive)
+        self._metrics.batch_window.read = lambda: [((), windows.limit)]
+        self._metrics.batch_running.read = lambda: [((), windows.running)]
+        aliases = self._settings.alias_map
 
         def build_runner(job: JobRecord) -> JobRunner:
             return JobRunner(
@@ -66,7 +68,8 @@ class BatchService:
                 blobs=self._blobs,
                 caller=parts.caller,
                 find_caller=parts.keyring.find_named,
-                window=window,
+                # A file that names several models, or none, is run by a window of its own.
+                window=windows.find(aliases.get(job.model, job.model) if job.model else job.id),
                 open_requests=parts.open_requests,
                 is_draining=parts.is_draining,
                 settings=self._settings,
@@ -93,21 +96,40 @@ class BatchService:
     @asynccontextmanager
     async def receive(self, caller: Caller) -> AsyncIterator[tuple[Upload, UploadEnd]]:
         """Where a file's bytes go; it is there once its end has been told."""
-        most, lines = await self._find_room(caller), self._settings.batch_max_lines
+        lines = self._settings.batch_max_lines
         file_id = make_id("file-")
         end = UploadEnd()
-        async with self._blobs.write(file_id) as writer:
-            upload = Upload(
-                writer,
-                max_bytes=most,
-                max_lines=min(lines, caller.batch_max_lines or lines),
-                max_line_bytes=self._settings.max_body_bytes,
-                most_items=self._settings.max_prompts,
-            )
-            yield upload, end
-            await upload.finish()
+        upload: Upload | None = None
+        stored = await self.store.sum_bytes(caller.name)
+        room = self._rooms.setdefault(caller.name, Room())
+        room.bound = caller.batch_max_stored_bytes or self._settings.batch_max_stored_bytes
+        room.stored = stored
+        room.uploads += 1
+        try:
+            room.check(least=1)
+            async with self._blobs.write(file_id) as writer:
+                upload = Upload(
+                    writer,
+                    room,
+                    max_bytes=min(self._settings.batch_max_file_bytes, room.bound - room.stored),
+                    max_lines=min(lines, caller.batch_max_lines or lines),
+                    max_line_bytes=self._settings.max_body_bytes,
+                    most_items=self._settings.max_prompts,
+                )
+                yield upload, end
+                await upload.finish()
+            end.file = await self._keep(caller, file_id, upload, end)
+        finally:
+            room.uploads -= 1
+            room.incoming -= upload.bytes if upload else 0
+            if not room.uploads:
+                self._rooms.pop(caller.name, None)
+
+    async def _keep(
+        self, caller: Caller, file_id: str, upload: Upload, end: UploadEnd
+    ) -> FileRecord:
         now = int(time.time())
-        end.file = FileRecord(
+        file = FileRecord(
             id=file_id,
             owner=caller.name,
             filename=end.filename,
@@ -120,18 +142,13 @@ class BatchService:
             url=upload.url,
             models=upload.models,
         )
-        await self.store.add_file(end.file, upload.lines)
-
-    async def _find_room(self, caller: Caller) -> int:
-        """How large the next file may be. Two at once may both find it."""
-        bound = caller.batch_max_stored_bytes or self._settings.batch_max_stored_bytes
-        stored = await self.store.sum_bytes(caller.name)
-        if stored >= bound:
-            raise Forbidden(
-                f"this key's files take {stored} bytes already, and may take {bound}: delete some",
-                code="batch_storage",
-            )
-        return min(self._settings.batch_max_file_bytes, bound - stored)
+        try:
+            await self.store.add_file(file, upload.lines, upload.room.bound)
+        except Forbidden:
+            await self._blobs.delete(file_id)
+            raise
+        upload.room.stored += file.bytes
+        return file
 
     def read(self, file: FileRecord) -> AsyncGenerator[bytes, None]:
         return self._blobs.read_all(file.blob)

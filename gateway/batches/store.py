@@ -29,13 +29,14 @@ from gateway.admission.keys import Caller
 from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
 from gateway.batches.shapes import FileRecord, JobRecord, is_storable
 from gateway.config import Settings
-from gateway.errors import Conflict, InvalidRequest, NotFound, RateLimited
+from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "failed", "expired", "cancelled")
 _CANCELLABLE = ("validating", "in_progress")
 _ROWS_AT_ONCE = 1000
 DAY_S = 86_400
+_OWNER_LOCKS = 714_632_901  # any number that no other program takes
 
 StoredLine = tuple[int, str, int, int, str]  # number, custom_id, start, size, prefix
 
@@ -59,8 +60,17 @@ class Store:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add_file(self, file: FileRecord, lines: Sequence[StoredLine] = ()) -> None:
+    async def add_file(
+        self, file: FileRecord, lines: Sequence[StoredLine] = (), max_bytes: int | None = None
+    ) -> None:
+        """`max_bytes`: that all files of this owner may take. Others may have come since it was
+        looked at, also through another gateway.
+        """
         async with self._database.write() as connection:
+            await _lock_owner(connection, file.owner)
+            stored = await _sum_bytes(connection, file.owner)
+            if max_bytes is not None and stored + file.bytes > max_bytes:
+                raise refuse_storage(stored, max_bytes)
             await insert_file(connection, file)
             for first in range(0, len(lines), _ROWS_AT_ONCE):
                 rows = [
@@ -87,13 +97,17 @@ class Store:
 
     async def sum_bytes(self, owner: str) -> int:
         async with self._database.read() as connection:
-            query = select(func.coalesce(func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
-            return int((await connection.execute(query)).scalar_one())
+            return await _sum_bytes(connection, owner)
 
     async def delete_file(self, owner: str, file_id: str) -> FileRecord:
         """`Conflict` while a batch needs it. Its bytes are the caller's to delete."""
         async with self._database.write() as connection:
-            file = _read_file(await _find(connection, FILES, owner, file_id))
+            await _find(connection, FILES, owner, file_id)
+            # A batch that is just being made of it is waited for, or finds it gone.
+            query = select(FILES).where(FILES.c.id == file_id).with_for_update()
+            row = (await connection.execute(query)).mappings().one_or_none()
+            if row is None:
+                raise NotFound(f"there is no file {file_id!r}", code="file_not_found")
             query = select(JOBS.c.id).where(
                 JOBS.c.input_file_id == file_id, JOBS.c.status.in_(OPEN)
             )
@@ -103,7 +117,7 @@ class Store:
                     code="file_in_use",
                 )
             await _delete_files(connection, [file_id])
-        return file
+            return _read_file(row)
 
     async def list_expired_files(self) -> list[FileRecord]:
         """Those whose time is over and which no batch needs any more."""
@@ -123,15 +137,18 @@ class Store:
         return [name for name in blobs if name not in known]
 
     async def delete_old_jobs(self, kept_s: float) -> None:
-        """Ended ones; their files go by a time of their own."""
+        """So long after their end; their files go by a time of their own."""
         before = int(time.time() - kept_s)
-        query = delete(JOBS).where(JOBS.c.status.in_(ENDED), JOBS.c.created_at < before)
+        times = (JOBS.c.completed_at, JOBS.c.failed_at, JOBS.c.expired_at, JOBS.c.cancelled_at)
+        ended_at = func.coalesce(*times, JOBS.c.created_at)
+        query = delete(JOBS).where(JOBS.c.status.in_(ENDED), ended_at < before)
         async with self._database.write() as connection:
             await connection.execute(query)
 
     async def add_job(self, job: JobRecord, max_jobs: int) -> None:
         """`max_jobs`: that this owner may have open at once."""
         async with self._database.write() as connection:
+            await _lock_owner(connection, job.owner)
             query = select(func.count()).select_from(JOBS)
             query = query.where(JOBS.c.owner == job.owner, JOBS.c.status.in_(OPEN))
             if (await connection.execute(query)).scalar_one() >= max_jobs:
@@ -199,9 +216,30 @@ class Store:
         return rows[:limit], len(rows) > limit
 
 
+def refuse_storage(stored: int, bound: int) -> Forbidden:
+    return Forbidden(
+        f"this key's files may take {bound} bytes; {stored} are stored, and with this one, and "
+        "what else is being sent, they would be more: delete some",
+        code="batch_storage",
+    )
+
+
 async def insert_file(connection: AsyncConnection, file: FileRecord) -> None:
     row = dataclasses.asdict(file) | {"models": orjson.dumps(file.models).decode()}
     await connection.execute(insert(FILES), row)
+
+
+async def _lock_owner(connection: AsyncConnection, owner: str) -> None:
+    """Until the transaction ends: what is counted of an owner stays so. SQLite has one writer."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(
+            select(func.pg_advisory_xact_lock(_OWNER_LOCKS, func.hashtext(owner)))
+        )
+
+
+async def _sum_bytes(connection: AsyncConnection, owner: str) -> int:
+    query = select(func.coalesce(func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
+    return int((await connection.execute(query)).scalar_one())
 
 
 def read_job(row: RowMapping) -> JobRecord:

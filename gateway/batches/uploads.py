@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import dataclass
 
 from gateway.batches.blobs import BlobWriter
 from gateway.batches.shapes import Line, parse_line
-from gateway.batches.store import StoredLine
+from gateway.batches.store import StoredLine, refuse_storage
 from gateway.errors import InvalidRequest, PayloadTooLarge
 
 _MOST_MODELS = 100
 _LINES_AT_ONCE = 50  # judged between two looks at the event loop
 _PIECE_BYTES = 2**16
+
+
+@dataclass(slots=True, eq=False)
+class Room:
+    """What an owner's files may still take, those that are just coming in counted with the rest."""
+
+    bound: int = 0
+    stored: int = 0
+    incoming: int = 0
+    uploads: int = 0
+
+    def check(self, least: int = 0) -> None:
+        """`Forbidden` where so much more has no place."""
+        if self.stored + self.incoming + least > self.bound:
+            raise refuse_storage(self.stored, self.bound)
 
 
 class Upload:
@@ -21,13 +37,14 @@ class Upload:
     def __init__(
         self,
         writer: BlobWriter,
+        room: Room,
         *,
         max_bytes: int,
         max_lines: int,
         max_line_bytes: int,
         most_items: int,
     ) -> None:
-        self._writer = writer
+        self._writer, self.room = writer, room
         self._max_bytes, self._max_lines = max_bytes, max_lines
         self._max_line_bytes, self._most_items = max_line_bytes, most_items
         self._rest = bytearray()  # of a line whose end has not come
@@ -45,10 +62,12 @@ class Upload:
 
     async def add(self, data: bytes) -> None:
         self.bytes += len(data)
+        self.room.incoming += len(data)
         if self.bytes > self._max_bytes:
             raise PayloadTooLarge(
                 f"the file is larger than {self._max_bytes} bytes; cut it in parts"
             )
+        self.room.check()
         await self._writer.write(data)
         *whole, rest = data.split(b"\n")
         for piece in whole:
@@ -68,8 +87,13 @@ class Upload:
         line, start = bytes(self._rest), self._start
         self._start += len(line) + ends
         self._rest.clear()
-        if not line.strip():
-            return
+        if line.strip():
+            await self._take_line(line, start)
+        # Whatever is in it: a megabyte of line breaks is a million of them.
+        if self._number % _LINES_AT_ONCE == 0 or len(line) > _PIECE_BYTES:
+            await asyncio.sleep(0)
+
+    async def _take_line(self, line: bytes, start: int) -> None:
         self._check_length(line, self._number)
         if len(self.lines) == self._max_lines:
             raise InvalidRequest(
@@ -82,8 +106,6 @@ class Upload:
         at = start + found.body_start
         one = (len(self.lines), found.custom_id, at, found.body_size, found.prefix)
         self.lines.append(one)
-        if self._number % _LINES_AT_ONCE == 0 or len(line) > _PIECE_BYTES:
-            await asyncio.sleep(0)
 
     def _check_alike(self, line: Line) -> None:
         """What a file's lines must have in common, and what not."""

@@ -1,4 +1,5 @@
-"""How many requests of batches run at once: as many as the engines bear, found out by trying.
+"""How many requests of batches run at once: as many as the engines bear, found out by trying, for
+each model by itself, for one may be away or slow, and no more of all together than a setting says.
 
 What goes well makes it larger by one a round, what is refused halves it (additive increase,
 multiplicative decrease, as TCP's). A request that had to wait for its place in the lane `batch` is
@@ -13,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
+from weakref import WeakValueDictionary
 
 _FIRST = 8.0
 _SMALLEST = 1.0
@@ -25,7 +28,10 @@ _YIELDS_S = 2.0
 _SHORT_WAIT_S = 0.05
 _LONG_WAIT_S = 2.0
 
-End = Literal["answered", "refused", "other"]
+_MOST_KEPT = 32  # windows that no batch has any more
+
+# `away`: there is no engine, which says nothing of how much it bears.
+End = Literal["answered", "refused", "away", "other"]
 
 
 class Slot:
@@ -44,49 +50,105 @@ class Slot:
             window.close_slot(self._entered_at, end, wait_s, pause_s)
 
 
-class Window:
-    """Slots for requests; one for all batches of this gateway."""
+class Windows:
+    """The windows of all models, and what they have in common."""
 
     def __init__(self, most: int, count_others: Callable[[], int] = lambda: 0) -> None:
         """`count_others`: the requests of callers who wait for their answers."""
-        self._most = float(most)
-        self._count_others = count_others
-        self._yields_until = 0.0
-        self.limit = min(_FIRST, self._most)
+        self.most = most
         self.running = 0
         self.clock = 0.0  # of the batch that was served last
+        self.numbers = itertools.count()
+        self._count_others = count_others
+        self._yields_until = 0.0
+        # As long as a batch has one, and a few longer: they have learned what their engines bear.
+        self._windows: WeakValueDictionary[str, Window] = WeakValueDictionary()
+        self._recent: deque[Window] = deque(maxlen=_MOST_KEPT)
+
+    @property
+    def limit(self) -> float:
+        """Of those in which there is something."""
+        return min(self.most, sum(one.limit for one in self._windows.values() if not one.is_idle))
+
+    def find(self, name: str) -> Window:
+        """The one of a model."""
+        window = self._windows.get(name)
+        if window is None:
+            window = self._windows[name] = Window(self)
+        self._recent.append(window)
+        return window
+
+    def admit(self) -> None:
+        """Whoever's turn it is, of those whose windows have room."""
+        now = asyncio.get_running_loop().time()
+        share = self._find_share(now)
+        while self.running < self.most:
+            ready = [one for one in self._windows.values() if one.has_room(now, share)]
+            if not ready:
+                return
+            min(ready, key=Window.find_next).admit_next()
+
+    def _find_share(self, now: float) -> float:
+        """An engine's step takes the longer the more sequences are in it, and a chat feels that: so
+        beside one, and for a moment after, only a part of each window is used.
+        """
+        if self._count_others():
+            self._yields_until = now + _YIELDS_S
+        return _SHARE_BESIDE_OTHERS if now < self._yields_until else 1.0
+
+
+class Window:
+    """Slots for requests to one model."""
+
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
+        self.limit = min(_FIRST, float(windows.most))
+        self.running = 0
         self.last_tries = asyncio.Lock()  # of requests that have been lost before
-        self._numbers = itertools.count()
         self._queue: list[tuple[float, int, asyncio.Future[None]]] = []
         self._opens_at = 0.0
+        self._is_away = False
         self._round_began_at = 0.0  # of the last halving: what was sent before it says no more
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def clock(self) -> float:
+        return self._windows.clock
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self._queue
 
     async def enter(self, clock: float) -> Slot:
         """When it is this one's turn."""
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
-        heapq.heappush(self._queue, (clock, next(self._numbers), turn))
-        self._admit()
+        heapq.heappush(self._queue, (clock, next(self._windows.numbers), turn))
+        self._windows.admit()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.running -= 1
-                self._admit()
+                self._count(-1)
+                self._windows.admit()
             turn.cancel()
             raise
         return Slot(self, loop.time())
 
     def close_slot(self, entered_at: float, end: End, wait_s: float, pause_s: float) -> None:
-        self.running -= 1
+        self._count(-1)
+        now = asyncio.get_running_loop().time()
+        if end == "answered" and self._is_away:  # it is there again
+            self._is_away, self._opens_at = False, now
         if end == "refused":
             self._shrink(entered_at, pause_s)
+        elif end == "away":
+            self._is_away, self._opens_at = True, max(self._opens_at, now + pause_s)
         elif end == "answered" and wait_s > _LONG_WAIT_S:
             self._shrink(entered_at, 0.0)
         elif end == "answered" and wait_s < _SHORT_WAIT_S:
-            self.limit = min(self._most, self.limit + 1 / self.limit)
-        self._admit()
+            self.limit = min(float(self._windows.most), self.limit + 1 / self.limit)
+        self._windows.admit()
 
     def _shrink(self, entered_at: float, pause_s: float) -> None:
         now = asyncio.get_running_loop().time()
@@ -95,28 +157,31 @@ class Window:
             self._round_began_at = now
         self._opens_at = max(self._opens_at, now + pause_s)
 
-    def _admit(self) -> None:
-        loop = asyncio.get_running_loop()
-        if (pause_s := self._opens_at - loop.time()) > 0:
-            if self._timer is None and self._queue:
-                self._timer = loop.call_later(pause_s, self._reopen)
-            return
-        while self._queue and self.running < self._find_room(loop.time()):
-            clock, _, turn = heapq.heappop(self._queue)
-            if not turn.done():
-                self.clock = max(self.clock, clock)
-                self.running += 1
-                turn.set_result(None)
+    def has_room(self, now: float, share: float) -> bool:
+        """Whether somebody waits who may run."""
+        while self._queue and self._queue[0][2].done():
+            heapq.heappop(self._queue)
+        if not self._queue:
+            return False
+        if (pause_s := self._opens_at - now) > 0:
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(pause_s, self._reopen)
+            return False
+        return self.running < max(1, int(self.limit * share))
 
-    def _find_room(self, now: float) -> int:
-        """An engine's step takes the longer the more sequences are in it, and a chat feels that: so
-        beside one, and for a moment after, only a part of the window is used.
-        """
-        if self._count_others():
-            self._yields_until = now + _YIELDS_S
-        share = _SHARE_BESIDE_OTHERS if now < self._yields_until else 1.0
-        return max(1, int(self.limit * share))
+    def find_next(self) -> tuple[float, int]:
+        return self._queue[0][:2]
+
+    def admit_next(self) -> None:
+        clock, _, turn = heapq.heappop(self._queue)
+        self._windows.clock = max(self._windows.clock, clock)
+        self._count(1)
+        turn.set_result(None)
+
+    def _count(self, change: int) -> None:
+        self.running += change
+        self._windows.running += change
 
     def _reopen(self) -> None:
         self._timer = None
-        self._admit()
+        self._windows.admit()

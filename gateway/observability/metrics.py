@@ -324,7 +324,9 @@ class Metrics:
             "batch_running_lines", "Requests of batches that have a slot of the window."
         )
         self.batch_window = self._live_gauge(
-            "batch_window_lines", "Requests of batches that may run at once, as found out so far."
+            "batch_window_lines",
+            "Requests of batches that may run at once, as found out so far for the models that "
+            "have any.",
         )
         for figure in (self.batch_jobs, self.batch_running, self.batch_window):
             figure.read = lambda: [((), 0)]  # until batches are turned on

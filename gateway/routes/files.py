@@ -42,6 +42,8 @@ _PIECE_BYTES = 2**17
 _LONGEST_FIELD_BYTES = 4096
 _LONGEST_NAME = 255
 _EXPIRY = {"expires_after[anchor]": "anchor", "expires_after[seconds]": "seconds"}
+_FIELDS = ("purpose", *_EXPIRY)
+_MOST_FIELDS = 16  # known or not: one that sends them for ever gets an answer
 
 
 async def handle_upload(request: web.Request) -> web.Response:
@@ -52,7 +54,7 @@ async def handle_upload(request: web.Request) -> web.Response:
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise InvalidRequest("send the file as it is, not packed", code="bad_encoding")
     fields: dict[str, str] = {}
-    has_file = False
+    has_file, number_of_fields = False, 0
     async with service.receive(request[CALLER]) as (upload, end):
         async for part in _read_parts(request):
             if part.name == "file":
@@ -61,8 +63,15 @@ async def handle_upload(request: web.Request) -> web.Response:
                 has_file = True
                 end.filename = _clean_name(part.filename) or end.filename
                 await _read_file(request, part, upload)
-            elif part.name:
-                fields[part.name] = await _read_field(request, part)
+            else:
+                number_of_fields += 1
+                if number_of_fields > _MOST_FIELDS:
+                    raise InvalidRequest(
+                        f"the form has more than {_MOST_FIELDS} fields", code="bad_form"
+                    )
+                value = await _read_field(request, part)
+                if part.name in _FIELDS:
+                    fields[part.name] = value
         if not has_file:
             raise InvalidRequest("file is missing", param="file", code="missing_field")
         if fields.get("purpose") != PURPOSE:

@@ -20,8 +20,12 @@ import orjson
 import pytest
 
 from common.ports import find_free_ports
+from gateway.batches.database import Database
+from gateway.batches.ownership import Ownership
+from gateway.batches.shapes import FileRecord, JobRecord
+from gateway.batches.store import Store
 from tests.gateway import conftest as gateway
-from tests.gateway.conftest import Served, serve_gateway
+from tests.gateway.conftest import Served, make_settings, serve_gateway
 from tests.plain_http import NO_TLS
 
 _USER = "postgres"  # PostgreSQL does not run as root
@@ -196,3 +200,35 @@ async def batches(tmp_path: Path) -> AsyncIterator[Batches]:
         open_batches(served) as opened,
     ):
         yield opened
+
+
+JOB = JobRecord(
+    id="batch_1",
+    owner="alice",
+    input_file_id="file-1",
+    endpoint=CHAT,
+    completion_window="24h",
+    status="validating",
+    created_at=1,
+    expires_at=2**40,
+    total=3,
+)
+
+
+@pytest.fixture
+async def database(storage: dict[str, Any]) -> AsyncIterator[Database]:
+    storage["batch_folder"].mkdir()
+    opened = Database(make_settings(**storage))
+    store = Store(opened)
+    file = FileRecord("file-1", "alice", "in.jsonl", "batch", 9, 1, "file-1", lines=3, url=CHAT)
+    await store.add_file(file, [(n, f"line-{n}", n * 3, 3, "p") for n in range(3)])
+    await store.add_job(JOB, 100)
+    yield opened
+    await opened.close()
+
+
+async def claim(owner: Ownership) -> JobRecord:
+    [job] = await owner.list_open()
+    claimed = await owner.claim(job)
+    assert claimed is not None
+    return claimed

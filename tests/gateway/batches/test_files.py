@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import orjson
 import pytest
 
 from gateway.admission.keys import make_key
+from gateway.batches.access import BATCHES
+from gateway.batches.uploads import Room, Upload
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
-from tests.gateway.batches.conftest import CHAT, Batches, ask, dump, open_batches
+from tests.gateway.batches.conftest import CHAT, Batches, ask, dump, open_batches, until
 from tests.gateway.conftest import serve_gateway
 from tests.gateway.process import serve_process
 from tests.plain_http import NO_TLS
@@ -214,6 +217,96 @@ async def test_page_under_a_rebound_name_reads_no_files(tmp_path: Path, path: st
     assert rebound.json()["error"]["code"] == "host_not_allowed"
     assert link.json()["error"]["code"] == "cross_site"
     assert elsewhere.status_code == 200
+
+
+async def test_form_with_fields_without_end_is_refused(batches: Batches) -> None:
+    read = 0
+
+    async def send() -> AsyncIterator[bytes]:
+        nonlocal read
+        for number in range(1000):
+            read = number
+            head = f'--b\r\nContent-Disposition: form-data; name="field-{number}"\r\n\r\n'
+            yield head.encode() + b"x" * 4000 + b"\r\n"
+        yield b"--b--\r\n"
+
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = await batches.served.client.post("/v1/files", content=send(), headers=kind)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_form")
+    assert answer.json()["error"]["message"] == "the form has more than 16 fields"
+
+
+async def test_files_that_come_in_at_once_share_what_room_their_key_has(tmp_path: Path) -> None:
+    may_end = asyncio.Event()
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    line = orjson.dumps(ask(0, "x" * 300_000)) + b"\n"
+
+    async def send() -> AsyncIterator[bytes]:
+        yield head + line
+        await may_end.wait()
+        yield b'\r\n--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--\r\n'
+
+    folder = tmp_path / "batches"
+    async with (
+        serve_gateway(batch_folder=folder, batch_max_stored_bytes=400_000) as served,
+        open_batches(served) as batches,
+    ):
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        sending = asyncio.create_task(served.client.post("/v1/files", content=send(), headers=kind))
+        service = served.app[BATCHES]
+        await until(lambda: any(one.incoming > 110_000 for one in service._rooms.values()))
+        with pytest.raises(openai.PermissionDeniedError) as beside:
+            await batches.upload(line)
+        may_end.set()
+        first = await sending
+        await batches.sdk.files.delete(first.json()["id"])
+        later = await batches.upload(line)
+
+    assert beside.value.code == "batch_storage"
+    assert first.status_code == 200
+    assert later
+
+
+async def test_file_of_line_breaks_keeps_nobody_waiting() -> None:
+    class Nowhere:
+        async def write(self, data: bytes) -> None: ...
+
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    options = {"max_lines": 10, "max_line_bytes": 100, "most_items": 10}
+    upload = Upload(Nowhere(), Room(bound=2**30), max_bytes=2**30, **options)
+    counting = asyncio.create_task(count())
+    await upload.add(b"\n" * 2**17)
+    counting.cancel()
+
+    assert turns > 1000
+
+
+async def test_files_stay_with_their_key_of_the_environment_whatever_its_place(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "batches"
+    async with (
+        serve_gateway(batch_folder=folder, api_keys=("of-alice", "of-bob")) as served,
+        open_batches(served, "of-alice") as alice,
+        open_batches(served, "of-bob") as bob,
+    ):
+        await alice.upload([ask(0)])
+        own = await bob.upload([ask(1)])
+    async with (
+        serve_gateway(batch_folder=folder, api_keys=("of-bob",)) as served,
+        open_batches(served, "of-bob") as bob,
+    ):
+        seen = [file.id async for file in bob.sdk.files.list()]
+
+    assert seen == [own]
 
 
 async def test_upload_from_a_foreign_page_is_refused(batches: Batches) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,55 @@ async def test_interactive_calls_find_room_beside_a_batch(tmp_path: Path) -> Non
         await batches.wait(batch_id)
 
     assert answer.status_code == 200
+
+
+async def test_batch_of_a_model_that_is_away_stops_none_of_another(tmp_path: Path) -> None:
+    one, other = Behaviour(), Behaviour(model="other")
+    options: dict[str, Any] = {"batch_folder": tmp_path / "batches", "restart_hold_s": 600}
+    async with (
+        serve_gateway(one, other, **options) as served,
+        open_batches(served) as batches,
+    ):
+        other.is_healthy = False
+        pool = served.app[MODELS].by_name["other"].pool
+        await until(lambda: not pool.has_engine)
+        away = await batches.create([ask(n, model="other") for n in range(100)])
+        await until(lambda: pool.held)
+        done = await batches.wait(await batches.create([ask(n) for n in range(100)]))
+        held = pool.held
+        other.is_healthy = True
+        later = await batches.wait(away)
+
+    assert done.request_counts.completed == later.request_counts.completed == 100
+    assert held <= 8
+
+
+async def test_batch_spares_the_limits_of_its_own_key(tmp_path: Path) -> None:
+    """Beside a call of the same key that takes its only place."""
+    key, entry = make_key("alice")
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f"{entry}max_concurrency = 1\nrequests_per_minute = 1000\n")
+    async with (
+        serve_gateway(batch_folder=tmp_path / "batches", keys_file=keys) as served,
+        open_batches(served, key) as batches,
+    ):
+        engine = served.engine
+        engine.delays = lambda question: 5.0 if question == "mine" else 0.0
+        headers = {"Authorization": f"Bearer {key}"}
+        body = {"model": "fake", "messages": [{"role": "user", "content": "mine"}]}
+        chat = asyncio.create_task(
+            served.client.post("/v1/chat/completions", json=body, headers=headers)
+        )
+        await until(lambda: engine.running)
+        batch_id = await batches.create([ask(n) for n in range(30)])
+        mine = await chat
+        batch = await batches.wait(batch_id)
+        told = (await served.client.get("/metrics")).text
+
+    assert mine.status_code == 200
+    assert batch.request_counts.completed == 30
+    [retries] = re.findall(r'batch_retries_total\{code="key_concurrency"\} (\S+)', told)
+    assert 1 <= float(retries) <= 6
 
 
 async def test_drain_waits_for_lines_and_starts_no_more(tmp_path: Path) -> None:

@@ -3,48 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
 from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership, OwnershipLost, Result
-from gateway.batches.shapes import FileRecord, JobRecord
-from gateway.batches.store import Store
-from tests.gateway.batches.conftest import CHAT
-from tests.gateway.conftest import make_settings
-
-JOB = JobRecord(
-    id="batch_1",
-    owner="alice",
-    input_file_id="file-1",
-    endpoint=CHAT,
-    completion_window="24h",
-    status="validating",
-    created_at=1,
-    expires_at=2**40,
-    total=3,
-)
-
-
-@pytest.fixture
-async def database(storage: dict[str, Any]) -> AsyncIterator[Database]:
-    storage["batch_folder"].mkdir()
-    opened = Database(make_settings(**storage))
-    store = Store(opened)
-    file = FileRecord("file-1", "alice", "in.jsonl", "batch", 9, 1, "file-1", lines=3, url=CHAT)
-    await store.add_file(file, [(n, f"line-{n}", n * 3, 3, "p") for n in range(3)])
-    await store.add_job(JOB, 100)
-    yield opened
-    await opened.close()
-
-
-async def claim(owner: Ownership) -> JobRecord:
-    [job] = await owner.list_open()
-    claimed = await owner.claim(job)
-    assert claimed is not None
-    return claimed
+from tests.gateway.batches.conftest import claim
 
 
 async def test_who_has_lost_a_batch_writes_nothing(database: Database) -> None:
@@ -60,7 +24,7 @@ async def test_who_has_lost_a_batch_writes_nothing(database: Database) -> None:
     ):
         with pytest.raises(OwnershipLost):
             await write
-    await first.give_back(old)
+    await first.give_back()
     await second.add_results(new, [Result(1, is_good=True, line=b"by second\n")])
 
     lines = [row[3] for row in await second.read_lines(new, -1, 10)]

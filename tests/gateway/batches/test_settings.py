@@ -14,7 +14,7 @@ from gateway.app import build_app
 from gateway.config import SettingsError
 from tests.gateway.conftest import make_settings
 
-ADDRESS = "postgresql://somebody:secret@127.0.0.1/batches"
+ADDRESS = "postgresql://somebody:hush-hush@127.0.0.1/batches"
 
 
 def test_gateway_without_batches_loads_no_database() -> None:
@@ -50,4 +50,4 @@ async def test_folder_is_for_the_gateway_alone_and_password_is_not_shown(tmp_pat
     build_app(settings)
 
     assert (tmp_path / "batches").stat().st_mode & 0o077 == 0
-    assert "secret" not in repr(settings)
+    assert "hush-hush" not in repr(settings)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
-from gateway.batches.window import Slot, Window
+from gateway.batches.window import Slot, Window, Windows
+
+
+def make_window(most: int, count_others: Callable[[], int] = lambda: 0) -> Window:
+    return Windows(most, count_others).find("fake")
 
 
 async def fill(window: Window) -> list[Slot]:
@@ -19,7 +24,7 @@ async def run_rounds(window: Window, rounds: int) -> None:
 
 
 async def test_window_grows_by_one_a_round_up_to_its_most() -> None:
-    window = Window(12)
+    window = make_window(12)
     first = int(window.limit)
 
     await run_rounds(window, 2)
@@ -32,7 +37,7 @@ async def test_window_grows_by_one_a_round_up_to_its_most() -> None:
 
 
 async def test_window_is_halved_once_a_round_however_many_are_refused() -> None:
-    window = Window(64)
+    window = make_window(64)
     slots = await fill(window)
 
     for slot in slots:
@@ -47,7 +52,7 @@ async def test_window_is_halved_once_a_round_however_many_are_refused() -> None:
 
 
 async def test_window_grows_no_more_where_requests_wait_for_their_place() -> None:
-    window = Window(64)
+    window = make_window(64)
 
     for slot in await fill(window):
         slot.leave("answered", wait_s=1.0)
@@ -60,7 +65,7 @@ async def test_window_grows_no_more_where_requests_wait_for_their_place() -> Non
 
 
 async def test_window_opens_again_after_the_pause_that_was_asked_for() -> None:
-    window = Window(64)
+    window = make_window(64)
     slots = await fill(window)
     slots[0].leave("refused", pause_s=0.05)
     for slot in slots[1:]:
@@ -76,7 +81,7 @@ async def test_window_opens_again_after_the_pause_that_was_asked_for() -> None:
 
 
 async def test_slot_is_given_to_the_lowest_clock_and_left_once() -> None:
-    window = Window(1)
+    window = make_window(1)
     slot = await window.enter(0.0)
     served: list[str] = []
 
@@ -96,7 +101,7 @@ async def test_slot_is_given_to_the_lowest_clock_and_left_once() -> None:
 
 
 async def test_waiter_that_is_cancelled_leaves_its_slot_to_others() -> None:
-    window = Window(1)
+    window = make_window(1)
     slot = await window.enter(0.0)
     gone = asyncio.create_task(window.enter(1.0))
     stays = asyncio.create_task(window.enter(2.0))
@@ -113,7 +118,7 @@ async def test_waiter_that_is_cancelled_leaves_its_slot_to_others() -> None:
 
 async def test_window_is_a_quarter_beside_callers_who_wait() -> None:
     others = 0
-    window = Window(64, lambda: others)
+    window = make_window(64, lambda: others)
     window.limit = 16
     alone = await fill(window)
     for slot in alone:
@@ -128,3 +133,48 @@ async def test_window_is_a_quarter_beside_callers_who_wait() -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
 
     assert (len(alone), beside) == (16, 4)
+
+
+async def test_model_that_is_refused_leaves_the_windows_of_others_alone() -> None:
+    windows = Windows(64)
+    one, other = windows.find("one"), windows.find("other")
+    refused, fine = await fill(one), await fill(other)
+
+    for slot in refused:
+        slot.leave("refused", pause_s=60)
+    for slot in fine:
+        slot.leave("answered")
+
+    assert (one.limit, int(other.limit)) == (4, 8)
+    assert await fill(other)
+
+
+async def test_windows_of_all_models_have_one_common_most() -> None:
+    windows = Windows(10)
+    one, other = windows.find("one"), windows.find("other")
+    slots = await fill(one)
+    waiting = [asyncio.create_task(other.enter(float(number))) for number in range(8)]
+    await asyncio.sleep(0)
+    beside = (one.running, other.running)
+    for slot in slots:
+        slot.leave("answered")
+    await asyncio.gather(*waiting)
+
+    assert beside == (8, 2)
+    assert windows.running == other.running == 8
+
+
+async def test_window_whose_engine_was_away_opens_with_the_first_answer() -> None:
+    window = make_window(64)
+    slots = await fill(window)
+    for slot in slots[1:]:
+        slot.leave("away", pause_s=600)
+    waiting = asyncio.create_task(window.enter(0.0))
+    await asyncio.sleep(0)
+    was_open = waiting.done()
+
+    slots[0].leave("answered")
+    await asyncio.wait_for(waiting, 30)
+
+    assert not was_open
+    assert window.limit >= 8

@@ -23,7 +23,8 @@ class RouteNote(NamedTuple):
 
 _OWN, _HEALTH, _TEXT = "Questions and answers", "Health", "Text"
 _VECTORS, _TOKENS, _MODELS = "Vectors, classes, scores", "Tokens", "Models"
-_SPEECH = "Speech"
+_SPEECH, _BATCHES = "Speech", "Batches"
+_UPLOADS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"))
 NOTES: Mapping[str, RouteNote] = {
     "/predict": RouteNote(_OWN, "Answer one question, or a list of them in its order"),
     "/": RouteNote(_HEALTH, "Held until the engines are warm: what the course's judge polls"),
@@ -57,6 +58,12 @@ NOTES: Mapping[str, RouteNote] = {
     ),
     "/v1/audio/transcriptions": RouteNote(_SPEECH, "The text of a recording", True),
     "/v1/audio/translations": RouteNote(_SPEECH, "The text of a recording, in English", True),
+    "/v1/files": RouteNote(_BATCHES, "Files of requests and of answers; POST takes one in"),
+    "/v1/files/{file_id}": RouteNote(_BATCHES, "What is known of a file; DELETE drops it"),
+    "/v1/files/{file_id}/content": RouteNote(_BATCHES, "What is in a file, as it was sent"),
+    "/v1/batches": RouteNote(_BATCHES, "Batches by the caller's key; POST has a file answered"),
+    "/v1/batches/{batch_id}": RouteNote(_BATCHES, "How far a batch has come"),
+    "/v1/batches/{batch_id}/cancel": RouteNote(_BATCHES, "End a batch; what is done is kept"),
     "/tokenize": RouteNote(_TOKENS, "Cut a text into tokens", True),
     "/detokenize": RouteNote(_TOKENS, "Put tokens together", True),
     "/tokenizer_info": RouteNote(_TOKENS, "The tokenizer's settings", True),
@@ -116,7 +123,7 @@ def _describe(
         operation["requestBody"] = told["requestBody"]
     elif method == "POST" and not path.endswith("/cancel"):
         schema = {"$ref": _REF + "PredictRequest"} if path == "/predict" else {"type": "object"}
-        kind = "multipart/form-data" if note.tag == _SPEECH else "application/json"
+        kind = "multipart/form-data" if path in _UPLOADS else "application/json"
         operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
     answers = dict((told or {}).get("responses", {}))
     operation["responses"] = {

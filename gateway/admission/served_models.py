@@ -75,6 +75,11 @@ class ServedModels:
         """Whether it matters by which name one asks."""
         return len(self.all) + len(self._adapters) > 1
 
+    @property
+    def is_only(self) -> bool:
+        """Whether a call can be for no other model, whatever it names."""
+        return self._knows_all and not self.is_several
+
     def list_names(self, caller: Caller) -> list[str]:
         """What this caller may ask for, aliases included."""
         names = [name for name in self.by_name if name]
@@ -100,7 +105,7 @@ class ServedModels:
         refuse what is none of theirs.
         """
         known = self.by_name.get(name)
-        if known is None and name is not None and not self.is_several and self._knows_all:
+        if known is None and name is not None and self.is_only:
             return self.all[0]
         return known
 

@@ -11,6 +11,7 @@ import pytest
 
 from common.ports import find_free_ports
 from gateway.admission.keys import make_key
+from gateway.admission.served_models import MODELS
 from gateway.app import build_app
 from gateway.config import SETTINGS, SettingsError, load_settings
 from gateway.engines.engine import Engine, EngineState
@@ -90,6 +91,20 @@ async def test_key_sees_and_uses_its_own_models_alone(serve: Serve, tmp_path: Pa
     assert [default.status_code, named.status_code] == [403, 200]
 
 
+@pytest.mark.parametrize(("allowed", "status"), [("fake", 403), ("sql", 200)])
+async def test_key_for_a_model_is_none_for_its_adapter(
+    serve: Serve, tmp_path: Path, allowed: str, status: int
+) -> None:
+    key, entry = make_key("alice")
+    path = tmp_path / "keys.toml"
+    path.write_text(entry + f'models = ["{allowed}"]\n')
+    async with serve(Behaviour(adapters=["sql"]), keys_file=path) as served:
+        served.client.headers["Authorization"] = f"Bearer {key}"
+        predicted, told = await served.predict("q", model="sql"), await served.chat("q", model="sql")
+
+    assert [predicted.status_code, told.status_code] == [status] * 2
+
+
 async def test_predict_asks_the_default_model_or_the_one_that_is_named(serve: Serve) -> None:
     small, large = _pair()
     async with serve(small, large, default_model="large") as served:
@@ -115,6 +130,27 @@ async def test_predict_without_a_default_model_says_what_is_missing(serve: Serve
     assert "GATEWAY_DEFAULT_MODEL" in error["message"]
 
 
+async def test_predict_names_a_model_that_no_engine_has_told_yet_and_is_held(
+    serve: Serve,
+) -> None:
+    small, large = _pair()
+    (port,) = find_free_ports(1)
+    async with serve_app(build_fake_engine(small)) as url:
+        engines = (url, f"http://127.0.0.1:{port}")
+        async with serve(engines=engines, wait_ready=False, restart_hold_s=LONG_S) as served:
+            await until(lambda: served.app[POOL].is_ready)
+            small.calls.clear()
+            asked = asyncio.create_task(served.predict("q", model="large"))
+            assert (await served.predict("q", model="small")).status_code == 200
+            assert not asked.done()
+            async with serve_app(build_fake_engine(large), port):
+                answer = await asked
+
+    assert answer.status_code == 200
+    assert "X-Ignored-Fields" not in answer.headers
+    assert [call["model"] for call in small.calls] == ["small"]
+
+
 async def test_only_model_takes_whatever_it_is_called_as_before(serve: Serve) -> None:
     async with serve(Behaviour(), Behaviour()) as served:
         ignored = await served.predict("q", model="any")
@@ -137,6 +173,27 @@ async def test_each_model_has_its_own_tokenizer(serve: Serve, tmp_path: Path) ->
     prompts = [engine.calls[0]["prompt"][0] for engine in (one, two, plain)]
     assert len(prompts[0]) > len(prompts[1])  # token ids, the first with the demo's template
     assert prompts[2] == "q"
+
+
+async def test_prompt_held_for_an_engine_is_built_for_the_model_that_comes(
+    serve: Serve, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(MODEL_FOLDER, tmp_path / "other")
+    (folder / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    behaviour, ports = Behaviour(model="two"), find_free_ports(2)
+    settings = {
+        "engines": tuple(f"http://127.0.0.1:{port}" for port in ports),
+        "tokenizers": (f"two={folder}",),
+    }
+    async with serve(**settings, wait_ready=False, restart_hold_s=LONG_S) as served:
+        held = asyncio.create_task(served.predict(["q"]))
+        await until(lambda: any(one.pool.held for one in served.app[MODELS].all))
+        async with serve_app(build_fake_engine(behaviour), ports[0]):
+            assert (await held).status_code == 200
+            assert (await served.predict(["q"])).status_code == 200
+
+    prompts = [call["prompt"][0] for call in behaviour.calls[-2:]]
+    assert prompts[0] == prompts[1]
 
 
 async def test_long_text_is_judged_by_the_context_of_its_model(serve: Serve) -> None:

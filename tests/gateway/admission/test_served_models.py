@@ -100,7 +100,10 @@ async def test_key_for_a_model_is_none_for_its_adapter(
     path.write_text(entry + f'models = ["{allowed}"]\n')
     async with serve(Behaviour(adapters=["sql"]), keys_file=path) as served:
         served.client.headers["Authorization"] = f"Bearer {key}"
-        predicted, told = await served.predict("q", model="sql"), await served.chat("q", model="sql")
+        predicted, told = (
+            await served.predict("q", model="sql"),
+            await served.chat("q", model="sql"),
+        )
 
     assert [predicted.status_code, told.status_code] == [status] * 2
 
@@ -296,6 +299,83 @@ async def test_expected_model_is_held_until_an_engine_comes_for_it(serve: Serve)
     assert held == {"small": 0, "large": 1}
     assert unknown.status_code == 404
     assert told["max_model_len"] == 4096
+
+
+def _build_engine(served: Served, behaviour: Behaviour, url: str) -> tuple[Engine, ModelCard]:
+    known = served.app[POOL].engines[0]
+    engine = Engine(url, served.app[SETTINGS], known.client._connector, served.app[METRICS])
+    return engine, ModelCard(behaviour.model, 512, {"id": behaviour.model})
+
+
+async def test_call_waits_for_the_engine_that_replaces_its_models_only_one(serve: Serve) -> None:
+    small, large = _pair()
+    async with serve(small, large, restart_hold_s=LONG_S) as served:
+        pool = served.app[POOL]
+        staying, leaving = pool.engines
+        await pool.set_engines([staying])
+        asked = asyncio.create_task(served.chat("hi", model="large"))
+        predicted = asyncio.create_task(served.predict("q", model="large"))
+        await until(lambda: pool.models["large"].held == 2)
+        listed = (await served.client.get("/v1/models")).json()["data"]
+        unknown = await served.chat("hi", model="other")
+
+        engine, card = _build_engine(served, large, leaving.url)
+        await pool.set_engines([staying, engine])
+        await pool.set_cards(engine, [card])
+        await pool.set_state(engine, EngineState.READY)
+        answers = await asyncio.gather(asked, predicted)
+
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert [call["model"] for call in large.calls] == ["large"] * 2
+    assert [card["id"] for card in listed] == ["small", "large"]
+    assert unknown.status_code == 404
+
+
+async def test_model_whose_engines_have_left_is_forgotten_after_the_hold(serve: Serve) -> None:
+    third = Behaviour(model="third")
+    async with serve(*_pair(), third, restart_hold_s=0.2) as served:
+        pool = served.app[POOL]
+        await pool.set_engines(pool.engines[:2])
+        held = await served.chat("hi", model="third")
+        await until(lambda: "third" not in pool.models)
+        gone = await served.chat("hi", model="third")
+
+    assert (held.status_code, held.json()["error"]["code"]) == (503, "not_ready")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_call_waits_for_the_engine_that_replaces_its_adapters_only_one(serve: Serve) -> None:
+    small, large = Behaviour(model="small"), Behaviour(model="large", adapters=["sql"])
+    async with serve(small, large, restart_hold_s=LONG_S) as served:
+        pool = served.app[POOL]
+        staying, leaving = pool.engines
+        await pool.set_engines([staying])
+        asked = asyncio.create_task(served.chat("hi", model="sql"))
+        await until(lambda: pool.adapters["sql"].held == 1)
+        await pool.set_engines([staying, leaving])
+        answer = await asked
+
+    assert answer.status_code == 200
+
+
+async def test_model_that_is_alone_is_replaced_by_another_without_a_name(serve: Serve) -> None:
+    """Nothing of the first one is kept: there are no two of them for a while."""
+    small, large = _pair()
+    async with (
+        serve(small, restart_hold_s=LONG_S) as served,
+        serve_app(build_fake_engine(large)) as url,
+    ):
+        pool = served.app[POOL]
+        engine, card = _build_engine(served, large, url)
+        await pool.set_engines([engine])
+        asked = asyncio.create_task(served.predict("q"))
+        await until(lambda: any(one.held for one in pool.models.values()))
+        await pool.set_cards(engine, [card])
+        await pool.set_state(engine, EngineState.READY)
+        answer = await asked
+
+        assert list(pool.models) == ["large"]
+    assert answer.status_code == 200
 
 
 async def test_call_before_the_first_engine_is_found_is_held(serve: Serve) -> None:

@@ -133,13 +133,19 @@ class ServedModels:
             )
         return found
 
-    def find_context(self, name: object) -> int | None:
-        """The longest context of a model's engines, where it is known."""
-        known = self.find_known(self._resolve(name)) if isinstance(name, str) else None
-        return known.pool.max_model_len if known else None
+    async def find_context(self, name: object, deadline: float | None) -> int | None:
+        """The longest context of a model's engines; held while none of them has told. None where
+        nobody knows which model it is: the engine then judges the text itself.
+        """
+        known = self.find_known(self._resolve(name) if isinstance(name, str) else None)
+        if known is None:
+            return None
+        return known.pool.max_model_len or await known.pool.find_max_model_len(deadline)
 
     async def find_shortest_context(self, deadline: float | None) -> int | None:
-        """What is short enough for each model is for any; held while none has told what it is."""
+        """What is short enough for each model is for any; held while none has told what it is. By
+        it no text is refused: that takes the context of its own model.
+        """
         if not self.is_several:
             return await self.all[0].pool.find_max_model_len(deadline)
         known = [one.pool.max_model_len for one in self.all]

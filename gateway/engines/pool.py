@@ -151,6 +151,8 @@ class ModelPool:
         return told or self._last_max_model_len
 
     def change_engines(self, engines: Sequence[Engine]) -> None:
+        # One that has just told of another model leaves: what that takes says nothing of this one.
+        self.engines = [one for one in self.engines if not one.card or one.card.name == self.name]
         self._last_max_model_len = self.max_model_len
         self.engines = list(engines)
 

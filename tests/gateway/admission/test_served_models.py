@@ -212,6 +212,43 @@ async def test_long_text_is_judged_by_the_context_of_its_model(serve: Serve) -> 
     assert taken.status_code == 200
 
 
+async def test_long_text_without_a_model_is_judged_by_the_context_of_the_default(
+    serve: Serve,
+) -> None:
+    small, large = Behaviour(model="small"), Behaviour(model="large", max_model_len=4096)
+    messages = [{"role": "user", "content": "a" * (512 * 16 + 100)}]
+    async with serve(small, large, default_model="large") as served:
+        passed = await served.client.post("/v1/chat/completions", json={"messages": messages})
+    async with serve(small, large, default_model="small") as served:
+        refused = await served.client.post("/v1/chat/completions", json={"messages": messages})
+
+    assert passed.json()["error"]["source"] == "engine"  # without `model` this one takes nothing
+    assert refused.json()["error"]["code"] == "prompt_too_long"
+
+
+@pytest.mark.parametrize("is_expected", [True, False])
+async def test_long_text_for_a_model_that_has_not_told_is_held(
+    serve: Serve, is_expected: bool
+) -> None:
+    """Not judged by the context of another."""
+    small, large = Behaviour(model="small"), Behaviour(model="large", max_model_len=4096)
+    text = "a" * (512 * 16 + 100)
+    expected = ("small", "large") if is_expected else ()
+    (port,) = find_free_ports(1)
+    async with serve_app(build_fake_engine(small)) as url:
+        settings = {"engines": (url, f"http://127.0.0.1:{port}"), "expected_models": expected}
+        async with serve(**settings, wait_ready=False, restart_hold_s=LONG_S) as served:
+            await until(lambda: served.app[POOL].is_ready)
+            asked = asyncio.create_task(served.chat(text, model="large"))
+            assert (await served.chat("hi", model="small")).status_code == 200
+            assert not asked.done()
+            async with serve_app(build_fake_engine(large), port):
+                assert (await asked).status_code == 200
+            if is_expected:
+                longer = await served.chat(text * 8, model="large")
+                assert longer.json()["error"]["code"] == "prompt_too_long"
+
+
 async def test_busy_model_keeps_nobody_from_another(serve: Serve) -> None:
     small, large = _pair()
     async with serve(small, large, max_running=1) as served:

@@ -187,6 +187,10 @@ def _parse_openai_request(
     if model is not None and model in settings.alias_map:
         model = data["model"] = settings.alias_map[model]
         changed = True
+    if model is None and settings.default_model:
+        # An engine that is told none takes its base model, and the default may be an adapter.
+        data["model"] = settings.alias_map.get(settings.default_model, settings.default_model)
+        changed = True
     if data.pop("priority", None) is not None:
         changed = True  # who goes first is the queue's business
     if _name_plainly(path, data):

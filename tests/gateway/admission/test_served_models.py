@@ -123,6 +123,35 @@ async def test_predict_asks_the_default_model_or_the_one_that_is_named(serve: Se
     assert (odd.status_code, odd.json()["error"]["param"]) == (400, "model")
 
 
+@pytest.mark.parametrize("asked", [{}, {"model": None}])
+@pytest.mark.parametrize("default", ["sql", "gpt"])
+async def test_call_without_a_model_is_answered_by_the_adapter_that_is_the_default(
+    serve: Serve, default: str, asked: dict[str, Any]
+) -> None:
+    engine = Behaviour(adapters=["sql"])
+    body = {"messages": [{"role": "user", "content": "q"}], **asked}
+    async with serve(engine, default_model=default, aliases=("gpt=sql",)) as served:
+        answer = await served.client.post("/v1/chat/completions", json=body)
+        predicted = await served.predict(["q"])
+
+    assert [answer.status_code, predicted.status_code] == [200, 200]
+    assert [call["model"] for call in engine.calls] == ["sql", "sql"]
+
+
+@pytest.mark.parametrize("data", [{}, {"model": ""}])
+async def test_form_without_a_model_is_answered_by_the_default(
+    serve: Serve, data: dict[str, str]
+) -> None:
+    engine = Behaviour(adapters=["sql"])
+    async with serve(engine, default_model="sql") as served:
+        answer = await served.client.post(
+            "/v1/audio/transcriptions", files={"file": ("a.wav", b"sound")}, data=data
+        )
+
+    assert answer.status_code == 200
+    assert [call["model"] for call in engine.calls] == ["sql"]
+
+
 async def test_predict_without_a_default_model_says_what_is_missing(serve: Serve) -> None:
     async with serve(*_pair()) as served:
         answer = await served.predict("q")
@@ -222,7 +251,7 @@ async def test_long_text_without_a_model_is_judged_by_the_context_of_the_default
     async with serve(small, large, default_model="small") as served:
         refused = await served.client.post("/v1/chat/completions", json={"messages": messages})
 
-    assert passed.json()["error"]["source"] == "engine"  # without `model` this one takes nothing
+    assert passed.status_code == 200
     assert refused.json()["error"]["code"] == "prompt_too_long"
 
 

@@ -4,7 +4,7 @@ those that are passed on what the engine says of them itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gateway.config import Settings
@@ -77,21 +77,20 @@ def build_openapi(
     routes: Iterable[tuple[str, str]],
     version: str,
     settings: Settings,
-    engine: Mapping[str, Any] | None,
+    engines: Sequence[Mapping[str, Any] | None],
     *,
     needs_key: bool,
 ) -> dict[str, Any]:
-    """Of these routes, those that the engine's own document has not for its model left out; all,
-    with less to say of them, where no engine has told its own.
+    """Of these routes, those that are in the own document of no model's engine left out; all, with
+    less to say of them, as long as one of the models has an engine that has not told its own.
     """
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[str, Any] = {"Error": _ERROR, "PredictRequest": _describe_predict(settings)}
     for method, path in routes:
-        note = NOTES[path]
-        told = None
-        if note.is_engines and engine is not None:
-            told = engine["paths"].get(_ENGINES_NAMES.get(path, path), {}).get(method.lower())
-            if told is None:
+        note, engine, told = NOTES[path], None, None
+        if note.is_engines:
+            engine, told = _find_told(engines, method, path)
+            if told is None and None not in engines:
                 continue
         operation = _describe(method, path, note, told)
         paths.setdefault(path, {})[method.lower()] = operation
@@ -107,6 +106,19 @@ def build_openapi(
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def _find_told(
+    engines: Iterable[Mapping[str, Any] | None], method: str, path: str
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The first that has it, and what it says of it."""
+    for engine in engines:
+        if engine is not None:
+            route = engine["paths"].get(_ENGINES_NAMES.get(path, path), {})
+            told: Mapping[str, Any] | None = route.get(method.lower())
+            if told is not None:
+                return engine, told
+    return None, None
 
 
 def _describe(

@@ -499,8 +499,8 @@ async def _echo(request: web.Request) -> web.Response:
     return _json({"path": request.path, "call": call, "usage": {"completion_tokens": 7}})
 
 
-async def _tell_tokenizer(_request: web.Request) -> web.Response:
-    return _json({"tokenizer_class": "Fake"})
+async def _tell_tokenizer(request: web.Request) -> web.Response:
+    return _json({"tokenizer_class": request.app[BEHAVIOUR].model.title()})
 
 
 async def _tokenize(request: web.Request) -> web.Response:

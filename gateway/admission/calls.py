@@ -27,7 +27,7 @@ _SHORT_BYTES = 4096  # no model's context is too short for that
 async def parse_call(
     path: str, body: bytes, settings: Settings, models: ServedModels, deadline: float | None
 ) -> OpenAIRequest:
-    length, most = None, _SHORT_BYTES
+    most = _SHORT_BYTES
     if len(body) > _SHORT_BYTES:
         length = await models.find_shortest_context(deadline)
         most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
@@ -36,7 +36,7 @@ async def parse_call(
         with contextlib.suppress(NotWritable):
             return parse_openai_request(path, body, settings)
     return await parse_large_openai_request(
-        path, body, settings, lambda model: models.find_context(model) or length
+        path, body, settings, lambda model: models.find_context(model, deadline)
     )
 
 

@@ -75,6 +75,11 @@ class ServedModels:
         """Whether it matters by which name one asks."""
         return len(self.all) + len(self._adapters) > 1
 
+    @property
+    def is_only(self) -> bool:
+        """Whether a call can be for no other model, whatever it names."""
+        return self._knows_all and not self.is_several
+
     def list_names(self, caller: Caller) -> list[str]:
         """What this caller may ask for, aliases included."""
         names = [name for name in self.by_name if name]
@@ -100,7 +105,7 @@ class ServedModels:
         refuse what is none of theirs.
         """
         known = self.by_name.get(name)
-        if known is None and name is not None and not self.is_several and self._knows_all:
+        if known is None and name is not None and self.is_only:
             return self.all[0]
         return known
 
@@ -128,13 +133,19 @@ class ServedModels:
             )
         return found
 
-    def find_context(self, name: object) -> int | None:
-        """The longest context of a model's engines, where it is known."""
-        known = self.find_known(self._resolve(name)) if isinstance(name, str) else None
-        return known.pool.max_model_len if known else None
+    async def find_context(self, name: object, deadline: float | None) -> int | None:
+        """The longest context of a model's engines; held while none of them has told. None where
+        nobody knows which model it is: the engine then judges the text itself.
+        """
+        known = self.find_known(self._resolve(name) if isinstance(name, str) else None)
+        if known is None:
+            return None
+        return known.pool.max_model_len or await known.pool.find_max_model_len(deadline)
 
     async def find_shortest_context(self, deadline: float | None) -> int | None:
-        """What is short enough for each model is for any; held while none has told what it is."""
+        """What is short enough for each model is for any; held while none has told what it is. By
+        it no text is refused: that takes the context of its own model.
+        """
         if not self.is_several:
             return await self.all[0].pool.find_max_model_len(deadline)
         known = [one.pool.max_model_len for one in self.all]

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -32,6 +32,7 @@ _SHORTEST_RETRY_AFTER_S = 1.0
 # An engine that has been away for less may just not have answered one look at it.
 _BLIP_S = 3.0
 _BREAKER_MARGIN_S = 0.01
+_FORGET_MARGIN_S = 0.01
 _LOAD = attrgetter("running")
 
 
@@ -151,6 +152,8 @@ class ModelPool:
         return told or self._last_max_model_len
 
     def change_engines(self, engines: Sequence[Engine]) -> None:
+        # One that has just told of another model leaves: what that takes says nothing of this one.
+        self.engines = [one for one in self.engines if not one.card or one.card.name == self.name]
         self._last_max_model_len = self.max_model_len
         self.engines = list(engines)
 
@@ -219,6 +222,9 @@ class EnginePool(ModelPool):
         self._leaving: list[Engine] = []  # no longer listed; they may have calls to finish
         # By a model's further names, such as its adapters': the engines that have it.
         self.adapters: dict[str, ModelPool] = {}
+        # Names whose engines have left the list, and until when others may come in their place.
+        self._left: dict[str, float] = {}
+        self._forgetting: asyncio.Task[None] | None = None
         # Whoever must know which models there are.
         self.on_models: Callable[[], None] = lambda: None
         self._group()
@@ -253,6 +259,7 @@ class EnginePool(ModelPool):
             before, self.engines = self.engines, list(engines)
             self._leaving += [one for one in before if one not in self.engines]
             self._forget_finished()
+            self._keep_names(_list_names(before) - _list_names(self.engines))
             self._group()
             self.tell_capacity()
             self._changed.notify_all()
@@ -269,12 +276,36 @@ class EnginePool(ModelPool):
         for pool in self.models.values():
             pool.tell_capacity()
 
+    def _keep_names(self, left: Collection[str]) -> None:
+        """An engine is replaced by one with another address: until that has told what it serves,
+        calls for its model are held. A model that is alone has a pool for whatever comes.
+        """
+        if not left or len(self.models) < 2:
+            return
+        hold_s = self._settings.restart_hold_s
+        self._left |= dict.fromkeys(left, time.monotonic() + hold_s)
+        asyncio.get_running_loop().call_later(hold_s + _FORGET_MARGIN_S, self._start_forgetting)
+
+    def _start_forgetting(self) -> None:
+        self._forgetting = asyncio.get_running_loop().create_task(self._forget_names())
+
+    async def _forget_names(self) -> None:
+        async with self._changed:
+            now = time.monotonic()
+            self._left = {name: until for name, until in self._left.items() if until > now}
+            self._group()
+            self.tell_capacity()
+            self._changed.notify_all()
+
     def _group(self) -> None:
         """A pool for each model. As long as there is no second one, the first one's has all the
         engines, and it stays the same whatever they come to serve.
         """
+        for name in _list_names(self.engines):
+            self._left.pop(name, None)
         told = (one.card.name for one in self.engines if one.card)
-        names = list(dict.fromkeys((*self._settings.expected_models, *told))) or [""]
+        left = (name for name in self._left if name in self.models)
+        names = list(dict.fromkeys((*self._settings.expected_models, *told, *left))) or [""]
         known, before = {}, self.models
         for name in names:
             known[name] = before.get(name) or self._make_pool(name, before, names)
@@ -306,6 +337,11 @@ class EnginePool(ModelPool):
             # Two models may have adapters of one name: the first one's is meant.
             pool.engines = [one for one in engines if one.cards[0].name == base]
             self.adapters[name] = pool
+        for name in self._left:
+            pool = before.get(name)
+            if pool is not None and pool.base in self.models:
+                pool.engines = []
+                self.adapters[name] = pool
 
     def _make_pool(
         self, name: str, before: Mapping[str, ModelPool], names: Sequence[str]
@@ -350,6 +386,11 @@ class EnginePool(ModelPool):
         for url in {engine.url for engine in self._leaving} - kept:
             self._metrics.forget_engine(url)
         self._leaving = leaving
+
+
+def _list_names(engines: Iterable[Engine]) -> set[str]:
+    """Of models and adapters."""
+    return {card.name for engine in engines for card in engine.cards}
 
 
 def _rank(affinity: str, url: str) -> bytes:

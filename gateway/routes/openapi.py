@@ -1,7 +1,8 @@
-"""GET /openapi.json and /docs: what this gateway serves, with the model that is behind it now."""
+"""GET /openapi.json and /docs: what this gateway serves, with the models that are behind it now."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,11 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosni
 
 @dataclass(slots=True)
 class ApiDescription:
-    """As it was built last, and of which life of which engine: until that ends, nothing changes."""
+    """As it was built last, and of which life of an engine of each model, None where none is ready:
+    as long as these are the same, nothing changes.
+    """
 
-    life: tuple[Engine, int] | None = None
+    lives: list[tuple[Engine, int] | None] | None = None
     document: bytes = b""
     page: bytes = b""
 
@@ -49,25 +52,29 @@ async def handle_docs(request: web.Request) -> web.Response:
 
 async def _describe(request: web.Request) -> ApiDescription:
     app = request.app
-    engine = next((one for one in app[POOL].engines if one.is_usable), None)
-    life = None if engine is None else (engine, engine.starts)
+    pools = app[POOL].models.values()
+    engines = [next((one for one in pool.engines if one.is_usable), None) for pool in pools]
+    lives = [None if one is None else (one, one.starts) for one in engines]
     known = app[API_DESCRIPTION]
-    if life is not None and known.life == life:
+    if known.lives == lives:
         return known
-    told, is_known = (None, False) if engine is None else await _ask(request, engine)
+    asked = await asyncio.gather(*(_ask(request, engine) for engine in engines))
+    told = [document for document, _ in asked]
     document = build_openapi(
         list_routes(app), read_version(), app[SETTINGS], told, needs_key=not app[KEYRING].is_open
     )
-    description = ApiDescription(life, orjson.dumps(document), render_docs(document))
-    if is_known:
+    description = ApiDescription(lives, orjson.dumps(document), render_docs(document))
+    if all(is_known for _, is_known in asked):
         # It is the same to everybody, and large.
-        known.life = life
+        known.lives = lives
         known.document, known.page = description.document, description.page
     return description
 
 
-async def _ask(request: web.Request, engine: Engine) -> tuple[dict[str, Any] | None, bool]:
+async def _ask(request: web.Request, engine: Engine | None) -> tuple[dict[str, Any] | None, bool]:
     """What the engine says of itself, if it does; and whether it would say the same again."""
+    if engine is None:
+        return None, True
     call = EngineCall(
         request[CONTEXT],
         "GET",

@@ -47,8 +47,7 @@ async def handle_predict(request: web.Request) -> web.Response:
     ticket = build_ticket(request.headers, caller, count, lane, context.deadline, claim=claim)
 
     served = await _find_model(request, asked)
-    builder = app[MODELS].prompts.find(served.pool.base or served.name)
-    prompts, sampling = await _build_prompts(request, asked, served, builder)
+    prompts, sampling, builder = await _build_prompts(request, asked, served)
     good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
     done = Completion([])
     if good:
@@ -81,9 +80,9 @@ async def _parse(body: bytes, settings: Settings) -> PredictRequest:
 
 
 async def _find_model(request: web.Request, asked: PredictRequest) -> ServedModel:
-    """The default one, unless there are several and the caller names another."""
+    """The default one, unless the caller names another and there may be one."""
     models, name = request.app[MODELS], None
-    if models.is_several and asked.model is not None:
+    if asked.model is not None and not models.is_only:
         if not isinstance(asked.model, str):
             raise wrong_type("model", "a string")
         name = request.app[SETTINGS].alias_map.get(asked.model, asked.model)
@@ -95,20 +94,24 @@ async def _find_model(request: web.Request, asked: PredictRequest) -> ServedMode
 
 
 async def _build_prompts(
-    request: web.Request, asked: PredictRequest, served: ServedModel, builder: PromptBuilder
-) -> tuple[Sequence[Prompt | GatewayError], Sampling]:
+    request: web.Request, asked: PredictRequest, served: ServedModel
+) -> tuple[Sequence[Prompt | GatewayError], Sampling, PromptBuilder]:
     """What the engines are sent; 503 before any work is done where there is none."""
-    pool, deadline = served.pool, request[CONTEXT].deadline
+    pool, prompts, deadline = served.pool, request.app[MODELS].prompts, request[CONTEXT].deadline
     if not asked.questions:
-        return [], asked.sampling
+        return [], asked.sampling, prompts.main
     async with Deadline(deadline):
         await pool.ensure_ready(deadline)
         card = pool.read_card()
         max_model_len = card.max_model_len if card else None
         if card is not None:
-            request[CALLER].check_model(card.name)
+            # Rights go by the name that is asked for, as on /v1: an adapter has one of its own.
+            request[CALLER].check_model(served.name if pool.base else card.name)
+        # Not before: until an engine has told what it serves, nobody knows which model it is.
+        builder = prompts.find(pool.base or served.name)
         sampling = _fit_length(builder.complete(asked.sampling), asked, max_model_len)
-        return await builder.build(asked.questions, asked.system, max_model_len), sampling
+        built = await builder.build(asked.questions, asked.system, max_model_len)
+        return built, sampling, builder
 
 
 def _fit_length(sampling: Sampling, asked: PredictRequest, max_model_len: int | None) -> Sampling:
@@ -182,7 +185,7 @@ async def _build_answer(
         await asyncio.sleep(0)  # what follows copies all of it again
     response = web.Response(body=body, content_type="application/json")
     ignored = asked.ignored_fields
-    if ignored and app[MODELS].is_several:
+    if ignored and not app[MODELS].is_only:
         ignored = tuple(name for name in ignored if name != "model")
     if ignored:
         response.headers["X-Ignored-Fields"] = ", ".join(ignored)

@@ -48,11 +48,11 @@ _WRITING = (*STREAMING, CHAT_BATCH, *FORMS)
 _USING_TOKENS = frozenset((*_WRITING, *POOLING))
 # All that keeps an engine busy takes a place; cutting megabytes into tokens is work, too.
 ENTERING = (*_WRITING, *POOLING, "/tokenize", "/detokenize", "/v1/messages/count_tokens")
-_MODELS = "/v1/models"
+_MODELS, _TOKENIZER = "/v1/models", "/tokenizer_info"
 ROUTES = (
     ("GET", _MODELS),
     ("GET", _MODELS + "/{model:.+}"),
-    ("GET", "/tokenizer_info"),
+    ("GET", _TOKENIZER),
     *(("POST", path) for path in ENTERING),
 )
 GENERATING = ("/v1/embeddings", *STREAMING)
@@ -72,7 +72,8 @@ _HELD_SHARE = 0.25  # of a stream's time; to write takes some itself where an en
 async def handle_relay(request: web.Request) -> web.StreamResponse:
     """Read, check, enter the queue, pass on."""
     if request.method == "GET":
-        return await _answer_models(request)
+        answer = _answer_models if _asks_for_models(request) else _tell_tokenizer
+        return await answer(request)
     context, caller, models = request[CONTEXT], request[CALLER], request.app[MODELS]
     context.deadline = parse_deadline(request.headers)
     call = await _read_call(request)
@@ -117,6 +118,16 @@ async def _answer_models(request: web.Request) -> web.StreamResponse:
         return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
     body = build_model_list(models.list_cards(caller), request.match_info.get("model"))
     return web.Response(body=body, content_type="application/json")
+
+
+async def _tell_tokenizer(request: web.Request) -> web.StreamResponse:
+    """That of the model that the query names, else of the default one."""
+    models, caller, name = request.app[MODELS], request[CALLER], request.query.get("model") or None
+    name = request.app[SETTINGS].alias_map.get(name or "", name)
+    if caller.models and (name is not None or models.is_several):
+        caller.check_model(name)
+    request[SERVED_MODEL] = await models.find(name, caller, request[CONTEXT].deadline)
+    return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
 
 
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,10 @@ def parse_openai_request(path: str, body: bytes, settings: Settings) -> OpenAIRe
 
 
 async def parse_large_openai_request(
-    path: str, body: bytes, settings: Settings, find_context: Callable[[Any], int | None]
+    path: str,
+    body: bytes,
+    settings: Settings,
+    find_context: Callable[[Any], Awaitable[int | None]],
 ) -> OpenAIRequest:
     """The same of a body that takes long, or whose texts may be more than its model takes; which
     that is, only the body tells.
@@ -134,7 +137,7 @@ async def parse_large_openai_request(
     whole = dict.fromkeys(TOKEN_LISTS, _LARGEST_TOKEN_LIST_BYTES)
     whole |= dict.fromkeys((*_SCHEMA_FIELDS, *CONSTRAINING), settings.max_schema_bytes)
     large = await scan_object(body, settings.max_prompts, whole)
-    max_model_len = find_context(large.fields.get("model"))
+    max_model_len = await find_context(large.fields.get("model"))
     if max_model_len is not None:
         await _bound_texts(large, settings, max_model_len)
     return _read_openai_request(path, body, large.fields, large.dump, settings)
@@ -183,6 +186,10 @@ def _parse_openai_request(
     changed = False
     if model is not None and model in settings.alias_map:
         model = data["model"] = settings.alias_map[model]
+        changed = True
+    if model is None and settings.default_model:
+        # An engine that is told none takes its base model, and the default may be an adapter.
+        data["model"] = settings.alias_map.get(settings.default_model, settings.default_model)
         changed = True
     if data.pop("priority", None) is not None:
         changed = True  # who goes first is the queue's business

@@ -4,7 +4,7 @@ those that are passed on what the engine says of them itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gateway.config import Settings
@@ -23,7 +23,8 @@ class RouteNote(NamedTuple):
 
 _OWN, _HEALTH, _TEXT = "Questions and answers", "Health", "Text"
 _VECTORS, _TOKENS, _MODELS = "Vectors, classes, scores", "Tokens", "Models"
-_SPEECH = "Speech"
+_SPEECH, _BATCHES = "Speech", "Batches"
+_UPLOADS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"))
 NOTES: Mapping[str, RouteNote] = {
     "/predict": RouteNote(_OWN, "Answer one question, or a list of them in its order"),
     "/": RouteNote(_HEALTH, "Held until the engines are warm: what the course's judge polls"),
@@ -57,6 +58,12 @@ NOTES: Mapping[str, RouteNote] = {
     ),
     "/v1/audio/transcriptions": RouteNote(_SPEECH, "The text of a recording", True),
     "/v1/audio/translations": RouteNote(_SPEECH, "The text of a recording, in English", True),
+    "/v1/files": RouteNote(_BATCHES, "Files of requests and of answers; POST takes one in"),
+    "/v1/files/{file_id}": RouteNote(_BATCHES, "What is known of a file; DELETE drops it"),
+    "/v1/files/{file_id}/content": RouteNote(_BATCHES, "What is in a file, as it was sent"),
+    "/v1/batches": RouteNote(_BATCHES, "Batches by the caller's key; POST has a file answered"),
+    "/v1/batches/{batch_id}": RouteNote(_BATCHES, "How far a batch has come"),
+    "/v1/batches/{batch_id}/cancel": RouteNote(_BATCHES, "End a batch; what is done is kept"),
     "/tokenize": RouteNote(_TOKENS, "Cut a text into tokens", True),
     "/detokenize": RouteNote(_TOKENS, "Put tokens together", True),
     "/tokenizer_info": RouteNote(_TOKENS, "The tokenizer's settings", True),
@@ -70,21 +77,20 @@ def build_openapi(
     routes: Iterable[tuple[str, str]],
     version: str,
     settings: Settings,
-    engine: Mapping[str, Any] | None,
+    engines: Sequence[Mapping[str, Any] | None],
     *,
     needs_key: bool,
 ) -> dict[str, Any]:
-    """Of these routes, those that the engine's own document has not for its model left out; all,
-    with less to say of them, where no engine has told its own.
+    """Of these routes, those that are in the own document of no model's engine left out; all, with
+    less to say of them, as long as one of the models has an engine that has not told its own.
     """
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[str, Any] = {"Error": _ERROR, "PredictRequest": _describe_predict(settings)}
     for method, path in routes:
-        note = NOTES[path]
-        told = None
-        if note.is_engines and engine is not None:
-            told = engine["paths"].get(_ENGINES_NAMES.get(path, path), {}).get(method.lower())
-            if told is None:
+        note, engine, told = NOTES[path], None, None
+        if note.is_engines:
+            engine, told = _find_told(engines, method, path)
+            if told is None and None not in engines:
                 continue
         operation = _describe(method, path, note, told)
         paths.setdefault(path, {})[method.lower()] = operation
@@ -102,6 +108,19 @@ def build_openapi(
     return document
 
 
+def _find_told(
+    engines: Iterable[Mapping[str, Any] | None], method: str, path: str
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The first that has it, and what it says of it."""
+    for engine in engines:
+        if engine is not None:
+            route = engine["paths"].get(_ENGINES_NAMES.get(path, path), {})
+            told: Mapping[str, Any] | None = route.get(method.lower())
+            if told is not None:
+                return engine, told
+    return None, None
+
+
 def _describe(
     method: str, path: str, note: RouteNote, told: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -116,7 +135,7 @@ def _describe(
         operation["requestBody"] = told["requestBody"]
     elif method == "POST" and not path.endswith("/cancel"):
         schema = {"$ref": _REF + "PredictRequest"} if path == "/predict" else {"type": "object"}
-        kind = "multipart/form-data" if note.tag == _SPEECH else "application/json"
+        kind = "multipart/form-data" if path in _UPLOADS else "application/json"
         operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
     answers = dict((told or {}).get("responses", {}))
     operation["responses"] = {

@@ -55,7 +55,12 @@ def parse_form(fields: Sequence[FormField], settings: Settings) -> OpenAIRequest
     model = texts.get("model") or None
     model = settings.alias_map.get(model or "", model)
     plain = {name: str(value).lower() for name, value in (numbers | flags).items()}
-    body, kind = build_form(fields, plain if model is None else {**plain, "model": model})
+    asked = model or settings.alias_map.get(settings.default_model, settings.default_model)
+    if asked:
+        plain["model"] = asked
+        if "model" not in texts:  # the engine would take its base model, as of a call with JSON
+            fields = [*fields, FormField("model", None, "", b"")]
+    body, kind = build_form(fields, plain)
     return OpenAIRequest(
         body=body,
         model=model,

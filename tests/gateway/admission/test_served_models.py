@@ -11,6 +11,7 @@ import pytest
 
 from common.ports import find_free_ports
 from gateway.admission.keys import make_key
+from gateway.admission.served_models import MODELS
 from gateway.app import build_app
 from gateway.config import SETTINGS, SettingsError, load_settings
 from gateway.engines.engine import Engine, EngineState
@@ -90,6 +91,23 @@ async def test_key_sees_and_uses_its_own_models_alone(serve: Serve, tmp_path: Pa
     assert [default.status_code, named.status_code] == [403, 200]
 
 
+@pytest.mark.parametrize(("allowed", "status"), [("fake", 403), ("sql", 200)])
+async def test_key_for_a_model_is_none_for_its_adapter(
+    serve: Serve, tmp_path: Path, allowed: str, status: int
+) -> None:
+    key, entry = make_key("alice")
+    path = tmp_path / "keys.toml"
+    path.write_text(entry + f'models = ["{allowed}"]\n')
+    async with serve(Behaviour(adapters=["sql"]), keys_file=path) as served:
+        served.client.headers["Authorization"] = f"Bearer {key}"
+        predicted, told = (
+            await served.predict("q", model="sql"),
+            await served.chat("q", model="sql"),
+        )
+
+    assert [predicted.status_code, told.status_code] == [status] * 2
+
+
 async def test_predict_asks_the_default_model_or_the_one_that_is_named(serve: Serve) -> None:
     small, large = _pair()
     async with serve(small, large, default_model="large") as served:
@@ -105,6 +123,35 @@ async def test_predict_asks_the_default_model_or_the_one_that_is_named(serve: Se
     assert (odd.status_code, odd.json()["error"]["param"]) == (400, "model")
 
 
+@pytest.mark.parametrize("asked", [{}, {"model": None}])
+@pytest.mark.parametrize("default", ["sql", "gpt"])
+async def test_call_without_a_model_is_answered_by_the_adapter_that_is_the_default(
+    serve: Serve, default: str, asked: dict[str, Any]
+) -> None:
+    engine = Behaviour(adapters=["sql"])
+    body = {"messages": [{"role": "user", "content": "q"}], **asked}
+    async with serve(engine, default_model=default, aliases=("gpt=sql",)) as served:
+        answer = await served.client.post("/v1/chat/completions", json=body)
+        predicted = await served.predict(["q"])
+
+    assert [answer.status_code, predicted.status_code] == [200, 200]
+    assert [call["model"] for call in engine.calls] == ["sql", "sql"]
+
+
+@pytest.mark.parametrize("data", [{}, {"model": ""}])
+async def test_form_without_a_model_is_answered_by_the_default(
+    serve: Serve, data: dict[str, str]
+) -> None:
+    engine = Behaviour(adapters=["sql"])
+    async with serve(engine, default_model="sql") as served:
+        answer = await served.client.post(
+            "/v1/audio/transcriptions", files={"file": ("a.wav", b"sound")}, data=data
+        )
+
+    assert answer.status_code == 200
+    assert [call["model"] for call in engine.calls] == ["sql"]
+
+
 async def test_predict_without_a_default_model_says_what_is_missing(serve: Serve) -> None:
     async with serve(*_pair()) as served:
         answer = await served.predict("q")
@@ -113,6 +160,27 @@ async def test_predict_without_a_default_model_says_what_is_missing(serve: Serve
     assert (answer.status_code, error["param"]) == (400, "model")
     assert "small, large" in error["message"]
     assert "GATEWAY_DEFAULT_MODEL" in error["message"]
+
+
+async def test_predict_names_a_model_that_no_engine_has_told_yet_and_is_held(
+    serve: Serve,
+) -> None:
+    small, large = _pair()
+    (port,) = find_free_ports(1)
+    async with serve_app(build_fake_engine(small)) as url:
+        engines = (url, f"http://127.0.0.1:{port}")
+        async with serve(engines=engines, wait_ready=False, restart_hold_s=LONG_S) as served:
+            await until(lambda: served.app[POOL].is_ready)
+            small.calls.clear()
+            asked = asyncio.create_task(served.predict("q", model="large"))
+            assert (await served.predict("q", model="small")).status_code == 200
+            assert not asked.done()
+            async with serve_app(build_fake_engine(large), port):
+                answer = await asked
+
+    assert answer.status_code == 200
+    assert "X-Ignored-Fields" not in answer.headers
+    assert [call["model"] for call in small.calls] == ["small"]
 
 
 async def test_only_model_takes_whatever_it_is_called_as_before(serve: Serve) -> None:
@@ -139,6 +207,27 @@ async def test_each_model_has_its_own_tokenizer(serve: Serve, tmp_path: Path) ->
     assert prompts[2] == "q"
 
 
+async def test_prompt_held_for_an_engine_is_built_for_the_model_that_comes(
+    serve: Serve, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(MODEL_FOLDER, tmp_path / "other")
+    (folder / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    behaviour, ports = Behaviour(model="two"), find_free_ports(2)
+    settings = {
+        "engines": tuple(f"http://127.0.0.1:{port}" for port in ports),
+        "tokenizers": (f"two={folder}",),
+    }
+    async with serve(**settings, wait_ready=False, restart_hold_s=LONG_S) as served:
+        held = asyncio.create_task(served.predict(["q"]))
+        await until(lambda: any(one.pool.held for one in served.app[MODELS].all))
+        async with serve_app(build_fake_engine(behaviour), ports[0]):
+            assert (await held).status_code == 200
+            assert (await served.predict(["q"])).status_code == 200
+
+    prompts = [call["prompt"][0] for call in behaviour.calls[-2:]]
+    assert prompts[0] == prompts[1]
+
+
 async def test_long_text_is_judged_by_the_context_of_its_model(serve: Serve) -> None:
     small, large = Behaviour(model="small"), Behaviour(model="large", max_model_len=4096)
     text = "a" * (512 * 16 + 100)
@@ -150,6 +239,43 @@ async def test_long_text_is_judged_by_the_context_of_its_model(serve: Serve) -> 
 
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "prompt_too_long")
     assert taken.status_code == 200
+
+
+async def test_long_text_without_a_model_is_judged_by_the_context_of_the_default(
+    serve: Serve,
+) -> None:
+    small, large = Behaviour(model="small"), Behaviour(model="large", max_model_len=4096)
+    messages = [{"role": "user", "content": "a" * (512 * 16 + 100)}]
+    async with serve(small, large, default_model="large") as served:
+        passed = await served.client.post("/v1/chat/completions", json={"messages": messages})
+    async with serve(small, large, default_model="small") as served:
+        refused = await served.client.post("/v1/chat/completions", json={"messages": messages})
+
+    assert passed.status_code == 200
+    assert refused.json()["error"]["code"] == "prompt_too_long"
+
+
+@pytest.mark.parametrize("is_expected", [True, False])
+async def test_long_text_for_a_model_that_has_not_told_is_held(
+    serve: Serve, is_expected: bool
+) -> None:
+    """Not judged by the context of another."""
+    small, large = Behaviour(model="small"), Behaviour(model="large", max_model_len=4096)
+    text = "a" * (512 * 16 + 100)
+    expected = ("small", "large") if is_expected else ()
+    (port,) = find_free_ports(1)
+    async with serve_app(build_fake_engine(small)) as url:
+        settings = {"engines": (url, f"http://127.0.0.1:{port}"), "expected_models": expected}
+        async with serve(**settings, wait_ready=False, restart_hold_s=LONG_S) as served:
+            await until(lambda: served.app[POOL].is_ready)
+            asked = asyncio.create_task(served.chat(text, model="large"))
+            assert (await served.chat("hi", model="small")).status_code == 200
+            assert not asked.done()
+            async with serve_app(build_fake_engine(large), port):
+                assert (await asked).status_code == 200
+            if is_expected:
+                longer = await served.chat(text * 8, model="large")
+                assert longer.json()["error"]["code"] == "prompt_too_long"
 
 
 async def test_busy_model_keeps_nobody_from_another(serve: Serve) -> None:
@@ -239,6 +365,83 @@ async def test_expected_model_is_held_until_an_engine_comes_for_it(serve: Serve)
     assert held == {"small": 0, "large": 1}
     assert unknown.status_code == 404
     assert told["max_model_len"] == 4096
+
+
+def _build_engine(served: Served, behaviour: Behaviour, url: str) -> tuple[Engine, ModelCard]:
+    known = served.app[POOL].engines[0]
+    engine = Engine(url, served.app[SETTINGS], known.client._connector, served.app[METRICS])
+    return engine, ModelCard(behaviour.model, 512, {"id": behaviour.model})
+
+
+async def test_call_waits_for_the_engine_that_replaces_its_models_only_one(serve: Serve) -> None:
+    small, large = _pair()
+    async with serve(small, large, restart_hold_s=LONG_S) as served:
+        pool = served.app[POOL]
+        staying, leaving = pool.engines
+        await pool.set_engines([staying])
+        asked = asyncio.create_task(served.chat("hi", model="large"))
+        predicted = asyncio.create_task(served.predict("q", model="large"))
+        await until(lambda: pool.models["large"].held == 2)
+        listed = (await served.client.get("/v1/models")).json()["data"]
+        unknown = await served.chat("hi", model="other")
+
+        engine, card = _build_engine(served, large, leaving.url)
+        await pool.set_engines([staying, engine])
+        await pool.set_cards(engine, [card])
+        await pool.set_state(engine, EngineState.READY)
+        answers = await asyncio.gather(asked, predicted)
+
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert [call["model"] for call in large.calls] == ["large"] * 2
+    assert [card["id"] for card in listed] == ["small", "large"]
+    assert unknown.status_code == 404
+
+
+async def test_model_whose_engines_have_left_is_forgotten_after_the_hold(serve: Serve) -> None:
+    third = Behaviour(model="third")
+    async with serve(*_pair(), third, restart_hold_s=0.2) as served:
+        pool = served.app[POOL]
+        await pool.set_engines(pool.engines[:2])
+        held = await served.chat("hi", model="third")
+        await until(lambda: "third" not in pool.models)
+        gone = await served.chat("hi", model="third")
+
+    assert (held.status_code, held.json()["error"]["code"]) == (503, "not_ready")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_call_waits_for_the_engine_that_replaces_its_adapters_only_one(serve: Serve) -> None:
+    small, large = Behaviour(model="small"), Behaviour(model="large", adapters=["sql"])
+    async with serve(small, large, restart_hold_s=LONG_S) as served:
+        pool = served.app[POOL]
+        staying, leaving = pool.engines
+        await pool.set_engines([staying])
+        asked = asyncio.create_task(served.chat("hi", model="sql"))
+        await until(lambda: pool.adapters["sql"].held == 1)
+        await pool.set_engines([staying, leaving])
+        answer = await asked
+
+    assert answer.status_code == 200
+
+
+async def test_model_that_is_alone_is_replaced_by_another_without_a_name(serve: Serve) -> None:
+    """Nothing of the first one is kept: there are no two of them for a while."""
+    small, large = _pair()
+    async with (
+        serve(small, restart_hold_s=LONG_S) as served,
+        serve_app(build_fake_engine(large)) as url,
+    ):
+        pool = served.app[POOL]
+        engine, card = _build_engine(served, large, url)
+        await pool.set_engines([engine])
+        asked = asyncio.create_task(served.predict("q"))
+        await until(lambda: any(one.held for one in pool.models.values()))
+        await pool.set_cards(engine, [card])
+        await pool.set_state(engine, EngineState.READY)
+        answer = await asked
+
+        assert list(pool.models) == ["large"]
+    assert answer.status_code == 200
 
 
 async def test_call_before_the_first_engine_is_found_is_held(serve: Serve) -> None:

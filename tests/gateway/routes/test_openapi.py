@@ -61,6 +61,24 @@ async def test_openapi_has_what_the_engines_model_is_for_alone(serve: Serve) -> 
     assert "/v1/chat/completions" not in paths
 
 
+async def test_openapi_has_what_any_of_several_models_is_for(serve: Serve) -> None:
+    texts = Behaviour(model="texts", routes=frozenset(("/v1/chat/completions", "/v1/completions")))
+    vectors = Behaviour(model="vectors", routes=frozenset(("/v1/embeddings",)))
+    async with serve(texts, vectors) as served:
+        document, _ = [await _read(served) for _ in range(2)]
+        asked = texts.described, vectors.described
+        served.engine.is_healthy = False
+        await until(lambda: not served.app[POOL].models["texts"].is_ready)
+        without, _ = [(await _read(served))["paths"] for _ in range(2)]
+        assert (texts.described, vectors.described) == (1, 2)
+
+    paths = document["paths"]
+    assert {"/v1/chat/completions", "/v1/embeddings"} < paths.keys()
+    assert "/classify" not in paths
+    assert asked == (1, 1)
+    assert "/v1/chat/completions" in without  # held, not gone
+
+
 async def test_openapi_without_an_engine_has_all_that_may_be(serve: Serve) -> None:
     async with serve(Behaviour(is_healthy=False), wait_ready=False) as served:
         paths = (await _read(served))["paths"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.admission.keys import make_key
+from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
 
 TEXTS = ["a", "bc"]
@@ -85,6 +86,30 @@ async def test_further_call_reaches_the_engine_as_it_is(served: Served, path: st
     answer = await served.client.post(path, json=body)
 
     assert answer.json() == {"path": path, "call": body, "usage": {"completion_tokens": 7}}
+
+
+async def test_tokenizer_info_is_that_of_the_model_that_is_named(
+    serve: Serve, tmp_path: Path
+) -> None:
+    key, entry = make_key("alice")
+    path = tmp_path / "keys.toml"
+    path.write_text(entry + 'models = ["large"]\n')
+    models = Behaviour(model="small"), Behaviour(model="large")
+    async with serve(*models, aliases=("gpt=large",)) as served:
+        names = ("small", "large", "gpt")
+        answers = [await served.client.get(f"/tokenizer_info?model={name}") for name in names]
+        unnamed = await served.client.get("/tokenizer_info")
+        unknown = await served.client.get("/tokenizer_info?model=other")
+    async with serve(*models, default_model="small", keys_file=path) as served:
+        served.client.headers["Authorization"] = f"Bearer {key}"
+        allowed = await served.client.get("/tokenizer_info?model=large")
+        refused = await served.client.get("/tokenizer_info?model=small")
+
+    told = [answer.json()["tokenizer_class"] for answer in (*answers, allowed)]
+    assert told == ["Small", "Large", "Large", "Large"]
+    assert (unnamed.status_code, unnamed.json()["error"]["param"]) == (400, "model")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
 
 
 async def test_tokenizer_info_is_the_engines(served: Served) -> None:

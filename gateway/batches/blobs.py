@@ -79,12 +79,12 @@ class DiskBlobs:
 
     async def read_all(self, name: str) -> AsyncGenerator[bytes, None]:
         try:
-            file = await asyncio.to_thread(self._path(name).open, "rb")
+            file = await _open(self._path(name))
             try:
                 while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
                     yield piece
             finally:
-                await asyncio.to_thread(file.close)
+                file.close()  # here, for who reads may be cancelled at any wait
         except OSError as error:
             raise _translate(error) from error
 
@@ -143,6 +143,16 @@ class _DiskWriter:
     def _write(self, data: bytearray) -> None:
         self._file.write(data)
         self._file.flush()
+
+
+async def _open(path: Path) -> BinaryIO:
+    """Closed again where nobody waits for it any more."""
+    opening = asyncio.ensure_future(asyncio.to_thread(path.open, "rb"))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(lambda done: done.exception() or done.result().close())
+        raise
 
 
 def _read(path: Path, start: int, size: int) -> bytes:

@@ -101,7 +101,7 @@ async def serve_gateway(
         yield served
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 150.0) -> None:
     """Polls a condition, plain or awaitable, until it holds."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -480,5 +480,5 @@ def _count_leftovers(served: Served, engines: Sequence[ScriptedEngine]) -> dict[
         "running": sum(engine.running for engine in pool.engines),
         "in the queue": sum(queue.count("batch") + queue.count("interactive")),
         "tasks": len(asyncio.all_tasks()) - connections,
-        **Counter(type(one).__name__ for one in gc.get_objects() if isinstance(one, kept)),
+        **Counter(type(one).__name__ for one in gc.get_objects() if issubclass(type(one), kept)),
     }

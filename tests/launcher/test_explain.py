@@ -19,7 +19,7 @@ from tests.launcher.programs import ROOT, Launcher, running
 MODELS = Path(__file__).parent / "models"
 
 
-def call(launcher: Launcher, *arguments: str, timeout_s: float = 60) -> tuple[int, str, str]:
+def call(launcher: Launcher, *arguments: str, timeout_s: float = 240) -> tuple[int, str, str]:
     result = subprocess.run(
         [sys.executable, "-m", "launcher", *arguments],
         cwd=ROOT,

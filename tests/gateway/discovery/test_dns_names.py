@@ -114,7 +114,7 @@ async def test_source_that_cannot_be_built_is_told_and_tried_again(
     def fail(_server: str) -> dns.asyncresolver.Resolver:
         nonlocal failures
         failures += 1
-        raise dns.resolver.NoResolverConfiguration("no name servers")
+        raise dns.resolver.NoResolverConfiguration
 
     monkeypatch.setattr(dns_names, "build_resolver", fail)
     server = NameServer({(NAME, "A"): [A]})

@@ -30,7 +30,7 @@ from tests.stack.docker import (
 COURSE = "http://127.0.0.1:8010"
 SERVICES = ("engine", "gateway", "prometheus")
 # What Dockerfile.gateway may add to its base image.
-LARGEST_GATEWAY_BYTES = 100 * 2**20
+LARGEST_GATEWAY_BYTES = 150 * 2**20
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(480)]
 
@@ -100,9 +100,9 @@ def test_image_holds_what_it_needs_and_nothing_of_the_rest(docker: Docker, name:
     found = {line.removeprefix("/app/") for line in listed.split()}
     of_engine = {"__init__.py", "fetch_model.py", "health.py", "image_packages.py", "locked.py"}
     scripts = {"health.py"} if name == "vllm-gateway" else of_engine
-    assert {path for path in found if not path.endswith(".pyc")} == {
-        f"scripts/{one}" for one in scripts
-    }
+    settings = {"course.toml"} if name == "vllm-gateway-course" else set()
+    files = settings | {f"scripts/{one}" for one in scripts}
+    assert {path for path in found if not path.endswith(".pyc")} == files
 
 
 @pytest.mark.parametrize("name", ["vllm-gateway", "vllm-gateway-engine", "vllm-gateway-course"])
@@ -348,13 +348,18 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
 # --- two gateways ---
 
 
+def read_limits() -> object:
+    """Who keeps them, by the gateway that the balancer asks."""
+    return httpx.get(f"{GATEWAY}/readyz", timeout=15, trust_env=False).json()["limits"]
+
+
 def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step) -> None:
     up = ("up", "--detach", "--no-build", "--wait")
     with step("compose.replicas.yaml: two gateways and a balancer"):
         stack.compose(*up, files=TWO_GATEWAYS, timeout_s=120)
     try:
         wait_until("the balancer found them", lambda: answers(f"{GATEWAY}/readyz"), within_s=20)
-        assert httpx.get(f"{GATEWAY}/readyz", trust_env=False).json()["limits"] == "shared"
+        wait_until("limits are shared", lambda: read_limits() == "shared", within_s=60)
         questions, known = read_pairs(40)
         answered = [predict([question]).json()["response"] for question in questions]
         right = sum(given == [want] for given, want in zip(answered, known, strict=True))

@@ -127,7 +127,7 @@ async def test_source_that_cannot_be_built_is_told_and_tried_again(
                 await until(lambda: list_ready(served) == pods.list_urls(A))
 
     told = [one for one in logs if one["event"] == "engines_not_found"]
-    assert "no name servers" in told[0]["reason"]
+    assert "Resolver configuration" in told[0]["reason"]
 
 
 @pytest.mark.parametrize("failure", ["refused", "unknown", "empty", "silent"])

@@ -63,6 +63,20 @@ const BY_CODE = {
   engine_timeout: "error.engine",
   not_ready: "error.notReady",
   engine_unreachable: "error.notReady",
+  batch_jobs: "error.allowance",
+  batch_storage: "error.allowance",
+  too_many_lines: "error.tooMuch",
+  storage_full: "error.gateway",
+  storage_unavailable: "error.gateway",
+  batch_ended: "error.refused",
+  batches_off: "error.refused",
+  conflict: "error.refused",
+  duplicate_custom_id: "error.refused",
+  empty_file: "error.refused",
+  file_in_use: "error.refused",
+  file_lost: "error.refused",
+  file_not_found: "error.refused",
+  mismatched_url: "error.refused",
 };
 
 /** What it means; then the gateway's own words and the request's id, for who looks further. */

@@ -376,10 +376,11 @@ async def test_expired_files_and_orphaned_bytes_are_swept(tmp_path: Path) -> Non
         old.write_bytes(b"")
         _set_time(old, time.time() - 7200)
         _set_time(folder / "files" / kept, time.time() - 7200)
-    with create_engine(f"sqlite:///{folder}/batches.sqlite").begin() as connection:
+    database = create_engine(f"sqlite:///{folder}/batches.sqlite")
+    with database.begin() as connection:
         values = {"at": int(time.time()) - 1, "id": expired}
         connection.execute(text("UPDATE gateway_files SET expires_at = :at WHERE id = :id"), values)
-        connection.engine.dispose()
+    database.dispose()
     async with serve_gateway(batch_folder=folder) as served, open_batches(served) as batches:
         await until(lambda: [one.name for one in (folder / "files").iterdir()] == [kept])
         left = [file.id async for file in batches.sdk.files.list()]

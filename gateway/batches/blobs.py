@@ -151,8 +151,13 @@ async def _open(path: Path) -> BinaryIO:
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
-        opening.add_done_callback(lambda done: done.exception() or done.result().close())
+        opening.add_done_callback(_close)
         raise
+
+
+def _close(opened: asyncio.Future[BinaryIO]) -> None:
+    if opened.exception() is None:
+        opened.result().close()
 
 
 def _read(path: Path, start: int, size: int) -> bytes:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -145,9 +146,9 @@ class _DiskWriter:
         self._file.flush()
 
 
-async def _open(path: Path) -> BinaryIO:
+async def _open(path: Path) -> BufferedReader:
     """Closed again where nobody waits for it any more."""
-    opening = asyncio.ensure_future(asyncio.to_thread(path.open, "rb"))
+    opening = asyncio.create_task(asyncio.to_thread(path.open, "rb"))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -155,7 +156,7 @@ async def _open(path: Path) -> BinaryIO:
         raise
 
 
-def _close(opened: asyncio.Future[BinaryIO]) -> None:
+def _close(opened: asyncio.Task[BufferedReader]) -> None:
     if opened.exception() is None:
         opened.result().close()
 

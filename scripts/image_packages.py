@@ -21,7 +21,7 @@ from pathlib import Path
 from scripts.locked import ROOT, LockError, Pin, read_lock, select_pins
 
 _EXTRAS = ("modelscope", "otel")
-_FLOOR = re.compile(r"^([\w.-]+)>=([\d.]+)")
+_FLOOR = re.compile(r"^([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)")
 
 
 class ImageError(Exception):

@@ -44,7 +44,7 @@ class Fleet:
     headers: dict[str, str]
     folder: Path
     names: NameServer
-    demo: int  # the ports of the engines: of the session's stack,
+    demo: int  # the ports of the engines: of the stack that all tests share,
     second: Launcher  # of the demo model once more,
     other: Launcher  # and of another one
 

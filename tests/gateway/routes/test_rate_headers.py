@@ -76,8 +76,8 @@ async def test_rates_are_on_every_answer_of_a_limited_key(limited: Served) -> No
         minutes = (time.perf_counter() - began) / 60
         limit, left, reset_s = _read(answer.headers, "requests")
         assert limit == 600
-        assert 600 - number <= left <= min(599, 600 - number + 1 + 600 * minutes)
-        assert 0 < reset_s <= number * 0.1
+        assert 600 - number <= left <= min(600, 600 - number + 1 + 600 * minutes)
+        assert 0 <= reset_s <= number * 0.1
         assert _read(answer.headers, "tokens")[0] == 60_000
 
 
@@ -114,8 +114,8 @@ async def test_rates_add_up_under_load(limited: Served) -> None:
         assert answer.status_code == 200
         for what in ("requests", "tokens"):
             limit, left, reset_s = _read(answer.headers, what)
-            assert 0 <= left < limit
-            # `left` is rounded down.
+            # All of it on a machine so slow that the minute has given everything back; `left` is rounded down.
+            assert 0 <= left <= limit
             assert reset_s - 0.0011 <= (limit - left) * 60 / limit <= reset_s + 60 / limit
     last = await limited.chat("hi", max_tokens=50)
     minutes = (time.perf_counter() - began) / 60

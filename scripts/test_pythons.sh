@@ -10,16 +10,19 @@ own=$1
 shift
 arguments=("$@")
 own_version=$("$own/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-failures=$(mktemp)
-trap 'rm -f "$failures"' EXIT
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=$work/failures
 
-# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, and the lane goes on.
+# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, by name, and the lane goes on.
 run() {
   local label=$1 marked=$2 code=0
   shift 2
-  "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" || code=$?
+  "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
   # 5: the caller's own arguments choose none of these tests.
-  [ "$code" = 0 ] || [ "$code" = 5 -a ${#arguments[@]} -gt 0 ] || echo "$label" >>"$failures"
+  if [ "$code" != 0 ] && ! [ "$code" = 5 -a ${#arguments[@]} -gt 0 ]; then
+    { echo "failed on Python $label"; grep -E '\| (FAILED|ERROR) ' "$work/$label"; } >>"$failures" || true
+  fi
 }
 run_rest() { run "$1" "not engine and not slow" "${@:2}"; }
 run_between() { run "$1" "not engine and not slow and not programs" "${@:2}"; }
@@ -51,8 +54,9 @@ test_others &
 second_lane=$!
 run "$own_version, engine" "engine or slow" "$own/bin/python" -m pytest
 run_rest "$own_version" "$own/bin/python" -m pytest
-wait "$second_lane" || echo "${others[*]}" >>"$failures"
+wait "$second_lane" || echo "failed on Python ${others[*]}" >>"$failures"
+# Once more at the end, where they are looked for.
 if [ -s "$failures" ]; then
-  sed 's/^/test: failed on Python /' "$failures" >&2
+  sed 's/^/test: /' "$failures" >&2
   exit 1
 fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ async def test_engine_that_joins_takes_work_and_leaves_without_a_lost_request(
         async def ask() -> list[int]:
             statuses = []
             while not is_over.is_set():
-                statuses.append((await served.chat("hi")).status_code)
+                # Each another beginning: what begins alike stays with one engine.
+                statuses.append((await served.chat(f"{next(numbers)} hi")).status_code)
             return statuses
 
+        numbers = itertools.count()
         callers = [asyncio.create_task(ask()) for _ in range(4)]
         await pods.start(C)
         server.records[NAME, "A"] = [C, B, A]

@@ -202,7 +202,7 @@ def wait_healthy(running: Container, limit_s: float, progress: ProgressLine) -> 
         mode = asyncio.run(wait_mode(running, limit_s - took(), progress))
     except ServerNeverReady as error:
         return JudgedStep("healthy", limit_s, took(), (error.problem,))
-    while (health := running.read_health()) not in ("healthy", "") and took() < limit_s:
+    while (health := running.read_health()) == "starting" and took() < limit_s:
         time.sleep(_HEALTH_POLL_S)
     problems: tuple[Problem, ...] = ()
     if health not in ("healthy", ""):

@@ -6,6 +6,7 @@ real docker runs the same commands in tests/stack.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(os.environ["FAKE_DOCKER"])
-ADDRESS = "127.77.0.1"
+# Each test's own: another checkout's tests may run beside these.
+ADDRESS = "127.77.{}.{}".format(*hashlib.sha256(str(FOLDER).encode()).digest()[:2])
 
 
 def main(words: list[str]) -> int:

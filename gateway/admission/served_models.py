@@ -81,8 +81,10 @@ class ServedModels:
         return self._knows_all and not self.is_several
 
     def list_names(self, caller: Caller) -> list[str]:
-        """What this caller may ask for, aliases included."""
-        names = [name for name in self.by_name if name]
+        """What this caller may ask for, aliases included; the default comes first, since clients
+        that care for no name take the first of the list.
+        """
+        names = sorted(filter(None, self.by_name), key=lambda name: name != self._default)
         names += [alias for alias, name in self._settings.alias_map.items() if name in self.by_name]
         return [name for name in names if not caller.models or self._resolve(name) in caller.models]
 

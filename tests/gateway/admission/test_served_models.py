@@ -54,6 +54,14 @@ async def test_models_of_all_engines_are_one_list(serve: Serve) -> None:
     assert (none.status_code, none.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_default_model_is_the_first_of_the_list(serve: Serve) -> None:
+    """Wherever its engine stands among the others."""
+    async with serve(*_pair(), default_model="large") as served:
+        listed = (await served.client.get("/v1/models")).json()["data"]
+
+    assert [card["id"] for card in listed] == ["large", "small"]
+
+
 async def test_unknown_model_is_refused_with_the_names_that_exist(serve: Serve) -> None:
     small, large = _pair()
     async with serve(small, large, aliases=("gpt=large", "gone=none")) as served:

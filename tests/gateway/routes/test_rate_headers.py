@@ -114,7 +114,8 @@ async def test_rates_add_up_under_load(limited: Served) -> None:
         assert answer.status_code == 200
         for what in ("requests", "tokens"):
             limit, left, reset_s = _read(answer.headers, what)
-            # All of it on a machine so slow that the minute has given everything back; `left` is rounded down.
+            # All of it where the machine is so slow that a minute has given everything back.
+            # `left` is rounded down.
             assert 0 <= left <= limit
             assert reset_s - 0.0011 <= (limit - left) * 60 / limit <= reset_s + 60 / limit
     last = await limited.chat("hi", max_tokens=50)

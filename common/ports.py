@@ -1,27 +1,84 @@
-"""Free ports of this machine."""
+"""Free ports of this machine, which no other process that asks here is given meanwhile.
+
+A server binds its port some seconds after it was chosen. One that the kernel hands out, as to every
+connection that goes out, may be somebody else's by then; these lie below its range, in blocks that
+a lock keeps for one process as long as it lives.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
+import functools
+import itertools
+import os
+import random
 import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_FIRST, _BLOCK, _BLOCKS = 10_240, 64, 340  # up to 32,000
+_MOST_BLOCKS = 4  # of one process, which then begins anew with its own
+_ONE_BY_ONE = threading.Lock()
+
+
+class NoFreePort(RuntimeError):
+    pass
 
 
 def find_free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for held in sockets:
-            held.bind(("127.0.0.1", 0))
-        return [int(held.getsockname()[1]) for held in sockets]
+    with _ONE_BY_ONE:
+        return list(itertools.islice(_list_own(), count))
 
 
 def find_free_row(count: int) -> int:
     """The first of so many neighbours."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                for number in range(1, count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
-                return port
+    with _ONE_BY_ONE:
+        row: list[int] = []
+        for port in _list_own():
+            row = [*row, port] if row and port == row[-1] + 1 else [port]
+            if len(row) == count:
+                break
+        return row[0]
+
+
+@functools.cache
+def _list_own() -> Iterator[int]:
+    return (port for port in _list_kept() if _is_free(port))
+
+
+def _list_kept() -> Iterator[int]:
+    locks: list[IO[str]] = []
+    starts: list[int] = []
+    for number in random.sample(range(_BLOCKS), _BLOCKS):
+        if len(locks) < _MOST_BLOCKS and (lock := _lock(number)):
+            locks.append(lock)
+            starts.append(_FIRST + number * _BLOCK)
+            yield from range(starts[-1], starts[-1] + _BLOCK)
+    if not starts:
+        raise NoFreePort(f"all ports from {_FIRST} on are kept by other processes")
+    for start in itertools.cycle(starts):
+        yield from range(start, start + _BLOCK)
+
+
+def _lock(number: int) -> IO[str] | None:
+    folder = Path(tempfile.gettempdir()) / f"vllm-gateway-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = (folder / str(number)).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import json
 import re
@@ -18,6 +16,7 @@ from aiohttp import web
 
 from common.command_line.help import format_example, format_help, wants_help
 from common.logs import configure_logging
+from common.memory import map_large_blocks
 from common.project import read_version
 from common.settings import build_schema
 from gateway.admission.keys import make_key
@@ -29,7 +28,6 @@ from gateway.observability.metrics import METRICS
 from gateway.server import Runner
 
 _ENOUGH_FILES = 2**20  # what Linux allows a process unless told otherwise
-_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 log = structlog.get_logger("gateway")
 
 
@@ -49,7 +47,7 @@ def main() -> int:
         settings = load_settings(arguments)
         stream = configure_logging("gateway", settings.log_format, settings.log_level)
         raise_file_limit()
-        return_large_blocks()
+        map_large_blocks()
         app = build_app(settings, lambda: load_settings(arguments))
         app[METRICS].log_lines_dropped.read = lambda: [((), stream.dropped)]
         return uvloop.run(serve(app, settings))
@@ -64,15 +62,6 @@ def raise_file_limit() -> None:
     wanted = _ENOUGH_FILES if most == resource.RLIM_INFINITY else min(most, _ENOUGH_FILES)
     if few != resource.RLIM_INFINITY and few < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
-def return_large_blocks() -> None:
-    """A freed block that was mapped by itself goes back to the system at once. glibc raises the
-    size from which it maps to that of the largest such block, and then keeps the next bodies of
-    megabytes in its heap, in pieces, for good. Other libraries of C have no such call.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def check(settings: Settings) -> int:

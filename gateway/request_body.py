@@ -12,6 +12,7 @@ from codecs import BOM_UTF8
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
 
+from common.memory import return_freed_memory
 from gateway.config import SETTINGS, Settings
 from gateway.errors import (
     BodyTimeout,
@@ -32,6 +33,9 @@ _SLICES_AT_ONCE = 4  # inflated and counted between two looks at the event loop
 # An object or a list costs whoever parses it as much as so many numbers.
 _VALUES_A_CONTAINER = 100
 _RETRY_AFTER_S = 1
+# After so many were held, memory is given back when their requests have ended.
+_MANY_BYTES = 2**25
+_SETTLED_S = 1.0
 _JSON = re.compile(r"(application|text)/([\w.+-]+\+)?json", re.IGNORECASE)
 
 
@@ -43,7 +47,7 @@ class HeldBodies:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._most = settings.max_held_bytes
-        self._held = 0
+        self._held = self._most_held = 0
         metrics.held_body_bytes.read = lambda: [((), self._held)]
 
     def hold(self, context: RequestContext, size: int) -> None:
@@ -61,12 +65,17 @@ class HeldBodies:
             )
         context.held_bytes = own
         self._held += size
+        self._most_held = max(self._most_held, self._held)
 
     def release(self, context: RequestContext, size: int | None = None) -> None:
         """All of the request's, or so many of them."""
         size = context.held_bytes if size is None else size
         self._held -= size
         context.held_bytes -= size
+        if not self._held and self._most_held > _MANY_BYTES:
+            # They arrived in pieces, with what small requests need between them.
+            asyncio.get_running_loop().call_later(_SETTLED_S, return_freed_memory)
+            self._most_held = 0
 
 
 BODIES = web.AppKey("bodies", HeldBodies)

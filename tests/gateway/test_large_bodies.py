@@ -288,7 +288,7 @@ async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_calle
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
         await until(lambda: _is_empty(client))
-        await until(lambda: gateway.rss_bytes() - memory < 60 * MEGABYTE)
+        await until(lambda: gateway.rss_bytes() - memory < 20 * MEGABYTE)
         assert (await client.get("/readyz")).status_code == 200
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ def docker(tmp_path: Path) -> Iterator[Path]:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.lab.course.fake_docker "$@"\n')
     program.chmod(0o755)
     yield folder
-    assert not (folder / "pid").exists(), "a container was left behind"
+    if (pid := folder / "pid").exists():
+        os.kill(int(pid.read_text()), signal.SIGTERM)
+        pytest.fail("a container was left behind")
 
 
 def judge(docker: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,5 @@
-"""Figures of this machine's processes: CPU time, memory, children, sockets.
+"""Figures of this machine's processes: CPU time, memory, children, sockets; and what this one gives
+back of its memory.
 
 /proc is read by psutil, but for one clock: psutil gives CPU time in ticks of 10 ms, and a process's
 own CPU clock counts all its threads in nanoseconds (/proc/PID/schedstat: the main thread alone).
@@ -6,6 +7,8 @@ own CPU clock counts all its threads in nanoseconds (/proc/PID/schedstat: the ma
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Iterable
@@ -13,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
+_MAPPED_BYTES = 2**20
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 
 
@@ -89,3 +94,18 @@ def read_busy_s() -> float:
     """Seconds that all cores together have worked so far."""
     times = psutil.cpu_times()
     return sum(float(getattr(times, name)) for name in _BUSY)
+
+
+def map_large_blocks() -> None:
+    """A freed block that was mapped by itself goes back to the system at once. glibc raises the
+    size from which it maps to that of the largest such block, and then keeps the next bodies of
+    megabytes in its heap, in pieces, for good. Other libraries of C have no such calls.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Of smaller blocks, which one that is in use keeps from going back with those around it."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

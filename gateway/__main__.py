@@ -16,7 +16,7 @@ from aiohttp import web
 
 from common.command_line.help import format_example, format_help, wants_help
 from common.logs import configure_logging
-from common.memory import map_large_blocks
+from common.processes import map_large_blocks
 from common.project import read_version
 from common.settings import build_schema
 from gateway.admission.keys import make_key

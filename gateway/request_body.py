@@ -12,7 +12,7 @@ from codecs import BOM_UTF8
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
 
-from common.memory import return_freed_memory
+from common.processes import return_freed_memory
 from gateway.config import SETTINGS, Settings
 from gateway.errors import (
     BodyTimeout,

@@ -518,7 +518,7 @@ class Settings(ProgramSettings):
 
     grade_record: Path | None = Field(
         None,
-        description="Record that `python -m lab grade --record` writes; /metrics tells its "
+        description="Record that `python -m lab grade --record FILE` writes; /metrics tells its "
         "figures.",
     )
     metrics_host: str = Field(

@@ -20,10 +20,11 @@ import orjson
 import pytest
 
 from common.ports import find_free_ports
-from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership
+from gateway.batches.service import open_database
 from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import Store
+from gateway.storage.database import Database
 from tests.gateway import conftest as gateway
 from tests.gateway.conftest import Served, make_settings, serve_gateway
 from tests.plain_http import NO_TLS
@@ -218,7 +219,7 @@ JOB = JobRecord(
 @pytest.fixture
 async def database(storage: dict[str, Any]) -> AsyncIterator[Database]:
     storage["batch_folder"].mkdir()
-    opened = Database(make_settings(**storage))
+    opened = open_database(make_settings(**storage))
     store = Store(opened)
     file = FileRecord("file-1", "alice", "in.jsonl", "batch", 9, 1, "file-1", lines=3, url=CHAT)
     await store.add_file(file, [(n, f"line-{n}", n * 3, 3, "p") for n in range(3)])

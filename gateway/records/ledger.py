@@ -24,6 +24,7 @@ _MOST_ROWS = 10_000
 _MOST_HELD_BYTES = 64 * 2**20  # of texts that wait
 _MOST_TEXT_BYTES = 2**20  # of one request's body, or of its answer
 _ROWS_AT_ONCE = 500
+_MOST_TOKENS = 2**40  # of one request; an engine that tells more is out of its mind
 _GONE = 499
 
 SumKey = tuple[str, str, str]  # day, key, model
@@ -134,6 +135,8 @@ class Ledger:
         return Entry(key, is_audited, wants_text)
 
     def add_tokens(self, key: str, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        prompt_tokens = min(prompt_tokens, _MOST_TOKENS)
+        completion_tokens = min(completion_tokens, _MOST_TOKENS)
         day, month = self._calendar.today()
         if (sums := self._find(day, key, model)) is not None:
             sums.prompt_tokens += prompt_tokens
@@ -178,8 +181,8 @@ class Ledger:
             request_id=request_id,
             status=status,
             verdict=record.error_code or _judge(status),
-            prompt_tokens=record.prompt_tokens,
-            completion_tokens=record.completion_tokens,
+            prompt_tokens=_bound(record.prompt_tokens),
+            completion_tokens=_bound(record.completion_tokens),
             duration_ms=round(record.elapsed_s() * 1000),
             entry=entry,
         )
@@ -227,6 +230,10 @@ class Ledger:
                 return None
             sums = self._sums[place] = Sums()
         return sums
+
+
+def _bound(tokens: int | None) -> int | None:
+    return None if tokens is None else min(tokens, _MOST_TOKENS)
 
 
 def _judge(status: int) -> str:

@@ -17,9 +17,9 @@ import structlog
 from gateway.config import PREFIX, Settings, SettingsError
 from gateway.errors import GatewayError
 from gateway.observability.metrics import Metrics
-from gateway.records.ledger import AuditRow, Batch, Ledger
+from gateway.records.ledger import AuditRow, Batch, Entry, Ledger
 from gateway.records.redaction import Redactor
-from gateway.records.store import RecordStore
+from gateway.records.store import RecordStore, make_storable
 from gateway.records.texts import read_stream, read_texts
 from gateway.storage.database import Database
 
@@ -129,19 +129,13 @@ class Records:
 
 def build_row(row: AuditRow, redactor: Redactor) -> dict[str, Any]:
     entry = row.entry
-    prompt = answer = None
-    if entry.wants_text:
-        if entry.prompt is not None:
-            prompt = redactor.clean(_make_storable(read_texts(entry.prompt)))
-        whole = b"".join(entry.answer)
-        read = read_stream if whole.startswith((b"data:", b"event:")) else read_texts
-        answer = redactor.clean(_make_storable(read(whole)), is_cut=entry.is_cut)
+    prompt, answer = _read_texts(entry, redactor) if entry.wants_text else (None, None)
     return {
         "id": row.id,
         "time_ms": row.time_ms,
         "key": entry.key,
         "route": row.route,
-        "model": entry.model,
+        "model": make_storable(entry.model),
         "request_id": row.request_id,
         "status": row.status,
         "verdict": row.verdict,
@@ -155,9 +149,18 @@ def build_row(row: AuditRow, redactor: Redactor) -> dict[str, Any]:
     }
 
 
-def _make_storable(text: str) -> str:
-    """PostgreSQL takes no NUL, and no database half a pair of surrogates."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+def _read_texts(entry: Entry, redactor: Redactor) -> tuple[str | None, str | None]:
+    """None for one that cannot be read: a row must not keep all others from being written."""
+    prompt = answer = None
+    try:
+        if entry.prompt is not None:
+            prompt = redactor.clean(make_storable(read_texts(entry.prompt)))
+        whole = b"".join(entry.answer)
+        read = read_stream if whole.startswith((b"data:", b"event:")) else read_texts
+        answer = redactor.clean(make_storable(read(whole)), is_cut=entry.is_cut)
+    except Exception:
+        log.exception("audit_text_not_read")
+    return prompt, answer
 
 
 def open_database(settings: Settings) -> Database:

@@ -129,6 +129,11 @@ def name_id(timestamp: float) -> str:
     return f"{min(max(0, int(timestamp * 1e9)), 2**64 - 1):016x}"
 
 
+def make_storable(text: str) -> str:
+    """PostgreSQL takes no NUL, and no database half a pair of surrogates."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
 def _now() -> int:
     return int(time.time())
 
@@ -142,7 +147,7 @@ async def _count_up(connection: AsyncConnection) -> int:
 
 async def _add(connection: AsyncConnection, batch: Batch, change: int) -> None:
     sums = [
-        {"day": day, "key": key, "model": model} | asdict(one)
+        {"day": day, "key": key, "model": make_storable(model)} | asdict(one)
         for (day, key, model), one in batch.sums.items()
     ]
     spent = [

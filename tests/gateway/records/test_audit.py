@@ -267,3 +267,18 @@ async def test_body_that_is_too_large_has_a_row_without_its_text(
         assert answer.status_code == 200
         assert (row["prompt"], row["prompt_bytes"]) == (None, len(answer.request.content))
         assert served.app[RECORDS].is_away is False
+
+
+async def test_text_that_cannot_be_read_leaves_its_row(
+    serve: Serve, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_body: bytes) -> str:
+        raise RecursionError
+
+    monkeypatch.setattr("gateway.records.service.read_texts", fail)
+    kept = {"usage_database": str(tmp_path / "usage"), "usage_interval_s": 0.05}
+    async with serve(**keys.write(alice="audit_text = true"), **kept, audit=True) as served:
+        await ask(served.url, keys.headers["alice"])
+        row = await wait_for_row(served, keys.headers["root"], "key=alice")
+
+        assert (row["status"], row["prompt"], row["answer"]) == (200, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from gateway.records.periods import Calendar, count_seconds_left
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
+from tests.gateway.batches.conftest import ask as write_line
+from tests.gateway.batches.conftest import open_batches
 from tests.gateway.conftest import Serve, Served
 from tests.gateway.process import serve_process
 from tests.gateway.records.conftest import (
@@ -226,3 +229,25 @@ async def test_budgets_do_not_need_the_redis_that_keeps_the_minutes(
             assert [one.status_code for one in both] == [200, 200]
             assert [one.status_code for one in away] == [200, 503]
             assert away[1].json()["error"]["code"] == "limits_away"
+
+
+async def test_batch_waits_for_a_budget_and_goes_on_when_it_is_raised(
+    serve: Serve, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.batches.runner._LONGEST_REFUSAL_S", 0.1)
+    kept = {"usage_database": str(tmp_path / "usage"), "batch_folder": tmp_path / "batches"}
+    async with serve(**keys.write(alice="tokens_per_day = 1"), **kept) as served:
+        key = keys.headers["alice"]["Authorization"].removeprefix("Bearer ")
+        async with open_batches(served, key) as batches:
+            batch = await batches.create([write_line(1)])
+
+            async def has_waited() -> bool:
+                told = (await served.client.get("/metrics")).text
+                return bool(re.search(r'batch_retries_total{code="tokens_per_day"} [1-9]', told))
+
+            await until(has_waited)
+            text = keys.path.read_text().replace("tokens_per_day = 1", "tokens_per_day = 1000")
+            keys.path.write_text(text)
+            ended = await batches.wait(batch)
+
+            assert (ended.status, ended.request_counts.completed) == ("completed", 1)

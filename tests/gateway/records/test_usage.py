@@ -237,6 +237,22 @@ async def test_more_sums_than_fit_are_counted_as_dropped(
     assert ledger.find_spent("c", month=False) == 2  # budgets hold all the same
 
 
+async def test_nonsense_of_an_engine_keeps_nothing_else_from_being_written(
+    kept: dict[str, Any],
+) -> None:
+    records, ledger = open_records(kept)
+    try:
+        for _ in range(2):
+            ledger.add_tokens("alice", "a\0b", 2**64 - 1, 2**63)
+            ledger.add_tokens("bob", "fake", 1, 1)
+            assert await records._sync()
+
+        assert ledger.find_spent("alice", month=False) == 4 * 2**40
+        assert ledger.find_spent("bob", month=True) == 4
+    finally:
+        await records.store.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

@@ -15,8 +15,10 @@ from sqlalchemy import insert
 
 from gateway.app import build_app
 from gateway.config import SettingsError
+from gateway.errors import StorageUnavailable
 from gateway.records.access import RECORDS
-from gateway.records.ledger import LEDGER
+from gateway.records.ledger import LEDGER, Batch, SpentKey
+from gateway.records.store import AuditRows
 from gateway.storage.tables import USAGE
 from tests.gateway.batches.conftest import ask as write_line
 from tests.gateway.batches.conftest import open_batches
@@ -174,6 +176,28 @@ async def test_write_whose_answer_was_lost_is_counted_once(kept: dict[str, Any])
     finally:
         await first.store.close()
         await second.store.close()
+
+
+async def test_budget_counts_a_write_once_whose_answer_was_lost(
+    kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, ledger = open_records(kept)
+    write = records.store.write
+
+    async def lose_answer(batch: Batch, rows: AuditRows) -> dict[SpentKey, int]:
+        await write(batch, rows)
+        raise StorageUnavailable("gone in the middle")
+
+    try:
+        ledger.add_tokens("alice", "fake", 3, 4)
+        monkeypatch.setattr(records.store, "write", lose_answer)
+        assert not await records._sync()
+        assert ledger.find_spent("alice", month=False) == 7
+        monkeypatch.setattr(records.store, "write", write)
+        assert await records._sync()
+        assert ledger.find_spent("alice", month=False) == 7
+    finally:
+        await records.store.close()
 
 
 async def test_many_writers_at_once_lose_nothing_and_see_all(kept: dict[str, Any]) -> None:

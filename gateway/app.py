@@ -13,6 +13,7 @@ from common.web.cors import ANY, CORS, CrossOrigin
 from common.web.foreign_pages import PageGuard
 from gateway import middleware
 from gateway.admission.accounts import ACCOUNTS, Accounts
+from gateway.admission.budgets import BudgetedLimits
 from gateway.admission.keys import KEYRING, Keyring, run_key_reload
 from gateway.admission.limits import LIMITS, Limits, LocalLimits
 from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
@@ -36,6 +37,8 @@ from gateway.observability.runtime import watch_event_loop
 from gateway.observability.tracing import TRACER, Tracer
 from gateway.page.launchers import LAUNCHERS, LauncherClient
 from gateway.prompts.builders import PromptBuilders
+from gateway.records.access import RECORDS
+from gateway.records.ledger import LEDGER, Ledger
 from gateway.request_body import BODIES, HeldBodies
 from gateway.routes import (
     adapters,
@@ -46,15 +49,16 @@ from gateway.routes import (
     openapi,
     page,
     predict,
+    records,
     relay,
     responses,
-    usage,
     version,
 )
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 
 if TYPE_CHECKING:
     from gateway.batches.service import BatchService
+    from gateway.records.service import Records
 
 
 def build_app(
@@ -68,11 +72,12 @@ def build_app(
     app[SETTINGS] = settings
     app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
     app[METRICS] = Metrics()
-    limits = app[LIMITS] = build_limits(app)
+    ledger = app[LEDGER] = build_ledger(settings, app[METRICS])
+    limits = app[LIMITS] = build_limits(app, ledger)
     prompts = build_prompts(settings)
     app[BODIES] = HeldBodies(settings, app[METRICS])
     app[KEYRING] = Keyring(settings)
-    app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS])
+    app[ACCOUNTS] = Accounts(settings, app[KEYRING], limits, app[METRICS], ledger)
     app[MEDIA_HOSTS] = MediaHosts(settings)
     is_open = app[KEYRING].is_open
     app[CORS] = CrossOrigin(settings.cors_origins) if settings.cors_origins else None
@@ -85,6 +90,9 @@ def build_app(
 
     # First, so that it ends last: a drain can be watched.
     app.cleanup_ctx.append(metrics.run_metrics_port)
+    if ledger is not None:
+        app[RECORDS] = build_records(settings, ledger, app[METRICS])
+        app.cleanup_ctx.append(run_records)
     engines = partial(run_engines, prompts=prompts, limits=limits, reload=reload)
     app.cleanup_ctx.extend((engines, watch_event_loop, run_key_reload))
     if settings.batch_folder is not None:
@@ -112,7 +120,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/docs", openapi.handle_docs)
     app.router.add_get("/version", version.handle_version)
     app.router.add_get("/metrics", metrics.handle_metrics)
-    app.router.add_get("/usage", usage.handle_usage)
+    app.router.add_get("/usage", records.handle_usage)
+    app.router.add_get("/audit", records.handle_audit)
     page.add_page(app)
     app.router.add_post("/predict", predict.handle_predict)
     app.router.add_post(adapters.LOAD, adapters.handle_load)
@@ -189,6 +198,7 @@ async def run_batches(app: web.Application) -> AsyncIterator[None]:
         accounts=app[ACCOUNTS],
         media_hosts=app[MEDIA_HOSTS],
         bodies=app[BODIES],
+        ledger=app[LEDGER],
     )
     parts = Parts(
         keyring=app[KEYRING],
@@ -224,15 +234,32 @@ def build_prompts(settings: Settings) -> PromptBuilders:
     return prompts
 
 
-def build_limits(app: web.Application) -> Limits:
+def build_limits(app: web.Application, ledger: Ledger | None) -> Limits:
     """Redis's client is loaded only where there is a Redis: it takes its time."""
-    if not app[SETTINGS].redis_url:
-        return LocalLimits()
-    from gateway.admission.redis_limits import RedisLimits  # noqa: PLC0415
+    limits: Limits = LocalLimits()
+    if app[SETTINGS].redis_url:
+        from gateway.admission.redis_limits import RedisLimits  # noqa: PLC0415
 
-    limits = RedisLimits(app[SETTINGS], app[METRICS])
-    app.cleanup_ctx.append(limits.run)
-    return limits
+        limits = shared = RedisLimits(app[SETTINGS], app[METRICS])
+        app.cleanup_ctx.append(shared.run)
+    return limits if ledger is None else BudgetedLimits(limits, ledger)
+
+
+def build_ledger(settings: Settings, figures: Metrics) -> Ledger | None:
+    return Ledger(figures, audits=settings.audit) if settings.usage_database else None
+
+
+def build_records(settings: Settings, ledger: Ledger, figures: Metrics) -> Records:
+    """Loaded only when asked for, as batches are."""
+    from gateway.records.service import Records  # noqa: PLC0415
+
+    return Records(settings, ledger, figures)
+
+
+async def run_records(app: web.Application) -> AsyncIterator[None]:
+    """Before all that is to be kept, and after it."""
+    async with app[RECORDS].run():
+        yield
 
 
 def build_tracer(endpoint: str) -> Tracer:

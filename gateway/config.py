@@ -96,6 +96,7 @@ class Settings(ProgramSettings):
         "routing": "/v1",
         "keepalive_comment_s": "Streams, and callers who are slow",
         "connect_timeout_s": "Times",
+        "usage_database": "Usage and audit",
         "ui": "The page",
         "grade_record": "Figures and spans",
         "log_format": "The log",
@@ -509,6 +510,38 @@ class Settings(ProgramSettings):
         "after a restart, takes it over.",
     )
 
+    usage_database: str = Field(
+        "",
+        repr=False,
+        description="Database for what each key uses by model and day, for budgets and for the "
+        "audit: the path of a SQLite file on a local disk, or "
+        "`postgresql://user:password@host/name` (extra `postgres`), which several gateways may "
+        "share. Empty: nothing of it is kept.",
+    )
+    usage_interval_s: float = Field(
+        1.0,
+        gt=0,
+        description="Pause between two writes of usage and audit, and between two looks at what "
+        "other gateways have used of budgets.",
+    )
+    audit: bool = Field(
+        False,
+        description="Keep a row of each request in GATEWAY_USAGE_DATABASE: who, when, which model, "
+        "sizes, verdict. Prompt and answer only of keys whose entry says `audit_text = true`.",
+    )
+    audit_redact: CommaList = Field(
+        ("emails", "keys", "phones"),
+        description="What is taken out of prompts and answers before they are kept: emails, keys, "
+        "phones, or regular expressions whose repeats are bounded; one with a comma in the "
+        "settings file.",
+    )
+    audit_text_characters: int = Field(
+        8192, ge=1, le=65_536, description="Characters that are kept of a prompt and of an answer."
+    )
+    audit_ttl_days: float = Field(
+        30.0, gt=0, le=3650, description="How long rows of the audit are kept."
+    )
+
     ui: bool = Field(True, description="Serve the page at /ui.")
     launchers: CommaList = Field(
         (),
@@ -572,6 +605,13 @@ class Settings(ProgramSettings):
             raise ValueError("give postgresql://user:password@host/name, or nothing for SQLite")
         return value
 
+    @field_validator("usage_database")
+    @classmethod
+    def _check_usage_database(cls, value: str) -> str:
+        if "://" in value and not value.startswith(("postgresql://", "postgres://")):
+            raise ValueError("give the path of a file, or postgresql://user:password@host/name")
+        return value
+
     @field_validator("tokenizers")
     @classmethod
     def _check_tokenizers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -629,6 +669,8 @@ class Settings(ProgramSettings):
             raise ValueError("metrics_port must be another than port, which everybody can reach")
         if self.batch_database and self.batch_folder is None:
             raise ValueError("batch_database needs batch_folder too: files are kept there")
+        if self.audit and not self.usage_database:
+            raise ValueError("audit needs usage_database too: its rows are kept there")
         if self.system_prompt and self.system_prompt_file:
             raise ValueError("give system_prompt or system_prompt_file, not both")
         if self.prompt_style == "chat" and self.tokenizer is None:

@@ -12,6 +12,7 @@ GatewayError
 ├── PayloadTooLarge 413
 ├── UnsupportedMediaType 415  the body is no JSON
 ├── RateLimited 429           a key's allowance is used up
+│   └── BudgetUsedUp 429      that of its day or month
 ├── Overloaded 429            too much is waiting already
 ├── DeadlinePassed 504        the request's own deadline came before its answer
 ├── DeadlineUnreachable 503   the request's own deadline cannot be met
@@ -19,8 +20,8 @@ GatewayError
 │   ├── EngineBusy 503        the engine has too much to do already
 │   ├── LimitsAway 503        nobody can say what the key has left
 │   ├── OutOfFiles 503        the gateway itself may open no more connections
-│   └── StorageUnavailable 503  the disk or the database of the batches does not answer
-├── StorageFull 507           there is no room left for files of batches
+│   └── StorageUnavailable 503  the disk or the database of what is kept does not answer
+├── StorageFull 507           there is no room left for what is kept
 └── EngineError 502           the engine failed
     ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
     ├── EngineAborted 502     it gave a sequence up
@@ -47,6 +48,8 @@ REFUSALS = (
     "too_many_bodies",
     "requests_per_minute",
     "tokens_per_minute",
+    "tokens_per_day",
+    "tokens_per_month",
     "key_concurrency",
     "limits_away",
     "overloaded",
@@ -162,6 +165,13 @@ class UnsupportedMediaType(GatewayError):
     code = "unsupported_media_type"
 
 
+class BudgetUsedUp(RateLimited):
+    """Until the next day or month."""
+
+    code = "tokens_per_day"
+    is_final = True
+
+
 class Overloaded(GatewayError):
     status = 429
     kind = "rate_limit_error"
@@ -204,7 +214,7 @@ class OutOfFiles(Unavailable):
 
 
 class StorageUnavailable(Unavailable):
-    """Of files and batches; everything else is served as ever."""
+    """Of what is kept; everything else is served as ever."""
 
     code = "storage_unavailable"
 

@@ -18,6 +18,7 @@ from common.web.foreign_pages import PageGuard
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import CALLER, KEYRING
 from gateway.admission.limits import CLAIM, Claim
+from gateway.admission.served_models import SERVED_MODEL
 from gateway.admission.tickets import open_claim
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
@@ -33,6 +34,7 @@ from gateway.errors import (
 from gateway.observability.metrics import METRICS, STOPPING
 from gateway.observability.request_record import RequestRecord
 from gateway.observability.tracing import SPAN, TRACER
+from gateway.records.ledger import LEDGER, Entry
 from gateway.request_body import BODIES
 from gateway.request_context import CONTEXT, RequestContext
 from gateway.schemas.openai import build_error
@@ -98,9 +100,7 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
             response = _answer_exception(request, error)
         status = response.status
         if not response.prepared:
-            context.put_headers(response.headers)
-            if request.app[POOL].draining:
-                response.force_close()  # the caller's next call should find a gateway that stays
+            _end_head(request, context, response)
         return response
     finally:
         open_requests.count -= counts
@@ -108,6 +108,8 @@ async def surround(request: web.Request, handler: Handler) -> web.StreamResponse
         request.app[BODIES].release(context)
         if context.rates is not None:
             request.app[ACCOUNTS].close_claim(request[CLAIM])
+        if context.entry is not None:
+            _keep(request, context, context.entry, status)
         _finish(request.app, context, status)
 
 
@@ -127,6 +129,27 @@ async def trace_spans(request: web.Request, handler: Handler) -> web.StreamRespo
     finally:
         context = request[CONTEXT]
         span.close(context.record, context.request_id, status)
+
+
+def _end_head(request: web.Request, context: RequestContext, response: web.StreamResponse) -> None:
+    """Of an answer that has not begun to leave."""
+    context.put_headers(response.headers)
+    if request.app[POOL].draining:
+        response.force_close()  # the caller's next call should find a gateway that stays
+    if context.entry is not None:
+        body = response.body if isinstance(response, web.Response) else None
+        if isinstance(body, bytes):
+            context.entry.note_answer(body)
+
+
+def _keep(request: web.Request, context: RequestContext, entry: Entry, status: int) -> None:
+    ledger, served = request.app[LEDGER], request.get(SERVED_MODEL)
+    if served is not None:
+        entry.model = served.name
+    if not entry.prompt_bytes:  # an upload, or a form
+        entry.prompt_bytes = request.content.total_bytes
+    if ledger is not None:
+        ledger.close(entry, context.request_id, context.record, status)
 
 
 def refuse(app: web.Application, error: GatewayError) -> web.Response:
@@ -201,6 +224,9 @@ async def _admit(request: web.Request, record: RequestRecord) -> None:
     caller.check_route(record.route)
     request[CALLER] = caller
     request.app[KEYRING].open_call(caller, request[CONTEXT])
+    ledger = request.app[LEDGER]
+    if ledger is not None:
+        request[CONTEXT].entry = ledger.open(caller.name, caller.text_share)
     claim: Claim | None = None
     if caller.has_limits:
         claim = open_claim(caller, may_reserve=request.method == "POST")

@@ -88,7 +88,10 @@ async def read_body(request: web.Request) -> bytes:
         raise _too_large(settings.max_body_bytes)
     body = await _read_plain(request)
     # Some editors and Windows' shells begin a text with it; to the engine it is nothing.
-    return body.removeprefix(BOM_UTF8)
+    body = body.removeprefix(BOM_UTF8)
+    if (entry := request[CONTEXT].entry) is not None:
+        entry.note_prompt(body)
+    return body
 
 
 async def _read_plain(request: web.Request) -> bytes:

@@ -16,6 +16,7 @@ from aiohttp import web
 from gateway.errors import GatewayError
 from gateway.observability.request_record import RequestRecord
 from gateway.observability.tracing import CallSpan, RequestSpan
+from gateway.records.ledger import Entry
 
 # The caller's own trace, which goes on to the engine.
 TRACE_HEADERS = ("traceparent", "tracestate")
@@ -43,6 +44,7 @@ class RequestContext:
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
     held_bytes: int = 0  # of its body, see `request_body.py`
     rates: Rates | None = None  # of a key that has limits
+    entry: Entry | None = None  # where usage is kept, of a request whose key is known
     cors_headers: Mapping[str, str] | None = None  # for the web page that asks
 
     def carry(self, headers: Mapping[str, str], names: tuple[str, ...]) -> None:

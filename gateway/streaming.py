@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -19,6 +19,7 @@ from gateway.config import SETTINGS
 from gateway.engines.client import EngineAnswer
 from gateway.errors import EngineError, EngineTimeout, GatewayError
 from gateway.observability.request_record import RequestRecord, StreamTiming
+from gateway.records.ledger import Entry
 from gateway.request_context import CONTEXT
 from gateway.schemas.openai import (
     CHOICE_END,
@@ -146,6 +147,27 @@ class EventStream:
         own = (EngineError.code, EngineError.source)
         self._record.note_error(*(own if is_fault else (_REFUSED, "caller")))
         return events
+
+
+class NotedStream(EventStream):
+    """One of which is kept what its caller gets."""
+
+    def __init__(self, entry: Entry, request: web.Request, **options: Any) -> None:
+        super().__init__(request, **options)
+        self._note = entry.note_answer
+
+    async def write(self, data: bytes) -> None:
+        assert self._response is not None  # noqa: S101 — it has started
+        if data is not KEEP_ALIVE:
+            self._note(data)
+        await self._response.write(data)
+
+
+def open_stream(request: web.Request, **options: Any) -> EventStream:
+    entry = request[CONTEXT].entry
+    if entry is not None and entry.is_audited:
+        return NotedStream(entry, request, **options)
+    return EventStream(request, **options)
 
 
 class IdleTimer:

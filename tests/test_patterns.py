@@ -20,6 +20,7 @@ from common.web import foreign_pages
 from gateway import middleware, request_body
 from gateway.observability import metrics
 from gateway.page import launchers
+from gateway.records import ranges, redaction
 from gateway.routes import page
 from gateway.schemas import large_json, media, openai, predict, vllm
 from gateway.schemas.constraints import regex_cost
@@ -43,12 +44,23 @@ MODULES = (
         vllm_log,
         families,
         model,
+        ranges,
+        redaction,
     ),
 )
 FEW, MANY = 2_000, 1_000_000
 LONGEST_FEW_S, LONGEST_MANY_S = 0.005, 3.0  # what grows with the square takes minutes for many
 # Only ever asked whether they fit a whole text; looking for them inside would be another question.
-WHOLE = {"_HUB_NAME", "_PROXY_HEADERS", "_REQUEST_ID", "_NUMBERS", "_HEADER_SAFE", "_JSON"}
+WHOLE = {
+    "_HUB_NAME",
+    "_ID",
+    "_KEY",
+    "_PROXY_HEADERS",
+    "_REQUEST_ID",
+    "_NUMBERS",
+    "_HEADER_SAFE",
+    "_JSON",
+}
 CUT = {"gateway.page.launchers": 400}  # what they look at is cut to so many characters before
 # What a pattern may be drawn into, and what keeps it there until the end.
 UNITS = (
@@ -104,7 +116,8 @@ ENDS = ("", "!")
 
 def find_patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
     for module in MODULES:
-        for name, value in vars(module).items():
+        own = {name: one for name, one in vars(module).items() if not name.startswith("__")}
+        for name, value in own.items():
             for number, one in enumerate(_flatten(value)):
                 yield f"{module.__name__}.{name}[{number}]", one
 
@@ -112,8 +125,8 @@ def find_patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
 def _flatten(value: object) -> Iterator[re.Pattern[Any]]:
     if isinstance(value, re.Pattern):
         yield value
-    elif isinstance(value, tuple):
-        for one in value:
+    elif isinstance(value, tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
             yield from _flatten(one)
 
 

@@ -14,6 +14,7 @@ from gateway.admission.throughput import Pace
 from gateway.admission.tickets import explain_refusal, open_claim
 from gateway.config import Settings
 from gateway.observability.metrics import Metrics
+from gateway.records.ledger import Ledger
 
 _OTHERS = "(others)"  # no key can be called so
 # A long answer is remembered over the next dozens.
@@ -45,14 +46,21 @@ class Spent:
     completion_tokens: int
     seconds: float = 0.0
     sequences: int = 1
+    model: str = ""
 
 
 class Accounts:
     """One account a key, by its name."""
 
     def __init__(
-        self, settings: Settings, keyring: Keyring, limits: Limits, metrics: Metrics
+        self,
+        settings: Settings,
+        keyring: Keyring,
+        limits: Limits,
+        metrics: Metrics,
+        ledger: Ledger | None = None,
     ) -> None:
+        self._ledger = ledger
         self._keyring = keyring
         self._limits = limits
         self._metrics = metrics
@@ -80,10 +88,10 @@ class Accounts:
         self._metrics.tokens_out.inc(spent.completion_tokens)
         each = spent.completion_tokens / max(1, spent.sequences)
         self._pace.learn(each, spent.seconds)
-        if caller.tokens_per_minute:
+        if caller.counts_tokens:
             kept = self._longest[caller.name] * _KEPT_OF_LONGEST
             self._longest[caller.name] = max(each, kept)
-        self._charge(caller, claim, spent.prompt_tokens, spent.completion_tokens)
+        self._charge(caller, claim, spent, spent.completion_tokens)
 
     async def charge_left(
         self,
@@ -98,17 +106,19 @@ class Accounts:
         """
         made = min(most_each, self._pace.count_tokens(told.seconds)) * told.sequences
         given = ended_tokens + max(told.completion_tokens, made)
-        self._charge(caller, claim, told.prompt_tokens, given)
+        self._charge(caller, claim, told, given)
 
     def expect_answer(self, caller: Caller) -> int:
         """Tokens that are set aside for an answer whose length nobody has bounded."""
         return max(self._usual_answer, int(self._longest[caller.name]))
 
     def _charge(
-        self, caller: Caller, claim: Claim | None, prompt_tokens: int, completion_tokens: int
+        self, caller: Caller, claim: Claim | None, spent: Spent, completion_tokens: int
     ) -> None:
         """The claim is charged when it is settled, which gives back what was set aside."""
-        used = self._usage[caller.name]
+        used, prompt_tokens = self._usage[caller.name], spent.prompt_tokens
+        if self._ledger is not None:
+            self._ledger.add_tokens(caller.name, spent.model, prompt_tokens, completion_tokens)
         used.prompt_tokens += prompt_tokens
         used.completion_tokens += completion_tokens
         if not caller.tokens_per_minute:

@@ -44,6 +44,10 @@ class Caller(BaseModel):
     max_concurrency: int = Field(0, ge=0)
     requests_per_minute: int = Field(0, ge=0)
     tokens_per_minute: int = Field(0, ge=0)
+    tokens_per_day: int = Field(0, ge=0)
+    tokens_per_month: int = Field(0, ge=0)
+    audit_text: bool = False
+    audit_sample: float = Field(1.0, ge=0, le=1)  # of the requests whose texts are kept
     models: tuple[str, ...] = ()
     routes: tuple[str, ...] = ()
     structured_outputs: tuple[Kind, ...] | None = None  # as the setting says
@@ -55,7 +59,21 @@ class Caller(BaseModel):
 
     @property
     def has_limits(self) -> bool:
-        return bool(self.requests_per_minute or self.tokens_per_minute or self.max_concurrency)
+        return bool(self.requests_per_minute or self.counts_tokens or self.max_concurrency)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """So what a call may come to use is set aside."""
+        return bool(self.tokens_per_minute or self.has_budgets)
+
+    @property
+    def has_budgets(self) -> bool:
+        return bool(self.tokens_per_day or self.tokens_per_month)
+
+    @property
+    def text_share(self) -> float:
+        """Of how many of its requests prompt and answer are kept."""
+        return self.audit_sample if self.audit_text else 0.0
 
     def check_route(self, route: str) -> None:
         if self.routes and route not in self.routes:
@@ -102,6 +120,7 @@ class Keyring:
         self._file = FileWatch(settings.keys_file) if settings.keys_file else None
         hashes = map(_hash, settings.api_keys)
         self._from_environment = {one: Caller(name=_name_by_hash(one)) for one in hashes}
+        self._settings = settings
         self._callers = dict(self._from_environment)  # and those of the file who have called
         self._entries: Entries = {}
         self._digests: dict[str, str] = {}  # by name
@@ -197,6 +216,7 @@ class Keyring:
         """What is in the environment as well would have two limits."""
         entries = read_keys(path)
         names = {entry["name"] for entry in entries.values()}
+        self._check_kept(path, entries)
         for digest, caller in self._from_environment.items():
             if caller.name in names:
                 raise SettingsError(
@@ -209,6 +229,22 @@ class Keyring:
                     "take it out there"
                 )
         return entries, {entry["name"]: digest for digest, entry in entries.items()}
+
+    def _check_kept(self, path: Path, entries: Entries) -> None:
+        """What an entry asks to be kept has to be kept somewhere."""
+        settings = self._settings
+        for entry in entries.values():
+            if not settings.usage_database and (
+                entry.get("tokens_per_day") or entry.get("tokens_per_month")
+            ):
+                raise SettingsError(
+                    f"{path}: {entry['name']} has tokens_per_day or tokens_per_month, which need "
+                    "GATEWAY_USAGE_DATABASE"
+                )
+            if not settings.audit and entry.get("audit_text"):
+                raise SettingsError(
+                    f"{path}: {entry['name']} has audit_text, which needs GATEWAY_AUDIT=true"
+                )
 
     def _check_exposure(self, settings: Settings) -> None:
         if self.is_open and not settings.allow_anonymous and not is_loopback(settings.host):

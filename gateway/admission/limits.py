@@ -19,7 +19,13 @@ from aiohttp import web
 # What counts as nothing left: an allowance is paid back when it is above this.
 LEAST = 1e-9
 
-LimitName = Literal["requests_per_minute", "tokens_per_minute", "key_concurrency"]
+LimitName = Literal[
+    "requests_per_minute",
+    "tokens_per_minute",
+    "key_concurrency",
+    "tokens_per_day",
+    "tokens_per_month",
+]
 
 
 @dataclass(slots=True)
@@ -41,6 +47,19 @@ class Claim:
     sequences: int = 0  # held
     requests_left: float = 0.0
     tokens_left: float = 0.0
+    # Budgets, see `budgets.py`.
+    tokens_per_day: int = 0
+    tokens_per_month: int = 0
+    expected_tokens: int = 0  # that it may come to use, before any limit is asked
+    budgeted_tokens: int = 0  # set aside of them
+
+    @property
+    def has_rates(self) -> bool:
+        return bool(self.requests_per_minute or self.tokens_per_minute or self.max_concurrency)
+
+    @property
+    def has_budgets(self) -> bool:
+        return bool(self.tokens_per_day or self.tokens_per_month)
 
     @property
     def is_settled(self) -> bool:
@@ -67,7 +86,9 @@ CLAIM = web.RequestKey("claim", Claim)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Which limit leaves no room; for how long, or what is held of it."""
+    """Which limit leaves no room; for how long (of a budget, 0 is until what runs has ended), or
+    what is held, or left, of it.
+    """
 
     limit: LimitName
     wait_s: float = 0.0

@@ -12,7 +12,7 @@ from typing import Literal
 
 from gateway.admission.keys import Caller
 from gateway.admission.limits import Claim, Limits, Refusal
-from gateway.errors import GatewayError, InvalidRequest, Overloaded, RateLimited
+from gateway.errors import BudgetUsedUp, GatewayError, InvalidRequest, Overloaded, RateLimited
 
 LaneName = Literal["interactive", "batch"]
 LANES: tuple[LaneName, ...] = ("interactive", "batch")
@@ -76,6 +76,7 @@ class Claims:
         """All of it or nothing; `Overloaded` and `RateLimited` say when to come back. What may use
         more than a minute's allowance is let in when all of that is there.
         """
+        claim.expected_tokens = ticket.tokens
         tokens = min(ticket.tokens, claim.tokens_per_minute)
         sequences = ticket.sequences if claim.max_concurrency else 0
         if refusal := await self._limits.reserve(claim, tokens, sequences):
@@ -93,23 +94,51 @@ def open_claim(caller: Caller, *, may_reserve: bool = False) -> Claim:
         caller.tokens_per_minute,
         caller.max_concurrency,
         may_reserve,
+        tokens_per_day=caller.tokens_per_day,
+        tokens_per_month=caller.tokens_per_month,
     )
 
 
 def explain_refusal(refusal: Refusal, claim: Claim, usual_wait_s: float = 0.0) -> GatewayError:
     """What a caller is told whom their key's limits leave no room."""
+    short_wait_s = min(max(1.0, usual_wait_s), LONGEST_RETRY_AFTER_S)
+    if refusal.limit in {"tokens_per_day", "tokens_per_month"}:
+        return _explain_budget(refusal, claim, short_wait_s)
     if refusal.limit == "key_concurrency":
         return Overloaded(
             f"this key has {refusal.held} sequences running or waiting; its limit is "
             f"{claim.max_concurrency}",
             code="key_concurrency",
-            retry_after_s=min(max(1.0, usual_wait_s), LONGEST_RETRY_AFTER_S),
+            retry_after_s=short_wait_s,
         )
     is_tokens = refusal.limit == "tokens_per_minute"
     value = claim.tokens_per_minute if is_tokens else claim.requests_per_minute
     return RateLimited(
         f"this key's {refusal.limit.replace('_', ' ')} ({value}) are used up or set aside for what "
         "it has running",
+        code=refusal.limit,
+        retry_after_s=refusal.wait_s,
+    )
+
+
+def _explain_budget(refusal: Refusal, claim: Claim, short_wait_s: float) -> GatewayError:
+    is_month = refusal.limit == "tokens_per_month"
+    most = claim.tokens_per_month if is_month else claim.tokens_per_day
+    name = f"{most} tokens per {'month' if is_month else 'day'}"
+    if not refusal.wait_s:
+        return RateLimited(
+            f"the rest of this key's {name} is set aside for what it has running",
+            code=refusal.limit,
+            retry_after_s=short_wait_s,
+        )
+    told = (
+        f"{refusal.held} of this key's {name} are left, and this call may come to use "
+        f"{claim.expected_tokens}: ask for fewer (max_tokens)"
+        if refusal.held
+        else f"this key's {name} are used up"
+    )
+    return BudgetUsedUp(
+        f"{told}; the next {'month' if is_month else 'day'} begins at 0:00 UTC",
         code=refusal.limit,
         retry_after_s=refusal.wait_s,
     )

@@ -27,6 +27,7 @@ from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import BUSY_STATUSES
 from gateway.errors import EngineBusy, EngineError, InvalidRequest, Unavailable
 from gateway.observability.request_record import RequestRecord
+from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
 from gateway.schemas.openai import OpenAIRequest, name_engine_error, parse_usage
 from gateway.schemas.vllm import parse_engine_error
@@ -74,9 +75,11 @@ class BatchCaller:
         accounts: Accounts,
         media_hosts: MediaHosts,
         bodies: BodyCount,
+        ledger: Ledger | None = None,
     ) -> None:
         self._settings, self._models = settings, models
         self._accounts, self._media_hosts, self._bodies = accounts, media_hosts, bodies
+        self._ledger = ledger
 
     def count_interactive(self) -> int:
         """Sequences of callers who wait for their answers, here or in the engines."""
@@ -92,7 +95,15 @@ class BatchCaller:
         context = RequestContext(request_id, RequestRecord(path))
         try:
             self._bodies.hold(context, size)
-            return await self._ask(caller, path, await read(), context)
+            body = await read()
+            if self._ledger is None:
+                return await self._ask(caller, path, body, context)
+            entry = context.entry = self._ledger.open(caller.name, caller.text_share)
+            entry.note_prompt(body)
+            answer = await self._ask(caller, path, body, context)
+            entry.note_answer(answer.body)
+            self._ledger.close(entry, request_id, context.record, answer.status, is_line=True)
+            return answer
         finally:
             self._bodies.release(context)
 
@@ -109,6 +120,8 @@ class BatchCaller:
             # slots of other models' lines for as long as calls are held.
             raise Unavailable(f"no engine is ready: {served.pool.describe()}", retry_after_s=5)
         served.requests += 1
+        if context.entry is not None:
+            context.entry.model = served.name
         claim = open_claim(caller, may_reserve=True) if caller.has_limits else None
         line = _Line(caller, path, served, call, context, claim)
         try:
@@ -125,7 +138,7 @@ class BatchCaller:
         is_writing = line.path != "/v1/embeddings"
         bound = bound_answer(call, self._settings, line.served.pool) if is_writing else 0
         taken = call.size // BYTES_A_TOKEN
-        if caller.tokens_per_minute:
+        if caller.counts_tokens:
             ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
         context.record.note_queued()
         async with line.served.queue.enter(ticket):
@@ -134,7 +147,7 @@ class BatchCaller:
                 return await self._send(line)
             except asyncio.CancelledError:
                 if context.is_running:  # else to cancel a batch would be free
-                    left = Spent(taken, 0, context.running_s(), call.sequences)
+                    left = Spent(taken, 0, context.running_s(), call.sequences, line.served.name)
                     await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise
 
@@ -164,7 +177,8 @@ class BatchCaller:
         if status >= 400:
             return Answer(status, name_engine_error(status, body, path), context.record.queue_s)
         if (usage := parse_usage(body)) is not None:
-            spent = Spent(*usage, context.running_s(), call.sequences)
+            context.record.prompt_tokens, context.record.completion_tokens = usage
+            spent = Spent(*usage, context.running_s(), call.sequences, line.served.name)
             line.served.count_tokens(*usage)
             await self._accounts.count_tokens(line.caller, spent, line.claim)
         return Answer(status, body, context.record.queue_s)

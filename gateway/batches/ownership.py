@@ -16,9 +16,10 @@ from typing import Any
 from sqlalchemy import and_, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
 from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import OPEN, StoredLine, insert_file, read_job
+from gateway.storage.database import Database
+from gateway.storage.tables import FILES, JOBS, LINES, RESULTS
 
 _ROWS_AT_ONCE = 500
 

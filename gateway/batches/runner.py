@@ -44,6 +44,7 @@ log = structlog.get_logger("gateway")
 
 _MOST_WEIGHT = 10.0  # of a batch near its end, beside one with all its time
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_LONGEST_REFUSAL_S = 300.0  # a budget that is used up until next month may be raised before
 _RESULTS_AT_ONCE = 200
 _LINES_AT_ONCE = 50  # answers may be long
 _UNANSWERED = {
@@ -243,7 +244,7 @@ class JobRunner:
     def _judge(
         self, refusal: GatewayError, lost: int, slot: Slot, result: Result, custom_id: str
     ) -> tuple[Result | None, float, bool]:
-        pause_s = refusal.retry_after_s or _FIRST_PAUSE_S
+        pause_s = min(refusal.retry_after_s or _FIRST_PAUSE_S, _LONGEST_REFUSAL_S)
         is_lost = _is_lost(refusal)
         if _is_own(refusal):
             self._pause(pause_s)

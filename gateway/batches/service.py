@@ -15,7 +15,6 @@ from gateway.admission.keys import Caller, Keyring
 from gateway.batches.blobs import Blobs, DiskBlobs
 from gateway.batches.calls import BatchCaller
 from gateway.batches.coordinator import Coordinator
-from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership
 from gateway.batches.runner import JobRunner, OpenCount
 from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
@@ -25,8 +24,10 @@ from gateway.batches.window import Windows
 from gateway.config import Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
+from gateway.storage.database import Database
 
 _BLOBS = "files"
+_FILE = "batches.sqlite"
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class BatchService:
         folder = _ensure_folder(settings)
         self._settings, self._metrics = settings, metrics
         self._blobs: Blobs = DiskBlobs(folder / _BLOBS)
-        self._database = Database(settings)
+        self._database = open_database(settings)
         self.store = Store(self._database)
         self._coordinator: Coordinator | None = None
         self._rooms: dict[str, Room] = {}  # of callers who are sending files
@@ -211,6 +212,13 @@ class UploadEnd:
     filename: str = "batch.jsonl"
     expires_s: int | None = None
     file: FileRecord | None = None
+
+
+def open_database(settings: Settings) -> Database:
+    """PostgreSQL where it is named, else a file in the folder."""
+    assert settings.batch_folder is not None  # noqa: S101 — nobody comes here without
+    address = settings.batch_database or settings.batch_folder / _FILE
+    return Database(address, setting="BATCH_DATABASE", keeps="files and batches")
 
 
 def _ensure_folder(settings: Settings) -> Path:

@@ -26,10 +26,11 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.admission.keys import Caller
-from gateway.batches.database import FILES, JOBS, LINES, RESULTS, Database
 from gateway.batches.shapes import FileRecord, JobRecord, is_storable
 from gateway.config import Settings
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited
+from gateway.storage.database import Database
+from gateway.storage.tables import FILES, JOBS, LINES, RESULTS
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "failed", "expired", "cancelled")

@@ -142,6 +142,7 @@ class Metrics:
         self._declare_predict()
         self._declare_engines()
         self._declare_batches()
+        self._declare_records()
         self._declare_models()
         self._declare_process()
         self.tokens_in = self.tokens.labels("in")
@@ -346,6 +347,26 @@ class Metrics:
             self.batch_lines.labels(outcome)
         for code in (*_RETRIED, *_BATCH_RETRIED):
             self.batch_retries.labels(code)
+
+    def _declare_records(self) -> None:
+        self.records_away = self._live_gauge(
+            "records_away", "1 while the database of usage and audit does not answer."
+        )
+        self.records_waiting = self._live_gauge(
+            "records_waiting",
+            "What waits to be written there; kind is usage (sums by key, model and day) or audit "
+            "(rows).",
+            "kind",
+        )
+        self.records_away.read = lambda: [((), 0)]  # until usage is kept
+        self.records_waiting.read = lambda: [(("usage",), 0), (("audit",), 0)]
+        self.records_dropped = self._counter(
+            "records_dropped",
+            "What was not kept because too much waited; kind is usage, audit or text.",
+            "kind",
+        )
+        for kind in ("usage", "audit", "text"):
+            self.records_dropped.labels(kind)
 
     def _declare_models(self) -> None:
         self.model_ready = self._live_gauge(

@@ -10,6 +10,7 @@ from gateway.admission.served_models import MODELS
 from gateway.config import SETTINGS
 from gateway.engines.pool import POOL
 from gateway.errors import LimitsAway, Unavailable
+from gateway.records.access import RECORDS
 
 _RETRY_AFTER_S = 1
 
@@ -42,9 +43,12 @@ async def handle_readyz(request: web.Request) -> web.Response:
             "Redis does not answer, so calls of keys with limits are refused (GATEWAY_REDIS_AWAY)",
             retry_after_s=_RETRY_AFTER_S,
         )
+    told = {"status": "ready"}
     if request.app[SETTINGS].redis_url:
-        return _json({"status": "ready", "limits": away or "shared"})
-    return _json({"status": "ready"})
+        told["limits"] = away or "shared"
+    if (records := request.app.get(RECORDS)) is not None:
+        told["records"] = "waiting" if records.is_away else "kept"
+    return _json(told)
 
 
 def _json(

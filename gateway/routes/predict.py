@@ -12,7 +12,7 @@ from aiohttp import web
 from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.keys import CALLER
 from gateway.admission.limits import CLAIM
-from gateway.admission.served_models import MODELS, ServedModel
+from gateway.admission.served_models import MODELS, SERVED_MODEL, ServedModel
 from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
 from gateway.config import SETTINGS, Settings
 from gateway.engines.timeouts import Deadline
@@ -52,7 +52,7 @@ async def handle_predict(request: web.Request) -> web.Response:
     done = Completion([])
     if good:
         ticket.sequences, ticket.is_divisible = len(good), True
-        if caller.tokens_per_minute:
+        if caller.counts_tokens:
             most = sampling.max_tokens * len(good)
             ticket.tokens = sum(map(_estimate_tokens, good)) + most
         context.record.note_queued()
@@ -90,6 +90,7 @@ async def _find_model(request: web.Request, asked: PredictRequest) -> ServedMode
     if served is None:
         served = await models.find(name, request[CALLER], request[CONTEXT].deadline)
     served.requests += 1
+    request[SERVED_MODEL] = served
     return served
 
 
@@ -132,7 +133,8 @@ async def _count(request: web.Request, done: Completion) -> None:
     record.shared = done.shared
     n_prompts = record.n_prompts or 1
     n_run = max(1, n_prompts - done.shared)
-    spent = Spent(done.prompt_tokens, done.completion_tokens, sequences=n_run)
+    name = request[SERVED_MODEL].name
+    spent = Spent(done.prompt_tokens, done.completion_tokens, sequences=n_run, model=name)
     if n_prompts == 1:  # of more, each has had a time of its own
         spent.seconds = request[CONTEXT].running_s()
     await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
@@ -145,7 +147,8 @@ async def _charge_left(
     taken, given = request[CONTEXT].told_tokens
     taken = max(taken, sum(map(_estimate_tokens, prompts)))
     accounts, caller, claim = request.app[ACCOUNTS], request[CALLER], request.get(CLAIM)
-    inside = Spent(taken, 0, request[CONTEXT].running_s(), min(n_inside, len(prompts)))
+    running_s, name = request[CONTEXT].running_s(), request[SERVED_MODEL].name
+    inside = Spent(taken, 0, running_s, min(n_inside, len(prompts)), name)
     await accounts.charge_left(caller, inside, sampling.max_tokens, given, claim)
 
 
@@ -158,7 +161,8 @@ async def _charge_late(
     if late:
         n_run = min(len(late), len(prompts) - done.shared)
         taken, caller = sum(map(_estimate_tokens, late)) * n_run // len(late), request[CALLER]
-        spent = Spent(taken, 0, request.app[SETTINGS].engine_timeout_s, n_run)
+        name = request[SERVED_MODEL].name
+        spent = Spent(taken, 0, request.app[SETTINGS].engine_timeout_s, n_run, name)
         most, claim = sampling.max_tokens, request.get(CLAIM)
         await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=claim)
 

@@ -41,7 +41,7 @@ from gateway.schemas.openai import (
     parse_usage,
 )
 from gateway.schemas.transcription import FORMS, parse_form
-from gateway.streaming import EventStream, Usage
+from gateway.streaming import EventStream, Usage, open_stream
 
 STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _WRITING = (*STREAMING, CHAT_BATCH, *FORMS)
@@ -92,7 +92,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         context.deadline,
         claim=request.get(CLAIM),
     )
-    if caller.tokens_per_minute and request.path in _USING_TOKENS:
+    if caller.counts_tokens and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
     async with served.queue.enter(ticket):
@@ -140,7 +140,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
             request.app[BODIES].release(request[CONTEXT])
             if answer.body is not None:
                 return await _answer_whole(request, call, answer)
-            stream = EventStream(
+            stream = open_stream(
                 request,
                 hides_usage=call.hides_usage,
                 hides_chunk_usage=call.hides_chunk_usage,
@@ -251,7 +251,8 @@ async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream
     told = stream.usage[0] if stream and stream.usage else 0
     taken = told if told and call.sequences == 1 else _guess_prompt(request, call)
     given = stream.told_tokens if stream else 0
-    spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences)
+    name = request[SERVED_MODEL].name
+    spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences, name)
     caller, most = request[CALLER], _bound_answer(request, call)
     await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=request.get(CLAIM))
 
@@ -265,7 +266,7 @@ async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None)
     timing, running_s = context.record.stream, context.running_s()
     if timing is not None and timing.held_s > running_s * _HELD_SHARE:
         running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
-    spent = Spent(*usage, running_s, call.sequences)
+    spent = Spent(*usage, running_s, call.sequences, request[SERVED_MODEL].name)
     await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 

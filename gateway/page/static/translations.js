@@ -219,6 +219,10 @@ const WORDS = {
   "error.badKey": ["The gateway does not know this API key.", "网关不认识这个 API 密钥。"],
   "error.notReady": ["The engine is not ready. Your question is sent when it is.", "引擎未就绪，恢复后会自动发送你的问题。"],
   "error.allowance": ["This key's allowance is used up for now.", "这个密钥的额度暂时用完。"],
+  "error.budget": [
+    "Too few of this key's tokens for the day or the month are left.",
+    "这个密钥当天或当月剩余的 token 额度不够。",
+  ],
   "error.limits": ["What this key may still use cannot be looked up just now.", "暂时无法查询这个密钥的额度。"],
   "error.busy": ["Too much is waiting already.", "排队已满。"],
   "error.tooLong": ["The question is too long for the model.", "问题超出模型长度。"],

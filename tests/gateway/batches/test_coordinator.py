@@ -12,11 +12,11 @@ from typing import Any
 
 from gateway.batches.blobs import DiskBlobs
 from gateway.batches.coordinator import Coordinator
-from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership
 from gateway.batches.shapes import JobRecord
 from gateway.batches.store import Store
 from gateway.observability.metrics import Metrics
+from gateway.storage.database import Database
 from tests.gateway.batches.conftest import JOB, until
 from tests.gateway.conftest import make_settings
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from gateway.batches.database import Database
 from gateway.batches.ownership import Ownership, OwnershipLost, Result
+from gateway.storage.database import Database
 from tests.gateway.batches.conftest import claim
 
 

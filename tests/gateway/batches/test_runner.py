@@ -11,7 +11,6 @@ from sqlalchemy import delete
 
 from gateway.admission.keys import ANONYMOUS
 from gateway.batches.blobs import DiskBlobs
-from gateway.batches.database import LINES, Database
 from gateway.batches.ownership import Ownership, OwnershipLost, Result
 from gateway.batches.runner import JobRunner
 from gateway.batches.shapes import FileRecord, JobRecord
@@ -19,6 +18,8 @@ from gateway.batches.store import Store
 from gateway.batches.window import Windows
 from gateway.errors import StorageUnavailable
 from gateway.observability.metrics import Metrics
+from gateway.storage.database import Database
+from gateway.storage.tables import LINES
 from tests.gateway.batches.conftest import JOB, claim
 from tests.gateway.conftest import make_settings
 

@@ -9,10 +9,11 @@ import time
 import pytest
 from sqlalchemy import insert, select, text
 
-from gateway.batches.database import FILES, JOBS, Database
 from gateway.batches.shapes import FileRecord
 from gateway.batches.store import Store
 from gateway.errors import Conflict, Forbidden, NotFound, RateLimited
+from gateway.storage.database import Database
+from gateway.storage.tables import FILES, JOBS
 from tests.gateway.batches.conftest import CHAT, JOB, until
 
 FILE = FileRecord("file-2", JOB.owner, "in.jsonl", "batch", 9, 1, "file-2", lines=3, url=CHAT)

@@ -1,0 +1,1 @@
+"""The one layer between the gateway and its databases."""

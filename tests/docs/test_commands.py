@@ -234,7 +234,12 @@ async def addresses(tmp_path: Path) -> AsyncIterator[dict[str, str]]:
     status = TestServer(build_status_app(source, GUARD))
     async with (
         serve_gateway() as first,
-        serve_gateway(Behaviour(model="demo"), keys_file=path) as guarded,
+        serve_gateway(
+            Behaviour(model="demo"),
+            keys_file=path,
+            usage_database=str(tmp_path / "usage.sqlite"),
+            audit=True,
+        ) as guarded,
         status,
     ):
         yield {

@@ -340,7 +340,7 @@ def test_growth_is_counted_engine_by_engine(modules: Page) -> None:
       const load = ([finished, completion_tokens]) => (
         { finished, completion_tokens, first_token_sum_s: 0, first_token_count: finished });
       const read = (all) => all.map((one) => one && load(one));
-      const told = (await import("/ui/live.js")).compare(read(before), read(after));
+      const told = (await import("/ui/engine/live.js")).compare(read(before), read(after));
       return told && [told.answers, told.tokens, told.isWhole];
     }"""
     for before, after, grown in (
@@ -455,7 +455,7 @@ def modules(chromium: Browser) -> Any:
         visitor.leave()
 
 
-PARSED = "async (text) => (await import('/ui/questions.js')).parseQuestions(text)"
+PARSED = "async (text) => (await import('/ui/batch/questions.js')).parseQuestions(text)"
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_questions_json_that_is_none_is_not_taken_for_lines(modules: Page, text:
 
 
 def test_file_is_read_in_its_encoding_or_refused(modules: Page) -> None:
-    read = """async (data) => (await import("/ui/questions.js"))
+    read = """async (data) => (await import("/ui/batch/questions.js"))
       .readFile(new Blob([new Uint8Array(data)])).catch((error) => error.key)"""
     text = "什么是 warp？\nWhat?"
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "gb18030"):
@@ -555,7 +555,7 @@ def test_file_is_read_in_its_encoding_or_refused(modules: Page) -> None:
 
 def test_pieces_respect_number_and_bytes(modules: Page) -> None:
     cut = """async ([texts, most, bytes]) => {
-      const { cutPieces } = await import('/ui/questions.js');
+      const { cutPieces } = await import('/ui/batch/questions.js');
       const pieces = cutPieces(texts.map((question) => ({ question })), most, bytes);
       return pieces.map((piece) => piece.map((item) => item.question));
     }"""
@@ -565,7 +565,7 @@ def test_pieces_respect_number_and_bytes(modules: Page) -> None:
 
 
 def test_csv_runs_nothing_in_a_spreadsheet(modules: Page) -> None:
-    write = """async (rows) => (await import('/ui/results.js'))
+    write = """async (rows) => (await import('/ui/batch/results.js'))
       .write("csv", { rows, started: new Date(), seconds: 1, options: {}, model: "m" })"""
     rows = [{"question": '=HYPERLINK("x")', "answer": "a,\nb", "reference": None, "error": None}]
 
@@ -580,9 +580,9 @@ def test_csv_runs_nothing_in_a_spreadsheet(modules: Page) -> None:
 
 def test_words_are_there_in_both_languages_and_all_of_them_used(modules: Page) -> None:
     words: dict[str, list[str]] = modules.evaluate(
-        "async () => (await import('/ui/translations.js')).allWords()"
+        "async () => (await import('/ui/common/translations.js')).allWords()"
     )
-    files = [path for path in STATIC.iterdir() if path.name != "translations.js"]
+    files = [path for path in STATIC.rglob("*.*") if path.name != "translations.js"]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     asked = set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.]+)"', source))
     asked |= set(re.findall(r'say\(\s*"([\w.]+)"', source))

@@ -1,7 +1,7 @@
 // What state things are in: the pill above, the notice while something is amiss, the engine's card.
 
-import { announce, facts, find, make, setBar, setText } from "./elements.js";
-import { clock, number, percent, running, say, span } from "./translations.js";
+import { announce, facts, find, make, setBar, setText } from "../common/elements.js";
+import { clock, number, percent, running, say, span } from "../common/translations.js";
 
 const STAGES = [
   "process",

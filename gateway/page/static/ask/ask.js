@@ -1,9 +1,9 @@
 // One question, streamed: the composer, the answers, and how fast they came.
 
-import { call, readEvents } from "./api.js";
-import { announce, button, find, make, openRefused, readNumber, setText, showFailure } from "./elements.js";
-import { explain, persist } from "./errors.js";
-import { examples, number, rate, say, span } from "./translations.js";
+import { call, readEvents } from "../common/api.js";
+import { announce, button, find, make, openRefused, readNumber, setText, showFailure } from "../common/elements.js";
+import { explain, persist } from "../common/errors.js";
+import { examples, number, rate, say, span } from "../common/translations.js";
 
 const SHORTEST_WRITING_S = 0.1;
 

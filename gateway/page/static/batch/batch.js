@@ -1,10 +1,10 @@
 // From a file or pasted text to a run: the form of the batch panel.
 
-import { find, make, openRefused, readNumber, setText } from "./elements.js";
+import { find, make, openRefused, readNumber, setText } from "../common/elements.js";
 import { BadInput, parseQuestions, readFile } from "./questions.js";
 import { save } from "./results.js";
 import { Run } from "./run.js";
-import { bytes, number, say } from "./translations.js";
+import { bytes, number, say } from "../common/translations.js";
 
 const BODY_MARGIN = 64 * 1024;
 const SLOW_READING_MS = 150;

@@ -1,11 +1,11 @@
 // One run of a batch, from its first call to its files; what is missing can be run again.
 
-import { call, Failure, readJson } from "./api.js";
-import { announce, facts, find, make, setBar, setText, showFailure } from "./elements.js";
-import { compare } from "./live.js";
+import { call, Failure, readJson } from "../common/api.js";
+import { announce, facts, find, make, setBar, setText, showFailure } from "../common/elements.js";
+import { compare } from "../engine/live.js";
 import { BadInput, cutPieces } from "./questions.js";
-import { explain, persist } from "./errors.js";
-import { number, rate, running, say, span } from "./translations.js";
+import { explain, persist } from "../common/errors.js";
+import { number, rate, running, say, span } from "../common/translations.js";
 
 const ROWS_AT_ONCE = 25;
 const SLOWEST_COUNT_MS = 5000;

@@ -86,15 +86,15 @@ def test_answer_is_stopped_by_button_and_by_escape(visitor: Visitor) -> None:
         page = visitor.open(served.url)
         for number, stop in enumerate(("click", "Escape"), start=1):
             ask(page, "tell me everything " * 20)
-            expect(page.locator(".turn > .answer").first).to_contain_text("answer:tell")
+            expect(page.locator(".turn > .answer").last).to_contain_text("answer:tell")
             if stop == "click":
                 page.click("#stop")
             else:
                 page.keyboard.press("Escape")
-            expect(page.locator(".turn .figures").first).to_contain_text("stopped")
+            expect(page.locator(".turn .figures").last).to_contain_text("stopped")
             expect(page.locator("#send")).to_be_enabled()
             assert page.evaluate("document.activeElement.id") == "question"
-            text = page.locator(".turn > .answer").first.inner_text()
+            text = page.locator(".turn > .answer").last.inner_text()
             assert text.startswith("answer:tell")
             page.wait_for_timeout(200)
             assert engine.cancelled == number
@@ -114,7 +114,7 @@ def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None
         engine.stream_cut_after = None
         page.wait_for_selector("#pill[data-state=ready]")
         page.click("text=Ask again")
-        expect(page.locator(".turn > .answer").first).to_have_text("answer:twice")
+        expect(page.locator(".turn > .answer").last).to_have_text("answer:twice")
 
 
 def test_answer_that_ends_without_its_end_is_not_taken_for_whole(visitor: Visitor) -> None:
@@ -205,23 +205,22 @@ def test_ask_again_waits_for_the_answer_that_runs(visitor: Visitor) -> None:
 
         page.click("#stop")
         expect(again.last).to_be_enabled()
-        again.last.press("Enter")
+        again.first.press("Enter")
         expect(page.locator("#stop")).to_be_focused()  # not lost with the button
-        expect(page.locator(".turn > .answer").first).to_have_text("answer:first")
+        expect(page.locator(".turn > .answer").last).to_have_text("answer:first")
         expect(page.locator("#question")).to_be_focused()
 
 
-def test_earlier_turns_are_sent_along_when_asked_to(visitor: Visitor) -> None:
+def test_earlier_turns_are_sent_along(visitor: Visitor) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)
         ask(page, "one")
-        expect(page.locator(".turn .figures").first).to_contain_text("in all")
+        expect(page.locator(".turn .figures").last).to_contain_text("in all")
         page.click("#ask-form summary")
-        page.check("#follow")
         page.fill("#ask-system", "be brief")
         page.fill("#ask-max-tokens", "7")
         ask(page, "two")
-        expect(page.locator(".turn > .answer").first).to_have_text("answer:two")
+        expect(page.locator(".turn > .answer").last).to_have_text("answer:two")
 
         call = served.engine.calls[-1]
         assert [message["role"] for message in call["messages"]] == [
@@ -622,7 +621,7 @@ def test_every_control_has_a_name(visitor: Visitor) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)
         ask(page, "one")
-        expect(page.locator(".turn .figures").first).to_contain_text("in all")
+        expect(page.locator(".turn .figures").last).to_contain_text("in all")
         page.wait_for_selector("[data-tile=running] svg[aria-label]")
         found = page.evaluate(nameless)
         open_batch(page, "one")

@@ -1,18 +1,21 @@
-// One question, streamed: the composer, the answers, and how fast they came.
+// A conversation: the composer, its turns, what of them goes along with the next question, and what is
+// kept over a reload.
 
-import { call, readEvents } from "../common/api.js";
-import { announce, button, find, make, openRefused, readNumber, setText, showFailure } from "../common/elements.js";
-import { explain, persist } from "../common/errors.js";
-import { examples, number, rate, say, span } from "../common/translations.js";
-
-const SHORTEST_WRITING_S = 0.1;
+import { currentKey, setKey } from "../common/api.js";
+import { button, find, make, openRefused, passFocus, readNumber, setText } from "../common/elements.js";
+import { examples, number, say } from "../common/translations.js";
+import { forgetTurns, keepTurns, onKeptElsewhere, recallTurns } from "./history.js";
+import { Turn } from "./turn.js";
 
 // A key of an input method's; Safari tells of Enter after the composition, by 229 alone (WebKit bug 165004).
 const isComposing = (event) => event.isComposing || event.keyCode === 229;
+const NEAR_END_PX = 160;
 
 export class AskPanel {
   #turns = [];
   #current = null;
+  #conversation = 0;
+  #isChosen = false; // whether somebody has said what goes along
 
   constructor(live) {
     this.live = live;
@@ -37,6 +40,51 @@ export class AskPanel {
       this.#current?.stop();
       this.field.focus();
     });
+    find("follow").addEventListener("change", () => {
+      this.#isChosen = true;
+      this.#mark();
+    });
+    find("anew").addEventListener("click", () => this.#startAnew());
+    find("clear").addEventListener("click", () => this.clear());
+    onKeptElsewhere((turns) => this.#takeOver(turns));
+    addEventListener("pagehide", () => this.#current && this.#keep());
+    this.restore();
+  }
+
+  /** What was kept, in place of what is there: at the start, and when another key is used. */
+  restore() {
+    this.#drop();
+    for (const kept of recallTurns()) this.#add(this.#make(kept.question, kept).unpack(kept));
+    this.#conversation = this.#turns.at(-1)?.conversation ?? 0;
+    this.#mark();
+  }
+
+  /** What was asked with a key is gone when the key is; what is here when the first one comes stays. */
+  changeKey(key) {
+    const isOther = currentKey() && currentKey() !== key;
+    if (isOther) forgetTurns();
+    setKey(key);
+    if (isOther) this.restore();
+  }
+
+  /** Cleared in another tab, it is gone here too; what was added there shows when this one is back. */
+  #takeOver(turns) {
+    if (!turns.length) this.#drop();
+    else if (document.hidden && !this.#current) this.restore();
+  }
+
+  clear() {
+    forgetTurns();
+    this.#drop();
+    this.field.focus();
+  }
+
+  #drop() {
+    this.#current?.stop();
+    this.#turns = [];
+    this.#conversation = 0;
+    find("turns").replaceChildren();
+    this.#mark();
   }
 
   translate() {
@@ -50,43 +98,119 @@ export class AskPanel {
     find("ask-max-tokens").placeholder = say("options.any");
     find("ask-temperature").placeholder = say("options.default");
     for (const turn of this.#turns) turn.show();
+    this.#mark();
+  }
+
+  /** The demo model was taught single questions: what goes along would only confuse it. */
+  showModel(isDemo) {
+    if (this.isDemo === isDemo) return;
+    this.isDemo = isDemo;
+    if (!this.#isChosen) find("follow").checked = !isDemo;
+    this.#mark();
   }
 
   #submit() {
     const question = this.field.value.trim();
     if (!question || this.#current) return this.field.focus();
+    if (!this.form.reportValidity()) return;
     this.field.value = "";
     this.ask(question);
   }
 
   async ask(question) {
     if (this.#current || !this.form.reportValidity()) return;
-    find("examples").hidden = true;
-    const earlier = find("follow").checked ? this.#turns.filter((turn) => turn.isComplete) : [];
-    const turn = new Turn(question, this.live, () => this.ask(question));
-    this.#turns.push(turn);
+    const earlier = this.#earlier;
+    const turn = this.#make(question, { along: earlier.length, conversation: this.#conversation });
+    this.#add(turn);
     this.#current = turn;
-    find("answers").prepend(turn.element);
-    this.#mark(true);
+    this.#mark();
+    const body = this.#body(question, earlier);
+    if (document.activeElement?.matches(".example")) this.field.focus({ preventScroll: true });
+    turn.element.scrollIntoView({ block: "nearest" });
+    const following = setInterval(() => this.#follow(turn), 100);
     try {
-      await turn.run(this.#body(question, earlier));
+      await turn.run(body);
     } finally {
+      clearInterval(following);
+      this.#follow(turn);
       this.#current = null;
-      this.#mark(false);
+      this.#mark();
+      if (this.#turns.includes(turn)) this.#keep();
     }
   }
 
+  #make(question, { along, conversation }) {
+    return new Turn(question, { live: this.live, along, conversation, again: (turn) => this.ask(turn.question) });
+  }
+
+  #add(turn) {
+    const before = this.#turns.at(-1);
+    if (before && before.conversation !== turn.conversation) this.#divide();
+    this.#turns.push(turn);
+    find("turns").append(turn.element);
+  }
+
+  /** The line between two conversations, once. */
+  #divide() {
+    const turns = find("turns");
+    if (!turns.lastElementChild?.matches(".turn")) return;
+    const line = make("p.divide", make("span", say("ask.divide")));
+    line.firstElementChild.dataset.t = "ask.divide";
+    turns.append(line);
+  }
+
+  #startAnew() {
+    this.#conversation = (this.#turns.at(-1)?.conversation ?? -1) + 1;
+    this.#divide();
+    this.#mark();
+    this.field.focus();
+  }
+
+  /** Whole turns of this conversation, if they are to go along. */
+  get #earlier() {
+    if (!find("follow").checked) return [];
+    return this.#turns.filter((turn) => turn.isComplete && turn.conversation === this.#conversation);
+  }
+
+  /** An answer that grows stays in sight of who is looking at its end. */
+  #follow(turn) {
+    if (!turn.element.isConnected) return;
+    const below = turn.element.getBoundingClientRect().bottom - find("ask-form").getBoundingClientRect().top;
+    if (below > 0 && below < NEAR_END_PX) scrollBy({ top: below + 16 });
+  }
+
   /** One answer at a time; the keyboard's place is kept where its button goes. */
-  #mark(isRunning) {
+  #mark() {
+    const isRunning = !!this.#current;
     const stop = find("stop");
-    const hadFocus = (element) => element === document.activeElement;
-    const isAgain = this.#turns.some((turn) => hadFocus(turn.again));
-    const isStop = hadFocus(stop);
+    const again = this.#turns.find((turn) => turn.again === document.activeElement)?.again;
+    const wasStop = stop === document.activeElement;
     stop.hidden = !isRunning;
     find("send").disabled = isRunning;
     for (const turn of this.#turns) turn.again.disabled = isRunning;
-    if (isRunning && isAgain) stop.focus();
-    else if (!isRunning && isStop) this.field.focus({ preventScroll: true });
+    if (isRunning && again) stop.focus();
+    else if (!isRunning && wasStop) this.field.focus({ preventScroll: true });
+    this.#showContext();
+  }
+
+  #showContext() {
+    const earlier = new Set(this.#current ? [] : this.#earlier);
+    for (const turn of this.#turns) turn.setAlong(earlier.has(turn));
+    const count = number(earlier.size);
+    const isOff = !find("follow").checked;
+    setText(find("context"), this.#current ? "" : say(isOff ? "ask.alone" : earlier.size ? "ask.context" : "ask.contextNone", { count }));
+    const hasTurns = this.#turns.some((turn) => turn.conversation === this.#conversation);
+    passFocus(find("anew"), this.field, !hasTurns);
+    find("anew").hidden = !hasTurns;
+    find("kept").hidden = !this.#turns.length;
+    setText(find("kept-text"), say("ask.kept"));
+    find("panel-ask").classList.toggle("talking", this.#turns.length > 0);
+    if (!this.#turns.length) find("examples").open = true;
+    else if (this.#current && !this.isDemo) find("examples").open = false;
+  }
+
+  #keep() {
+    keepTurns(this.#turns.map((turn) => turn.pack()));
   }
 
   #body(question, earlier) {
@@ -103,147 +227,5 @@ export class AskPanel {
       stream: true,
       stream_options: { include_usage: true, continuous_usage_stats: true },
     };
-  }
-}
-
-/** A question and its answer as it comes. */
-class Turn {
-  text = "";
-  tokens = 0;
-  ending = "";
-  #control = new AbortController();
-  #firstAt = 0;
-  #lastAt = 0;
-  #endAt = 0;
-  #failure = null;
-  #waiting = "";
-
-  constructor(question, live, again) {
-    Object.assign(this, { question, live });
-    this.answer = make("div.answer");
-    this.thinking = make("div.answer");
-    this.thought = make("details.thought", make("summary"), this.thinking);
-    this.thought.hidden = true;
-    this.note = make("p.hint");
-    this.error = make("p.error");
-    this.error.setAttribute("role", "alert");
-    this.figures = make("p.hint.figures");
-    this.copy = button("plain", "", () => this.#copy());
-    this.again = button("quiet", "", again);
-    this.element = make(
-      "article.card.turn",
-      make("h3", question),
-      this.note,
-      this.thought,
-      this.answer,
-      this.error,
-      make("div.row", this.figures, make("div.buttons", this.copy, this.again)),
-    );
-    this.began = performance.now();
-  }
-
-  get isComplete() {
-    return this.ending === "stop" || this.ending === "length";
-  }
-
-  stop() {
-    this.#control.abort();
-  }
-
-  async run(body) {
-    this.element.setAttribute("aria-busy", "true");
-    const tell = (text) => {
-      this.#waiting = text;
-      this.show();
-    };
-    try {
-      this.show();
-      await persist(() => this.#stream(body), { live: this.live, signal: this.#control.signal, tell });
-    } catch (error) {
-      if (error.name === "AbortError") this.ending = "stopped";
-      else {
-        this.ending = "failed";
-        this.#failure = error;
-      }
-    }
-    this.#waiting = "";
-    this.#endAt ||= performance.now();
-    this.element.removeAttribute("aria-busy");
-    this.show();
-    if (this.isComplete) announce(say("ask.done", { count: number(this.tokens) }));
-  }
-
-  async #stream(body) {
-    this.began = performance.now();
-    const model = this.live.status?.engines.find((engine) => engine.model)?.model;
-    const signal = this.#control.signal;
-    const response = await call("v1/chat/completions", { body: { ...body, model }, signal });
-    for await (const event of readEvents(response)) this.#take(event);
-    this.#endAt = performance.now();
-    this.ending ||= "stop";
-  }
-
-  #take({ choices = [], usage }) {
-    const { delta, finish_reason: ending } = choices[0] ?? {};
-    const thought = delta?.reasoning_content ?? delta?.reasoning;
-    if (delta?.content || thought) {
-      this.#lastAt = performance.now();
-      this.#firstAt ||= this.#lastAt;
-    }
-    if (thought) this.thinking.append(thought);
-    if (delta?.content) {
-      this.text += delta.content;
-      this.answer.append(delta.content);
-    }
-    if (usage?.completion_tokens) this.tokens = usage.completion_tokens;
-    if (ending) this.ending = ending;
-    this.show();
-  }
-
-  show() {
-    const isRunning = !this.ending || !this.#endAt;
-    this.element.classList.toggle("running", isRunning && !!this.text);
-    this.thought.hidden = !this.thinking.firstChild;
-    setText(this.thought.querySelector("summary"), say("ask.thinking"));
-    setText(this.note, this.#note(isRunning));
-    this.note.hidden = !this.note.textContent;
-    showFailure(this.error, this.#failure && explain(this.#failure));
-    setText(this.figures, this.#describe());
-    setText(this.copy, say("ask.copy"));
-    setText(this.again, say("ask.again"));
-    this.copy.hidden = isRunning || !this.text || !navigator.clipboard;
-    this.again.hidden = isRunning || this.isComplete;
-  }
-
-  #note(isRunning) {
-    if (this.#waiting) return this.#waiting;
-    if (isRunning && !this.#firstAt) return say("ask.waiting");
-    return this.isComplete && !this.text.trim() && !isRunning ? say("ask.empty") : "";
-  }
-
-  #describe() {
-    if (!this.#firstAt) return "";
-    const end = this.#endAt || this.#lastAt;
-    const total = (end - this.began) / 1000;
-    const writing = (this.#lastAt - this.#firstAt) / 1000;
-    const parts = [say("ask.first", { value: span((this.#firstAt - this.began) / 1000) })];
-    if (this.tokens) {
-      parts.push(say("ask.tokens", { count: number(this.tokens) }));
-      // The first token came with the prompt's work; the rate is of those after it. Where all came
-      // at once, there is nothing to measure but the whole.
-      const value = writing > SHORTEST_WRITING_S && this.tokens > 1 ? (this.tokens - 1) / writing : this.tokens / total;
-      parts.push(say("ask.rate", { value: rate(value) }));
-    }
-    if (this.#endAt) parts.push(say("ask.total", { value: span(total) }));
-    if (this.ending === "length") parts.push(say("ask.cut"));
-    if (this.ending === "stopped") parts.push(say("ask.stopped"));
-    return parts.join(" · ");
-  }
-
-  async #copy() {
-    await navigator.clipboard.writeText(this.text);
-    setText(this.copy, say("ask.copied"));
-    announce(say("ask.copied"));
-    setTimeout(() => setText(this.copy, say("ask.copy")), 1500);
   }
 }

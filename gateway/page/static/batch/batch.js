@@ -145,9 +145,10 @@ export class BatchPanel {
   #showButtons(isRunning) {
     const stop = find("batch-stop");
     const change = find("change");
+    const isBegun = isRunning && stop.hidden; // later on, a new file's form may have the keyboard
     if (isRunning) stop.hidden = false;
     change.hidden = !this.#isCompact || isRunning;
-    if (isRunning && find("batch-form").contains(document.activeElement)) stop.focus();
+    if (isBegun && find("batch-form").contains(document.activeElement)) stop.focus();
     passFocus(stop, change.hidden ? find("paste") : change, !isRunning);
     stop.hidden = !isRunning;
   }

@@ -27,8 +27,9 @@ class PageAsset:
 
 
 def read_assets() -> dict[str, PageAsset]:
-    """By name; what is not in here cannot be asked for, however the path is written."""
-    return {path.name: _read_file(path) for path in _FILES.iterdir() if path.suffix in _TYPES}
+    """By path; what is not in here cannot be asked for, however the path is written."""
+    files = (path for path in _FILES.rglob("*") if path.suffix in _TYPES)
+    return {path.relative_to(_FILES).as_posix(): _read_file(path) for path in files}
 
 
 def _read_file(path: Path) -> PageAsset:

@@ -66,7 +66,7 @@ def add_page(app: web.Application) -> None:
     app.router.add_get("/ui", handle_page)
     app.router.add_get("/ui/", handle_slash)
     app.router.add_get("/ui/status", handle_status)
-    app.router.add_get("/ui/{file}", handle_file)
+    app.router.add_get("/ui/{file:.+}", handle_file)
 
 
 async def handle_page(request: web.Request) -> web.Response:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lab.grade.grade_console import GRADE_FIGURES, describe_range, describe_times
+from lab.grade.grade_console import GRADE_FIGURES, describe_times
 from lab.grade.grade_result import GradedAnswer, GradeResult
 from lab.grade.scores import mark_common
 from lab.intervals import quantile
@@ -65,17 +65,19 @@ def _tiles(grade: GradeResult) -> Iterator[dict[str, str]]:
     notes = {
         "ROUGE-L, course reading": f"of at most {grade.facts.ceiling:.4f}",
         "exactly the reference": f"of {grade.facts.questions} answers",
-        "time for all answers": f"seconds, of at most {grade.facts.limit_s:g}",
+        "time for all answers": f"at most {grade.facts.limit_s:g} s are allowed",
     }
+    units = {"time for all answers": " s"}
     for figure in GRADE_FIGURES:
         form = figure.form.replace(".6f", ".4f").replace(",.1f", ",.0f")
         values = figure.values(grade)
-        note = notes.get(figure.name) or figure.note(grade.facts)
+        parts = [notes.get(figure.name) or figure.note(grade.facts)]
         if len({f"{value:{form}}" for value in values}) > 1:
-            note = f"{describe_range(values, form)} in {len(values)} runs; {note}"
+            low, high = min(values), max(values)
+            parts.insert(0, f"median of {len(values)} runs from {low:{form}} to {high:{form}}")
         if values:
-            middle = f"{statistics.median(values):{form}}"
-            yield {"name": figure.name, "figure": middle, "note": note}
+            middle = f"{statistics.median(values):{form}}{units.get(figure.name, '')}"
+            yield {"name": figure.name, "figure": middle, "note": "; ".join(filter(None, parts))}
 
 
 def _draw_scores(answers: Sequence[GradedAnswer]) -> Markup:

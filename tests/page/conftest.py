@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
 import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -148,9 +150,32 @@ def _call(loop: asyncio.AbstractEventLoop, act: Callable[[], object]) -> None:
 
 
 def shoot(page: Page, name: str, *, whole: bool = False) -> None:
-    """A screenshot for people to look at."""
+    """A screenshot for people to look at, of a state that keeps nobody from reading it."""
     SHOTS.mkdir(parents=True, exist_ok=True)
+    size = page.viewport_size or {"width": 1280, "height": 860}
+    if whole:  # in a window as high as it is, for what sticks to the window's edge
+        height = page.evaluate("document.documentElement.scrollHeight")
+        page.set_viewport_size({"width": size["width"], "height": max(height, size["height"])})
     page.screenshot(path=SHOTS / f"{name}.png", full_page=whole, animations="disabled")
+    page.set_viewport_size(size)
+    assert find_barriers(page) == [], name
+
+
+@functools.cache
+def _read_axe() -> str:
+    return (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
+
+
+def find_barriers(page: Page) -> list[str]:
+    """What axe finds wrong with a page as it is now: the rule, and where."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(_read_axe())
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    return [
+        f"{rule['id']}: {node['html'][:160]} | {node['failureSummary']}"
+        for rule in found["violations"]
+        for node in rule["nodes"]
+    ]
 
 
 def width_of(page: Page) -> int:

@@ -86,15 +86,15 @@ def test_answer_is_stopped_by_button_and_by_escape(visitor: Visitor) -> None:
         page = visitor.open(served.url)
         for number, stop in enumerate(("click", "Escape"), start=1):
             ask(page, "tell me everything " * 20)
-            expect(page.locator(".turn > .answer").first).to_contain_text("answer:tell")
+            expect(page.locator(".turn > .answer").last).to_contain_text("answer:tell")
             if stop == "click":
                 page.click("#stop")
             else:
                 page.keyboard.press("Escape")
-            expect(page.locator(".turn .figures").first).to_contain_text("stopped")
+            expect(page.locator(".turn .figures").last).to_contain_text("stopped")
             expect(page.locator("#send")).to_be_enabled()
             assert page.evaluate("document.activeElement.id") == "question"
-            text = page.locator(".turn > .answer").first.inner_text()
+            text = page.locator(".turn > .answer").last.inner_text()
             assert text.startswith("answer:tell")
             page.wait_for_timeout(200)
             assert engine.cancelled == number
@@ -114,7 +114,7 @@ def test_answer_cut_off_says_so_and_can_be_asked_again(visitor: Visitor) -> None
         engine.stream_cut_after = None
         page.wait_for_selector("#pill[data-state=ready]")
         page.click("text=Ask again")
-        expect(page.locator(".turn > .answer").first).to_have_text("answer:twice")
+        expect(page.locator(".turn > .answer").last).to_have_text("answer:twice")
 
 
 def test_answer_that_ends_without_its_end_is_not_taken_for_whole(visitor: Visitor) -> None:
@@ -205,23 +205,22 @@ def test_ask_again_waits_for_the_answer_that_runs(visitor: Visitor) -> None:
 
         page.click("#stop")
         expect(again.last).to_be_enabled()
-        again.last.press("Enter")
+        again.first.press("Enter")
         expect(page.locator("#stop")).to_be_focused()  # not lost with the button
-        expect(page.locator(".turn > .answer").first).to_have_text("answer:first")
+        expect(page.locator(".turn > .answer").last).to_have_text("answer:first")
         expect(page.locator("#question")).to_be_focused()
 
 
-def test_earlier_turns_are_sent_along_when_asked_to(visitor: Visitor) -> None:
+def test_earlier_turns_are_sent_along(visitor: Visitor) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)
         ask(page, "one")
-        expect(page.locator(".turn .figures").first).to_contain_text("in all")
+        expect(page.locator(".turn .figures").last).to_contain_text("in all")
         page.click("#ask-form summary")
-        page.check("#follow")
         page.fill("#ask-system", "be brief")
         page.fill("#ask-max-tokens", "7")
         ask(page, "two")
-        expect(page.locator(".turn > .answer").first).to_have_text("answer:two")
+        expect(page.locator(".turn > .answer").last).to_have_text("answer:two")
 
         call = served.engine.calls[-1]
         assert [message["role"] for message in call["messages"]] == [
@@ -340,7 +339,7 @@ def test_growth_is_counted_engine_by_engine(modules: Page) -> None:
       const load = ([finished, completion_tokens]) => (
         { finished, completion_tokens, first_token_sum_s: 0, first_token_count: finished });
       const read = (all) => all.map((one) => one && load(one));
-      const told = (await import("/ui/live.js")).compare(read(before), read(after));
+      const told = (await import("/ui/engine/live.js")).compare(read(before), read(after));
       return told && [told.answers, told.tokens, told.isWhole];
     }"""
     for before, after, grown in (
@@ -455,7 +454,7 @@ def modules(chromium: Browser) -> Any:
         visitor.leave()
 
 
-PARSED = "async (text) => (await import('/ui/questions.js')).parseQuestions(text)"
+PARSED = "async (text) => (await import('/ui/batch/questions.js')).parseQuestions(text)"
 
 
 @pytest.mark.parametrize(
@@ -541,7 +540,7 @@ def test_questions_json_that_is_none_is_not_taken_for_lines(modules: Page, text:
 
 
 def test_file_is_read_in_its_encoding_or_refused(modules: Page) -> None:
-    read = """async (data) => (await import("/ui/questions.js"))
+    read = """async (data) => (await import("/ui/batch/questions.js"))
       .readFile(new Blob([new Uint8Array(data)])).catch((error) => error.key)"""
     text = "什么是 warp？\nWhat?"
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "gb18030"):
@@ -555,7 +554,7 @@ def test_file_is_read_in_its_encoding_or_refused(modules: Page) -> None:
 
 def test_pieces_respect_number_and_bytes(modules: Page) -> None:
     cut = """async ([texts, most, bytes]) => {
-      const { cutPieces } = await import('/ui/questions.js');
+      const { cutPieces } = await import('/ui/batch/questions.js');
       const pieces = cutPieces(texts.map((question) => ({ question })), most, bytes);
       return pieces.map((piece) => piece.map((item) => item.question));
     }"""
@@ -565,7 +564,7 @@ def test_pieces_respect_number_and_bytes(modules: Page) -> None:
 
 
 def test_csv_runs_nothing_in_a_spreadsheet(modules: Page) -> None:
-    write = """async (rows) => (await import('/ui/results.js'))
+    write = """async (rows) => (await import('/ui/batch/results.js'))
       .write("csv", { rows, started: new Date(), seconds: 1, options: {}, model: "m" })"""
     rows = [{"question": '=HYPERLINK("x")', "answer": "a,\nb", "reference": None, "error": None}]
 
@@ -580,9 +579,9 @@ def test_csv_runs_nothing_in_a_spreadsheet(modules: Page) -> None:
 
 def test_words_are_there_in_both_languages_and_all_of_them_used(modules: Page) -> None:
     words: dict[str, list[str]] = modules.evaluate(
-        "async () => (await import('/ui/translations.js')).allWords()"
+        "async () => (await import('/ui/common/translations.js')).allWords()"
     )
-    files = [path for path in STATIC.iterdir() if path.name != "translations.js"]
+    files = [path for path in STATIC.rglob("*.*") if path.name != "translations.js"]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     asked = set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.]+)"', source))
     asked |= set(re.findall(r'say\(\s*"([\w.]+)"', source))
@@ -622,7 +621,7 @@ def test_every_control_has_a_name(visitor: Visitor) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)
         ask(page, "one")
-        expect(page.locator(".turn .figures").first).to_contain_text("in all")
+        expect(page.locator(".turn .figures").last).to_contain_text("in all")
         page.wait_for_selector("[data-tile=running] svg[aria-label]")
         found = page.evaluate(nameless)
         open_batch(page, "one")

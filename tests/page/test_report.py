@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page
@@ -40,20 +42,28 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def show(visitor: Visitor, report: Path, *, scheme: str = "light", width: int = 1280) -> Page:
+def show(
+    visitor: Visitor, report: Path, *, scheme: str = "light", width: int = 1280, **options: Any
+) -> Page:
     size = {"width": width, "height": 860}
     url = report.as_uri()
-    return visitor.open(url, wait=False, path="", color_scheme=scheme, viewport=size)
+    return visitor.open(url, wait=False, path="", color_scheme=scheme, viewport=size, **options)
 
 
 @pytest.mark.parametrize(
     ("name", "scheme", "width"),
-    [("light", "light", 1280), ("dark", "dark", 1280), ("phone", "dark", 360)],
+    [
+        ("light", "light", 1280),
+        ("dark", "dark", 1280),
+        ("phone", "dark", 360),
+        ("forced", "dark", 1280),
+    ],
 )
-def test_report_fits_and_asks_nobody(
+def test_report_fits_asks_nobody_and_keeps_nobody_out(
     visitor: Visitor, report: Path, name: str, scheme: str, width: int
 ) -> None:
-    page = show(visitor, report, scheme=scheme, width=width)
+    forced = "active" if name == "forced" else "none"
+    page = show(visitor, report, scheme=scheme, width=width, forced_colors=forced)
 
     assert visitor.problems == []
     assert visitor.hosts == {""}
@@ -64,7 +74,23 @@ def test_report_fits_and_asks_nobody(
         assert box is not None
         assert box["width"] > 250
         assert box["height"] > 60
+    shoot(page, f"report-{name}-top")
+    page.fill("#filter", "below 0.6")
+    for row in page.locator("#answers summary:visible").all()[:3]:
+        row.click()
+    page.locator("#filter").scroll_into_view_if_needed()
+    shoot(page, f"report-{name}-answers")
+    page.fill("#filter", "")
     shoot(page, f"report-{name}", whole=True)
+
+
+def test_report_figures_say_what_they_are(visitor: Visitor, report: Path) -> None:
+    page = show(visitor, report)
+    tiles = page.locator(".tile").all_inner_texts()
+
+    assert any(re.search(r"time for all answers\s+[\d.]+ s\s", text) for text in tiles), tiles
+    assert all(not text.rstrip().endswith(";") for text in tiles)
+    assert re.fullmatch(r"course \d\.\d\d · all \d\.\d\d", page.inner_text("#q2 summary i"))
 
 
 def test_report_filter_finds_words_numbers_and_faults(visitor: Visitor, report: Path) -> None:

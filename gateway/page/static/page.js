@@ -1,14 +1,14 @@
 // Puts the page together: language, colours, key, tabs, and who is told when the state changes.
 
-import { call, currentKey, setKey } from "./api.js";
-import { AskPanel } from "./ask.js";
-import { BatchPanel } from "./batch.js";
-import { EnginePanel } from "./engine.js";
-import { Figures } from "./figures.js";
-import { Live } from "./live.js";
-import { find, recall, remember, setText } from "./elements.js";
-import { explain } from "./errors.js";
-import { chooseLanguage, currentLanguage, say, setLanguage, translate } from "./translations.js";
+import { call, currentKey } from "./common/api.js";
+import { AskPanel } from "./ask/ask.js";
+import { BatchPanel } from "./batch/batch.js";
+import { EnginePanel } from "./engine/engine.js";
+import { Figures } from "./engine/figures.js";
+import { Live } from "./engine/live.js";
+import { find, recall, remember, setText } from "./common/elements.js";
+import { explain } from "./common/errors.js";
+import { chooseLanguage, currentLanguage, say, setLanguage, translate } from "./common/translations.js";
 
 const live = new Live();
 const engine = new EnginePanel(live);
@@ -20,7 +20,17 @@ function show() {
   engine.show();
   figures.show();
   batch.show();
+  showModel();
   find("key-button").hidden = live.state !== "key" && !currentKey();
+}
+
+/** What only the demo model's readers need to know stays in their sight. */
+function showModel() {
+  const { engines = [], launchers = [] } = live.status ?? {};
+  const models = [...engines, ...launchers].map((one) => one.model).filter(Boolean);
+  const isDemo = models.includes("demo");
+  find("demo-note").hidden = !isDemo;
+  if (models.length) ask.showModel(isDemo);
 }
 
 function changeLanguage(name) {
@@ -111,7 +121,7 @@ function prepareKey() {
   };
   const use = (key) => {
     wasAsked = true;
-    setKey(key);
+    ask.changeKey(key);
     dialog.close();
     live.look();
   };

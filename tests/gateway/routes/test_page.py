@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import html.parser
 import json
+import posixpath
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -137,6 +138,10 @@ class _Links(html.parser.HTMLParser):
             self.inline.append(tag)
 
 
+def _list_files() -> list[Path]:
+    return [path for path in STATIC.rglob("*") if path.is_file()]
+
+
 def _links_of(page: str) -> _Links:
     links = _Links()
     links.feed(page)
@@ -147,11 +152,13 @@ async def test_page_and_everything_it_loads_is_served_under_its_policy(served: S
     page = await served.client.get("/ui")
     links = _links_of(page.text)
     names = {link.removeprefix("ui/") for link in links.links}
-    for script in STATIC.glob("*.js"):
-        names |= set(re.findall(r'from "\./([\w.]+)"', script.read_text(encoding="utf-8")))
+    for script in STATIC.rglob("*.js"):
+        folder = script.relative_to(STATIC).parent
+        loaded = re.findall(r'from "(\.[\w./]+)"', script.read_text(encoding="utf-8"))
+        names |= {posixpath.normpath(folder / name) for name in loaded}
 
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert names == {path.name for path in STATIC.iterdir()} - {"index.html"}
+    assert names == {path.relative_to(STATIC).as_posix() for path in _list_files()} - {"index.html"}
     for name in names:
         file = await served.client.get(f"/ui/{name}")
         assert file.status_code == 200, name
@@ -182,7 +189,7 @@ async def test_page_policy_allows_its_own_files_and_nothing_else(served: Served)
 
 
 def test_page_files_name_no_other_host() -> None:
-    for path in STATIC.iterdir():
+    for path in _list_files():
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert re.findall(r"(?:https?:)?//[\w-]+\.\w+", text) == [], path.name
         assert len(text) < 40_000
@@ -247,7 +254,7 @@ def test_page_has_words_for_every_error_of_the_gateway() -> None:
     """In both languages: what has none is told in the gateway's English."""
     source = "".join(path.read_text(encoding="utf-8") for path in STATIC.parents[1].rglob("*.py"))
     codes = set(re.findall(r'\bcode(?:: ClassVar\[str\])? ?= ?"(\w+)"', source))
-    script = (STATIC / "errors.js").read_text(encoding="utf-8")
+    script = (STATIC / "common" / "errors.js").read_text(encoding="utf-8")
     known = set(re.findall(r'^  (\w+): "error\.\w+",$', script, re.MULTILINE))
 
     assert {"not_ready", "engine_refused", "too_many_prompts"} <= codes
@@ -263,6 +270,9 @@ def test_page_has_words_for_every_error_of_the_gateway() -> None:
         "/ui/static%2fpage.js",
         "/ui/page.js%00",
         "/ui//etc/passwd",
+        "/ui/ask",
+        "/ui/ask/../../page.py",
+        "/ui/ask/ask.py",
         "/ui/%2fetc%2fpasswd",
         "/ui/index.html/",
     ],

@@ -1,6 +1,6 @@
 // The one poll of /ui/status: who wants to know subscribes; nobody else asks the gateway.
 
-import { call, readJson } from "./api.js";
+import { call, readJson } from "../common/api.js";
 
 const EVERY_MS = 1000;
 const SLOWEST_MS = 5000;

@@ -1,10 +1,10 @@
 // From a file or pasted text to a run: the form of the batch panel.
 
-import { find, make, openRefused, readNumber, setText } from "./elements.js";
+import { find, make, openRefused, passFocus, readNumber, setText } from "../common/elements.js";
 import { BadInput, parseQuestions, readFile } from "./questions.js";
 import { save } from "./results.js";
 import { Run } from "./run.js";
-import { bytes, number, say } from "./translations.js";
+import { bytes, number, say } from "../common/translations.js";
 
 const BODY_MARGIN = 64 * 1024;
 const SLOW_READING_MS = 150;
@@ -122,23 +122,41 @@ export class BatchPanel {
 
   show() {
     const isRunning = this.#run?.isRunning ?? false;
+    this.#warnOfLeaving(isRunning);
     const count = this.#items.length;
     find("batch-max-tokens").placeholder = this.#limits ? number(this.#limits.max_tokens) : say("options.default");
     find("file-chip").hidden = !this.#file;
     setText(find("file-chip").firstElementChild, this.#file?.name ?? "");
     find("paste-field").hidden = !!this.#file;
     setText(find("run"), count ? say("batch.run", { count: number(count) }) : say("batch.runNone"));
+    this.#showButtons(isRunning);
     find("run").disabled = !count || isRunning;
-    find("batch-stop").hidden = !isRunning;
     find("batch-form").classList.toggle("compact", this.#isCompact);
     find("source").hidden = find("choices").hidden = this.#isCompact;
-    find("change").hidden = !this.#isCompact || isRunning;
     setText(find("batch-hint"), count ? this.#warnOfPieces() : "");
     const known = this.#found ?? this.#problem; // made anew by every reading
     if (known !== this.#shown) {
       this.#shown = known;
       this.#showFound();
     }
+  }
+
+  /** The keyboard's place goes from what is hidden to what comes in its stead. */
+  #showButtons(isRunning) {
+    const stop = find("batch-stop");
+    const change = find("change");
+    const isBegun = isRunning && stop.hidden; // later on, a new file's form may have the keyboard
+    if (isRunning) stop.hidden = false;
+    change.hidden = !this.#isCompact || isRunning;
+    if (isBegun && find("batch-form").contains(document.activeElement)) stop.focus();
+    passFocus(stop, change.hidden ? find("paste") : change, !isRunning);
+    stop.hidden = !isRunning;
+  }
+
+  /** Only while it runs: a page that listens for it cannot be kept by the browser for the way back. */
+  #warnOfLeaving(isRunning) {
+    if (isRunning) addEventListener("beforeunload", warnOfLeaving);
+    else removeEventListener("beforeunload", warnOfLeaving);
   }
 
   #showFound() {
@@ -182,4 +200,10 @@ export class BatchPanel {
     this.#isCompact = true;
     await this.#run.start();
   }
+}
+
+/** The words are the browser's own. */
+function warnOfLeaving(event) {
+  event.preventDefault();
+  event.returnValue = true; // for older browsers
 }

@@ -25,9 +25,9 @@ export function setKey(value) {
 
 /** What went wrong, in the gateway's words, with what is needed to act on it. */
 export class Failure extends Error {
-  constructor(message, { status = 0, code = "", source = "", retryAfter = 0, requestId = "" } = {}) {
+  constructor(message, { status = 0, code = "", source = "", retryAfter = 0, requestId = "", param = "" } = {}) {
     super(message);
-    Object.assign(this, { status, code, source, retryAfter, requestId });
+    Object.assign(this, { status, code, source, retryAfter, requestId, param });
   }
 
   /** Nothing has run, so sending it again is safe. */
@@ -81,6 +81,7 @@ async function readFailure(response) {
     status: response.status,
     code: String(told.code ?? ""),
     source: told.source,
+    param: String(told.param ?? ""),
     retryAfter: Number(response.headers.get("Retry-After")) || 0,
     requestId: requestId(response),
   });

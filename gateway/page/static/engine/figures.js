@@ -1,8 +1,8 @@
 // The tiles with live figures and their charts.
 
 import { Chart } from "./chart.js";
-import { find, make, setText } from "./elements.js";
-import { number, percent, rate, say, span } from "./translations.js";
+import { find, make, setText } from "../common/elements.js";
+import { number, percent, rate, say, span } from "../common/translations.js";
 
 const TILES = [
   { name: "live.rate", pick: (sample) => sample.rate, format: rate },

@@ -1,11 +1,14 @@
 // One run of a batch, from its first call to its files; what is missing can be run again.
 
-import { call, Failure, readJson } from "./api.js";
-import { announce, facts, find, make, setBar, setText, showFailure } from "./elements.js";
-import { compare } from "./live.js";
+import { call, Failure, readJson } from "../common/api.js";
+import { announce, arrange, facts, find, make, passFocus, setBar, setText, showFailure } from "../common/elements.js";
+import { compare } from "../engine/live.js";
 import { BadInput, cutPieces } from "./questions.js";
-import { explain, persist } from "./errors.js";
-import { number, rate, running, say, span } from "./translations.js";
+import { canScore, scoreRougeL } from "./rouge.js";
+import { explain, persist } from "../common/errors.js";
+import { foldable } from "../common/folding.js";
+import { showMarkdown } from "../common/markdown.js";
+import { digits, number, rate, running, say, span } from "../common/translations.js";
 
 const ROWS_AT_ONCE = 25;
 const SLOWEST_COUNT_MS = 5000;
@@ -16,7 +19,7 @@ export class Run {
   #control = new AbortController();
   #rows;
   #pieces = [];
-  #shown = [];
+  #shown = new Map();
   #most = ROWS_AT_ONCE;
   #began = 0;
   #spent = 0;
@@ -46,13 +49,16 @@ export class Run {
   }
 
   translate() {
-    this.#shown = [];
+    this.#shown.clear();
     this.show();
   }
 
   async start() {
     const missing = this.#missing;
-    for (const row of missing) Object.assign(row, { answer: null, error: null });
+    for (const row of missing) {
+      Object.assign(row, { answer: null, error: null });
+      this.#shown.delete(row);
+    }
     this.isRunning = true;
     this.#starts += 1;
     this.#control = new AbortController();
@@ -190,7 +196,7 @@ export class Run {
     }
     const done = this.#done;
     const told = Math.min(this.#estimate(), total - done - 1);
-    const values = { done: number(done + told), total: number(total), time: span(this.#elapsed()) };
+    const values = { done: number(done + told), total: number(total), count: number(total), time: running(this.#elapsed()) };
     if (told > 0) {
       setBar(bar, (done + told) / total, { isEstimate: true });
       setText(find("run-detail"), say("run.estimate", values));
@@ -228,12 +234,13 @@ export class Run {
       [say("fact.tokens"), this.#tokens && rate(this.#tokens / this.#spent)],
       [say("fact.mean"), say("fact.characterCount", { count: number(length / answered.length) })],
       [say("fact.same"), compared.length ? pair(same, compared.length) : null],
-      [say("fact.where"), this.#timing && say("fact.whereValue", mapValues(this.#timing, (ms) => span(ms / 1000)))],
+      [say("fact.rouge"), compared.length ? describeRouge(compared) : null, "wide"],
+      [say("fact.where"), this.#timing && say("fact.whereValue", mapValues(this.#timing, (ms) => span(ms / 1000))), "wide"],
     ];
   }
 
   showMore() {
-    const first = this.#shown.length;
+    const first = find("rows").children.length;
     this.#most += ROWS_AT_ONCE;
     this.#showRows();
     find("rows").children[first]?.focus();
@@ -243,13 +250,8 @@ export class Run {
   #showRows() {
     const ready = this.#rows.filter((row) => row.answer !== null);
     const wanted = ready.slice(0, this.#most);
-    const isContinued = this.#shown.every((row, place) => row === wanted[place]);
-    if (!isContinued || !this.#shown.length) {
-      find("rows").replaceChildren();
-      this.#shown = [];
-    }
-    find("rows").append(...wanted.slice(this.#shown.length).map((row) => showRow(row, this.#rows.indexOf(row))));
-    this.#shown = wanted;
+    for (const row of wanted) if (!this.#shown.has(row)) this.#shown.set(row, showRow(row, this.#rows.indexOf(row)));
+    arrange(find("rows"), wanted.map((row) => this.#shown.get(row)));
     const rest = ready.length - wanted.length;
     find("more").hidden = rest <= 0;
     setText(find("more"), say("run.more", { count: number(Math.min(rest, ROWS_AT_ONCE)) }));
@@ -258,23 +260,26 @@ export class Run {
 
   #showAgain() {
     const count = this.isRunning ? 0 : this.#missing.length;
+    passFocus(find("again"), find("batch-stop"), !count);
     find("again").hidden = !count;
     setText(find("again"), say("run.again", { count: number(count) }));
   }
 
   export() {
-    const rows = this.#rows.map((row) => ({ ...row, error: row.error ?? (row.answer === null ? { code: "not_run", message: "not run" } : null) }));
+    const rows = this.#rows.map(({ question, answer, reference, error }) => ({ question, answer, reference, error })).map((row) => ({ ...row, error: row.error ?? (row.answer === null ? { code: "not_run", message: "not run" } : null) }));
     return { model: this.model, started: this.started, seconds: Number(this.#spent.toFixed(3)), options: this.options, rows };
   }
 }
 
-function showRow({ question, answer, reference, error }, index) {
-  const body = error ? make("p.error") : make("div.answer", answer);
+function showRow(row, index) {
+  const { question, answer, reference, error } = row;
+  const body = error ? make("p.error") : make("div.answer");
   if (error) showFailure(body, explain(error));
-  const parts = [make("span.count", String(index + 1)), make("h3", question), body];
+  else showMarkdown(body, answer);
+  const parts = [make("span.count", String(index + 1)), ...foldable("h3", question), body];
   if (reference && !error) {
-    const text = isSame({ answer, reference }) ? make("p.hint.same", say("row.same")) : make("div.reference", make("span.label", say("row.reference")), reference);
-    parts.push(text);
+    if (!isSame(row)) parts.push(make("div.reference", make("span.label", say("row.reference")), reference));
+    parts.push(make("p.hint.score", isSame(row) ? make("span.same", say("row.same")) : "", showRouge(row)));
   }
   const element = make("article.result", ...parts);
   element.tabIndex = -1;
@@ -282,6 +287,25 @@ function showRow({ question, answer, reference, error }, index) {
 }
 
 const isSame = ({ answer, reference }) => answer.trim() === reference.trim();
+
+function showRouge(row) {
+  if (!canScore(row.reference)) return make("span", say("row.rougeNone"));
+  return make("span", say("row.rouge", { value: digits(readRouge(row), 4) }));
+}
+
+/** Counted once a row: it may be long. */
+function readRouge(row) {
+  if (row.scored !== row.answer) Object.assign(row, { scored: row.answer, rouge: scoreRougeL(row.answer, row.reference) });
+  return row.rouge;
+}
+
+/** The mean; a reference without anything that counts pulls it down, whatever was answered. */
+function describeRouge(rows) {
+  const mean = rows.reduce((sum, row) => sum + readRouge(row), 0) / rows.length;
+  const uncounted = rows.filter((row) => !canScore(row.reference)).length;
+  const text = say("fact.rougeValue", { value: digits(mean, 4), count: number(rows.length) });
+  return uncounted ? text + say("fact.rougeNone", { count: number(uncounted) }) : text;
+}
 
 /** Milliseconds by place, from Server-Timing. */
 function readTiming(response) {

@@ -24,12 +24,12 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Pairs of a term and its value; those without a value are left out. */
+/** Pairs of a term and its value, "wide" ones with a line of their own; those without a value are left out. */
 export function facts(list, pairs) {
   list.replaceChildren(
     ...pairs
       .filter(([, value]) => value !== null && value !== undefined && value !== "")
-      .map(([term, value]) => make("div", make("dt", term), make("dd", value))),
+      .map(([term, value, kind]) => make(kind === "wide" ? "div.wide" : "div", make("dt", term), make("dd", value))),
   );
 }
 
@@ -53,7 +53,28 @@ export function showFailure(element, parts) {
   const text = parts ? [parts.text, parts.detail].join("\n") : "";
   if (element.dataset.shown === text) return; // an alert is spoken at every change
   element.dataset.shown = text;
-  element.replaceChildren(...(parts ? [parts.text, parts.detail ? make("small", parts.detail) : ""] : []));
+  element.replaceChildren(...(parts ? [parts.text, parts.detail ? showDetail(parts.detail) : ""] : []));
+}
+
+/** The gateway's own words are English whatever the page speaks. */
+function showDetail(text) {
+  const detail = make("small", text);
+  detail.lang = "en";
+  return detail;
+}
+
+/** The keyboard's place, from a control that `isGoing` to one that stays; before the first is hidden. */
+export function passFocus(from, to, isGoing) {
+  if (isGoing && from === document.activeElement) to.focus({ preventScroll: true });
+}
+
+/** Puts `children` in place of what is there and moves none that stays: it may have the focus. */
+export function arrange(parent, children) {
+  const wanted = new Set(children);
+  for (const child of [...parent.children]) if (!wanted.has(child)) child.remove();
+  children.forEach((child, place) => {
+    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
+  });
 }
 
 export function announce(text) {

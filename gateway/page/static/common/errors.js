@@ -1,6 +1,6 @@
 // What a failure means for the person in front of the page.
 
-import { say, span } from "./translations.js";
+import { number, say, span } from "./translations.js";
 
 const BY_CODE = {
   network: "error.network",
@@ -39,9 +39,9 @@ const BY_CODE = {
   prompt_too_long: "error.tooLong",
   empty_prompt: "error.empty",
   not_text: "error.notText",
-  prompt_refused: "error.refused",
+  prompt_refused: "error.engineRefused",
   adapters_not_changed: "error.refused",
-  engine_refused: "error.refused",
+  engine_refused: "error.engineRefused",
   background_not_served: "error.refused",
   bad_encoding: "error.refused",
   bad_form: "error.refused",
@@ -83,18 +83,45 @@ const BY_CODE = {
   mismatched_url: "error.refused",
 };
 
-/** What it means; then the gateway's own words and the request's id, for who looks further. */
-export function explain({ code, message, status, source, requestId }) {
+/**
+ * What it means; then the gateway's own words and the request's id, for who looks further. `along`:
+ * how many earlier turns were sent with the question.
+ */
+export function explain(failure, { along = 0 } = {}) {
+  const { code, message = "", status, requestId } = failure;
   const id = requestId ? say("error.request", { id: requestId }) : "";
-  const word = BY_CODE[code] ?? (source === "engine" && judge(status || code));
-  const text = word ? say(word) : message || say("error.status", { status: status || code });
+  const text = describe(failure, along) || message || say("error.status", { status: status || code });
   return { text, detail: [message === text ? "" : message, id].filter(Boolean).join(" · ") };
 }
 
+/** In the page's language, with what can be told of this one. */
+function describe({ code, message = "", status, source, param }, along) {
+  const word = source === "engine" && !(code in BY_CODE) ? judge(status || code, message) : BY_CODE[code];
+  if (word === "error.tooLong") return say(along ? "error.tooLongAlong" : word) + countTokens(message);
+  const field = word === "error.refused" && FIELDS[param];
+  return field ? say("error.field", { field: say(field) }) : word && say(word);
+}
+
+const FIELDS = {
+  max_tokens: "options.maxTokens",
+  temperature: "options.temperature",
+  system: "options.system",
+  messages: "ask.label",
+  prompt: "ask.label",
+};
+const TOO_LONG = /context length|max_model_len|longer than the maximum|maximum model length/i;
+const SIZES = /\bhas (\d+) tokens; the model takes (\d+)/;
+
 /** An engine's own error, passed on by the gateway, has a status for its code. */
-function judge(status) {
+function judge(status, message) {
   if (/^(?:429|503)$/.test(status)) return "error.busy";
-  return /^4/.test(status) ? "error.refused" : "error.engine";
+  if (!/^4/.test(status)) return "error.engine";
+  return TOO_LONG.test(message) ? "error.tooLong" : "error.engineRefused";
+}
+
+function countTokens(message) {
+  const [, count, most] = message.match(SIZES) ?? [];
+  return count ? say("error.sizes", { count: number(count), most: number(most) }) : "";
 }
 
 /** Rejects with the signal's reason when the wait is given up. */

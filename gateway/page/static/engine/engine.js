@@ -1,7 +1,7 @@
 // What state things are in: the pill above, the notice while something is amiss, the engine's card.
 
-import { announce, facts, find, make, setBar, setText } from "./elements.js";
-import { clock, number, percent, running, say, span } from "./translations.js";
+import { announce, arrange, facts, find, make, setBar, setText } from "../common/elements.js";
+import { clock, number, percent, running, say, span } from "../common/translations.js";
 
 const STAGES = [
   "process",
@@ -159,7 +159,7 @@ export class EnginePanel {
     const isGone = state === "unreachable";
     const word = isGone || (launcher.state && state !== "ready") ? `state.${state}` : `state.${engine.state ?? "unknown"}`;
     facts(this.#facts, [
-      [say("state"), say(word) + (launcher.since_s && !isGone ? ` · ${running(launcher.since_s)}` : "")],
+      [say("state"), launcher.since_s && !isGone ? say("engine.since", { state: say(word), time: running(launcher.since_s) }) : say(word)],
       [say("engine.model"), engine.model ?? launcher.model],
       [say("engine.device"), launcher.device],
       [say("engine.profile"), launcher.profile],
@@ -204,13 +204,15 @@ export class EnginePanel {
     facts(list, [[say("crash.cause"), crash.signal ? null : crash.cause]]); // else the signal is the cause
     const stamp = make("time.hint", clock(new Date(crash.time)));
     stamp.dateTime = crash.time;
-    this.#crash.replaceChildren(
-      make("summary", say("crash.title"), make("span.hint.ago", say("crash.ago", { time: ago }))),
+    const summary = this.#crash.querySelector("summary") ?? make("summary");
+    summary.replaceChildren(say("crash.title"), make("span.hint.ago", say("crash.ago", { time: ago })));
+    arrange(this.#crash, [
+      summary, // it stays: it may have the focus
       make("p", explainCrash(crash)),
       list,
       crash.last_lines ? showLines(crash.last_lines) : make("p.hint", say("crash.hidden")),
       make("p", stamp),
-    );
+    ]);
   }
 }
 

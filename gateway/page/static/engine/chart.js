@@ -1,7 +1,7 @@
 // A small chart of two minutes: one line, its area, and the value below the pointer.
 
-import { make } from "./elements.js";
-import { say, span } from "./translations.js";
+import { make } from "../common/elements.js";
+import { say, span } from "../common/translations.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
 const WIDTH = 240;

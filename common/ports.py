@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 _FIRST, _BLOCK, _BLOCKS = 10_240, 64, 340  # up to 32,000
 _MOST_BLOCKS = 4  # of one process, which then begins anew with its own
@@ -50,11 +49,9 @@ def _list_own() -> Iterator[int]:
 
 
 def _list_kept() -> Iterator[int]:
-    locks: list[IO[str]] = []
     starts: list[int] = []
     for number in random.sample(range(_BLOCKS), _BLOCKS):
-        if len(locks) < _MOST_BLOCKS and (lock := _lock(number)):
-            locks.append(lock)
+        if len(starts) < _MOST_BLOCKS and _keep(number):
             starts.append(_FIRST + number * _BLOCK)
             yield from range(starts[-1], starts[-1] + _BLOCK)
     if not starts:
@@ -63,16 +60,16 @@ def _list_kept() -> Iterator[int]:
         yield from range(start, start + _BLOCK)
 
 
-def _lock(number: int) -> IO[str] | None:
+def _keep(number: int) -> bool:
     folder = Path(tempfile.gettempdir()) / f"vllm-gateway-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = (folder / str(number)).open("w")
+    lock = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.close()
-        return None
-    return lock
+        os.close(lock)
+        return False
+    return True  # the process's end closes it
 
 
 def _is_free(port: int) -> bool:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every test, in two lanes side by side, each as much as about one core can do. The first has the Python that is set up
-# already: the tests with the real engine and those marked `slow`, then the others. The second has those others on
-# every other Python that this project supports and that is installed here, one after the other: on those between the
-# first and the last without the ones marked `programs`, on the last with the built wheel in place of the checkout.
+# Every test, in parts of which two run side by side, each as much as about one core can do. The Python that is set up
+# already has those with the real engine, those marked `slow` and all others; on the last other Python that this project
+# supports and that is installed here run those others with the built wheel in place of the checkout; on those between
+# the first and the last, where what fails there alone is rare, the gateway's without the ones marked `programs`.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,8 +13,9 @@ own_version=$("$own/bin/python" -c 'import sys; print("%d.%d" % sys.version_info
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=$work/failures
+rest="not engine and not slow"
 
-# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, by name, and the lane goes on.
+# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, by name, and the others go on.
 run() {
   local label=$1 marked=$2 code=0
   shift 2
@@ -24,37 +25,55 @@ run() {
     { echo "failed on Python $label"; grep -E '\| (FAILED|ERROR) ' "$work/$label"; } >>"$failures" || true
   fi
 }
-run_rest() { run "$1" "not engine and not slow" "${@:2}"; }
-run_between() { run "$1" "not engine and not slow and not programs" "${@:2}"; }
 
-others=()
-for version in 3.11 3.12 3.13; do
-  [ "$version" = "$own_version" ] || others+=("$version")
-done
-test_others() {
-  local version last ready=()
-  for version in "${others[@]}"; do
-    if python3 -m scripts.setup --python "$version" --venv ".venv-$version" --engine none --dev; then
-      ready+=("$version")
-    else
-      echo "test: Python $version is not here, its tests are left out" >&2
-    fi
-  done
-  if [ ${#ready[@]} = 0 ]; then # the one Python alone tests both
-    run_rest "$own_version, wheel" scripts/test_wheel.sh "$own"
-    return
-  fi
-  last=${ready[-1]}
-  unset 'ready[-1]'
-  for version in "${ready[@]}"; do run_between "$version" ".venv-$version/bin/python" -m pytest; done
-  run_rest "$last, wheel" scripts/test_wheel.sh ".venv-$last"
+# VERSION: its environment; false where that Python is not here.
+set_up() {
+  python3 -m scripts.setup --python "$1" --venv ".venv-$1" --engine none --dev && return
+  echo "test: Python $1 is not here, its tests are left out" >&2
+  false
 }
 
-test_others &
-second_lane=$!
-run "$own_version, engine" "engine or slow" "$own/bin/python" -m pytest
-run_rest "$own_version" "$own/bin/python" -m pytest
-wait "$second_lane" || echo "failed on Python ${others[*]}" >>"$failures"
+test_engine() { run "$own_version, engine" engine "$own/bin/python" -m pytest; }
+test_slow() { run "$own_version, slow" "slow and not engine" "$own/bin/python" -m pytest; }
+test_rest() { run "$own_version" "$rest" "$own/bin/python" -m pytest; }
+test_wheel() {
+  local version
+  for version in 3.13 3.12 3.11; do
+    [ "$version" != "$own_version" ] || continue
+    if set_up "$version"; then
+      echo "$version" >"$work/last"
+      run "$version, wheel" "$rest" scripts/test_wheel.sh ".venv-$version"
+      return
+    fi
+  done
+  run "$own_version, wheel" "$rest" scripts/test_wheel.sh "$own" # the one Python alone tests both
+}
+test_between() {
+  local version=3.12
+  [ "$version" != "$own_version" ] && [ "$version" != "$(cat "$work/last")" ] && set_up "$version" || return 0
+  run "$version" "$rest and not programs" ".venv-$version/bin/python" -m pytest --ignore-glob='tests/[!g]*'
+}
+
+# The longest first; `between` knows by then what `wheel` has run on.
+parts=(engine wheel rest slow between)
+take_part() {
+  local number
+  exec {lock}>"$work/lock"
+  flock "$lock"
+  number=$(cat "$work/taken" 2>/dev/null || echo 0)
+  echo $((number + 1)) >"$work/taken"
+  exec {lock}>&-
+  [ "$number" -lt ${#parts[@]} ] && echo "${parts[$number]}"
+}
+run_parts() {
+  local part
+  while part=$(take_part); do "test_$part"; done
+}
+touch "$work/last"
+run_parts &
+second=$!
+run_parts
+wait "$second" || echo "failed: one of the parts" >>"$failures"
 # Once more at the end, where they are looked for.
 if [ -s "$failures" ]; then
   sed 's/^/test: /' "$failures" >&2

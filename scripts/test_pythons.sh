@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Every test, in parts of which two run side by side, each as much as about one core can do. The Python that is set up
-# already has those with the real engine, those marked `slow` and all others; on the last other Python that this project
-# supports and that is installed here run those others with the built wheel in place of the checkout; on those between
-# the first and the last, where what fails there alone is rare, the gateway's without the ones marked `programs`.
+# Every test, in parts of which two run side by side, each as much as about one core can do. On the Python that is set
+# up already: those with the real engine, those marked `slow`, and all others but the ones marked `programs`, which are
+# the same on every Python. On the last other Python that this project supports and that is installed here: all of those
+# others, with the built wheel in place of the checkout. On the one between, where what fails there alone is rare: the
+# gateway's.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +36,12 @@ set_up() {
 
 test_engine() { run "$own_version, engine" engine "$own/bin/python" -m pytest; }
 test_slow() { run "$own_version, slow" "slow and not engine" "$own/bin/python" -m pytest; }
-test_rest() { run "$own_version" "$rest" "$own/bin/python" -m pytest; }
+test_rest() { run "$own_version" "$rest and not programs" "$own/bin/python" -m pytest; }
+# What is about the repository is not about the wheel.
+test_repository() {
+  run "$own_version, repository" "programs and not engine and not slow" "$own/bin/python" -m pytest \
+    --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
+}
 test_wheel() {
   local version
   for version in 3.13 3.12 3.11; do
@@ -55,7 +61,7 @@ test_between() {
 }
 
 # The longest first; `between` knows by then what `wheel` has run on.
-parts=(engine wheel rest slow between)
+parts=(engine wheel rest slow between repository)
 take_part() {
   local number
   exec {lock}>"$work/lock"

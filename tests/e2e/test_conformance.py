@@ -318,11 +318,22 @@ def _amount(events: list[Any], last: Any) -> dict[str, Any]:
         "text": "".join(filter(None, texts)),
         "tools": "".join(filter(None, tools)),
         "ends": [one["finish_reason"] for one in choices if one.get("finish_reason")],
-        "usage": [event["usage"] for event in events if event.get("usage")],
+        "usage": _amount_of_usage([event["usage"] for event in events if event.get("usage")]),
         "errors": [event["error"] for event in events if event.get("error")],
         "fields": sorted({field for event in events for field in event}),
         "fingerprints": [event["system_fingerprint"] for event in events if _is_stamped(event)],
         "last": last,
+    }
+
+
+def _amount_of_usage(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where each event tells it, how many tokens it counts depends on the moment, too."""
+    counts = [one.get("completion_tokens", 0) for one in told]
+    return {
+        "ends": told[:1] + told[-1:],
+        "is_in_each": len(told) > 1,
+        "grows": counts == sorted(counts),
+        "fields": sorted({field for one in told for field in one}),
     }
 
 

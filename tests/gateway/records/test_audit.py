@@ -174,7 +174,12 @@ async def test_pages_are_read_one_after_the_other(
 
 @pytest.mark.parametrize(
     ("query", "field"),
-    [("limit=0", "limit"), ("limit=x", "limit"), ("after=1", "after"), ("from=x", "from")],
+    [
+        *(("limit=0", "limit"), ("limit=x", "limit"), ("after=1", "after"), ("from=x", "from")),
+        *(("limit=1001", "limit"), ("limit=00001" + "0" * 30, "limit")),
+        ("limit=00001" + "0" * 5000, "limit"),
+    ],
+    ids=lambda value: value[:20],
 )
 async def test_page_that_is_none_is_refused_with_its_field(
     serve: Serve, keys: Keys, tmp_path: Path, query: str, field: str
@@ -184,6 +189,50 @@ async def test_page_that_is_none_is_refused_with_its_field(
         answer = await read_audit(served.url, keys.headers["root"], query)
 
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+async def test_page_after_a_row_stays_within_its_days(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    async with serve(**keys.write(alice=""), **kept, audit=True) as served:
+        await ask(served.url, keys.headers["alice"])
+        await wait_for_row(served, keys.headers["root"], "key=alice")
+        past = f"from=2020-01-01&to=2020-12-31&after={'f' * 28}"
+
+        assert (await read_audit(served.url, keys.headers["root"], past))["data"] == []
+
+
+async def test_route_that_a_key_may_not_use_has_its_row(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    settings = keys.write(alice='routes = ["/predict"]')
+    async with serve(**settings, **kept, audit=True) as served:
+        assert (await ask(served.url, keys.headers["alice"])).status_code == 403
+        row = await wait_for_row(served, keys.headers["root"], "key=alice")
+
+        assert (row["route"], row["status"]) == ("/v1/chat/completions", 403)
+        assert row["verdict"] == "route_not_allowed"
+
+
+async def test_texts_that_an_admin_reads_are_not_kept_once_more(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    """They would outlive the row whose texts they are."""
+    settings = keys.write(root="admin = true\naudit_text = true", alice="audit_text = true")
+    async with serve(**settings, **kept, audit=True) as served:
+        await ask(served.url, keys.headers["alice"], "once")
+        await wait_for_row(served, keys.headers["root"], "key=alice")
+        rows: list[dict[str, Any]] = []
+
+        async def has_been_read() -> bool:
+            listed = await read_audit(served.url, keys.headers["root"], "key=root")
+            rows[:] = [row for row in listed["data"] if row["answer_bytes"] > 100]
+            return bool(rows)
+
+        await until(has_been_read)
+        assert {(row["route"], row["prompt"], row["answer"]) for row in rows} == {
+            ("/audit", None, None)
+        }
 
 
 async def test_nobody_reads_the_audit_but_an_admin(

@@ -259,6 +259,21 @@ def test_markdown_takes_no_longer_than_its_text(visitor: Visitor) -> None:
         page = visitor.open(served.url)
         for piece in ("**a ", "`a ``", "- ", "# ", "```\n", " * a\n  "):
             assert page.evaluate(show, piece * 30_000) > 0
+        for text in ("# a" + " " * 300_000 + "b", "~" * 300_000 + "`", "~~~" + "a" * 300_000 + "`"):
+            assert page.evaluate(show, text) == len(text) - 2 * text.startswith("#")
+
+
+def test_heading_is_without_the_marks_that_close_it(visitor: Visitor) -> None:
+    show = """async (text) => {
+      const { showMarkdown } = await import("/ui/common/markdown.js");
+      const element = document.createElement("div");
+      showMarkdown(element, text);
+      return [...element.querySelectorAll("h4, p, span")].map((one) => one.textContent);
+    }"""
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        texts = "## So ##  \n# C#\n# #\n#\n# \n#no\n~~~ c++ x\n1\n~~~"
+        assert page.evaluate(show, texts) == ["So", "C#", "#", "#\n# \n#no", "c++"]
 
 
 def test_question_that_is_long_is_folded_until_it_is_wanted(visitor: Visitor) -> None:

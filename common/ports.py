@@ -58,6 +58,7 @@ def _list_kept() -> Iterator[int]:
             starts.append(_FIRST + number * _BLOCK)
             yield from range(starts[-1], starts[-1] + _BLOCK)
     if not starts:
+        _list_own.cache_clear()  # later there may be some
         raise NoFreePort(f"all ports from {_FIRST} on are kept by other processes")
     for start in itertools.cycle(starts):
         yield from range(start, start + _BLOCK)
@@ -66,13 +67,21 @@ def _list_kept() -> Iterator[int]:
 def _lock(number: int) -> IO[str] | None:
     folder = Path(tempfile.gettempdir()) / f"vllm-gateway-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = (folder / str(number)).open("w")
+    try:
+        # The folder of files for a while is everybody's: no name in it leads to a file elsewhere.
+        lock = open(folder / str(number), "a", opener=_open_own)  # noqa: SIM115
+    except OSError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
     return lock
+
+
+def _open_own(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _is_free(port: int) -> bool:

@@ -80,16 +80,19 @@ async def test_client_does_not_come_again_to_a_budget_that_is_used_up(
 async def test_calls_at_once_never_pass_a_budget(serve: Serve, keys: Keys, tmp_path: Path) -> None:
     settings = keys.write(alice="tokens_per_day = 50")
     async with serve(**settings, usage_database=str(tmp_path / "usage")) as served:
-        served.engine.delay_s = 0.2
-        answers = await asyncio.gather(*(ask(served.url, keys.headers["alice"]) for _ in range(10)))
+        slots = served.engine.slots = asyncio.Semaphore(0)
+        asked = [asyncio.create_task(ask(served.url, keys.headers["alice"])) for _ in range(10)]
+        await until(lambda: len(served.engine.calls) + sum(one.done() for one in asked) == 10)
+        assert 0 < len(served.engine.calls) <= 2  # each sets some twenty aside
+        for _ in range(2):
+            slots.release()
+        answers = await asyncio.gather(*asked)
         refused = [one for one in answers if one.status_code == 429]
 
-        assert 0 < len(served.engine.calls) <= 2  # each sets some twenty aside
         assert len(refused) + len(served.engine.calls) == 10
         assert {one.json()["error"]["code"] for one in refused} == {"tokens_per_day"}
         assert all("x-should-retry" not in one.headers for one in refused)
         assert all(int(one.headers["Retry-After"]) <= 120 for one in refused)
-        served.engine.delay_s = 0.0
         assert (await ask(served.url, keys.headers["alice"])).status_code == 200  # given back
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from sqlalchemy import insert
 
 from gateway.records.access import RECORDS
 from gateway.records.ledger import LEDGER
+from gateway.routes.records import write_rows
 from gateway.storage.tables import AUDIT
 from tests.gateway.batches.conftest import ask as write_line
 from tests.gateway.batches.conftest import open_batches
@@ -200,6 +202,25 @@ async def test_page_after_a_row_stays_within_its_days(
         past = f"from=2020-01-01&to=2020-12-31&after={'f' * 28}"
 
         assert (await read_audit(served.url, keys.headers["root"], past))["data"] == []
+
+
+async def test_page_is_written_with_looks_at_the_event_loop() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    rows = [{"id": str(number)} for number in range(1000)]
+    written = await write_rows(rows)
+    counting.cancel()
+
+    assert turns >= 20
+    assert orjson.loads(b"[%b]" % written) == rows
+    assert await write_rows([]) == b""
 
 
 async def test_route_that_a_key_may_not_use_has_its_row(

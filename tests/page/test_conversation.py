@@ -170,7 +170,14 @@ def test_history_keeps_the_newest_that_there_is_room_for(visitor: Visitor) -> No
         assert page.locator(".turn").count() == 0
 
 
-@pytest.mark.parametrize("kept", ["{", "5", '{"a": 1}', '[{"question": 1}, null, {}]'])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("{", "5", '{"a": 1}', '[{"question": 1}, null, {}]'),
+        '[{"question": "a", "text": "b", "times": 5}]',
+        '[{"question": "a", "text": "b", "failure": "c"}]',
+    ],
+)
 def test_history_that_is_none_is_left_out(visitor: Visitor, kept: str) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)

@@ -82,6 +82,20 @@ async def test_text_of_a_stream_is_kept_as_its_caller_got_it(
         assert row["status"] == 200
 
 
+async def test_error_at_the_end_of_a_stream_counts_with_what_its_caller_got(
+    serve: Serve, keys: Keys, tmp_path: Path
+) -> None:
+    settings = keys.write(alice="") | {"usage_database": str(tmp_path / "usage")}
+    async with serve(**settings, audit=True, usage_interval_s=0.05) as served:
+        served.engine.stream_cut_after = 2
+        answer = await ask(served.url, keys.headers["alice"], stream=True)
+        row = await wait_for_row(served, keys.headers["root"], "key=alice")
+
+        assert "error" in answer.text
+        assert row["answer_bytes"] == len(answer.content)
+        assert row["verdict"] != "ok"
+
+
 async def test_refusals_and_hang_ups_are_told_with_their_verdict(
     serve: Serve, keys: Keys, tmp_path: Path
 ) -> None:

@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 _FIRST, _BLOCK, _BLOCKS = 10_240, 64, 340  # up to 32,000
 _MOST_BLOCKS = 4  # of one process, which then begins anew with its own
@@ -50,11 +49,9 @@ def _list_own() -> Iterator[int]:
 
 
 def _list_kept() -> Iterator[int]:
-    locks: list[IO[str]] = []
     starts: list[int] = []
     for number in random.sample(range(_BLOCKS), _BLOCKS):
-        if len(locks) < _MOST_BLOCKS and (lock := _lock(number)):
-            locks.append(lock)
+        if len(starts) < _MOST_BLOCKS and _lock(number) is not None:
             starts.append(_FIRST + number * _BLOCK)
             yield from range(starts[-1], starts[-1] + _BLOCK)
     if not starts:
@@ -64,24 +61,21 @@ def _list_kept() -> Iterator[int]:
         yield from range(start, start + _BLOCK)
 
 
-def _lock(number: int) -> IO[str] | None:
+def _lock(number: int) -> int | None:
+    """What is open for as long as the process lives."""
     folder = Path(tempfile.gettempdir()) / f"vllm-gateway-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     try:
         # The folder of files for a while is everybody's: no name in it leads to a file elsewhere.
-        lock = open(folder / str(number), "a", opener=_open_own)  # noqa: SIM115
+        lock = os.open(folder / str(number), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.close()
+        os.close(lock)
         return None
     return lock
-
-
-def _open_own(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _is_free(port: int) -> bool:

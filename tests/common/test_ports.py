@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import socket
 import subprocess
@@ -88,5 +87,5 @@ def test_ports_are_looked_for_again_when_there_were_none(monkeypatch: pytest.Mon
     for _ in range(2):
         with pytest.raises(NoFreePort):
             find_free_ports(1)
-    monkeypatch.setattr(ports, "_lock", lambda number: io.StringIO())
+    monkeypatch.setattr(ports, "_lock", lambda number: number)
     assert len(find_free_ports(2)) == 2

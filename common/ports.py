@@ -51,25 +51,31 @@ def _list_own() -> Iterator[int]:
 def _list_kept() -> Iterator[int]:
     starts: list[int] = []
     for number in random.sample(range(_BLOCKS), _BLOCKS):
-        if len(starts) < _MOST_BLOCKS and _keep(number):
+        if len(starts) < _MOST_BLOCKS and _lock(number) is not None:
             starts.append(_FIRST + number * _BLOCK)
             yield from range(starts[-1], starts[-1] + _BLOCK)
     if not starts:
+        _list_own.cache_clear()  # later there may be some
         raise NoFreePort(f"all ports from {_FIRST} on are kept by other processes")
     for start in itertools.cycle(starts):
         yield from range(start, start + _BLOCK)
 
 
-def _keep(number: int) -> bool:
+def _lock(number: int) -> int | None:
+    """What is open for as long as the process lives."""
     folder = Path(tempfile.gettempdir()) / f"vllm-gateway-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        # The folder of files for a while is everybody's: no name in it leads to a file elsewhere.
+        lock = os.open(folder / str(number), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        return False
-    return True  # the process's end closes it
+        return None
+    return lock
 
 
 def _is_free(port: int) -> bool:

@@ -221,12 +221,14 @@ async def _admit(request: web.Request, record: RequestRecord) -> None:
     if request.app[POOL].draining:
         raise _Stopping("the gateway is stopping", retry_after_s=_RESTART_S)
     caller = request.app[KEYRING].identify(request.headers)
+    ledger = request.app[LEDGER]
+    if ledger is not None:
+        # Who only reads has no prompt; an answer of /audit would keep others' texts once more.
+        share = caller.text_share if request.method == "POST" else 0.0
+        request[CONTEXT].entry = ledger.open(caller.name, share)
     caller.check_route(record.route)
     request[CALLER] = caller
     request.app[KEYRING].open_call(caller, request[CONTEXT])
-    ledger = request.app[LEDGER]
-    if ledger is not None:
-        request[CONTEXT].entry = ledger.open(caller.name, caller.text_share)
     claim: Claim | None = None
     if caller.has_limits:
         claim = open_claim(caller, may_reserve=request.method == "POST")

@@ -48,6 +48,7 @@ class HeldBodies:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._most = settings.max_held_bytes
         self._held = self._most_held = 0
+        self._is_returning = False
         metrics.held_body_bytes.read = lambda: [((), self._held)]
 
     def hold(self, context: RequestContext, size: int) -> None:
@@ -74,8 +75,15 @@ class HeldBodies:
         context.held_bytes -= size
         if not self._held and self._most_held > _MANY_BYTES:
             # They arrived in pieces, with what small requests need between them.
-            asyncio.get_running_loop().call_later(_SETTLED_S, return_freed_memory)
             self._most_held = 0
+            if not self._is_returning:
+                self._is_returning = True
+                asyncio.get_running_loop().call_later(_SETTLED_S, self._return_memory)
+
+    def _return_memory(self) -> None:
+        """In a thread: after hundreds of megabytes it takes as many milliseconds."""
+        self._is_returning = False
+        asyncio.get_running_loop().run_in_executor(None, return_freed_memory)
 
 
 BODIES = web.AppKey("bodies", HeldBodies)

@@ -117,7 +117,7 @@ class EventStream:
         if error is not None:
             self._record.note_error(error.error_code, error.source)
             event = build_stream_error(error, self._request.path, self.timing.chunks)
-            await self._response.write(event)
+            await self.write(event)
         await self._response.write_eof()
         return self._response
 

@@ -14,6 +14,7 @@ from gateway.records.periods import DAY_S
 _MOST_DAYS = 3660
 _USUALLY_LISTED, _MOST_LISTED = 100, 1000
 _ID = re.compile(r"[0-9a-f]{28}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _KEY = re.compile(r"[\w.@-]{1,64}")
 
 Group = Literal["day", "month"]
@@ -60,7 +61,7 @@ def parse_audit_query(query: Mapping[str, str]) -> AuditQuery:
     _refuse_unknown(query, ("from", "to", "key", "limit", "after"))
     first, last = _parse_range(query, usually_month=False)
     limit = query.get("limit", str(_USUALLY_LISTED))
-    if not (limit.isascii() and limit.isdigit() and 0 < int(limit[:5]) <= _MOST_LISTED):
+    if not (_NUMBER.fullmatch(limit) and 0 < int(limit) <= _MOST_LISTED):
         raise InvalidRequest(f"limit is a number from 1 to {_MOST_LISTED}", param="limit")
     after = query.get("after")
     if after is not None and not _ID.fullmatch(after):

@@ -32,6 +32,7 @@ class RecordStore:
     def __init__(self, database: Database, writer: str) -> None:
         self._database, self._writer = database, writer
         self._seen = 0  # the last change that is known here
+        self._seen_of = ""  # the day whose changes were looked at
 
     async def write(self, batch: Batch, rows: AuditRows) -> dict[SpentKey, int]:
         """Once, however often it is tried; returns what all gateways have spent, where that has
@@ -62,6 +63,8 @@ class RecordStore:
 
     async def _read_spent(self, connection: AsyncConnection) -> dict[SpentKey, int]:
         today = name_day(time.time())
+        if today != self._seen_of:  # elsewhere it may have begun before, and been written then
+            self._seen, self._seen_of = 0, today
         query = select(SPENT.c.period, SPENT.c.key, SPENT.c.tokens, SPENT.c.change).where(
             SPENT.c.change > self._seen, SPENT.c.period.in_((today, today[:7]))
         )
@@ -111,7 +114,9 @@ class RecordStore:
     async def list_audit(self, asked: AuditQuery) -> list[dict[str, Any]]:
         """The newest first; one more than is asked for, if there are more."""
         query = select(AUDIT).where(AUDIT.c.id >= name_id(asked.begins))
-        query = query.where(AUDIT.c.id < (asked.after or name_id(asked.ends)))
+        query = query.where(AUDIT.c.id < name_id(asked.ends))
+        if asked.after is not None:
+            query = query.where(AUDIT.c.id < asked.after)
         if asked.key is not None:
             query = query.where(AUDIT.c.key == asked.key)
         query = query.order_by(AUDIT.c.id.desc()).limit(asked.limit + 1)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from common.ports import find_free_ports, find_free_row
+import pytest
+
+from common import ports
+from common.ports import NoFreePort, find_free_ports, find_free_row
 
 _ASK = """
 import sys
@@ -49,3 +55,37 @@ def test_row_is_of_neighbours() -> None:
     find_free_ports(1)
     first = find_free_row(5)
     assert set(range(first, first + 5)).isdisjoint(find_free_ports(5))
+
+
+@pytest.fixture
+def begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins as in a process that has asked for none."""
+    fresh = functools.cache(ports._list_own.__wrapped__)
+    monkeypatch.setattr(ports, "_list_own", fresh)
+
+
+@pytest.mark.usefixtures("begun_anew")
+def test_name_that_leads_elsewhere_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may have made a folder of that name first."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "precious").write_text("kept")
+    folder = tmp_path / f"vllm-gateway-ports-{os.getuid()}"
+    folder.mkdir()
+    for number in range(ports._BLOCKS):
+        (folder / str(number)).symlink_to(tmp_path / "precious")
+
+    with pytest.raises(NoFreePort):
+        find_free_ports(1)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.usefixtures("begun_anew")
+def test_ports_are_looked_for_again_when_there_were_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_lock", lambda number: None)
+    for _ in range(2):
+        with pytest.raises(NoFreePort):
+            find_free_ports(1)
+    monkeypatch.setattr(ports, "_lock", lambda number: number)
+    assert len(find_free_ports(2)) == 2

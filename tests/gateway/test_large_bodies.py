@@ -7,6 +7,7 @@ import contextlib
 import gc
 import gzip
 import itertools
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ import orjson
 import pytest
 from aiohttp import web
 
+from gateway import request_body
+from gateway.observability.metrics import Metrics
+from gateway.observability.request_record import RequestRecord
+from gateway.request_body import HeldBodies
+from gateway.request_context import RequestContext
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
-from tests.gateway.conftest import Serve, until
+from tests.gateway.conftest import Serve, make_settings, until
 from tests.gateway.loop_watch import check_blocks
 from tests.gateway.process import GatewayProcess, serve_process
 from tests.gateway.raw import RawAnswer, ask, build_request
@@ -340,3 +346,23 @@ async def test_media_at_the_end_of_a_large_body_are_looked_at_too(serve: Serve) 
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "media_refused")
     assert served.engine.calls == []
+
+
+async def test_memory_goes_back_beside_the_event_loop_once_for_many_bodies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr(request_body, "_SETTLED_S", 0.0)
+    monkeypatch.setattr(
+        request_body, "return_freed_memory", lambda: returned.append(threading.get_ident())
+    )
+    bodies = HeldBodies(make_settings(), Metrics())
+    for _ in range(3):
+        context = RequestContext("", RequestRecord(""))
+        bodies.hold(context, 40 * MEGABYTE)
+        bodies.release(context)
+    await until(lambda: returned)
+    await asyncio.sleep(0)  # whatever else was to come is due by now
+
+    assert len(returned) == 1
+    assert threading.get_ident() not in returned

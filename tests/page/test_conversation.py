@@ -170,7 +170,14 @@ def test_history_keeps_the_newest_that_there_is_room_for(visitor: Visitor) -> No
         assert page.locator(".turn").count() == 0
 
 
-@pytest.mark.parametrize("kept", ["{", "5", '{"a": 1}', '[{"question": 1}, null, {}]'])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("{", "5", '{"a": 1}', '[{"question": 1}, null, {}]'),
+        '[{"question": "a", "text": "b", "times": 5}]',
+        '[{"question": "a", "text": "b", "failure": "c"}]',
+    ],
+)
 def test_history_that_is_none_is_left_out(visitor: Visitor, kept: str) -> None:
     with running_gateway() as served:
         page = visitor.open(served.url)
@@ -259,6 +266,21 @@ def test_markdown_takes_no_longer_than_its_text(visitor: Visitor) -> None:
         page = visitor.open(served.url)
         for piece in ("**a ", "`a ``", "- ", "# ", "```\n", " * a\n  "):
             assert page.evaluate(show, piece * 30_000) > 0
+        for text in ("# a" + " " * 300_000 + "b", "~" * 300_000 + "`", "~~~" + "a" * 300_000 + "`"):
+            assert page.evaluate(show, text) == len(text) - 2 * text.startswith("#")
+
+
+def test_heading_is_without_the_marks_that_close_it(visitor: Visitor) -> None:
+    show = """async (text) => {
+      const { showMarkdown } = await import("/ui/common/markdown.js");
+      const element = document.createElement("div");
+      showMarkdown(element, text);
+      return [...element.querySelectorAll("h4, p, span")].map((one) => one.textContent);
+    }"""
+    with running_gateway() as served:
+        page = visitor.open(served.url)
+        texts = "## So ##  \n# C#\n# #\n#\n# \n#no\n~~~ c++ x\n1\n~~~"
+        assert page.evaluate(show, texts) == ["So", "C#", "#", "#\n# \n#no", "c++"]
 
 
 def test_question_that_is_long_is_folded_until_it_is_wanted(visitor: Visitor) -> None:

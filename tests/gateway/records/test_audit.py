@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from sqlalchemy import insert
 
 from gateway.records.access import RECORDS
 from gateway.records.ledger import LEDGER
+from gateway.routes.records import write_rows
 from gateway.storage.tables import AUDIT
 from tests.gateway.batches.conftest import ask as write_line
 from tests.gateway.batches.conftest import open_batches
@@ -78,6 +80,20 @@ async def test_text_of_a_stream_is_kept_as_its_caller_got_it(
         assert (row["prompt"], row["answer"]) == ("hi", "answer:hi")
         assert row["answer_bytes"] == len(answer.content)
         assert row["status"] == 200
+
+
+async def test_error_at_the_end_of_a_stream_counts_with_what_its_caller_got(
+    serve: Serve, keys: Keys, tmp_path: Path
+) -> None:
+    settings = keys.write(alice="") | {"usage_database": str(tmp_path / "usage")}
+    async with serve(**settings, audit=True, usage_interval_s=0.05) as served:
+        served.engine.stream_cut_after = 2
+        answer = await ask(served.url, keys.headers["alice"], stream=True)
+        row = await wait_for_row(served, keys.headers["root"], "key=alice")
+
+        assert "error" in answer.text
+        assert row["answer_bytes"] == len(answer.content)
+        assert row["verdict"] != "ok"
 
 
 async def test_refusals_and_hang_ups_are_told_with_their_verdict(
@@ -174,7 +190,12 @@ async def test_pages_are_read_one_after_the_other(
 
 @pytest.mark.parametrize(
     ("query", "field"),
-    [("limit=0", "limit"), ("limit=x", "limit"), ("after=1", "after"), ("from=x", "from")],
+    [
+        *(("limit=0", "limit"), ("limit=x", "limit"), ("after=1", "after"), ("from=x", "from")),
+        *(("limit=1001", "limit"), ("limit=00001" + "0" * 30, "limit")),
+        ("limit=00001" + "0" * 5000, "limit"),
+    ],
+    ids=lambda value: value[:20],
 )
 async def test_page_that_is_none_is_refused_with_its_field(
     serve: Serve, keys: Keys, tmp_path: Path, query: str, field: str
@@ -184,6 +205,69 @@ async def test_page_that_is_none_is_refused_with_its_field(
         answer = await read_audit(served.url, keys.headers["root"], query)
 
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+async def test_page_after_a_row_stays_within_its_days(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    async with serve(**keys.write(alice=""), **kept, audit=True) as served:
+        await ask(served.url, keys.headers["alice"])
+        await wait_for_row(served, keys.headers["root"], "key=alice")
+        past = f"from=2020-01-01&to=2020-12-31&after={'f' * 28}"
+
+        assert (await read_audit(served.url, keys.headers["root"], past))["data"] == []
+
+
+async def test_page_is_written_with_looks_at_the_event_loop() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    rows = [{"id": str(number)} for number in range(1000)]
+    written = await write_rows(rows)
+    counting.cancel()
+
+    assert turns >= 20
+    assert orjson.loads(b"[%b]" % written) == rows
+    assert await write_rows([]) == b""
+
+
+async def test_route_that_a_key_may_not_use_has_its_row(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    settings = keys.write(alice='routes = ["/predict"]')
+    async with serve(**settings, **kept, audit=True) as served:
+        assert (await ask(served.url, keys.headers["alice"])).status_code == 403
+        row = await wait_for_row(served, keys.headers["root"], "key=alice")
+
+        assert (row["route"], row["status"]) == ("/v1/chat/completions", 403)
+        assert row["verdict"] == "route_not_allowed"
+
+
+async def test_texts_that_an_admin_reads_are_not_kept_once_more(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    """They would outlive the row whose texts they are."""
+    settings = keys.write(root="admin = true\naudit_text = true", alice="audit_text = true")
+    async with serve(**settings, **kept, audit=True) as served:
+        await ask(served.url, keys.headers["alice"], "once")
+        await wait_for_row(served, keys.headers["root"], "key=alice")
+        rows: list[dict[str, Any]] = []
+
+        async def has_been_read() -> bool:
+            listed = await read_audit(served.url, keys.headers["root"], "key=root")
+            rows[:] = [row for row in listed["data"] if row["answer_bytes"] > 100]
+            return bool(rows)
+
+        await until(has_been_read)
+        assert {(row["route"], row["prompt"], row["answer"]) for row in rows} == {
+            ("/audit", None, None)
+        }
 
 
 async def test_nobody_reads_the_audit_but_an_admin(

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from gateway.admission.limits import LIMITS
 from gateway.records.periods import Calendar, count_seconds_left
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.batches.conftest import ask as write_line
@@ -80,16 +81,19 @@ async def test_client_does_not_come_again_to_a_budget_that_is_used_up(
 async def test_calls_at_once_never_pass_a_budget(serve: Serve, keys: Keys, tmp_path: Path) -> None:
     settings = keys.write(alice="tokens_per_day = 50")
     async with serve(**settings, usage_database=str(tmp_path / "usage")) as served:
-        served.engine.delay_s = 0.2
-        answers = await asyncio.gather(*(ask(served.url, keys.headers["alice"]) for _ in range(10)))
+        slots = served.engine.slots = asyncio.Semaphore(0)
+        asked = [asyncio.create_task(ask(served.url, keys.headers["alice"])) for _ in range(10)]
+        await until(lambda: len(served.engine.calls) + sum(one.done() for one in asked) == 10)
+        assert 0 < len(served.engine.calls) <= 2  # each sets some twenty aside
+        for _ in range(2):
+            slots.release()
+        answers = await asyncio.gather(*asked)
         refused = [one for one in answers if one.status_code == 429]
 
-        assert 0 < len(served.engine.calls) <= 2  # each sets some twenty aside
         assert len(refused) + len(served.engine.calls) == 10
         assert {one.json()["error"]["code"] for one in refused} == {"tokens_per_day"}
         assert all("x-should-retry" not in one.headers for one in refused)
         assert all(int(one.headers["Retry-After"]) <= 120 for one in refused)
-        served.engine.delay_s = 0.0
         assert (await ask(served.url, keys.headers["alice"])).status_code == 200  # given back
 
 
@@ -251,3 +255,52 @@ async def test_batch_waits_for_a_budget_and_goes_on_when_it_is_raised(
             ended = await batches.wait(batch)
 
             assert (ended.status, ended.request_counts.completed) == ("completed", 1)
+
+
+async def test_whatever_becomes_of_a_call_gives_back_what_it_set_aside(
+    serve: Serve, keys: Keys, tmp_path: Path
+) -> None:
+    settings = keys.write(alice="tokens_per_day = 1000000\nmax_concurrency = 2")
+    headers = keys.headers["alice"]
+    async with serve(**settings, usage_database=str(tmp_path / "usage")) as served:
+        set_aside = served.app[LIMITS]._set_aside  # type: ignore[attr-defined]
+
+        async def leave(path: str, body: dict[str, Any], *, is_refused_beside: bool) -> None:
+            known = len(served.engine.calls)
+            post = served.client.post(path, json=body, headers=headers)
+            asked = asyncio.create_task(post)
+            await until(lambda: len(served.engine.calls) > known)
+            assert set_aside["alice"] > 0
+            if is_refused_beside:
+                refused = await ask(served.url, headers)
+                assert refused.json()["error"]["code"] == "key_concurrency"
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            await until(lambda: not set_aside)
+
+        for status in (500, 400):
+            served.engine.status = status
+            assert (await ask(served.url, headers)).status_code >= 400
+            await until(lambda: not set_aside)
+        served.engine.status = 200
+        assert (await ask(served.url, headers, max_tokens="x")).status_code == 400
+        assert (await ask(served.url, headers, model="none")).status_code == 404
+        served.engine.slots = asyncio.Semaphore(0)
+        for is_stream in (False, True):
+            chat = {"model": "fake", "prompt": "a", "stream": is_stream}
+            await leave("/v1/completions", chat, is_refused_beside=False)
+        predict = {"prompts": ["a", "b"], "max_tokens": 3}
+        await leave("/predict", predict, is_refused_beside=True)
+
+
+async def test_call_that_takes_too_long_gives_back_what_it_set_aside(
+    serve: Serve, keys: Keys, tmp_path: Path
+) -> None:
+    settings = keys.write(alice="tokens_per_day = 1000000")
+    folder = {"usage_database": str(tmp_path / "usage"), "engine_timeout_s": 0.5}
+    async with serve(**settings, **folder) as served:
+        served.engine.slots = asyncio.Semaphore(0)
+        for is_stream in (False, True):
+            answer = await ask(served.url, keys.headers["alice"], stream=is_stream)
+            assert "engine_timeout" in answer.text
+        await until(lambda: not served.app[LIMITS]._set_aside)  # type: ignore[attr-defined]

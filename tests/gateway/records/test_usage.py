@@ -222,6 +222,25 @@ async def test_many_writers_at_once_lose_nothing_and_see_all(kept: dict[str, Any
             await records.store.close()
 
 
+async def test_gateway_whose_day_begins_later_sees_what_was_used_before(
+    kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clocks of two machines differ, and the database has one order."""
+    (late, ledger), (early, _) = opened = [open_records(kept) for _ in range(2)]
+    month, days = ("2020-01", "alice"), [("2020-01-30", "alice"), ("2020-01-31", "alice")]
+    nothing = ledger.take()
+    try:
+        await early.store.write(Batch(1, {}, {days[1]: 7, month: 7}, []), [])
+        monkeypatch.setattr("gateway.records.store.name_day", lambda _: days[0][0])
+        assert await late.store.write(nothing, []) == {month: 7}
+        monkeypatch.setattr("gateway.records.store.name_day", lambda _: days[1][0])
+        assert await late.store.write(nothing, []) == {days[1]: 7, month: 7}
+        assert await late.store.write(nothing, []) == {}
+    finally:
+        for records, _ in opened:
+            await records.store.close()
+
+
 async def test_lines_of_batches_are_counted_as_such(
     serve: Serve, keys: Keys, kept: dict[str, Any], tmp_path: Path
 ) -> None:

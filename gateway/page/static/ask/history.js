@@ -11,11 +11,14 @@ const MOST_CHARACTERS = 400_000;
 
 const storage = () => (currentKey() ? sessionStorage : localStorage);
 
+const isTurn = ({ question, text, times = [], failure }) =>
+  [question, text].every((one) => typeof one === "string") && Array.isArray(times) && (!failure || typeof failure === "object");
+
 /** The turns that were kept, oldest first; what is no list of turns is none. */
 export function recallTurns() {
   try {
     const turns = JSON.parse(storage().getItem(NAME) ?? "[]");
-    return turns.filter((turn) => typeof turn.question === "string" && typeof turn.text === "string");
+    return turns.filter(isTurn);
   } catch {
     return [];
   }

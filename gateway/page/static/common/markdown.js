@@ -4,8 +4,10 @@
 import { button, make, setText } from "./elements.js";
 import { say } from "./translations.js";
 
-const FENCE = /^(\s*)(`{3,}|~{3,})[^\S\n]*([\w+#.-]*)[^`\n]*$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
+// No two parts of these can share out a run of characters in more than one way: so they, too, take no
+// longer than their line.
+const FENCE = /^(\s*)(`{3,}(?!`)|~{3,}(?!~))([^`\n]*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(\S.*)$/;
 const ITEM = /^(\s*)([-*+•]|\d{1,9}[.)])\s+(\S.*)$/;
 // Bounded, so that no text takes longer than its length; `**` beside a letter is C's or a power's.
 const INLINE =
@@ -49,18 +51,26 @@ export function cutBlocks(text) {
 
 /** A fence that is not closed yet goes to the end. */
 function takeCode(lines, at) {
-  const [, indent, fence, language] = lines[at].match(FENCE) ?? [];
+  const [, indent, fence, info] = lines[at].match(FENCE) ?? [];
   if (!fence) return null;
+  const [language] = info.trim().match(/^[\w+#.-]*/);
   const isEnd = (line) => line.trim().startsWith(fence) && !line.trim().replaceAll(fence[0], "");
-  const found = lines.findIndex((line, place) => place > at && isEnd(line));
-  const end = found === -1 ? lines.length : found;
+  let end = at + 1;
+  while (end < lines.length && !isEnd(lines[end])) end += 1;
   const strip = (line) => (line.startsWith(indent) ? line.slice(indent.length) : line.trimStart());
   return [{ kind: "code", language, text: lines.slice(at + 1, end).map(strip).join("\n") }, Math.min(end + 1, lines.length)];
 }
 
 function takeHeading(lines, at) {
   const [, marks, text] = lines[at].match(HEADING) ?? [];
-  return marks && text ? [{ kind: "heading", level: marks.length, text }, at + 1] : null;
+  return marks ? [{ kind: "heading", level: marks.length, text: dropClosing(text.trimEnd()) }, at + 1] : null;
+}
+
+/** `## So ##` is headed by "So", and `# C#` by "C#". */
+function dropClosing(text) {
+  let end = text.length;
+  while (text[end - 1] === "#") end -= 1;
+  return /\s/.test(text[end - 1] ?? "") ? text.slice(0, end).trimEnd() : text;
 }
 
 function takeList(lines, at) {

@@ -141,7 +141,8 @@ class DescriptorOutput:
             self.error = error
         written = len(begun) + len(data) - len(rest)
         if written:
-            self._is_cut = (begun + data)[written - 1 : written] != b"\n"
+            # All of it may end within a line, too: `print` writes the line break by itself.
+            self._is_cut = bool(rest) and (begun + data)[written - 1 : written] != b"\n"
         return bytes(rest[max(0, len(begun) - written) :]).count(b"\n")
 
     def _write_some(self, data: memoryview) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import orjson
 import pytest
 
+from common.logs import DescriptorOutput
 from tests.outputs import require_mounts
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,17 @@ def test_json_lines_share_their_keys_a_librarys_and_a_crash_too(form: str) -> No
     assert (library["logger"], library["message"]) == ("some.library", "it is odd")
     assert (crash["event"], crash["level"]) == ("gateway_crashed", "critical")
     assert crash["exception"].endswith("RuntimeError: boom")
+
+
+def test_line_that_is_written_in_two_pieces_is_one_line(tmp_path: Path) -> None:
+    """As `print` does it; what writes may be quick enough to see the first alone."""
+    path = tmp_path / "log"
+    with path.open("w") as file:
+        output = DescriptorOutput(file.fileno())
+        assert output.write(["a line"]) == 0
+        assert output.write(["\n", "another\n"]) == 0
+
+    assert path.read_text() == "a line\nanother\n"
 
 
 def test_console_lines_are_for_people() -> None:

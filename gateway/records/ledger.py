@@ -1,8 +1,8 @@
 """What is to be kept and is not written yet, and what of each budget is known to be used.
 
 Here the serving path ends: it adds to dictionaries and lists of bounded size and waits for nothing.
-`service.py` takes what has gathered and tells what the database says then, so what a key has used is
-what was read last, what is on its way there, and what has come since.
+`service.py` takes what has gathered and tells what the database says then, so what a key has used
+is what was read last, what is on its way there, and what has come since.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ run() {
   "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
   # 5: the caller's own arguments choose none of these tests.
   if [ "$code" != 0 ] && ! [ "$code" = 5 -a ${#arguments[@]} -gt 0 ]; then
-    { echo "failed on Python $label"; grep -E '\| (FAILED|ERROR) ' "$work/$label"; } >>"$failures" || true
+    echo "failed on Python $label" >>"$failures"
+    sed -nE '/\| (FAILED|ERROR) /p' "$work/$label" >>"$failures"
   fi
 }
 
@@ -65,7 +66,7 @@ parts=(engine wheel rest slow between repository)
 take_part() {
   local number
   exec {lock}>"$work/lock"
-  flock "$lock"
+  flock "$lock" || return 1
   number=$(cat "$work/taken" 2>/dev/null || echo 0)
   echo $((number + 1)) >"$work/taken"
   exec {lock}>&-
@@ -73,13 +74,20 @@ take_part() {
 }
 run_parts() {
   local part
-  while part=$(take_part); do "test_$part"; done
+  while part=$(take_part); do
+    "test_$part"
+    echo "$part" >>"$work/ended"
+  done
 }
-touch "$work/last"
+touch "$work/last" "$work/ended"
 run_parts &
 second=$!
 run_parts
-wait "$second" || echo "failed: one of the parts" >>"$failures"
+wait "$second" || echo "failed: the second worker" >>"$failures"
+# A part that nobody took, or that was broken off, has failed too.
+for part in "${parts[@]}"; do
+  grep -qx "$part" "$work/ended" || echo "not run to its end: $part" >>"$failures"
+done
 # Once more at the end, where they are looked for.
 if [ -s "$failures" ]; then
   sed 's/^/test: /' "$failures" >&2

@@ -90,9 +90,10 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
         return 0
     if command == "doctor":
         return run_doctor(list_engines(settings), partial(print, flush=True), sys.stderr)
-    if settings.engine and command != "up":
+    if command != "up" and (settings.engine or settings.copies > 1):
         raise SettingsError(
-            f"[[engine]] sections are for up, doctor and explain; {command} takes one engine"
+            f"copies and [[engine]] sections are for up, doctor and explain; {command} takes one "
+            "engine"
         )
     if isinstance(settings, TuneSettings):
         return tune(settings, partial(print, flush=True))  # minutes between two lines

@@ -73,6 +73,12 @@ class LauncherSettings(ProgramSettings):
         description="GPUs that the engine may use, as CUDA_VISIBLE_DEVICES names them, separated "
         "by commas; empty: all, or, of several engines, those that `up` gives it.",
     )
+    copies: int = Field(
+        1,
+        ge=1,
+        description="Engines of it, each on GPUs of its own where there are enough, all behind one "
+        "gateway.",
+    )
     share: float = Field(
         1.0,
         gt=0,

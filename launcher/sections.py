@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,11 +36,11 @@ _PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-si
 
 def list_engines(settings: LauncherSettings) -> list[LauncherSettings]:
     """Of each section, with what it does not say from the rest of the file; without sections the
-    settings themselves.
+    settings themselves. Each as often as its `copies` say.
     """
-    if not settings.engine:
+    if not settings.engine and settings.copies == 1:
         return [settings]
-    found = [_read_section(settings, number) for number in range(len(settings.engine))]
+    found = list(_read_sections(settings))
     places = share_out([_read_wish(one) for one in found], _list_gpus(found[0]))
     return [_place(one, place) for one, place in zip(found, places, strict=True)]
 
@@ -49,10 +50,22 @@ def meet(one: LauncherSettings, other: LauncherSettings) -> bool:
     return Place(one.gpus, one.share).meets(Place(other.gpus, other.share))
 
 
-def _read_section(settings: LauncherSettings, number: int) -> LauncherSettings:
-    section = settings.engine[number]
+def _read_sections(settings: LauncherSettings) -> Iterator[LauncherSettings]:
+    next_port = settings.engine_port
+    for number, section in enumerate(settings.engine or ({},), start=1):
+        first = _read_section(settings, section, f"[[engine]] {number}", next_port)
+        folder = first.state_dir if "state_dir" in section else settings.state_dir
+        for copy in range(first.copies):
+            port = first.engine_port + copy * _PORTS_APART
+            own = {"engine_port": port, "state_dir": folder and folder / str(port)}
+            yield first.model_copy(update={"copies": 1, **(own if copy else {})})
+        next_port += first.copies * _PORTS_APART
+
+
+def _read_section(
+    settings: LauncherSettings, section: Mapping[str, Any], where: str, port: int
+) -> LauncherSettings:
     known = set(ServeSettings.model_fields) - _COMMON
-    where = f"[[engine]] {number + 1}"
     for name in section:
         if name in _COMMON:
             raise SettingsError(f"{where}: {name} is for all engines: put it above the sections")
@@ -60,7 +73,6 @@ def _read_section(settings: LauncherSettings, number: int) -> LauncherSettings:
             raise SettingsError(f"{where}: unknown setting {name}{suggest(name, known)}")
     common = settings.model_fields_set & ServeSettings.model_fields.keys()  # not the command's own
     above = settings.model_dump(include=common - {"engine", "config"})
-    port = settings.engine_port + number * _PORTS_APART
     own: dict[str, Any] = {"engine_port": port, "engine": (), "config": None, **section}
     if settings.state_dir is not None and "state_dir" not in section:
         own["state_dir"] = settings.state_dir / str(own["engine_port"])

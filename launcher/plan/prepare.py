@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from common.errors import SettingsError
@@ -74,7 +76,20 @@ def decide(
     plan = build_plan(
         profile, device, model, flags, overrides=[*tuned, *shared, *asked], notes=notes
     )
+    plan = replace(plan, notes=(*plan.notes, *_note_idle_gpus(plan)))
     return choose_scheduler(plan, vllm)
+
+
+def _note_idle_gpus(plan: EnginePlan) -> Iterator[str]:
+    kinds = ("tensor", "pipeline", "data")
+    used = math.prod(int(plan.value(f"{kind}-parallel-size", 1)) for kind in kinds)
+    count = plan.device.count
+    if not plan.device.is_gpu or used >= count or "nnodes" in {one.name for one in plan.options}:
+        return
+    advice = f"--copies {count // used} starts an engine on each, behind one gateway"
+    if plan.model.shape.heads % count == 0:
+        advice += f"; --set tensor-parallel-size={count} one over all, for a large model"
+    yield f"{count - used} of {count} GPUs stay idle: {advice}"
 
 
 def cut_share(device: Device, share: float) -> tuple[Device, list[EngineOption]]:

@@ -56,16 +56,17 @@ class CandidateResult:
 def list_candidates(device: Device, plan: EnginePlan) -> list[Candidate]:
     """The profile as shipped, and every change that applies here and changes anything."""
     kinds = {"gpu", device.generation} if device.is_gpu else {"cpu"}
+    if device.is_gpu and device.count > 1 and plan.model.shape.heads % device.count == 0:
+        kinds.add("gpus")
     present = {choice.name: choice.value for choice in (*plan.options, *plan.environment)}
     found = [Candidate(SHIPPED, "", f"the profile {plan.profile}, unchanged")]
     for row in tomllib.loads(_FILE.read_text(encoding="utf-8"))["candidate"]:
+        options = {k: _fill_in(v, device) for k, v in row.get("options", {}).items()}
         environment = {
             name: value.format(cores=count_cores())
             for name, value in row.get("environment", {}).items()
         }
-        candidate = Candidate(
-            row["name"], row["axis"], row["why"], row.get("options", {}), environment
-        )
+        candidate = Candidate(row["name"], row["axis"], row["why"], options, environment)
         is_new = any(
             str(present.get(name, "auto" if value else "")) != str(value)
             for name, value in candidate.changes.items()
@@ -74,6 +75,10 @@ def list_candidates(device: Device, plan: EnginePlan) -> list[Candidate]:
         if kinds & set(row["on"]) and is_new and not is_double:
             found.append(candidate)
     return found
+
+
+def _fill_in(value: Any, device: Device) -> Any:
+    return device.count if value == "{gpus}" else value
 
 
 def pick(candidates: list[Candidate], names: Sequence[str]) -> list[Candidate]:

@@ -39,7 +39,7 @@ from tests.gateway.scripted_engine import (
 
 _LONGEST_ANSWER_S = 60.0
 # Where a fault hangs. Elsewhere the usual time-outs hold: a busy machine is no fault.
-_SOON = {"engine_timeout_s": 2.0, "stream_idle_timeout_s": 1.0}
+_SOON: dict[str, Any] = {"engine_timeout_s": 2.0, "stream_idle_timeout_s": 1.0}
 
 
 # What an engine may do to a call.

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import DoctorSettings, load_settings
+from launcher.config import DoctorSettings, ExplainSettings, load_settings
 from launcher.doctor import run_doctor
+from launcher.explain import explain
+from launcher.sections import list_engines
 from tests.launcher.programs import ROOT, Launcher, running
 
 MODELS = Path(__file__).parent / "models"
@@ -144,6 +146,25 @@ def test_explain_named_gpu_needs_no_gpu(launcher: Launcher) -> None:
     assert "attention-backend = TRITON_ATTN" in out
     assert "56.0 KiB a token" in out  # 28 layers x 8 heads x 128 x 2, one byte each
     assert "vllm.entrypoints.cli.main serve" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["2x H200"], "1 of 2 GPUs stay idle: --copies 2 starts an engine on each"),
+        (["2x H200", "--set", "tensor-parallel-size=2"], ""),
+        (["2x H200", "--copies", "2"], ""),
+        (["H200"], ""),
+    ],
+)
+def test_explain_says_which_gpus_stay_idle(tmp_path: Path, words: list[str], told: str) -> None:
+    model = ["--model", str(MODELS / "qwen3-0.6b"), "--cache-dir", str(tmp_path)]
+    settings = load_settings(ExplainSettings, ["--gpu", *words, *model])
+
+    output = "\n".join(explain(list_engines(settings), as_json=False))
+
+    assert "runs     384 sequences at once" in output
+    assert ("stay idle" in output, told in output) == (bool(told), True)
 
 
 def test_serve_for_a_gpu_that_vllm_cannot_use_is_refused(launcher: Launcher) -> None:

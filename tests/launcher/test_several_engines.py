@@ -386,3 +386,33 @@ def test_share_cuts_what_is_planned_for() -> None:
     (option,) = cut_share(parse_device("H200"), 0.5)[1]
     assert (option.name, option.value) == ("gpu-memory-utilization", 0.45)
     assert cut_share(cpu, 1.0) == (cpu, [])
+
+
+def test_copies_are_engines_of_their_own_on_gpus_of_their_own(tmp_path: Path) -> None:
+    first, second, third = read_sections(
+        tmp_path,
+        f"""
+        gpu = "4x H200"
+        engine_port = 9000
+        state_dir = "{tmp_path}/state"
+        [[engine]]
+        copies = 2
+        profile = "throughput"
+        [[engine]]
+        """,
+    )
+
+    assert [one.engine_port for one in (first, second, third)] == [9000, 9010, 9020]
+    assert [one.gpus for one in (first, second, third)] == [("0",), ("1",), ("2",)]
+    assert [one.share for one in (first, second, third)] == [1, 1, 1]
+    assert [one.profile for one in (first, second, third)] == ["throughput", "throughput", "auto"]
+    assert len({one.state_path for one in (first, second, third)}) == 3
+    assert {one.copies for one in (first, second)} == {1}
+
+
+def test_copies_need_no_section(tmp_path: Path) -> None:
+    words = ["--gpu", "H200", "--copies", "2"]
+    first, second = list_engines(load_settings(LauncherSettings, words))
+
+    assert (first.gpus, first.share, second.gpus, second.share) == (("0",), 0.5, ("0",), 0.5)
+    assert second.engine_port == first.engine_port + 10

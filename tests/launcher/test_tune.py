@@ -297,3 +297,10 @@ def test_tune_on_the_cpu_result_is_used_by_the_next_start(tmp_path: Path) -> Non
     explained = call(launcher, "explain", "--all")[1]
     assert tuned["summary"] in explained
     assert launcher.processes() == []
+
+
+@pytest.mark.parametrize(("gpu", "sizes"), [("H200", []), ("2x H200", [2]), ("3x H200", [])])
+def test_all_gpus_are_a_candidate_where_they_divide_the_model(gpu: str, sizes: list[int]) -> None:
+    plan = make_plan("latency", gpu, "qwen3-0.6b")
+    found = [one.options for one in list_candidates(plan.device, plan) if one.name == "all-gpus"]
+    assert [options["tensor-parallel-size"] for options in found] == sizes

@@ -46,7 +46,9 @@ class Program(Protocol):
     def find_cause(self, lines: Sequence[str]) -> str:
         """The line that says why it died."""
 
-    async def is_up(self) -> bool: ...
+    async def is_up(self) -> bool:
+        """`TimeoutError` where it never will be."""
+
     async def warm(self) -> None:
         """Returns when the program has really answered."""
 

@@ -64,6 +64,9 @@ _REQUEST = re.compile(
 _RECEIVED = "Received request "
 _SCHEDULER = re.compile(r"Decode scheduler: (?P<state>on|off|gave up)\b[^:]*(?:: (?P<reason>.+))?$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CORE_DEAD = re.compile(
+    r"EngineCore (?:failed to start|encountered a fatal error|encountered an issue)\."
+)
 _CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
 _CAUSE = re.compile(
     r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*|\s*Value error, .*"
@@ -148,6 +151,13 @@ def _find_request_id(name: str, kind: str, *, is_inner: bool) -> str:
     if is_inner:
         own = re.sub(r"-[0-9a-f]{8}$", "", own)
     return re.sub(r"-\d+$", "", own) if kind == "cmpl" else own
+
+
+def is_core_dead(line: str) -> bool:
+    """What follows is its API server's end, as a rule: one that still waits for its core's first
+    word may stay for ever.
+    """
+    return bool(_CORE_DEAD.search(line))
 
 
 def find_killed_child(line: str) -> tuple[int, str] | None:

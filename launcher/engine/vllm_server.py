@@ -63,10 +63,12 @@ class VllmServer:
         self.lines: LineLog | None = None
         self._progress_shown_at = 0.0
         self._first_activity: Activity | None = None
+        self._core_dead_at = 0.0
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         self.progress = self.scheduler = None
         self.killed_children = []
+        self._core_dead_at = 0.0
         command = self._command
         kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
         argv = bind_to_parent(command.module, *command.arguments, kill_s=kill_s, users=self._users)
@@ -85,6 +87,8 @@ class VllmServer:
     def read_line(self, line: str) -> None:
         if killed := vllm_log.find_killed_child(line):
             self.killed_children.append(killed)
+        if not self._core_dead_at and vllm_log.is_core_dead(line):
+            self._core_dead_at = time.monotonic()
         if scheduler := vllm_log.read_scheduler(line):
             self.scheduler = scheduler
             self.scheduler_fallbacks += scheduler.state == "gave up"
@@ -100,6 +104,9 @@ class VllmServer:
         return f"its process {pid} was killed by {name}"
 
     async def is_up(self) -> bool:
+        dead_s = time.monotonic() - self._core_dead_at if self._core_dead_at else 0.0
+        if dead_s > self.kill_timeout_s:
+            raise TimeoutError
         return await self._probe.is_up()
 
     async def warm(self) -> None:

@@ -180,6 +180,17 @@ def test_engine_hanging_while_loading_ends_with_3(launcher: Launcher) -> None:
     assert launcher.processes() == []
 
 
+def test_engine_whose_core_died_while_loading_is_not_waited_for(launcher: Launcher) -> None:
+    """Its API server waits for the core's first word, and would for all of the time to start."""
+    launcher.fake = "hang_loading dead_core"
+    launcher.settings |= {"LAUNCHER_START_TIMEOUT_S": "600", "LAUNCHER_KILL_TIMEOUT_S": "1"}
+    with running(launcher):
+        assert launcher.wait() == 3
+    assert "did not answer within" in (last := launcher.err.splitlines()[-1])
+    assert "RuntimeError: Executor failed." in last
+    assert launcher.processes() == []
+
+
 def test_engine_ignoring_term_is_killed(launcher: Launcher) -> None:
     launcher.fake = "ignore_term"
     launcher.settings |= {"LAUNCHER_DRAIN_TIMEOUT_S": "0"}

@@ -1,9 +1,9 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
-How it starts is in the variable FAKE_VLLM (`hang_loading`, `exit_loading=3`, `ignore_term`, `fork`,
-`flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`, and `fast_with=WORD`,
-`wrong_with=WORD`, `dies_with=WORD`, `never_with=WORD` for a word of its argv); once it runs, POST
-/fake tells it what to do.
+How it starts is in the variable FAKE_VLLM (`hang_loading`, `dead_core`, `exit_loading=3`,
+`ignore_term`, `fork`, `flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`, and
+`fast_with=WORD`, `wrong_with=WORD`, `dies_with=WORD`, `never_with=WORD` for a word of its argv);
+once it runs, POST /fake tells it what to do.
 """
 # ruff: noqa: T201, ASYNC110
 
@@ -192,6 +192,12 @@ def main() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             subprocess.Popen([sys.executable, "-c", _CORE], process_group=0)
             print("deaf", flush=True)
+        if "dead_core" in words:
+            print("(EngineCore pid=7) RuntimeError: Executor failed.", flush=True)
+            print(
+                "(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] EngineCore failed to start.",
+                flush=True,
+            )
         time.sleep(600)
     if "exit_loading" in words or words.get("never_with") in sys.argv:
         print("ValueError: the fake model is not supported", file=sys.stderr, flush=True)

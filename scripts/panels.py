@@ -449,6 +449,60 @@ _WHOM = Row(
         ),
     ),
 )
+_KEPT = Row(
+    "Batch jobs, usage and audit",
+    (
+        Panel(
+            "Batch requests at once",
+            (
+                Query("sum(gateway_batch_running_lines)", "running"),
+                Query("sum(gateway_batch_window_lines)", "window"),
+            ),
+            about="Requests of /v1/batches that run, and how many may, as found out so far. 0 while "
+            "there is no batch.",
+        ),
+        Panel(
+            "Batch requests answered",
+            (
+                Query(_rate("gateway_batch_lines_total", "outcome"), "{{outcome}}"),
+                Query("sum(rate(gateway_batch_retries_total[$__rate_interval]))", "asked again"),
+            ),
+            _PER_S,
+            about="By outcome; asked again: refused for a while, by a full queue or a limit.",
+        ),
+        Panel(
+            "Batches: database or disk away",
+            (
+                Query(
+                    "sum by (instance) (rate(gateway_batch_storage_failures_total"
+                    "[$__rate_interval]))",
+                    "{{instance}}",
+                ),
+            ),
+            _PER_S,
+            about="A batch had to wait for where its answers are kept. It goes on by itself.",
+        ),
+        Panel(
+            "Usage and audit: database away",
+            (Query("max by (instance) (gateway_records_away)", "{{instance}}"),),
+            "bool_yes_no",
+            about="Yes: what was used is kept in memory until the database answers. No, too, where "
+            "there is none.",
+        ),
+        Panel(
+            "Usage and audit: to be written",
+            (Query("sum by (kind) (gateway_records_waiting)", "{{kind}}"),),
+            about="usage: sums by key, model and day; audit: rows.",
+        ),
+        Panel(
+            "Usage and audit: lost",
+            (Query(_rate("gateway_records_dropped_total", "kind"), "{{kind}}"),),
+            _PER_S,
+            about="Not kept, because too much waited.",
+            empty="nothing was lost",
+        ),
+    ),
+)
 OVERVIEW = Board(
     "overview",
     "Gateway: overview",
@@ -467,6 +521,7 @@ OVERVIEW = Board(
         _FULL,
         _FAILS,
         _WHOM,
+        _KEPT,
     ),
 )
 

@@ -31,6 +31,8 @@ WATCHED = {
     "KvCacheFull": {"engine:kv_usage:max"},
     "BreakerOpen": {"gateway_engine_breaker_open"},
     "RedisAway": {"gateway_redis_away"},
+    "RecordsAway": {"gateway_records_away"},
+    "BatchStorageAway": {"gateway_batch_storage_failures"},
 }
 ALERTS = re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text(encoding="utf-8"))
 

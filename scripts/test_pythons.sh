@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every test, in parts of which two run side by side, each as much as about one core can do. On the Python that is set
-# up already: those with the real engine, those marked `slow`, and all others but the ones marked `programs`, which are
-# the same on every Python. On the last other Python that this project supports and that is installed here: all of those
-# others, with the built wheel in place of the checkout. On the one between, where what fails there alone is rare: the
-# gateway's.
+# Every test, in parts; as many run side by side as there are cores and one more, because most tests wait for something
+# half of their time. On the Python that is set up already: those with the real engine, those marked `slow`, and all
+# others but the ones marked `programs`, which are the same on every Python. On the last other Python that this project
+# supports and that is installed here: all of those others, with the built wheel in place of the checkout. On the one
+# between, where what fails there alone is rare: the gateway's routes and records.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,8 @@ rest="not engine and not slow"
 run() {
   local label=$1 marked=$2 code=0
   shift 2
-  "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
+  local TIMEFORMAT="$label | took %0R s, and %0U s of a core"
+  time "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
   # 5: the caller's own arguments choose none of these tests.
   if [ "$code" != 0 ] && ! [ "$code" = 5 -a ${#arguments[@]} -gt 0 ]; then
     echo "failed on Python $label" >>"$failures"
@@ -35,34 +36,52 @@ set_up() {
   false
 }
 
-test_engine() { run "$own_version, engine" engine "$own/bin/python" -m pytest; }
-test_slow() { run "$own_version, slow" "slow and not engine" "$own/bin/python" -m pytest; }
-test_rest() { run "$own_version" "$rest and not programs" "$own/bin/python" -m pytest; }
+own_pytest() { # LABEL MARKED ARGUMENT…
+  run "$own_version$1" "$2" "$own/bin/python" -m pytest "${@:3}"
+}
+test_service() { own_pytest ", engine and gateway" engine --ignore-glob='tests/[!e]*'; }
+test_engine() { own_pytest ", engine" engine --ignore=tests/e2e; }
+test_slow() { own_pytest ", slow" "slow and not engine"; }
+test_rest() { own_pytest "" "$rest and not programs"; }
 # What is about the repository is not about the wheel.
 test_repository() {
-  run "$own_version, repository" "programs and not engine and not slow" "$own/bin/python" -m pytest \
+  own_pytest ", repository" "programs and not engine and not slow" \
     --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
 }
-test_wheel() {
+
+# The last other Python, set up once; the one that is there already where there is no other.
+find_last() {
   local version
-  for version in 3.13 3.12 3.11; do
-    [ "$version" != "$own_version" ] || continue
-    if set_up "$version"; then
-      echo "$version" >"$work/last"
-      run "$version, wheel" "$rest" scripts/test_wheel.sh ".venv-$version"
-      return
-    fi
-  done
-  run "$own_version, wheel" "$rest" scripts/test_wheel.sh "$own" # the one Python alone tests both
+  exec {last}>"$work/last.lock"
+  flock "$last" || return 1
+  if [ ! -s "$work/last" ]; then
+    echo "$own_version $own" >"$work/last"
+    for version in 3.13 3.12 3.11; do
+      [ "$version" != "$own_version" ] && set_up "$version" >&2 || continue
+      echo "$version .venv-$version" >"$work/last"
+      break
+    done
+  fi
+  exec {last}>&-
+  cat "$work/last"
 }
+wheel_pytest() { # LABEL MARKED
+  local version venv
+  read -r version venv < <(find_last)
+  run "$version, wheel$1" "$2" scripts/test_wheel.sh "$venv"
+}
+test_wheel() { wheel_pytest "" "$rest and not programs"; }
+test_programs() { wheel_pytest ", programs" "$rest and programs"; }
 test_between() {
-  local version=3.12
-  [ "$version" != "$own_version" ] && [ "$version" != "$(cat "$work/last")" ] && set_up "$version" || return 0
-  run "$version" "$rest and not programs" ".venv-$version/bin/python" -m pytest --ignore-glob='tests/[!g]*'
+  local version=3.12 last
+  last=$(find_last)
+  [ "$version" != "$own_version" ] && [ "$version" != "${last% *}" ] && set_up "$version" || return 0
+  run "$version" "$rest and not programs" ".venv-$version/bin/python" -m pytest \
+    --ignore-glob='tests/[!g]*' --ignore-glob='tests/gateway/[!r]*'
 }
 
-# The longest first; `between` knows by then what `wheel` has run on.
-parts=(engine wheel rest slow between repository)
+# The longest first.
+parts=(service engine programs wheel rest slow between repository)
 take_part() {
   local number
   exec {lock}>"$work/lock"
@@ -79,11 +98,15 @@ run_parts() {
     echo "$part" >>"$work/ended"
   done
 }
-touch "$work/last" "$work/ended"
-run_parts &
-second=$!
-run_parts
-wait "$second" || echo "failed: the second worker" >>"$failures"
+touch "$work/ended"
+workers=()
+for _ in $(seq "$(($(nproc) + 1))"); do
+  run_parts &
+  workers+=($!)
+done
+for worker in "${workers[@]}"; do
+  wait "$worker" || echo "failed: a worker" >>"$failures"
+done
 # A part that nobody took, or that was broken off, has failed too.
 for part in "${parts[@]}"; do
   grep -qx "$part" "$work/ended" || echo "not run to its end: $part" >>"$failures"

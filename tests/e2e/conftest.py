@@ -88,7 +88,7 @@ def start_stack(folder: Path, *flags: str, **variables: str) -> Iterator[Stack]:
 
 
 def _wait_ready(gateway: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    deadline = time.monotonic() + 110
+    deadline = time.monotonic() + LONGEST_START_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{gateway}/readyz", verify=NO_TLS).status_code == 200:

@@ -12,7 +12,7 @@ from tests.gateway.batches.conftest import dump, open_sdk, until
 from tests.gateway.batches.test_jobs import check_counts
 from tests.gateway.process import serve_process
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "CUDA"}], "max_tokens": 24},

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from tests.e2e.conftest import Stack
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 QUESTION = "什么是 warp？"
 ANSWER = "#12345#"

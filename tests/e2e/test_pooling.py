@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.conftest import Stack, start_stack
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 TEXTS = ["CUDA", "warp"]
 CALLS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,7 @@ def test_up_whose_output_goes_nowhere_serves_and_stops(
     with place() as pipe:
         launcher = Launcher(tmp_path, "up", settings, fake="flood", pipe=pipe)
         with running(launcher):
-            wait_for(lambda: is_ready(launcher), "it is ready", within_s=60)
+            wait_for(lambda: is_ready(launcher), "it is ready", within_s=150)
             url = f"http://127.0.0.1:{launcher.port}/predict"
             for number in range(20):
                 prompts = [f"one {number}", f"other {number}"]
@@ -69,7 +69,7 @@ def test_log_file_that_is_deleted_is_made_anew(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
     log = launcher.state / "engine.log"
     with running(launcher):
-        launcher.wait_state("ready", within_s=60)
+        launcher.wait_state("ready", within_s=150)
         launcher.order(say="before")
         wait_for(lambda: "before" in log.read_text(), "the line is kept")
         log.unlink()
@@ -108,7 +108,7 @@ def test_up_launcher_killed_what_runs_and_waits_is_answered(tmp_path: Path) -> N
             return await asyncio.gather(*tasks)
 
     with running(launcher):
-        wait_for(lambda: is_ready(launcher), "it is ready", within_s=60)
+        wait_for(lambda: is_ready(launcher), "it is ready", within_s=150)
         launcher.order(delay_s=3)
         stream, *batches = asyncio.run(scenario())
         assert stream.text.endswith("data: [DONE]\n\n")

@@ -157,7 +157,7 @@ def test_up_launcher_killed_what_runs_and_waits_is_answered(tmp_path: Path) -> N
         assert [batch.status_code for batch in batches] == [200] * 4
         assert ["errors" in batch.json() for batch in batches] == [False] * 4
         launcher.wait()
-        wait_for(lambda: not launcher.processes(), "engine and gateway end", within_s=30)
+        wait_for(lambda: not launcher.processes(), "engine and gateway end", within_s=120)
 
 
 def test_crash_loop_ends_with_4_within_its_budget(tmp_path: Path) -> None:

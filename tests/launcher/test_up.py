@@ -31,7 +31,7 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 def wait_ready(launcher: Launcher) -> str:
-    line = wait_for(lambda: launcher.out, f"ready line; {launcher.err[-2000:]}", within_s=30)
+    line = wait_for(lambda: launcher.out, f"ready line; {launcher.err[-2000:]}", within_s=150)
     return str(line)
 
 

@@ -73,7 +73,7 @@ async def _crowd(sizes: list[int], capacity: int, chance: random.Random) -> None
     assert all(isinstance(result, allowed) for result in results)
     assert _gauge(metrics, "gateway_running_sequences") == inside == 0
     assert _gauge(metrics, "gateway_waiting_sequences") == 0
-    async with asyncio.timeout(1), queue.enter(Ticket(capacity)):
+    async with asyncio.timeout(30), queue.enter(Ticket(capacity)):
         pass  # no place is kept for who has left
 
 
@@ -133,14 +133,14 @@ async def _feed_crowd(sizes: list[int], runs: int, chance: random.Random) -> Non
 
     assert all(isinstance(one, type(None) | asyncio.CancelledError) for one in results)
     assert [queue.count(lane) for lane in LANES] == [(0, 0), (0, 0)]
-    async with asyncio.timeout(1), queue.enter(Ticket(places)):
+    async with asyncio.timeout(30), queue.enter(Ticket(places)):
         pass  # no place is kept for who has left
 
 
 async def test_queue_chat_enters_while_batches_have_all_of_their_share() -> None:
     queue = start_queue()
     queue.change_capacity(16)
-    async with asyncio.timeout(1), queue.enter(Ticket(20, "batch")):
+    async with asyncio.timeout(30), queue.enter(Ticket(20, "batch")):
         waiting = [asyncio.create_task(_stay(queue, Ticket(1, "batch"), 0.0)) for _ in range(3)]
         await until(lambda: queue.count("batch") == (15, 3))
         async with queue.enter(Ticket(1)), queue.enter(Ticket(1)), queue.enter(Ticket(1)):
@@ -182,7 +182,7 @@ async def test_queue_admits_in_the_order_of_arrival() -> None:
 async def test_queue_a_batch_of_all_places_enters_beside_a_long_stream() -> None:
     queue = start_queue(max_running=8)
     stream, batch, chat = Ticket(1), Ticket(10_000, "batch"), Ticket(1)
-    async with asyncio.timeout(1), queue.enter(stream), queue.enter(batch), queue.enter(chat):
+    async with asyncio.timeout(30), queue.enter(stream), queue.enter(batch), queue.enter(chat):
         # And it leaves places for chats while it runs.
         assert (queue.count("batch"), queue.count("interactive")) == ((4, 0), (2, 0))
 
@@ -196,9 +196,9 @@ async def test_queue_batch_kept_out_by_long_streams_lets_chats_pass() -> None:
         await until(lambda: queue.count("batch") == (0, 4))
 
         for lane in (*LANES, *LANES):
-            async with asyncio.timeout(1):  # also one who has no time to wait
+            async with asyncio.timeout(30):  # also one who has no time to wait
                 await _stay(queue, Ticket(1, lane, deadline=time.monotonic() + 0.5), 0.001)
-        async with asyncio.timeout(1):  # more than there is room for, and two large among them
+        async with asyncio.timeout(30):  # more than there is room for, and two large among them
             tickets = [Ticket(1 + index % 2, LANES[index % 3 // 2]) for index in range(20)]
             await asyncio.gather(*(_stay(queue, ticket, 0.001) for ticket in tickets))
 

@@ -458,8 +458,8 @@ _KEPT = Row(
                 Query("sum(gateway_batch_running_lines)", "running"),
                 Query("sum(gateway_batch_window_lines)", "window"),
             ),
-            about="Requests of /v1/batches that run, and how many may, as found out so far. 0 while "
-            "there is no batch.",
+            about="Requests of /v1/batches that run, and how many may, as found out so far. 0 "
+            "while there is no batch.",
         ),
         Panel(
             "Batch requests answered",

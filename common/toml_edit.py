@@ -31,9 +31,11 @@ def replace_table(path: Path, name: str, table: Mapping[str, Any]) -> None:
 
 
 def set_values(path: Path, name: str, values: Mapping[str, Any]) -> None:
-    """In the table of that name; what stands there already keeps its place."""
+    """In the table of that name, or with no name above all tables; what stands there already keeps
+    its place.
+    """
     text, before = _read(path)
-    lines, is_inside, at = [], False, None
+    lines, is_inside, at = [], not name, None if name else 0
     left = dict(values)
     for line in text.splitlines():
         if found := _HEADER.match(line):
@@ -48,7 +50,8 @@ def set_values(path: Path, name: str, values: Mapping[str, Any]) -> None:
         lines += ["", f"[{name}]"]
         at = len(lines)
     lines[at:at] = [f"{key} = {render_value(value)}" for key, value in left.items()]
-    _write(path, "\n".join(lines) + "\n", {**before, name: {**before.get(name, {}), **values}})
+    wanted = {name: {**before.get(name, {}), **values}} if name else values
+    _write(path, "\n".join(lines) + "\n", {**before, **wanted})
 
 
 def render_value(value: Any) -> str:

@@ -9,6 +9,8 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import structlog
 import uvloop
@@ -22,6 +24,7 @@ from common.settings import build_schema
 from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
+from gateway.discovery.roll import roll
 from gateway.engines.warmup import read_warmup_questions
 from gateway.listening import listen
 from gateway.observability.metrics import METRICS
@@ -33,9 +36,13 @@ log = structlog.get_logger("gateway")
 
 def main() -> int:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["new-key"]:
-        return print_new_key(arguments[1:])
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "new-key": print_new_key,
+        "roll": partial(roll, say=partial(print, flush=True)),
+    }
     try:
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
         if wants_help(arguments):
             print(format_help(Settings))
             return 0
@@ -87,6 +94,7 @@ def describe(command: str, arguments: list[str]) -> str:
         "check": "Judges the settings and starts nothing.",
         "example": "Prints a settings file with every setting.",
         "new-key": "Makes an API key and its entry for the keys file.",
+        "roll": "Puts new engines in the place of old ones, and loses no request.",
         "schema": "Prints the JSON schema of the settings file.",
     }
     return complete(arguments, build_parser("vllm-gateway", {}, others, settings=Settings))

@@ -77,8 +77,9 @@ class Settings(ProgramSettings):
     """An OpenAI-compatible gateway over vLLM engines.
 
     Before the flags, `check` only judges the settings. Alone: `new-key NAME` makes an API key,
-    `schema` prints the JSON schema of the settings file, `example` such a file with every setting,
-    `completion SHELL` completes flags.
+    `roll URL --config FILE` puts new engines in the place of old ones, `schema` prints the JSON
+    schema of the settings file, `example` such a file with every setting, `completion SHELL`
+    completes flags.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_prog_name="python -m gateway")

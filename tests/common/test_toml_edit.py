@@ -40,6 +40,13 @@ def test_values_set_keep_their_place_and_all_other_lines(path: Path) -> None:
     assert lines.index("top_k = 3") < lines.index("[launcher]")
 
 
+def test_values_set_above_all_tables(path: Path) -> None:
+    before = read(path)
+    set_values(path, "", {"engines": ["http://a:1"], "port": 8001})
+    set_values(path, "", {"port": 8002})
+    assert read(path) == {**before, "engines": ["http://a:1"], "port": 8002}
+
+
 def test_values_set_in_a_table_that_is_not_there_make_it(tmp_path: Path) -> None:
     set_values(tmp_path / "new.toml", "gateway", {"single_line": True})
     assert read(tmp_path / "new.toml") == {"gateway": {"single_line": True}}

@@ -30,6 +30,7 @@ from common.errors import ProgramError
 from common.settings import ProgramSettings, list_flags, name_variable
 from gateway.config import Settings
 from gateway.config import load_settings as load_gateway
+from gateway.discovery.roll import build_parser
 from lab import options
 from lab.__main__ import COMMANDS as LAB
 from lab.gpu.arms import parse_arm
@@ -181,6 +182,12 @@ def judge_gateway(command: Command, folder: Path) -> None:
     words = command.words[1:]
     if not command.variables and words in ((), ("check",)):  # the program's name, in a text
         command = replace(command, variables=_TOKENIZER)
+    if words[:1] == ("roll",):
+        try:
+            build_parser().parse_args(words[1:])
+        except SystemExit:
+            raise Unfit(f"roll does not take {words[1:]}") from None
+        return
     arguments = words if words[:1] and words[0] in _QUICK else ("check", *words)
     answer = run(command, [sys.executable, "-m", "gateway", *arguments], folder)
     if command.into and "/" not in command.into:
@@ -312,6 +319,7 @@ def list_own_flags() -> frozenset[str]:
     """Every flag that a program of the project takes."""
     kinds: list[type[ProgramSettings]] = [Settings, *LAUNCHER.values()]
     files = [path for name in ("demo", "lab", "scripts") for path in (ROOT / name).rglob("*.py")]
+    files.append(ROOT / "gateway" / "discovery" / "roll.py")
     return frozenset(
         {flag for kind in kinds for flag in list_flags(kind)}
         | {flag for path in files for flag in find_flags(path)}

@@ -26,8 +26,10 @@ from gateway.errors import DeadlineUnreachable, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.schemas.vllm import ModelCard
 
-# An affinity gives way when its engine has this much more than its share.
+# An affinity gives way when its engine has this much more than its share; but not where that is
+# next to nothing, which is half of what it runs at once, and so many sequences at most.
 _AFFINITY_SLACK = 1.25
+_FEW_SEQUENCES = 8
 _SHORTEST_RETRY_AFTER_S = 1.0
 # An engine that has been away for less may just not have answered one look at it.
 _BLIP_S = 3.0
@@ -433,9 +435,14 @@ def _find_best(engines: Sequence[Engine], affinity: str) -> Engine:
     # A header may hold bytes that are no text; they name a session as well as others do.
     number = hash_text(affinity)
     return min(
-        (engine for engine in engines if engine.running <= most),
+        (engine for engine in engines if engine.running <= most or _has_little(engine)),
         key=lambda engine: engine.number * number & _64_BITS,
     )
+
+
+def _has_little(engine: Engine) -> bool:
+    few = _FEW_SEQUENCES
+    return engine.running < (min(few, engine.sequences // 2) if engine.sequences else few)
 
 
 POOL = web.AppKey("pool", EnginePool)

@@ -84,6 +84,19 @@ async def test_only_sessions_of_engines_that_go_move() -> None:
     assert max(counts.values()) < 30  # ten on the mean
 
 
+async def test_session_moves_for_a_full_engine_and_not_for_a_few_calls() -> None:
+    async with _build_pool() as pool:
+        its = await pool.acquire("a session")
+        its.running = 7  # and all others nothing
+        assert await pool.acquire("a session") is its
+
+        its.running = 8
+        assert await pool.acquire("a session") is not its
+
+        its.running, its.sequences = 3, 4
+        assert await pool.acquire("a session") is not its
+
+
 async def test_engine_that_is_still_away_wakes_nobody() -> None:
     async with _build_pool(is_ready=False) as pool:
         looks, has_looked = 0, asyncio.Event()

@@ -17,7 +17,9 @@ from lab.bench.relay.stand_in_engine import EngineProtocol
 
 
 class EnginePort(EngineProtocol):
-    """A connection to one of them; whatever generates takes `delay_s`."""
+    """A connection to one of them; whatever generates begins after `delay_s`, and a stream has a
+    chunk every `pause_s`.
+    """
 
     def __init__(self, engine: StandIn) -> None:
         super().__init__()
@@ -43,6 +45,9 @@ class EnginePort(EngineProtocol):
         else:
             super()._answer(head, body)
 
+    async def _stream(self, number: int, pause_s: float) -> None:
+        await super()._stream(number, pause_s or self._engine.pause_s)
+
     def _answer_late(self, head: bytes, body: bytes) -> None:
         if not self._transport.is_closing():
             super()._answer(head, body)
@@ -51,8 +56,8 @@ class EnginePort(EngineProtocol):
 class StandIn:
     """One engine: its port, and whoever is connected to it."""
 
-    def __init__(self, delay_s: float) -> None:
-        self.delay_s = delay_s
+    def __init__(self, delay_s: float, pause_s: float) -> None:
+        self.delay_s, self.pause_s = delay_s, pause_s
         self.port = 0
         self.connections: set[EnginePort] = set()
         self.has_work = asyncio.Event()
@@ -73,12 +78,12 @@ class StandIn:
             connection.cut()
 
 
-async def serve(count: int, delay_s: float) -> None:
+async def serve(count: int, delay_s: float, pause_s: float) -> None:
     loop = asyncio.get_running_loop()
     orders: asyncio.Queue[bool] = asyncio.Queue()
     for number, fails in ((signal.SIGUSR1, True), (signal.SIGUSR2, False)):
         loop.add_signal_handler(number, orders.put_nowait, fails)
-    engines = [StandIn(delay_s) for _ in range(count)]
+    engines = [StandIn(delay_s, pause_s) for _ in range(count)]
     for engine in engines:
         await engine.start()
     print(",".join(str(engine.port) for engine in engines), flush=True)
@@ -101,8 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two chunks")
     arguments = parser.parse_args()
-    uvloop.run(serve(arguments.count, arguments.delay))
+    uvloop.run(serve(arguments.count, arguments.delay, arguments.pause))
 
 
 if __name__ == "__main__":

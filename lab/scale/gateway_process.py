@@ -36,6 +36,7 @@ from lab.paths import OUT
 _CONNECTIONS = 64
 _WAIT_S = 120.0
 _POLL_S = 0.25
+_CHUNK_PAUSE_S = 0.02
 _STOP_S = 20.0
 _CALLERS, _CALLERS_EACH = 64, 2  # at least; and for each engine, so that each has work
 
@@ -65,6 +66,7 @@ class ProcessFigures:
     call_cpu_ms: list[float]
     affinity_cpu_ms: list[float]
     chunk_cpu_us: list[float]
+    late_chunk_cpu_us: float  # of one that comes alone, as an engine's token does
     lost_calls: int
     lost_for_s: float
     back_after_s: float
@@ -80,7 +82,7 @@ class RedisFigures:
 
 
 async def measure_process(engines: int, load: ProcessLoad) -> ProcessFigures:
-    rounds = range(load.rounds)
+    rounds, ask_stream = range(load.rounds), RelayConnection.ask_stream
     with ExitStack() as exits:
         async with start_gateway(exits, StandIns(exits, engines), "--routing", "least") as gateway:
             start_cpu_s = read_cpu_s(gateway.pid)
@@ -90,14 +92,14 @@ async def measure_process(engines: int, load: ProcessLoad) -> ProcessFigures:
             files = count_files(gateway.pid)
             scrape_cpu_ms, scrape_kib = await measure_scrape(gateway)
             calls = [await measure_calls(gateway, load.seconds) for _ in rounds]
-            ask_stream = RelayConnection.ask_stream
             chunks = [await measure_calls(gateway, load.seconds, ask_stream) for _ in rounds]
     with ExitStack() as exits:
         async with start_gateway(exits, StandIns(exits, engines), "--routing", "prefix") as gateway:
             affinities = [await measure_calls(gateway, load.seconds) for _ in rounds]
     with ExitStack() as exits:
-        stand_ins = StandIns(exits, engines, load.delay_s)
+        stand_ins = StandIns(exits, engines, load.delay_s, _CHUNK_PAUSE_S)
         async with start_gateway(exits, stand_ins, "--routing", "least") as gateway:
+            late_chunk_ms = await measure_calls(gateway, load.seconds, ask_stream)
             lost, lost_for_s, back_after_s = await measure_failure(gateway, stand_ins, load)
     return ProcessFigures(
         engines=engines,
@@ -110,6 +112,7 @@ async def measure_process(engines: int, load: ProcessLoad) -> ProcessFigures:
         call_cpu_ms=calls,
         affinity_cpu_ms=affinities,
         chunk_cpu_us=[one * 1e3 for one in chunks],
+        late_chunk_cpu_us=late_chunk_ms * 1e3,
         lost_calls=lost,
         lost_for_s=lost_for_s,
         back_after_s=back_after_s,
@@ -119,8 +122,10 @@ async def measure_process(engines: int, load: ProcessLoad) -> ProcessFigures:
 class StandIns:
     """The process with all engines."""
 
-    def __init__(self, exits: ExitStack, count: int, delay_s: float = 0.0) -> None:
-        words = ("--count", str(count), "--delay", str(delay_s))
+    def __init__(
+        self, exits: ExitStack, count: int, delay_s: float = 0.0, pause_s: float = 0.0
+    ) -> None:
+        words = ("--count", str(count), "--delay", str(delay_s), "--pause", str(pause_s))
         command = [sys.executable, "-m", "lab.scale.engine_ports", *words]
         # Entered, so that its pipe is closed, too.
         self.process = exits.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))

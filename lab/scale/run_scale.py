@@ -105,7 +105,7 @@ def describe_outcome(outcome: Outcome) -> dict[str, Row]:
     scenario = outcome.scenario
     sessions = outcome.sessions_kept + outcome.sessions_moved
     limited = outcome.refused.get("requests_per_minute", 0)
-    rows: dict[str, tuple[float, str]] = {
+    rows: dict[str, tuple[float | None, str]] = {
         "calls answered": (outcome.answered / scenario.seconds, "/s"),
         "tokens": (outcome.tokens / scenario.seconds, "/s"),
         "first token, median": (quantile(outcome.first_token_s, 0.5) * 1e3, "ms"),
@@ -126,7 +126,7 @@ def describe_outcome(outcome: Outcome) -> dict[str, Row]:
         "out of use after": (outcome.out_after_s * 1e3, "ms"),
         "all of them at work again after": (outcome.back_after_s, "s"),
     }
-    return {name: ((value,), unit) for name, (value, unit) in rows.items()}
+    return {name: ((value,), unit) for name, (value, unit) in rows.items() if value is not None}
 
 
 def describe_process(figures: ProcessFigures) -> dict[str, Row]:
@@ -134,6 +134,7 @@ def describe_process(figures: ProcessFigures) -> dict[str, Row]:
         "CPU of a call": (figures.call_cpu_ms, "ms"),
         "CPU of a call by prefix": (figures.affinity_cpu_ms, "ms"),
         "CPU of a chunk of a stream": (figures.chunk_cpu_us, "µs"),
+        "the same of one that comes alone": ((figures.late_chunk_cpu_us,), "µs"),
         "CPU until all engines are ready": ((figures.start_cpu_s,), "s"),
         "cores when nobody asks": ((figures.idle_cores,), ""),
         "memory": ((figures.memory_mb,), "MiB"),
@@ -174,13 +175,14 @@ def figure(name: str, values: Sequence[float], unit: str) -> RecordFigure:
 def print_table(title: str, heads: Sequence[object], columns: Sequence[dict[str, Row]]) -> None:
     told = [f"{head:,}" if isinstance(head, int) else str(head) for head in heads]
     print(f"{title:46}" + "".join(f"{head:>14}" for head in told))
-    for name in columns[0]:
-        cells = (
-            f"{format_number(statistics.median(column[name][0]))} {column[name][1]}".rstrip()
-            for column in columns
-        )
+    for name in dict.fromkeys(name for column in columns for name in column):
+        cells = (describe_cell(*column[name]) if name in column else "–" for column in columns)
         print(f"{name:46}" + "".join(f"{cell:>14}" for cell in cells))
     print(flush=True)
+
+
+def describe_cell(values: Sequence[float], unit: str) -> str:
+    return f"{format_number(statistics.median(values))} {unit}".rstrip()
 
 
 def describe_conditions(arguments: argparse.Namespace, times: ServiceTimes) -> str:

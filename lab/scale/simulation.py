@@ -82,7 +82,7 @@ class Outcome:
     limited: int = 0  # calls of the limited key that were let in
     sessions_kept: int = 0  # calls that came to the engine of their session's last one
     sessions_moved: int = 0
-    known_after_s: float = 0.0  # until the gateway knew what the engines run
+    known_after_s: float | None = None  # until the gateway knew what the engines run, if ever
     most_over_mean: list[float] = field(default_factory=list)  # of engines' loads
     lost_at_once: int = 0  # running on the failed ones when they failed
     out_after_s: float = 0.0  # until nothing was sent to any of them
@@ -274,7 +274,8 @@ class Simulation:
     async def _watch_capacity(self) -> None:
         known = self._scenario.sequences
         await self._wait(lambda: all(one.sequences == known for one in self._pool.engines))
-        self.outcome.known_after_s = self._loop.time() - self._began
+        if self._loop.time() < self._ends:  # else none of them was ever full
+            self.outcome.known_after_s = self._loop.time() - self._began
 
     async def _wait(self, holds: Callable[[], bool]) -> None:
         """Or until the run is over."""

@@ -32,6 +32,7 @@ def test_simulation_is_the_same_each_time_and_leaves_the_clocks_alone(busy: Outc
 
 
 def test_full_engines_are_learnt_and_callers_wait_in_the_queue(busy: Outcome) -> None:
+    assert busy.known_after_s is not None
     assert busy.known_after_s < 6
     assert max(busy.queue_s["interactive"]) > 0.1
     most_per_s = 10 * _TIMES.count_requests(16, 128)

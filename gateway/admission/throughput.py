@@ -11,8 +11,9 @@ from collections import deque
 # Shorter answers say more of how long a first token takes than of all the others.
 _FEWEST_TOKENS = 8
 _SHARE_OF_NEWEST = 0.1
-# A machine with other things to do makes one stream late, but not the half of so many.
-_FEWEST_STREAMS = 12
+# Of so many the latest tenth is no longer chance alone; a machine with other things to do makes
+# some late beside lines and without.
+_FEWEST_STREAMS = 24
 # Completions older than a few of these no longer say how fast the engines are.
 _HALF_LIFE_S = 10.0
 _NOTHING = 1e-3
@@ -44,6 +45,10 @@ class Throughput:
         return sequences * self._busy_s / self._count
 
 
+def _late(seconds: deque[float]) -> float:
+    return statistics.quantiles(seconds, n=10, method="inclusive")[8]
+
+
 class FirstTokens:
     """How long streams take to their first token: beside lines of batches, and alone. One line is
     as good as none, so that what is known of a stream alone follows the load that there is.
@@ -67,8 +72,8 @@ class FirstTokens:
         self._since = 0
 
     def take_slowdown(self) -> float | None:
-        """Of the middle one beside lines, over alone: of as many as tell it, each asked once. 1
-        where there were none, `None` where nobody knows.
+        """Beside lines over alone, of the time that nine of ten keep within; each stream tells it
+        once. 1 where there were no lines, `None` where nobody knows.
         """
         if len(self._alone) < _FEWEST_STREAMS:
             return None
@@ -77,7 +82,7 @@ class FirstTokens:
                 return None
             self.forget_beside()
             return 1.0
-        slowdown = statistics.median(self._beside) / statistics.median(self._alone)
+        slowdown = _late(self._beside) / _late(self._alone)
         self.forget_beside()
         return slowdown
 

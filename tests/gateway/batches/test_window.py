@@ -141,13 +141,13 @@ async def test_window_beside_callers_follows_their_time_to_the_first_token() -> 
     first_tokens = FirstTokens()
     window = Windows(64, lambda: 1, lambda _name: first_tokens).find("fake")
     window.limit = 64
-    for _ in range(12):
+    for _ in range(24):
         first_tokens.learn(0.1, lines=0)
     running: list[Slot] = []
     sizes: list[int] = []
 
     async def run_a_while() -> None:
-        for _ in range(12):
+        for _ in range(24):
             first_tokens.learn(0.1 * (1 + 0.1 * window.running), window.running)
         if running:
             running.pop(0).leave("answered")
@@ -177,7 +177,7 @@ async def test_window_beside_callers_grows_where_they_feel_nothing() -> None:
     window.limit = 16
     sizes = []
     for _ in range(30):
-        for _ in range(12):
+        for _ in range(24):
             first_tokens.learn(0.1, window.running)
         sizes.append(window._find_beside())
 

@@ -2,8 +2,9 @@
 
 The simulation lives in virtual time: thousands of callers and the gateway's own pool, queue,
 attempts, capacity and limits, before engines that take as long as measured ones (docs/results/). A
-tenth of them die in the middle and come back. The process is measured for real: a gateway before so
-many stand-ins that answer at once. Without options both are made, in five minutes on two cores:
+tenth of them die in the middle and come back. `lanes` has a batch join a few callers before one
+engine, in the same way. The process is measured for real: a gateway before so many stand-ins that
+answer at once. Without options all is made, in six minutes on two cores:
 
     python -m lab scale
     python -m lab scale --parts simulation --engines 10,100 --clients 2000
@@ -33,10 +34,11 @@ from lab.scale.gateway_process import (
     measure_process,
     measure_redis,
 )
+from lab.scale.lanes_simulation import CPU_TIMES, LaneOutcome, LaneScenario, simulate_lanes
 from lab.scale.service_times import ServiceTimes, read_service_times
 from lab.scale.simulation import Outcome, Scenario, simulate
 
-PARTS = ("simulation", "process")
+PARTS = ("simulation", "lanes", "process")
 _FAILED = 3
 
 
@@ -49,6 +51,8 @@ def main(words: Sequence[str]) -> int:
     try:
         if "simulation" in arguments.parts:
             figures += run_simulation(arguments, times)
+        if "lanes" in arguments.parts:
+            figures += run_lanes(times)
         if "process" in arguments.parts:
             figures += asyncio.run(run_process(arguments))
     except BenchFailed as error:
@@ -79,6 +83,34 @@ def run_simulation(arguments: argparse.Namespace, times: ServiceTimes) -> list[R
         columns.append(describe_outcome(simulate(scenario, times)))
     print_table(f"simulated, {arguments.clients:,} callers", arguments.engines, columns)
     return name_figures("simulated", arguments.engines, columns)
+
+
+def run_lanes(times: ServiceTimes) -> list[RecordFigure]:
+    """Beside a quarter of the window whatever that does, as it was, and as it is."""
+    say("simulating a batch beside callers who wait …")
+    columns = {
+        f"{name}, {way}": describe_lanes(
+            simulate_lanes(LaneScenario(follows_first_tokens=follows), engine)
+        )
+        for name, engine in (("CPU", CPU_TIMES), ("H200", times))
+        for way, follows in (("a quarter", False), ("followed", True))
+    }
+    print_table("a batch beside callers who wait", list(columns), list(columns.values()))
+    return [
+        figure(f"batch beside callers, {head}: {name}", *told)
+        for head, column in columns.items()
+        for name, told in column.items()
+    ]
+
+
+def describe_lanes(outcome: LaneOutcome) -> dict[str, Row]:
+    alone, _, beside = (quantile(one, 0.99) * 1e3 for one in outcome.first_s)
+    return {
+        "first token alone, p99": ((alone,), "ms"),
+        "first token beside the batch, p99": ((beside,), "ms"),
+        "beside over alone": ((beside / alone,), "×"),
+        "lines of the batch": ((outcome.lines / LaneScenario.seconds * 3,), "/s"),
+    }
 
 
 async def run_process(arguments: argparse.Namespace) -> list[RecordFigure]:
@@ -208,7 +240,14 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     help_ = "how many, one size after another (default: 10,100,1000)"
     add("--engines", type=options.whole_numbers, default=(10, 100, 1000), metavar="N,…", help=help_)
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="of both")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help="some of them",
+    )
     add("--rounds", type=positive, default=3, help="of what a call costs (default: 3)")
     add = parser.add_argument_group("the simulation").add_argument
     add("--clients", type=positive, default=5000, help="callers (default: 5000)")

@@ -59,7 +59,8 @@ def main(words: Sequence[str]) -> int:
         print(f"scale: {error}", file=sys.stderr)
         return _FAILED
     if arguments.record:
-        name = "Many engines behind one gateway"
+        is_batch = arguments.parts == ["lanes"]
+        name = "A batch beside callers" if is_batch else "Many engines behind one gateway"
         about = describe_conditions(arguments, times)
         record = take_record(name, figures, about=about, machine=arguments.machine)
         write_record(record, Path(arguments.record))
@@ -206,10 +207,10 @@ def figure(name: str, values: Sequence[float], unit: str) -> RecordFigure:
 
 def print_table(title: str, heads: Sequence[object], columns: Sequence[dict[str, Row]]) -> None:
     told = [f"{head:,}" if isinstance(head, int) else str(head) for head in heads]
-    print(f"{title:46}" + "".join(f"{head:>14}" for head in told))
+    print(f"{title:46}" + "".join(f"{head:>16}" for head in told))
     for name in dict.fromkeys(name for column in columns for name in column):
         cells = (describe_cell(*column[name]) if name in column else "–" for column in columns)
-        print(f"{name:46}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{name:46}" + "".join(f"{cell:>16}" for cell in cells))
     print(flush=True)
 
 
@@ -218,16 +219,27 @@ def describe_cell(values: Sequence[float], unit: str) -> str:
 
 
 def describe_conditions(arguments: argparse.Namespace, times: ServiceTimes) -> str:
-    return (
-        f"Simulation: {arguments.clients:,} callers think {arguments.think:g} s and ask for "
-        f"{arguments.tokens:g} tokens on the mean, for {arguments.seconds:g} s; engines run "
-        f"{arguments.sequences} sequences, take {times.intake_s * 1e3:.2f} ms for each call, one "
-        f"after another, and {times.time_step(1) * 1e3:.2f} to "
-        f"{times.time_step(arguments.sequences) * 1e3:.2f} ms for a step (records gpu-streams and "
-        "gpu-course); a tenth of them are away from a third of the time to two thirds. Process: "
-        "stand-ins that answer at once, 64 connections, CPU of the gateway alone; medians of "
-        f"{arguments.rounds} rounds and all that was seen."
-    )
+    told = {
+        "simulation": (
+            f"Simulation: {arguments.clients:,} callers think {arguments.think:g} s and ask for "
+            f"{arguments.tokens:g} tokens on the mean, for {arguments.seconds:g} s; engines run "
+            f"{arguments.sequences} sequences, take {times.intake_s * 1e3:.2f} ms for each call, "
+            f"one after another, and {times.time_step(1) * 1e3:.2f} to "
+            f"{times.time_step(arguments.sequences) * 1e3:.2f} ms for a step (records gpu-streams "
+            "and gpu-course); a tenth of them are away from a third of the time to two thirds."
+        ),
+        "lanes": (
+            f"Batch: {LaneScenario.callers} callers of {LaneScenario.answer_tokens} tokens before "
+            "one engine, as fast as on two CPU cores and as those of the simulation; alone for a "
+            f"third of {LaneScenario.seconds:g} s, then beside lines of "
+            f"{LaneScenario.line_tokens} tokens; figures are the last third's."
+        ),
+        "process": (
+            "Process: stand-ins that answer at once, 64 connections, CPU of the gateway alone; "
+            f"medians of {arguments.rounds} rounds and all that was seen."
+        ),
+    }
+    return " ".join(told[part] for part in PARTS if part in arguments.parts)
 
 
 def say(text: str) -> None:

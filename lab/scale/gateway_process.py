@@ -88,6 +88,7 @@ async def measure_process(engines: int, load: ProcessLoad) -> ProcessFigures:
             start_cpu_s = read_cpu_s(gateway.pid)
             await asyncio.sleep(load.settle_s)
             idle_cores = await measure_idle(gateway, load.idle_s)
+            gateway.idle_cores = idle_cores
             memory_mb = read_resident_bytes(gateway.pid) / 2**20
             files = count_files(gateway.pid)
             scrape_cpu_ms, scrape_kib = await measure_scrape(gateway)
@@ -95,10 +96,12 @@ async def measure_process(engines: int, load: ProcessLoad) -> ProcessFigures:
             chunks = [await measure_calls(gateway, load.seconds, ask_stream) for _ in rounds]
     with ExitStack() as exits:
         async with start_gateway(exits, StandIns(exits, engines), "--routing", "prefix") as gateway:
+            gateway.idle_cores = idle_cores
             affinities = [await measure_calls(gateway, load.seconds) for _ in rounds]
     with ExitStack() as exits:
         stand_ins = StandIns(exits, engines, load.delay_s, _CHUNK_PAUSE_S)
         async with start_gateway(exits, stand_ins, "--routing", "least") as gateway:
+            gateway.idle_cores = idle_cores
             late_chunk_ms = await measure_calls(gateway, load.seconds, ask_stream)
             lost, lost_for_s, back_after_s = await measure_failure(gateway, stand_ins, load)
     return ProcessFigures(
@@ -148,13 +151,14 @@ class StandIns:
         await asyncio.to_thread(self.read_line)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StartedGateway:
     """A gateway of ours whose engines are all ready."""
 
     port: int
     pid: int
     http: httpx.AsyncClient
+    idle_cores: float = 0.0  # what it takes when nobody asks, and so is no call's
 
     async def count_ready(self) -> int:
         text = (await self.http.get("/metrics")).text
@@ -245,7 +249,8 @@ async def measure_calls(
         return count
 
     counts = await asyncio.gather(*(work(one, n) for n, one in enumerate(connections)))
-    spent_s = read_cpu_s(gateway.pid) - cpu_s
+    took_s = time.monotonic() - began
+    spent_s = read_cpu_s(gateway.pid) - cpu_s - gateway.idle_cores * took_s
     await asyncio.gather(*(connection.close() for connection in connections))
     return spent_s / sum(counts) * 1e3
 

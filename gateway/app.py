@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+import aiohttp
 from aiohttp import web
 
 from common.web.cors import ANY, CORS, CrossOrigin
@@ -146,13 +147,14 @@ async def run_engines(
     prompts: PromptBuilders,
     limits: Limits,
     reload: Callable[[], Settings],
+    build: Callable[[str, Settings, aiohttp.BaseConnector, Metrics], Engine] = Engine,
 ) -> AsyncIterator[None]:
     """The engines and the connections to them, for as long as the app lives."""
     settings, figures = app[SETTINGS], app[METRICS]
     connector = build_connector(settings)
 
     def build_engine(url: str) -> Engine:
-        return Engine(url, settings, connector, figures)
+        return build(url, settings, connector, figures)
 
     def build_model(pool: ModelPool, queue: AdmissionQueue | None) -> ServedModel:
         if queue is None:

@@ -30,7 +30,9 @@ COMMANDS = {
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
     "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),
     "load": ("lab.load.run_load", "a soak: mixed traffic and faults, every answer checked"),
+    "lanes": ("lab.load.run_lanes", "what a batch job costs callers who wait"),
     "attack": ("lab.load.run_attack", "what a hostile caller costs the others"),
+    "scale": ("lab.scale.run_scale", "hundreds of engines behind one gateway, simulated and real"),
     "scheduler": ("lab.scheduler.run_scheduler", "what a step costs vLLM's scheduler and ours"),
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),
 }

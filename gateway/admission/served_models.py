@@ -8,12 +8,13 @@ matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from gateway.admission.keys import Caller
 from gateway.admission.queue import AdmissionQueue
+from gateway.admission.throughput import FirstTokens
 from gateway.admission.tickets import LANES, LaneName
 from gateway.config import Settings
 from gateway.engines.deduplication import Deduplicator
@@ -33,6 +34,7 @@ class ServedModel:
     pool: ModelPool
     queue: AdmissionQueue
     generator: Deduplicator
+    first_tokens: FirstTokens = field(default_factory=FirstTokens)
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -1,12 +1,19 @@
-"""How fast the engines are: how long who waits will have to, and what is done in a time."""
+"""How fast the engines are: how long who waits will have to, what is done in a time, and what lines
+of batches cost those who wait.
+"""
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 
 # Shorter answers say more of how long a first token takes than of all the others.
 _FEWEST_TOKENS = 8
 _SHARE_OF_NEWEST = 0.1
+# Of so many the latest tenth is no longer chance alone; a machine with other things to do makes
+# some late beside lines and without.
+_FEWEST_STREAMS = 24
 # Completions older than a few of these no longer say how fast the engines are.
 _HALF_LIFE_S = 10.0
 _NOTHING = 1e-3
@@ -36,6 +43,48 @@ class Throughput:
         if self._count < _NOTHING:
             return 1.0  # nothing learnt yet
         return sequences * self._busy_s / self._count
+
+
+def _late(seconds: deque[float]) -> float:
+    return statistics.quantiles(seconds, n=10, method="inclusive")[8]
+
+
+class FirstTokens:
+    """How long streams take to their first token: beside lines of batches, and alone. One line is
+    as good as none, so that what is known of a stream alone follows the load that there is.
+    """
+
+    def __init__(self) -> None:
+        self._alone: deque[float] = deque(maxlen=4 * _FEWEST_STREAMS)
+        self._beside: deque[float] = deque(maxlen=_FEWEST_STREAMS)
+        self._since = 0  # streams alone since the last answer
+
+    def learn(self, seconds: float, lines: int) -> None:
+        if lines > 1:
+            self._beside.append(seconds)
+        else:
+            self._alone.append(seconds)
+            self._since += 1
+
+    def forget_beside(self) -> None:
+        """There were more lines then than there are now."""
+        self._beside.clear()
+        self._since = 0
+
+    def take_slowdown(self) -> float | None:
+        """Beside lines over alone, of the time that nine of ten keep within; each stream tells it
+        once. 1 where there were no lines, `None` where nobody knows.
+        """
+        if len(self._alone) < _FEWEST_STREAMS:
+            return None
+        if len(self._beside) < _FEWEST_STREAMS:
+            if self._since < _FEWEST_STREAMS:
+                return None
+            self.forget_beside()
+            return 1.0
+        slowdown = _late(self._beside) / _late(self._alone)
+        self.forget_beside()
+        return slowdown
 
 
 class Pace:

@@ -21,6 +21,7 @@ from gateway.admission.keys import Caller
 from gateway.admission.limits import Claim
 from gateway.admission.media_hosts import MediaHosts
 from gateway.admission.served_models import ServedModel, ServedModels
+from gateway.admission.throughput import FirstTokens
 from gateway.admission.tickets import build_ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
@@ -84,6 +85,11 @@ class BatchCaller:
     def count_interactive(self) -> int:
         """Sequences of callers who wait for their answers, here or in the engines."""
         return sum(self._models.count("interactive"))
+
+    def find_first_tokens(self, name: str) -> FirstTokens | None:
+        """Of a model's streams, where it is known."""
+        served = self._models.find_known(name)
+        return None if served is None else served.first_tokens
 
     async def ask(
         self, caller: Caller, path: str, size: int, read: ReadBody, request_id: str

@@ -57,7 +57,10 @@ class BatchService:
     async def run(self, parts: Parts) -> AsyncIterator[None]:
         """Batches are run inside of this; their database is opened when it is needed."""
         ownership = Ownership(self._database, secrets.token_hex(8))
-        windows = Windows(self._settings.batch_max_running, parts.caller.count_interactive)
+        caller = parts.caller
+        windows = Windows(
+            self._settings.batch_max_running, caller.count_interactive, caller.find_first_tokens
+        )
         self._metrics.batch_window.read = lambda: [((), windows.limit)]
         self._metrics.batch_running.read = lambda: [((), windows.running)]
         aliases = self._settings.alias_map

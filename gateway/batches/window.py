@@ -4,7 +4,9 @@ each model by itself, for one may be away or slow, and no more of all together t
 What goes well makes it larger by one a round, what is refused halves it (additive increase,
 multiplicative decrease, as TCP's). A request that had to wait for its place in the lane `batch` is
 a sign that there is enough: it makes nothing larger. Beside requests whose callers wait for their
-answers only a part of it is used. Whose turn it is among batches goes by their
+answers only a part of it is used: a quarter, until it is known how long their streams take to the
+first token with and without it; then as much as makes them hardly later, found out in the same way.
+Whose turn it is among batches goes by their
 clocks: each request moves that of its batch by the time that is left for it, so what is near its
 end runs more often.
 """
@@ -19,11 +21,16 @@ from collections.abc import Callable
 from typing import Literal
 from weakref import WeakValueDictionary
 
+from gateway.admission.throughput import FirstTokens
+
 _FIRST = 8.0
 _SMALLEST = 1.0
 _SHARE_AFTER_REFUSAL = 0.5
 _SHARE_BESIDE_OTHERS = 0.25
-_YIELDS_S = 2.0
+_YIELDS_S = 10.0  # what is in the engine then stays until its end, and is felt so long
+# Of the time to the first token alone: above the one there is too much beside it, below the other
+# there may be more.
+_TOO_SLOW, _HARDLY_SLOWER = 1.15, 1.08
 # A wait for a place that is no sign of anything.
 _SHORT_WAIT_S = 0.05
 _LONG_WAIT_S = 2.0
@@ -53,9 +60,17 @@ class Slot:
 class Windows:
     """The windows of all models, and what they have in common."""
 
-    def __init__(self, most: int, count_others: Callable[[], int] = lambda: 0) -> None:
-        """`count_others`: the requests of callers who wait for their answers."""
+    def __init__(
+        self,
+        most: int,
+        count_others: Callable[[], int] = lambda: 0,
+        find_first_tokens: Callable[[str], FirstTokens | None] = lambda _name: None,
+    ) -> None:
+        """`count_others`: the requests of callers who wait for their answers; and how long a
+        model's streams take to their first token.
+        """
         self.most = most
+        self.find_first_tokens = find_first_tokens
         self.running = 0
         self.clock = 0.0  # of the batch that was served last
         self.numbers = itertools.count()
@@ -74,34 +89,36 @@ class Windows:
         """The one of a model."""
         window = self._windows.get(name)
         if window is None:
-            window = self._windows[name] = Window(self)
+            window = self._windows[name] = Window(self, name)
         self._recent.append(window)
         return window
 
     def admit(self) -> None:
         """Whoever's turn it is, of those whose windows have room."""
         now = asyncio.get_running_loop().time()
-        share = self._find_share(now)
+        yields = self._yields(now)
         while self.running < self.most:
-            ready = [one for one in self._windows.values() if one.has_room(now, share)]
+            ready = [one for one in self._windows.values() if one.has_room(now, yields=yields)]
             if not ready:
                 return
             min(ready, key=Window.find_next).admit_next()
 
-    def _find_share(self, now: float) -> float:
+    def _yields(self, now: float) -> bool:
         """An engine's step takes the longer the more sequences are in it, and a chat feels that: so
-        beside one, and for a moment after, only a part of each window is used.
+        beside one, and for a while after, only a part of each window is used.
         """
         if self._count_others():
             self._yields_until = now + _YIELDS_S
-        return _SHARE_BESIDE_OTHERS if now < self._yields_until else 1.0
+        return now < self._yields_until
 
 
 class Window:
     """Slots for requests to one model."""
 
-    def __init__(self, windows: Windows) -> None:
+    def __init__(self, windows: Windows, name: str) -> None:
         self._windows = windows
+        self._name = name
+        self._beside: float | None = None  # that others bear, once that is known
         self.limit = min(_FIRST, float(windows.most))
         self.running = 0
         self.last_tries = asyncio.Lock()  # of requests that have been lost before
@@ -157,7 +174,7 @@ class Window:
             self._round_began_at = now
         self._opens_at = max(self._opens_at, now + pause_s)
 
-    def has_room(self, now: float, share: float) -> bool:
+    def has_room(self, now: float, *, yields: bool) -> bool:
         """Whether somebody waits who may run."""
         while self._queue and self._queue[0][2].done():
             heapq.heappop(self._queue)
@@ -167,7 +184,26 @@ class Window:
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(pause_s, self._reopen)
             return False
-        return self.running < max(1, int(self.limit * share))
+        return self.running < (self._find_beside() if yields else max(1, int(self.limit)))
+
+    def _find_beside(self) -> int:
+        """How many of it beside callers who wait."""
+        most = self.limit * _SHARE_BESIDE_OTHERS if self._beside is None else self._beside
+        most = max(1, int(min(self.limit, most)))
+        first_tokens = self._windows.find_first_tokens(self._name)
+        if first_tokens is None:
+            return most
+        if self.running > most:
+            first_tokens.forget_beside()
+            return most
+        slowdown = first_tokens.take_slowdown()
+        if slowdown is None:
+            return most
+        if slowdown > _TOO_SLOW:
+            self._beside = max(_SMALLEST, most * _SHARE_AFTER_REFUSAL)
+        elif slowdown < _HARDLY_SLOWER:
+            self._beside = min(self.limit, most + 1.0)
+        return max(1, int(self._beside or most))
 
     def find_next(self) -> tuple[float, int]:
         return self._queue[0][:2]

@@ -176,7 +176,7 @@ class BatchGenerator:
             # What came free did so at one engine, and that one has the least to do.
             shares = 1
             if start == 0 and batch.engine is None:
-                shares = sum(one.is_usable for one in self._pool.engines)
+                shares = self._pool.count_usable((stop - start) // _SMALLEST_SHARE)
             for places in cut(prompts[start:stop], batch.sampling, shares, most):
                 moved = range(places.start + start, places.stop + start)
                 yield _Piece(moved, room, len(moved), is_stream)

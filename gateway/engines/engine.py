@@ -6,6 +6,7 @@ A call that generates goes through `attempt.py`, which alone counts here what ru
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from enum import StrEnum
@@ -34,6 +35,12 @@ def hide_password(url: str) -> str:
     return str(URL(url).with_user(None)).rstrip("/") if "@" in url else url
 
 
+def hash_text(text: str) -> int:
+    """An odd number of 64 bits, the same in every gateway."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") | 1
+
+
 class EngineState(StrEnum):
     """What the gateway may send an engine: nothing, its warm-up, everything."""
 
@@ -49,6 +56,7 @@ class Engine:
         self, url: str, settings: Settings, connector: aiohttp.BaseConnector, metrics: Metrics
     ) -> None:
         self.url = hide_password(url)  # the name by which all speak of it
+        self.number = hash_text(self.url)  # for the choice by affinity
         self.state = EngineState.DOWN
         self.reason = "not looked at yet"
         self.cards: tuple[ModelCard, ...] = ()  # its model by all its names, and its adapters

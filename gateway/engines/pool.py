@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,20 +20,24 @@ from aiohttp import web
 
 from gateway.config import Settings
 from gateway.engines.attempt import Attempt, EngineCall
-from gateway.engines.engine import Engine, EngineState
+from gateway.engines.engine import Engine, EngineState, hash_text
 from gateway.engines.timeouts import Deadline
 from gateway.errors import DeadlineUnreachable, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.schemas.vllm import ModelCard
 
-# An affinity gives way when its engine has this much more than its share.
+# An affinity gives way when its engine has this much more than its share; but not where that is
+# next to nothing, which is half of what it runs at once, and so many sequences at most.
 _AFFINITY_SLACK = 1.25
+_FEW_SEQUENCES = 8
 _SHORTEST_RETRY_AFTER_S = 1.0
 # An engine that has been away for less may just not have answered one look at it.
 _BLIP_S = 3.0
 _BREAKER_MARGIN_S = 0.01
 _FORGET_MARGIN_S = 0.01
+_MOST_TOLD = 8  # engines in a message: hundreds would be a page for each caller
 _LOAD = attrgetter("running")
+_64_BITS = 2**64 - 1
 
 
 @dataclass(slots=True)
@@ -41,7 +45,13 @@ class _Shared:
     """What all pools of a gateway have in common."""
 
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    changes: int = 0
     draining: bool = False
+
+    def tell(self) -> None:
+        """Whoever waits for an engine looks anew; held by who has changed something."""
+        self.changes += 1
+        self.changed.notify_all()
 
 
 class ModelPool:
@@ -67,6 +77,9 @@ class ModelPool:
         self._metrics = metrics
         self._shared = shared
         self._changed = shared.changed
+        # Those that are ready, as of the last change: of hundreds, a call cannot ask each.
+        self._ready: list[Engine] = []
+        self._ready_at = -1
         self._last_max_model_len: int | None = None
         self.held = 0  # calls that wait for an engine
         # Whoever must know how many sequences the engines run at once; `None`: nobody does.
@@ -84,13 +97,26 @@ class ModelPool:
     @property
     def has_engine(self) -> bool:
         """Whether one is ready, though the gateway may be stopping."""
-        return any(engine.is_usable for engine in self.engines)
+        return any(engine.is_usable for engine in self._list_ready())
+
+    def count_usable(self, most: int) -> int:
+        """Engines that would take a call, as far as that matters."""
+        usable = (one for one in self._list_ready() if one.is_usable)
+        return sum(1 for _ in itertools.islice(usable, most))
+
+    def _list_ready(self) -> list[Engine]:
+        if self._ready_at != self._shared.changes:
+            self._ready = [one for one in self.engines if one.state is EngineState.READY]
+            self._ready_at = self._shared.changes
+        return self._ready
 
     def describe(self) -> str:
         """One line for people: why there is no engine to be had."""
         if self._shared.draining:
             return "the gateway is stopping"
-        told = [f"{one.url} is {one.state}: {one.reason}" for one in self.engines]
+        told = [f"{one.url} is {one.state}: {one.reason}" for one in self.engines[:_MOST_TOLD]]
+        if (further := len(self.engines) - _MOST_TOLD) > 0:
+            told.append(f"and {further} more")
         return "; ".join(told) or "no engine is listed"
 
     def tell_capacity(self) -> None:
@@ -115,7 +141,8 @@ class ModelPool:
                 if left_s <= 0:
                     return False
                 # A breaker that closes by itself notifies nobody.
-                breaker_s = min((engine.breaker_left_s for engine in self.engines), default=left_s)
+                breakers = (engine.breaker_left_s for engine in self._list_ready())
+                breaker_s = min(breakers, default=left_s)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(left_s, breaker_s + _BREAKER_MARGIN_S)):
                         await self._changed.wait()
@@ -173,7 +200,9 @@ class ModelPool:
 
     def has_other(self, engine: Engine) -> bool:
         """Whether another one would take what this one was too busy for."""
-        return any(one is not engine and one.is_usable and not one.is_busy for one in self.engines)
+        return any(
+            one is not engine and one.is_usable and not one.is_busy for one in self._list_ready()
+        )
 
     async def wait_looked_at(self, engine: Engine) -> None:
         """Before a call is sent again: is the engine that failed it still in the same life?"""
@@ -202,15 +231,15 @@ class ModelPool:
         return max(_SHORTEST_RETRY_AFTER_S, self._expected_start_s(self._settings.expected_start_s))
 
     def _choose(self, affinity: str, avoid: Engine | None) -> Engine:
-        ready = [engine for engine in self.engines if engine.is_usable]
+        ready = self._list_ready()
+        best = _find_best(ready, affinity)
+        if best.is_usable and not best.is_busy and best is not avoid:
+            return best
+        ready = [engine for engine in ready if engine.is_usable]
         # An engine that said it is busy is asked again only when all say so.
         ready = [engine for engine in ready if not engine.is_busy] or ready
         ready = [engine for engine in ready if engine is not avoid] or ready
-        if not affinity:
-            return min(ready, key=_LOAD)
-        most = _AFFINITY_SLACK * (sum(map(_LOAD, ready)) + 1) / len(ready) + 1
-        ranked = sorted(ready, key=lambda engine: _rank(affinity, engine.url))
-        return next((engine for engine in ranked if engine.running <= most), ranked[0])
+        return _find_best(ready, affinity)
 
 
 class EnginePool(ModelPool):
@@ -248,10 +277,13 @@ class EnginePool(ModelPool):
         return bool(self.engines) and all(engine.cards for engine in self.engines)
 
     async def set_state(self, engine: Engine, state: EngineState, reason: str = "") -> None:
+        if state is engine.state and not engine.suspect.is_set():
+            engine.enter_state(state, reason)  # seen again: nobody need wake up for that
+            return
         async with self._changed:
             engine.enter_state(state, reason)
             self.tell_capacity()
-            self._changed.notify_all()
+            self._shared.tell()
 
     async def set_engines(self, engines: Iterable[Engine]) -> None:
         """Those that are gone finish what they have; nothing new is sent to them."""
@@ -262,7 +294,7 @@ class EnginePool(ModelPool):
             self._keep_names(_list_names(before) - _list_names(self.engines))
             self._group()
             self.tell_capacity()
-            self._changed.notify_all()
+            self._shared.tell()
 
     async def set_cards(self, engine: Engine, cards: Sequence[ModelCard]) -> None:
         """What the engine says that it serves; it may be another model than before its restart."""
@@ -270,7 +302,7 @@ class EnginePool(ModelPool):
             engine.cards = tuple(cards)
             self._group()
             self.tell_capacity()
-            self._changed.notify_all()
+            self._shared.tell()
 
     def tell_capacity(self) -> None:
         for pool in self.models.values():
@@ -295,7 +327,7 @@ class EnginePool(ModelPool):
             self._left = {name: until for name, until in self._left.items() if until > now}
             self._group()
             self.tell_capacity()
-            self._changed.notify_all()
+            self._shared.tell()
 
     def _group(self) -> None:
         """A pool for each model. As long as there is no second one, the first one's has all the
@@ -393,11 +425,24 @@ def _list_names(engines: Iterable[Engine]) -> set[str]:
     return {card.name for engine in engines for card in engine.cards}
 
 
-def _rank(affinity: str, url: str) -> bytes:
-    """Rendezvous hashing: when an engine goes, only its own sessions move."""
+def _find_best(engines: Sequence[Engine], affinity: str) -> Engine:
+    """The one with least to do; or, of those that have not much more than their share, the one that
+    is this affinity's (rendezvous hashing: when an engine goes, only its own sessions move).
+    """
+    if not affinity:
+        return min(engines, key=_LOAD)
+    most = _AFFINITY_SLACK * (sum(map(_LOAD, engines)) + 1) / len(engines) + 1
     # A header may hold bytes that are no text; they name a session as well as others do.
-    name = f"{affinity}\0{url}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(name, digest_size=8).digest()
+    number = hash_text(affinity)
+    return min(
+        (engine for engine in engines if engine.running <= most or _has_little(engine)),
+        key=lambda engine: engine.number * number & _64_BITS,
+    )
+
+
+def _has_little(engine: Engine) -> bool:
+    few = _FEW_SEQUENCES
+    return engine.running < (min(few, engine.sequences // 2) if engine.sequences else few)
 
 
 POOL = web.AppKey("pool", EnginePool)

@@ -6,6 +6,7 @@ engines and keys of the settings, never what a caller sends. Each replica counts
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,16 @@ class WithoutKeys(Collector):
             sums[labels] = sums.get(labels, 0.0) + sample.value
         for labels, value in sums.items():
             yield Sample(samples[0].name, dict(labels), value)
+
+
+class _Taken:
+    """What was collected, for who writes it down."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,11 +523,15 @@ class Metrics:
         if code == STOPPING or code in REFUSALS:
             self.refused.labels(code).inc()
 
-    def render(self, accept: str = "", *, by_key: bool) -> tuple[bytes, str]:
-        """Text in the form that is asked for, and its type."""
+    async def render(self, accept: str = "", *, by_key: bool) -> tuple[bytes, str]:
+        """Text in the form that is asked for, and its type. Of many engines it is a megabyte, whose
+        writing would keep all streams waiting: a thread does that.
+        """
         encode: Any
         encode, content_type = _choose_form(accept)
-        return bytes(encode(self.registry if by_key else WithoutKeys(self.registry))), content_type
+        registry = self.registry if by_key else WithoutKeys(self.registry)
+        taken = _Taken(list(registry.collect()))
+        return bytes(await asyncio.to_thread(encode, taken)), content_type
 
 
 def _list_failures() -> list[tuple[str, str]]:

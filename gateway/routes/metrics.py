@@ -15,12 +15,12 @@ from gateway.observability.metrics import METRICS, Metrics
 
 async def handle_metrics(request: web.Request) -> web.Response:
     """For everybody, so without the names of keys."""
-    return _answer_metrics(request, request.app[METRICS], by_key=request.app[KEYRING].is_open)
+    return await _answer_metrics(request, request.app[METRICS], by_key=request.app[KEYRING].is_open)
 
 
-def _answer_metrics(request: web.Request, metrics: Metrics, *, by_key: bool) -> web.Response:
+async def _answer_metrics(request: web.Request, metrics: Metrics, *, by_key: bool) -> web.Response:
     """Classic text, or OpenMetrics for who asks for it, as Prometheus does."""
-    body, content_type = metrics.render(request.headers.get("Accept", ""), by_key=by_key)
+    body, content_type = await metrics.render(request.headers.get("Accept", ""), by_key=by_key)
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
@@ -32,7 +32,7 @@ async def run_metrics_port(app: web.Application) -> AsyncIterator[None]:
         return
 
     async def answer(request: web.Request) -> web.Response:
-        return _answer_metrics(request, app[METRICS], by_key=True)
+        return await _answer_metrics(request, app[METRICS], by_key=True)
 
     # Nobody needs a key here, so a web page must not come by.
     guard = PageGuard(settings.metrics_host, settings.allowed_hosts, f"{PREFIX}ALLOWED_HOSTS")

@@ -132,6 +132,7 @@ async def _tell_tokenizer(request: web.Request) -> web.StreamResponse:
 
 async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
     stream: EventStream | None = None
+    lines, _ = request[SERVED_MODEL].queue.count("batch")
     try:
         engine_call = _build_call(request, call)
         async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
@@ -164,11 +165,21 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         if end is None:
             raise
         return await stream.end(end)
+    _learn_first_token(request, call, stream, lines)
     usage = stream.usage
     if usage is None and request.path in FORMS:
         usage = 0, stream.told_tokens
     await _count(request, call, usage)
     return await stream.end()
+
+
+def _learn_first_token(
+    request: web.Request, call: OpenAIRequest, stream: EventStream, lines: int
+) -> None:
+    """With so many lines of batches beside it at its start."""
+    if stream.timing.chunks and call.sequences == 1:
+        first_s = stream.timing.first_chunk_at - request[CONTEXT].sent_at
+        request[SERVED_MODEL].first_tokens.learn(first_s, lines)
 
 
 def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:

@@ -18,7 +18,9 @@ _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 
 
 class RelayConnection:
-    """One keep-alive connection that asks and checks."""
+    """One keep-alive connection that asks and checks; `headers` are sent with each request."""
+
+    headers = b""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -38,6 +40,7 @@ class RelayConnection:
         head = (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         )
+        head += self.headers
         self._writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
     async def ask(self, number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from gateway.admission.throughput import FirstTokens
 from gateway.batches.window import Slot, Window, Windows
 
 
@@ -133,6 +134,55 @@ async def test_window_is_a_quarter_beside_callers_who_wait() -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
 
     assert (len(alone), beside) == (16, 4)
+
+
+async def test_window_beside_callers_follows_their_time_to_the_first_token() -> None:
+    """An engine whose every line makes a stream a tenth later bears one, or two, of 64."""
+    first_tokens = FirstTokens()
+    window = Windows(64, lambda: 1, lambda _name: first_tokens).find("fake")
+    window.limit = 64
+    for _ in range(24):
+        first_tokens.learn(0.1, lines=0)
+    running: list[Slot] = []
+    sizes: list[int] = []
+
+    async def run_a_while() -> None:
+        for _ in range(24):
+            first_tokens.learn(0.1 * (1 + 0.1 * window.running), window.running)
+        if running:
+            running.pop(0).leave("answered")
+        while len(running) > 1 and window.running >= sizes[-1]:
+            running.pop(0).leave("answered")
+        entering = asyncio.create_task(window.enter(0.0))
+        await asyncio.sleep(0)
+        while entering.done():
+            running.append(entering.result())
+            entering = asyncio.create_task(window.enter(0.0))
+            await asyncio.sleep(0)
+        entering.cancel()
+        await asyncio.gather(entering, return_exceptions=True)
+
+    for _ in range(60):
+        sizes.append(window.running)
+        await run_a_while()
+
+    assert max(sizes[:5]) >= 16
+    assert max(sizes[30:]) <= 3
+    assert min(sizes[30:]) >= 1
+
+
+async def test_window_beside_callers_grows_where_they_feel_nothing() -> None:
+    first_tokens = FirstTokens()
+    window = Windows(64, lambda: 1, lambda _name: first_tokens).find("fake")
+    window.limit = 16
+    sizes = []
+    for _ in range(30):
+        for _ in range(24):
+            first_tokens.learn(0.1, window.running)
+        sizes.append(window._find_beside())
+
+    assert sizes[0] <= 5
+    assert sizes[-1] == 16
 
 
 async def test_model_that_is_refused_leaves_the_windows_of_others_alone() -> None:

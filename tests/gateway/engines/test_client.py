@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 import pytest
 
 from gateway.engines.client import EngineClient
+from gateway.engines.connections import _make_socket
 from gateway.errors import EngineError, EngineUnreachable
 from tests.gateway.conftest import make_settings
 
@@ -138,3 +140,16 @@ async def test_nobody_listening_is_engine_unreachable() -> None:
             )
     finally:
         await connector.close()
+
+
+def test_host_that_says_nothing_any_more_is_found_out_within_a_minute() -> None:
+    here = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))
+    with _make_socket(here) as made:
+        tcp = {
+            name: made.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
+            for name in ("KEEPIDLE", "KEEPINTVL", "USER_TIMEOUT")
+        }
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+
+    assert 0 < tcp["KEEPIDLE"] + tcp["KEEPINTVL"] < 60
+    assert 0 < tcp["USER_TIMEOUT"] <= 60_000

@@ -513,7 +513,7 @@ async def test_call_that_nobody_runs_is_not_charged_when_its_caller_leaves(
     url = f"http://127.0.0.1:{port}"
     async with serve(engines=(url,), wait_ready=False, restart_hold_s=20) as served:
         engine = served.app[POOL].engines[0]
-        engine.enter_state(EngineState.READY, "")
+        await served.app[POOL].set_state(engine, EngineState.READY)
         body = {"model": "fake", "messages": [{"role": "user", "content": "y" * 400}]}
         with pytest.raises(httpx.ReadTimeout):
             await served.client.post("/v1/chat/completions", json=body, timeout=0.5)

@@ -18,9 +18,9 @@ from lab.bench.report.bench_console import describe_result
 from lab.bench.report.bench_result import BenchResult, describe_quiet
 from lab.bench.rounds import RoundBudget, take_rounds
 from lab.bench.targets import CallFailed
+from lab.scale.virtual_time import in_virtual_time
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.lab.bench.fake_gateway import FakeGateway, build_bench, serve_fake
-from tests.lab.virtual_time import in_virtual_time
 
 
 @contextlib.asynccontextmanager

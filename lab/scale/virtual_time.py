@@ -1,16 +1,20 @@
 """An event loop whose clock jumps to the next timer as soon as nothing else is left to do.
 
 Sockets are real; only waiting is not. A server that sleeps for 20 ms takes exactly that, however
-busy the machine is, so a verdict about times can be asked for to the millisecond.
+busy the machine is, so a verdict about times can be asked for to the millisecond. In
+`virtual_clocks` the process's own clocks tell that time, too: the gateway's code, which asks them,
+then lives in it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import selectors
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,6 +29,17 @@ def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P,
             runner.run(test(*args, **kwargs))
 
     return run
+
+
+@contextlib.contextmanager
+def virtual_clocks(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """`time.monotonic` and `time.perf_counter` of all that asks by these names meanwhile."""
+    real = time.monotonic, time.perf_counter
+    time.monotonic = time.perf_counter = loop.time
+    try:
+        yield
+    finally:
+        time.monotonic, time.perf_counter = real
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):

@@ -93,6 +93,8 @@ class Responses:
         before: list[bytes] = []
         if previous_id is not None:
             before = await self._read_before(turn, context, len(body))
+        else:  # told before an engine works for nothing
+            await self._wait(self._store.ensure_there())
         turn.body = call.build(before, turn.input)
         if is_background:
             turn.repeated = call.load_repeated()

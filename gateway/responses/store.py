@@ -53,6 +53,11 @@ class Store:
             settings.responses_max_stored_bytes,
         )
 
+    async def ensure_there(self) -> None:
+        """Else `StorageUnavailable` says that it is not."""
+        async with self._database.read() as connection:
+            await connection.execute(select(1))
+
     async def find_parent(self, owner: str, response_id: str) -> Parent:
         query = select(_TABLE.status, _TABLE.depth, _TABLE.context_bytes)
         query = query.where(_is_there(owner, response_id))

@@ -86,12 +86,13 @@ class Responses:
         is_background = call.load_flag("background", usual=False)
         previous_id = call.load_previous_id()
         _refuse_what_is_not_served(call, stores=stores, is_background=is_background)
-        if not stores and previous_id is None:
-            return None
+        goes_on = previous_id is not None
+        if not goes_on and not (stores and (is_background or call.has_items)):
+            return None  # what is no input the engine refuses in its own words
         turn = Turn(make_id("resp_"), caller.name, stores, is_background, previous_id, body)
         turn.input = call.list_items(settings.responses_max_input_bytes)
         before: list[bytes] = []
-        if previous_id is not None:
+        if goes_on:
             before = await self._read_before(turn, context, len(body))
         else:  # told before an engine works for nothing
             await self._wait(self._store.ensure_there())

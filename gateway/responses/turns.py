@@ -129,10 +129,14 @@ class CallBody:
         told = {name: parse_json(self.raw(name)) for name in names}
         return {**_REPEATED, **{name: value for name, value in told.items() if value is not None}}
 
+    @property
+    def has_items(self) -> bool:
+        return self.raw("input")[:1] in {b'"', b"["}
+
     def list_items(self, most_bytes: int) -> bytes:
         """The input as a list of items."""
         raw = self.raw("input")
-        if raw[:1] not in {b'"', b"["}:
+        if not self.has_items:
             raise wrong_type("input", "a text or a list of items")
         if len(raw) > most_bytes:
             raise PayloadTooLarge(

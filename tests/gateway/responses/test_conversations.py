@@ -236,8 +236,8 @@ async def test_responses_are_their_keys_alone(
         ({"background": True, "store": False}, "background"),
         ({"background": True, "stream": True}, "stream"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"input": {"a": 1}}, "input"),
-        ({"input": None}, "input"),
+        ({"input": {"a": 1}, "background": True}, "input"),
+        ({"input": None, "background": True}, "input"),
     ],
 )
 async def test_call_with_a_mistake_is_refused(

@@ -38,4 +38,5 @@ async def begin_turn(request: web.Request, body: bytes) -> bytes:
     if turn is None:
         return body
     request[TURN] = turn
-    return turn.body
+    body, turn.body = turn.body, b""  # which is dropped once the engine has it
+    return body

@@ -75,6 +75,7 @@ class _Run:
     call: UnattendedCall
     asking: RequestContext  # of the request that began it
     shown: dict[str, Any]  # as it is stored
+    kept: RequestContext  # what is held in memory until it has ended
     accepted: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -99,11 +100,14 @@ class BackgroundRuns:
         self, turn: Turn, call: UnattendedCall, asking: RequestContext
     ) -> dict[str, Any]:
         """The response as it is queued; a refusal is one of the request that asks for it."""
-        run = _Run(turn, call, asking, build_queued(turn, call.call.model or call.served.name))
+        shown = build_queued(turn, call.call.model or call.served.name)
+        kept = RequestContext(asking.request_id, call.context.record)
+        run = _Run(turn, call, asking, shown, kept)
         run.accepted.add_done_callback(lambda told: told.cancelled() or told.exception())
         self._runs[turn.id] = run  # first, for whoever looks fails rows that nobody runs
         try:
             self._parts.bodies.hold(call.context, call.call.size)
+            self._parts.bodies.hold(kept, len(turn.input))
             await self._store.add(turn, run.shown)
             call.on_waiting = lambda: self._accept(run)
             call.on_entered = lambda: self._begin(run)
@@ -246,6 +250,7 @@ class BackgroundRuns:
     def _forget(self, run: _Run) -> None:
         self._runs.pop(run.turn.id, None)
         self._parts.bodies.release(run.call.context)
+        self._parts.bodies.release(run.kept)
 
     def _close(self, run: _Run) -> None:
         """It is counted as one request, when it has ended."""

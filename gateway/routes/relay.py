@@ -190,7 +190,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
             # It is not sent again, and a stream may last.
             engine_call.body, call.body = None, b""
-            request.app[BODIES].release(request[CONTEXT])
+            _release_body(request)
             if answer.body is not None:
                 return await _answer_whole(request, call, answer)
             stream = open_stream(
@@ -223,6 +223,13 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         usage = 0, stream.told_tokens
     await _count(request, call, usage)
     return await stream.end()
+
+
+def _release_body(request: web.Request) -> None:
+    """But for the items that are stored at the end."""
+    context, turn = request[CONTEXT], request.get(TURN)
+    kept = 0 if turn is None else len(turn.input)
+    request.app[BODIES].release(context, max(0, context.held_bytes - kept))
 
 
 def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from openai.types.responses.response_item_list import ResponseItemList
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import open_sdk
 from tests.gateway.conftest import Serve, Served
-from tests.gateway.responses.conftest import Caller, Keys, check_shape
+from tests.gateway.responses.conftest import Caller, Keys, check_shape, until
 
 
 def said(role: str, text: str) -> dict[str, Any]:
@@ -285,3 +286,37 @@ async def test_folder_that_is_not_there_stops_the_start(serve: Serve, tmp_path: 
     with pytest.raises(Exception, match="GATEWAY_RESPONSES_DATABASE"):
         async with serve(responses_database=str(tmp_path / "none" / "x.sqlite")):
             pass
+
+
+@pytest.mark.parametrize("path", ["", "/input_items"])
+async def test_page_of_another_site_reads_no_stored_response(plain: Caller, path: str) -> None:
+    first = await plain.ask("one")
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    answer = await plain.served.client.get(f"/v1/responses/{first.id}{path}", headers=link)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_site")
+
+
+async def test_bytes_that_wait_to_be_stored_are_counted(plain: Caller) -> None:
+    """And are let go of when they are, in the background, too."""
+    slots = plain.served.engine.slots = asyncio.Semaphore(0)
+
+    async def read() -> float:
+        text = (await plain.served.client.get("/metrics")).text
+        (line,) = [one for one in text.splitlines() if one.startswith("gateway_held_body_bytes ")]
+        return float(line.split()[1])
+
+    async def is_held() -> bool:
+        return await read() >= 2000
+
+    async def is_released() -> bool:
+        return await read() == 0
+
+    first = await plain.ask("x" * 2000, background=True)
+    await until(is_held)
+    slots.release()
+    await plain.wait(first.id)
+    await until(is_released)
+    stream = await plain.ask("y" * 2000, stream=True, previous_response_id=first.id)
+    [event async for event in stream]
+    await until(is_released)

@@ -12,7 +12,7 @@ import asyncio
 import importlib.util
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,9 @@ def open_database(
             raise SettingsError(
                 f"{PREFIX}{setting}: {address.parent} is no folder that may be written"
             )
+        # Of texts that are nobody else's; what is wrong with it, its first use tells.
+        with suppress(OSError):
+            os.close(os.open(address, os.O_RDWR | os.O_CREAT, 0o600))
     return Database(
         address,
         setting=setting,

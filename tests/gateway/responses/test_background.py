@@ -214,28 +214,6 @@ async def test_background_responses_that_are_too_many_are_refused_at_once(
     assert waiting.status == "queued"
 
 
-async def test_patient_background_response_waits_longer_than_others_may(
-    serve: Serve, stored: Any
-) -> None:
-    engine = Behaviour()
-    bounds = {"max_running": 1, "engine_sequences": 1, "warmup_prompts": 1}
-    async with (
-        serve(engine, **stored, **bounds, queue_timeout_s=0.05) as served,
-        open_sdk(served.url) as sdk,
-    ):
-        engine.slots = asyncio.Semaphore(0)
-        caller = Caller(served, sdk)
-        ids = [(await caller.ask("hi", background=True)).id for _ in range(2)]
-        with pytest.raises(openai.RateLimitError) as refused:
-            await caller.ask("hi")
-        for _ in ids:
-            engine.slots.release()
-        states = [(await caller.wait(one)).status for one in ids]
-
-    assert refused.value.code == "queue_timeout"
-    assert states == ["completed"] * 2
-
-
 async def test_background_response_of_a_key_that_is_withdrawn_ends(
     serve: Serve, keys: Keys, stored: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""How much is stored, how long, and of how many turns a conversation may be."""
+"""How much is stored, how long, who may read the file, and how long what is queued may wait."""
 
 from __future__ import annotations
 
@@ -131,6 +131,39 @@ async def test_key_without_a_place_for_it_makes_no_room_in_anothers(
             await Caller(served, bob).ask("two")
 
         assert await alice.responses.retrieve(first.id) == first
+
+
+async def test_patient_background_response_waits_longer_than_others_may(
+    serve: Serve, stored: Any
+) -> None:
+    engine = Behaviour()
+    bounds = {"max_running": 1, "engine_sequences": 1, "warmup_prompts": 1}
+    async with (
+        serve(engine, **stored, **bounds, queue_timeout_s=0.05) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        engine.slots = asyncio.Semaphore(0)
+        caller = Caller(served, sdk)
+        ids = [(await caller.ask("hi", background=True)).id for _ in range(2)]
+        with pytest.raises(openai.RateLimitError) as refused:
+            await caller.ask("hi")
+        for _ in ids:
+            engine.slots.release()
+        states = [(await caller.wait(one)).status for one in ids]
+
+    assert refused.value.code == "queue_timeout"
+    assert states == ["completed"] * 2
+
+
+def read_modes(folder: Path) -> set[int]:
+    """Of the database and what lies beside it."""
+    return {path.stat().st_mode & 0o777 for path in folder.glob("responses.sqlite*")}
+
+
+async def test_file_of_stored_responses_is_nobody_elses(plain: Caller, tmp_path: Path) -> None:
+    await plain.ask("one")
+
+    assert read_modes(tmp_path) == {0o600}
 
 
 @pytest.fixture

@@ -288,17 +288,6 @@ async def test_folder_that_is_not_there_stops_the_start(serve: Serve, tmp_path: 
             pass
 
 
-def read_modes(folder: Path) -> set[int]:
-    """Of the database and what lies beside it."""
-    return {path.stat().st_mode & 0o777 for path in folder.glob("responses.sqlite*")}
-
-
-async def test_file_of_stored_responses_is_nobody_elses(plain: Caller, tmp_path: Path) -> None:
-    await plain.ask("one")
-
-    assert read_modes(tmp_path) == {0o600}
-
-
 @pytest.mark.parametrize("path", ["", "/input_items"])
 async def test_page_of_another_site_reads_no_stored_response(plain: Caller, path: str) -> None:
     first = await plain.ask("one")

@@ -20,6 +20,7 @@ from gateway.admission.limits import LIMITS, Limits, LocalLimits
 from gateway.admission.media_hosts import MEDIA_HOSTS, MediaHosts
 from gateway.admission.queue import AdmissionQueue
 from gateway.admission.served_models import MODELS, ServedModel, ServedModels
+from gateway.admission.unattended import UnattendedCaller
 from gateway.batches.access import BATCHES
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.discovery.engine_list import EngineList
@@ -41,6 +42,7 @@ from gateway.prompts.builders import PromptBuilders
 from gateway.records.access import RECORDS
 from gateway.records.ledger import LEDGER, Ledger
 from gateway.request_body import BODIES, HeldBodies
+from gateway.responses.access import RESPONSES
 from gateway.routes import (
     adapters,
     batches,
@@ -60,6 +62,7 @@ from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
 if TYPE_CHECKING:
     from gateway.batches.service import BatchService
     from gateway.records.service import Records
+    from gateway.responses.service import Responses
 
 
 def build_app(
@@ -96,6 +99,9 @@ def build_app(
         app.cleanup_ctx.append(run_records)
     engines = partial(run_engines, prompts=prompts, limits=limits, reload=reload)
     app.cleanup_ctx.extend((engines, watch_event_loop, run_key_reload))
+    if settings.responses_database:
+        app[RESPONSES] = build_responses(settings, app[METRICS])
+        app.cleanup_ctx.append(run_responses)
     if settings.batch_folder is not None:
         app[BATCHES] = build_batches(settings, app[METRICS])
         app.cleanup_ctx.append(run_batches)
@@ -129,9 +135,7 @@ def add_routes(app: web.Application) -> None:
     app.router.add_post(adapters.UNLOAD, adapters.handle_unload)
     for method, path in relay.ROUTES:
         app.router.add_route(method, path, relay.handle_relay)
-    for method, path in responses.ROUTES:
-        app.router.add_route(method, path, responses.handle_response)
-    for room in (files, batches):
+    for room in (responses, files, batches):
         for (method, path), handler in zip(room.ROUTES, room.HANDLERS, strict=True):
             app.router.add_route(method, path, handler)
     # So that the first call of each is seen in the metrics.
@@ -190,11 +194,44 @@ def build_batches(settings: Settings, figures: Metrics) -> BatchService:
 
 async def run_batches(app: web.Application) -> AsyncIterator[None]:
     """For as long as the engines are there."""
-    from gateway.batches.calls import BatchCaller  # noqa: PLC0415
     from gateway.batches.service import Parts  # noqa: PLC0415
 
     pool = app[POOL]
-    caller = BatchCaller(
+    parts = Parts(
+        keyring=app[KEYRING],
+        caller=build_unattended_caller(app),
+        metrics=app[METRICS],
+        open_requests=app[middleware.OPEN_REQUESTS],
+        is_draining=lambda: pool.draining,
+    )
+    async with app[BATCHES].run(parts):
+        yield
+
+
+def build_responses(settings: Settings, figures: Metrics) -> Responses:
+    """Loaded only when asked for, as batches are."""
+    from gateway.responses.service import Responses  # noqa: PLC0415
+
+    return Responses(settings, figures)
+
+
+async def run_responses(app: web.Application) -> AsyncIterator[None]:
+    """For as long as the engines are there."""
+    from gateway.responses.background import Parts  # noqa: PLC0415
+
+    parts = Parts(
+        keyring=app[KEYRING],
+        caller=build_unattended_caller(app),
+        bodies=app[BODIES],
+        open_requests=app[middleware.OPEN_REQUESTS],
+        ledger=app[LEDGER],
+    )
+    async with app[RESPONSES].run(parts):
+        yield
+
+
+def build_unattended_caller(app: web.Application) -> UnattendedCaller:
+    return UnattendedCaller(
         settings=app[SETTINGS],
         models=app[MODELS],
         accounts=app[ACCOUNTS],
@@ -202,15 +239,6 @@ async def run_batches(app: web.Application) -> AsyncIterator[None]:
         bodies=app[BODIES],
         ledger=app[LEDGER],
     )
-    parts = Parts(
-        keyring=app[KEYRING],
-        caller=caller,
-        metrics=app[METRICS],
-        open_requests=app[middleware.OPEN_REQUESTS],
-        is_draining=lambda: pool.draining,
-    )
-    async with app[BATCHES].run(parts):
-        yield
 
 
 def build_page_guard(settings: Settings) -> PageGuard:

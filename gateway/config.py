@@ -97,6 +97,7 @@ class Settings(ProgramSettings):
         "routing": "/v1",
         "keepalive_comment_s": "Streams, and callers who are slow",
         "connect_timeout_s": "Times",
+        "responses_database": "Stored responses",
         "usage_database": "Usage and audit",
         "ui": "The page",
         "grade_record": "Figures and spans",
@@ -511,6 +512,48 @@ class Settings(ProgramSettings):
         "after a restart, takes it over.",
     )
 
+    responses_database: str = Field(
+        "",
+        repr=False,
+        description="Database for what /v1/responses stores, so that a conversation goes on by "
+        "`previous_response_id` and background responses can be fetched: the path of a SQLite file "
+        "on a local disk, or `postgresql://user:password@host/name` (extra `postgres`), which "
+        "several gateways may share. Empty: nothing is stored.",
+    )
+    responses_retention_days: float = Field(
+        30.0,
+        gt=0,
+        le=3650,
+        description="How long a stored response is kept; what a later one goes on from, as long as "
+        "that.",
+    )
+    responses_max_input_bytes: int = Field(
+        4 * 2**20,
+        ge=1024,
+        description="Largest `input` of a call whose response is stored, or run in the background.",
+    )
+    responses_max_stored: int = Field(
+        10_000,
+        ge=1,
+        description="Most stored responses of one key; of more, those conversations go that have "
+        "rested longest.",
+    )
+    responses_max_stored_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        description="Most bytes that the stored responses of one key may take; of more, those "
+        "conversations go that have rested longest.",
+    )
+    responses_max_turns: int = Field(
+        1000, ge=1, le=10_000, description="Most responses of one conversation, one after another."
+    )
+    responses_lease_s: float = Field(
+        15.0,
+        gt=0,
+        description="Silence of a gateway that runs a background response after which another one, "
+        "or the same after a restart, declares it failed.",
+    )
+
     usage_database: str = Field(
         "",
         repr=False,
@@ -606,9 +649,9 @@ class Settings(ProgramSettings):
             raise ValueError("give postgresql://user:password@host/name, or nothing for SQLite")
         return value
 
-    @field_validator("usage_database")
+    @field_validator("responses_database", "usage_database")
     @classmethod
-    def _check_usage_database(cls, value: str) -> str:
+    def _check_place(cls, value: str) -> str:
         if "://" in value and not value.startswith(("postgresql://", "postgres://")):
             raise ValueError("give the path of a file, or postgresql://user:password@host/name")
         return value

@@ -47,7 +47,7 @@ _PAGE_ROUTES = frozenset(("/ui", "/ui/", "/ui/status", "/ui/{file}"))
 _HEALTH_ROUTES = frozenset(("/", "/health", "/healthz", "/readyz"))
 _OPEN_ROUTES = _HEALTH_ROUTES | {"/metrics", "/openapi.json", "/docs", "other"} | _PAGE_ROUTES
 # What callers have stored.
-_PRIVATE_ROUTES = ("/v1/files", "/v1/batches")
+_PRIVATE_ROUTES = ("/v1/files", "/v1/batches", "/v1/responses/")
 _RESTART_S = 5
 _GONE = 499  # what log and counters say of a caller who hung up
 QUIET_ROUTES = _HEALTH_ROUTES | {"/metrics"} | _PAGE_ROUTES

@@ -21,6 +21,7 @@ from gateway.errors import EngineError, EngineTimeout, GatewayError
 from gateway.observability.request_record import RequestRecord, StreamTiming
 from gateway.records.ledger import Entry
 from gateway.request_context import CONTEXT
+from gateway.responses.turns import Turn
 from gateway.schemas.openai import (
     CHOICE_END,
     build_stream_error,
@@ -152,22 +153,67 @@ class EventStream:
 class NotedStream(EventStream):
     """One of which is kept what its caller gets."""
 
-    def __init__(self, entry: Entry, request: web.Request, **options: Any) -> None:
+    def __init__(self, entry: Entry | None, request: web.Request, **options: Any) -> None:
         super().__init__(request, **options)
-        self._note = entry.note_answer
+        self._entry = entry
 
     async def write(self, data: bytes) -> None:
         assert self._response is not None  # noqa: S101 — it has started
-        if data is not KEEP_ALIVE:
-            self._note(data)
+        if data is not KEEP_ALIVE and self._entry is not None:
+            self._entry.note_answer(data)
         await self._response.write(data)
 
 
-def open_stream(request: web.Request, **options: Any) -> EventStream:
+class StoredStream(NotedStream):
+    """One whose response is stored: its end is withheld until it is."""
+
+    def __init__(
+        self, turn: Turn, entry: Entry | None, request: web.Request, **options: Any
+    ) -> None:
+        super().__init__(entry, request, **options)
+        self._turn: Turn | None = turn
+        self.withheld = b""
+
+    async def write(self, data: bytes) -> None:
+        if self._turn is not None and data is not KEEP_ALIVE:
+            if self.withheld:
+                self.withheld += data
+                return
+            if b'"response":' in data:
+                data, self.withheld = self._turn.sign_events(data)
+            if not data:
+                return
+        await super().write(data)
+
+    async def end(self, error: GatewayError | None = None) -> web.StreamResponse:
+        """Only once what is withheld has been taken, unless it has failed."""
+        if error is None and self.is_waiting:
+            assert self._response is not None  # noqa: S101 — it has started
+            return self._response
+        self._turn = None
+        return await super().end(error)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._turn is not None and bool(self.withheld)
+
+    async def end_stored(self) -> web.StreamResponse:
+        self._turn = None
+        await self.write(self.withheld)
+        return await self.end()
+
+
+STORED_STREAM = web.RequestKey("stored_stream", StoredStream)
+
+
+def open_stream(request: web.Request, turn: Turn | None = None, **options: Any) -> EventStream:
     entry = request[CONTEXT].entry
-    if entry is not None and entry.is_audited:
-        return NotedStream(entry, request, **options)
-    return EventStream(request, **options)
+    is_audited = entry is not None and entry.is_audited
+    if turn is not None:
+        stream = StoredStream(turn, entry if is_audited else None, request, **options)
+        request[STORED_STREAM] = stream
+        return stream
+    return NotedStream(entry, request, **options) if is_audited else EventStream(request, **options)
 
 
 class IdleTimer:

@@ -396,13 +396,109 @@ async def _flood(request: web.Request, response: web.StreamResponse) -> None:
         request.app[BEHAVIOUR].flooded_bytes += len(_FLOOD_EVENT)
 
 
-async def _responses(request: web.Request) -> web.Response:
-    text = (await _read(request)).get("input")
-    if not isinstance(text, str):
-        return _refusal("input is a text", "input")
-    part = {"type": "output_text", "text": f"answer:{text}"}
-    output = [{"type": "message", "role": "assistant", "content": [part]}]
-    return _json({"id": "resp-1", "object": "response", "output": output})
+async def _responses(request: web.Request) -> web.StreamResponse:
+    behaviour, call = request.app[BEHAVIOUR], await _read(request)
+    text = _last_input(call.get("input"))
+    if text is None:
+        return _refusal("input is a text or a list of items", "input")
+    previous = call.get("previous_response_id")
+    if previous is not None and previous not in behaviour.responses:
+        error = {"message": f"Response with id '{previous}' not found.", "code": 404}
+        return _json({"error": {**error, "param": "response_id"}}, 404)
+    if behaviour.refuses(text):
+        return _refusal("this is not to my taste", behaviour.refused_field)
+    if not call.get("stream"):
+        async with _working(behaviour, 1):
+            await _run_sequence(behaviour, text)
+    status = _choose_status(behaviour, call, [text])
+    if status != 200 or behaviour.body is not None:
+        body = behaviour.body or orjson.dumps({"error": {"message": "broken", "code": status}})
+        return web.Response(status=status, body=body, content_type="application/json")
+    response = _build_response(call, text)
+    return await _stream_response(request, response) if call.get("stream") else _json(response)
+
+
+def _build_response(call: dict[str, Any], text: str) -> dict[str, Any]:
+    """As vLLM writes one."""
+    said = {"type": "output_text", "text": f"answer:{text}", "annotations": []}
+    part = {**said, "logprobs": None}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed"}
+    repeated = ("instructions", "metadata", "user")
+    return {
+        "id": "resp-1",
+        "created_at": 1,
+        "object": "response",
+        "status": "completed",
+        "model": call.get("model") or "fake",
+        "output": [{**message, "content": [part], "phase": None}],
+        "parallel_tool_calls": True,
+        "temperature": 1.0,
+        "tool_choice": "none",
+        "tools": [],
+        "top_p": 1.0,
+        "background": bool(call.get("background")),
+        "max_output_tokens": call.get("max_output_tokens") or 500,
+        "previous_response_id": call.get("previous_response_id"),
+        "usage": {
+            "input_tokens": 3,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 4,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": 7,
+        },
+        **{name: call.get(name) for name in repeated},
+    }
+
+
+async def _stream_response(request: web.Request, response: dict[str, Any]) -> web.StreamResponse:
+    behaviour = request.app[BEHAVIOUR]
+    begun = {**response, "status": "in_progress", "output": [], "usage": None}
+    message: dict[str, Any] = response["output"][0]
+    part: dict[str, Any] = message["content"][0]
+    place = {"item_id": message["id"], "output_index": 0, "content_index": 0}
+    unsaid = {**part, "text": ""}
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+        {
+            "type": "response.output_item.added",
+            "output_index": 0,
+            "item": {**message, "status": "in_progress", "content": []},
+        },
+        {"type": "response.content_part.added", **place, "part": unsaid},
+        *(
+            {"type": "response.output_text.delta", **place, "delta": one, "logprobs": []}
+            for one in part["text"]
+        ),
+        {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": []},
+        {"type": "response.content_part.done", **place, "part": part},
+        {"type": "response.output_item.done", "output_index": 0, "item": message},
+        {"type": "response.completed", "response": response},
+    ]
+    answer = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+    await answer.prepare(request)
+    async with _working(behaviour, 1):
+        for number, event in enumerate(events):
+            if number == behaviour.stream_cut_after:
+                assert request.transport is not None
+                request.transport.abort()
+                return answer
+            data = orjson.dumps({**event, "sequence_number": number})
+            await answer.write(f"event: {event['type']}\ndata: ".encode() + data + b"\n\n")
+            await asyncio.sleep(behaviour.stream_gap_s)
+    await answer.write_eof()
+    return answer
+
+
+def _last_input(value: Any) -> str | None:
+    """The last text of a call of /v1/responses."""
+    if isinstance(value, str):
+        return value
+    last = value[-1] if isinstance(value, list) and value else None
+    content = last.get("content", last.get("output")) if isinstance(last, dict) else None
+    if isinstance(content, list) and content and isinstance(content[-1], dict):
+        content = content[-1].get("text")
+    return content if isinstance(content, str) else None
 
 
 async def _messages(request: web.Request) -> web.Response:

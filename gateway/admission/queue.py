@@ -216,7 +216,9 @@ class AdmissionQueue:
                 )
         lane.waiting += most
         try:
-            async with asyncio.timeout(patience_s):
+            if ticket.on_waiting is not None:
+                ticket.on_waiting()
+            async with asyncio.timeout(None if ticket.on_waiting else patience_s):
                 return await self._queue(lane, least, most)
         except TimeoutError:
             raise Overloaded(

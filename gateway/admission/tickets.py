@@ -6,7 +6,7 @@ Whether there is room for it is `queue.py`'s matter; what an account may do is i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,7 @@ class Ticket:
     deadline: float | None = None  # on the event loop's clock
     is_divisible: bool = False  # it may come in by pieces
     tokens: int = 0  # the most that it is expected to use
+    on_waiting: Callable[[], None] | None = None  # told when it is let wait, however long that is
 
 
 def build_ticket(

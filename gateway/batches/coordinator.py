@@ -10,7 +10,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import structlog
 
@@ -18,10 +17,12 @@ from gateway.batches.blobs import Blobs
 from gateway.batches.ownership import Ownership, OwnershipLost
 from gateway.batches.runner import JobRunner
 from gateway.batches.shapes import JobRecord
-from gateway.batches.store import DAY_S, Store
+from gateway.batches.store import Store
 from gateway.config import Settings
 from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.observability.metrics import Metrics
+from gateway.storage.leases import LeaseWatch
+from gateway.storage.rows import DAY_S
 
 log = structlog.get_logger("gateway")
 
@@ -32,14 +33,6 @@ _BEATS_A_LEASE = 5
 _SWEEP_S = 600.0
 _ORPHAN_AGE_S = 3600.0
 _GIVE_BACK_S = 5.0  # a database that is away is not waited for: the lease ends as well
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Of another gateway's batch: how far its owner was, and since when, by our own clock."""
-
-    mark: tuple[int, int]
-    since: float
 
 
 class Coordinator:
@@ -57,11 +50,11 @@ class Coordinator:
     ) -> None:
         self._ownership, self._store, self._blobs = ownership, store, blobs
         self._build_runner, self._metrics = build_runner, metrics
-        self._lease_s = settings.batch_lease_s
+        lease_s = settings.batch_lease_s
+        self._leases = LeaseWatch(lease_s)
         self._kept_s = settings.batch_retention_days * DAY_S
-        self._poll_s = min(_LONGEST_POLL_S, self._lease_s / _BEATS_A_LEASE)
+        self._poll_s = min(_LONGEST_POLL_S, lease_s / _BEATS_A_LEASE)
         self._running: dict[str, tuple[JobRunner, asyncio.Task[None]]] = {}
-        self._seen: dict[str, _Seen] = {}
         self._wake = asyncio.Event()
         self._is_stopping = False
         metrics.batch_jobs.read = lambda: [((), len(self._running))]
@@ -117,9 +110,7 @@ class Coordinator:
         if self._running:
             await self._ownership.beat(self._running)
         jobs = await self._ownership.list_open()
-        open_ids = {job.id for job in jobs}
-        for gone in self._seen.keys() - open_ids:
-            del self._seen[gone]
+        self._leases.keep_only({job.id for job in jobs})
         free: list[JobRecord] = []
         for job in jobs:
             if job.id in self._running:
@@ -163,14 +154,7 @@ class Coordinator:
 
     def _is_free(self, job: JobRecord) -> bool:
         """Nobody has it, or who has it has not moved for a whole lease."""
-        if not job.worker:
-            return True
-        mark, now = (job.epoch, job.beat), time.monotonic()
-        seen = self._seen.get(job.id)
-        if seen is None or seen.mark != mark:
-            self._seen[job.id] = _Seen(mark, now)
-            return False
-        return now - seen.since >= self._lease_s
+        return not job.worker or self._leases.has_ended(job.id, (job.epoch, job.beat))
 
     async def _take(self, job: JobRecord) -> None:
         claimed = await self._ownership.claim(job)

@@ -13,8 +13,8 @@ from typing import Protocol
 import structlog
 
 from gateway.admission.keys import Caller
+from gateway.admission.unattended import Answer, ReadBody, UnattendedCaller
 from gateway.batches.blobs import Blobs, BlobWriter
-from gateway.batches.calls import Answer, BatchCaller, ReadBody
 from gateway.batches.ownership import Ownership, Result
 from gateway.batches.shapes import (
     FileRecord,
@@ -70,7 +70,7 @@ class JobRunner:
         *,
         ownership: Ownership,
         blobs: Blobs,
-        caller: BatchCaller,
+        caller: UnattendedCaller,
         find_caller: Callable[[str], Caller | None],
         window: Window,
         open_requests: OpenCount,

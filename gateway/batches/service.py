@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.admission.keys import Caller, Keyring
+from gateway.admission.unattended import UnattendedCaller
 from gateway.batches.blobs import Blobs, DiskBlobs
-from gateway.batches.calls import BatchCaller
 from gateway.batches.coordinator import Coordinator
 from gateway.batches.ownership import Ownership
 from gateway.batches.runner import JobRunner, OpenCount
 from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
-from gateway.batches.store import Store, find_kept_s, make_id
+from gateway.batches.store import Store, find_kept_s
 from gateway.batches.uploads import Room, Upload
 from gateway.batches.window import Windows
 from gateway.config import Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
 from gateway.storage.database import Database
+from gateway.storage.rows import make_id
 
 _BLOBS = "files"
 _FILE = "batches.sqlite"
@@ -35,7 +36,7 @@ class Parts:
     """What it needs of the gateway."""
 
     keyring: Keyring
-    caller: BatchCaller
+    caller: UnattendedCaller
     metrics: Metrics
     open_requests: OpenCount
     is_draining: Callable[[], bool]

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from gateway.errors import GatewayError, InvalidRequest
-from gateway.schemas.fields import is_text, parse_json_object, read_integer, wrong_type
+from gateway.schemas.fields import is_storable, parse_json_object, read_integer, wrong_type
 from gateway.schemas.large_json import SMALL_BYTES, Member, scan_members
 from gateway.schemas.openai import build_error
 
@@ -202,11 +202,6 @@ def _check_model(model: Any) -> str | None:
     return model
 
 
-def is_storable(text: str) -> bool:
-    """Whether every database takes it."""
-    return "\0" not in text and is_text(text)
-
-
 def _refuse_stream(value: Any) -> None:
     if value:
         raise InvalidRequest(
@@ -308,18 +303,6 @@ def build_batch(job: JobRecord) -> dict[str, Any]:
     return {**told, "object": "batch", "request_counts": counts, "errors": errors}
 
 
-def build_page(items: Sequence[dict[str, Any]], *, has_more: bool) -> bytes:
-    return orjson.dumps(
-        {
-            "object": "list",
-            "data": items,
-            "first_id": items[0]["id"] if items else None,
-            "last_id": items[-1]["id"] if items else None,
-            "has_more": has_more,
-        }
-    )
-
-
 def build_response_line(custom_id: str, request_id: str, status: int, body: bytes) -> bytes:
     """What was answered to one line, whether it was good or not; the body as the engine wrote it,
     but for line breaks, which would be the end of the line here.
@@ -339,29 +322,3 @@ def build_unanswered_line(custom_id: str, request_id: str, code: str, message: s
     """For a line that was never answered: the batch has ended before."""
     head = {"id": f"batch_req_{request_id}", "custom_id": custom_id, "response": None}
     return orjson.dumps({**head, "error": {"code": code, "message": message}}) + b"\n"
-
-
-_DIGITS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Which part of a list."""
-
-    after: str | None
-    limit: int
-    ascending: bool
-
-
-def parse_page(query: Mapping[str, str], usual: int, most: int) -> Page:
-    text = query.get("limit", str(usual))
-    is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS
-    if not is_number or not 1 <= int(text) <= most:
-        raise InvalidRequest(f"limit must be 1 to {most}", param="limit")
-    order = query.get("order", "desc")
-    if order not in {"asc", "desc"}:
-        raise InvalidRequest("order is asc or desc", param="order")
-    after = query.get("after") or None
-    if after is not None and len(after) > _LONGEST_ID:
-        raise InvalidRequest("after is the id of the last one seen", param="after")
-    return Page(after, int(text), order == "asc")

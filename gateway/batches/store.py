@@ -5,7 +5,6 @@ is in `ownership.py`.
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,25 +25,20 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.admission.keys import Caller
-from gateway.batches.shapes import FileRecord, JobRecord, is_storable
+from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.config import Settings
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited
+from gateway.schemas.fields import is_storable
 from gateway.storage.database import Database
+from gateway.storage.rows import DAY_S, lock_owner
 from gateway.storage.tables import FILES, JOBS, LINES, RESULTS
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "failed", "expired", "cancelled")
 _CANCELLABLE = ("validating", "in_progress")
 _ROWS_AT_ONCE = 1000
-DAY_S = 86_400
-_OWNER_LOCKS = 714_632_901  # any number that no other program takes
 
 StoredLine = tuple[int, str, int, int, str]  # number, custom_id, start, size, prefix
-
-
-def make_id(kind: str) -> str:
-    """In order of time, and not to be guessed."""
-    return f"{kind}{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
 def find_kept_s(settings: Settings, owner: Caller | None, asked_s: int | None) -> int:
@@ -68,7 +62,7 @@ class Store:
         looked at, also through another gateway.
         """
         async with self._database.write() as connection:
-            await _lock_owner(connection, file.owner)
+            await lock_owner(connection, file.owner)
             stored = await _sum_bytes(connection, file.owner)
             if max_bytes is not None and stored + file.bytes > max_bytes:
                 raise refuse_storage(stored, max_bytes)
@@ -149,7 +143,7 @@ class Store:
     async def add_job(self, job: JobRecord, max_jobs: int) -> None:
         """`max_jobs`: that this owner may have open at once."""
         async with self._database.write() as connection:
-            await _lock_owner(connection, job.owner)
+            await lock_owner(connection, job.owner)
             query = select(func.count()).select_from(JOBS)
             query = query.where(JOBS.c.owner == job.owner, JOBS.c.status.in_(OPEN))
             if (await connection.execute(query)).scalar_one() >= max_jobs:
@@ -228,14 +222,6 @@ def refuse_storage(stored: int, bound: int) -> Forbidden:
 async def insert_file(connection: AsyncConnection, file: FileRecord) -> None:
     row = dataclasses.asdict(file) | {"models": orjson.dumps(file.models).decode()}
     await connection.execute(insert(FILES), row)
-
-
-async def _lock_owner(connection: AsyncConnection, owner: str) -> None:
-    """Until the transaction ends: what is counted of an owner stays so. SQLite has one writer."""
-    if connection.dialect.name == "postgresql":
-        await connection.execute(
-            select(func.pg_advisory_xact_lock(_OWNER_LOCKS, func.hashtext(owner)))
-        )
 
 
 async def _sum_bytes(connection: AsyncConnection, owner: str) -> int:

@@ -153,6 +153,7 @@ class Metrics:
         self._declare_predict()
         self._declare_engines()
         self._declare_batches()
+        self._declare_responses()
         self._declare_records()
         self._declare_models()
         self._declare_process()
@@ -358,6 +359,19 @@ class Metrics:
             self.batch_lines.labels(outcome)
         for code in (*_RETRIED, *_BATCH_RETRIED):
             self.batch_retries.labels(code)
+
+    def _declare_responses(self) -> None:
+        self.background_responses = self._live_gauge(
+            "background_responses", "Background responses that this gateway has queued or running."
+        )
+        self.background_responses.read = lambda: [((), 0)]  # until responses are stored
+        self.responses_stored = self._counter(
+            "responses_stored", "Responses that were stored, those in the background at their end."
+        )
+        self.response_storage_failures = self._counter(
+            "response_storage_failures",
+            "Times that the database of stored responses did not answer or was full.",
+        )
 
     def _declare_records(self) -> None:
         self.records_away = self._live_gauge(

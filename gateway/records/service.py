@@ -5,23 +5,21 @@ gateways have used, and deletes what is too old.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import structlog
 
-from gateway.config import PREFIX, Settings, SettingsError
+from gateway.config import Settings
 from gateway.errors import GatewayError
 from gateway.observability.metrics import Metrics
 from gateway.records.ledger import AuditRow, Batch, Entry, Ledger
 from gateway.records.redaction import Redactor
 from gateway.records.store import RecordStore, make_storable
 from gateway.records.texts import read_stream, read_texts
-from gateway.storage.database import Database
+from gateway.storage.database import open_database
 
 log = structlog.get_logger("gateway")
 
@@ -39,7 +37,12 @@ class Records:
         self._interval_s = settings.usage_interval_s
         self._ttl_days = settings.audit_ttl_days
         self._redactor = Redactor(settings.audit_redact, settings.audit_text_characters)
-        self.database = open_database(settings)
+        self.database = open_database(
+            settings.usage_database,
+            setting="USAGE_DATABASE",
+            keeps="usage and audit",
+            busy_timeout_s=_BUSY_TIMEOUT_S,
+        )
         self.store = RecordStore(self.database, secrets.token_hex(8))
         self._batch: Batch | None = None  # not known to be written
         self._rows: list[dict[str, Any]] | None = None  # of that, made ready
@@ -161,19 +164,3 @@ def _read_texts(entry: Entry, redactor: Redactor) -> tuple[str | None, str | Non
     except Exception:
         log.exception("audit_text_not_read")
     return prompt, answer
-
-
-def open_database(settings: Settings) -> Database:
-    address: str | Path = settings.usage_database
-    if "://" not in settings.usage_database:
-        address = Path(settings.usage_database)
-        if not address.parent.is_dir() or not os.access(address.parent, os.W_OK | os.X_OK):
-            raise SettingsError(
-                f"{PREFIX}USAGE_DATABASE: {address.parent} is no folder that may be written"
-            )
-    return Database(
-        address,
-        setting="USAGE_DATABASE",
-        keeps="usage and audit",
-        busy_timeout_s=_BUSY_TIMEOUT_S,
-    )

@@ -7,8 +7,9 @@ from aiohttp import web
 
 from gateway.admission.keys import CALLER
 from gateway.batches.access import find_batches
-from gateway.batches.shapes import build_batch, build_page, parse_batch_request, parse_page
+from gateway.batches.shapes import build_batch, parse_batch_request
 from gateway.request_body import read_body
+from gateway.schemas.pages import build_page, parse_page
 
 ROUTES = (
     ("GET", "/v1/batches"),

@@ -16,9 +16,7 @@ from gateway.batches.shapes import (
     PURPOSE,
     FileRecord,
     build_file,
-    build_page,
     parse_expiry,
-    parse_page,
 )
 from gateway.config import SETTINGS
 from gateway.errors import (
@@ -29,6 +27,7 @@ from gateway.errors import (
 )
 from gateway.request_body import BODIES
 from gateway.request_context import CONTEXT
+from gateway.schemas.pages import build_page, parse_page
 
 ROUTES = (
     ("GET", "/v1/files"),

@@ -23,25 +23,31 @@ from gateway.admission.keys import CALLER
 from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
 from gateway.admission.served_models import MODELS, SERVED_MODEL
-from gateway.admission.tickets import LaneName, build_ticket, parse_deadline
+from gateway.admission.tickets import LaneName, build_ticket, open_claim, parse_deadline
+from gateway.admission.unattended import UnattendedCall
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayError
 from gateway.forms import read_form
+from gateway.observability.request_record import RequestRecord
 from gateway.request_body import BODIES, read_body
-from gateway.request_context import CONTEXT, TRACE_HEADERS
+from gateway.request_context import CONTEXT, TRACE_HEADERS, RequestContext
+from gateway.responses.access import TURN, begin_turn, find_responses
+from gateway.responses.turns import Turn
 from gateway.schemas.openai import (
     CHAT_BATCH,
     POOLING,
     OpenAIRequest,
     build_model_list,
     build_models,
+    build_no_previous_response,
+    lacks_previous_response,
     name_engine_error,
     parse_usage,
 )
 from gateway.schemas.transcription import FORMS, parse_form
-from gateway.streaming import EventStream, Usage, open_stream
+from gateway.streaming import STORED_STREAM, EventStream, StoredStream, Usage, open_stream
 
 STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _WRITING = (*STREAMING, CHAT_BATCH, *FORMS)
@@ -66,6 +72,7 @@ _SENT = ("Accept", "X-Session-Id", "anthropic-version", *TRACE_HEADERS)
 # The last of them describes vectors that come as bytes.
 _PASSED_ON = ("Content-Type", "Cache-Control", "Retry-After", "metadata")
 _RETRY_AFTER_S = "1"
+_RESPONSES = "/v1/responses"
 _HELD_SHARE = 0.25  # of a stream's time; to write takes some itself where an engine is quick
 
 
@@ -95,17 +102,63 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     if caller.counts_tokens and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
+    turn = request.get(TURN)
+    if turn is not None and turn.is_background:
+        return await _start(request, call, turn, ticket.lane)
     async with served.queue.enter(ticket):
         context.record.note_entered()
-        return await _pass_on(request, call)
+        response = await _pass_on(request, call)
+    # Without a place: a database that takes its time keeps nobody else from the engines.
+    return response if turn is None else await _store(request, turn, response)
 
 
 async def _read_call(request: web.Request) -> OpenAIRequest:
     if request.path in FORMS:
         return parse_form(await read_form(request), request.app[SETTINGS])
     settings, models = request.app[SETTINGS], request.app[MODELS]
+    body = await read_body(request)
+    if request.path == _RESPONSES:
+        body = await begin_turn(request, body)
     deadline = request[CONTEXT].deadline
-    return await parse_call(request.path, await read_body(request), settings, models, deadline)
+    return await parse_call(request.path, body, settings, models, deadline)
+
+
+async def _start(
+    request: web.Request, call: OpenAIRequest, turn: Turn, lane: LaneName
+) -> web.Response:
+    """In the background, as a call of its own that holds what it claims until it has ended."""
+    asking, caller = request[CONTEXT], request[CALLER]
+    context = RequestContext(asking.request_id, RequestRecord(request.path))
+    context.carry(request.headers, _SENT)
+    one = UnattendedCall(
+        caller,
+        request.path,
+        request[SERVED_MODEL],
+        call,
+        context,
+        open_claim(caller) if caller.has_limits else None,
+        lane=lane,
+        tries=request.app[SETTINGS].max_attempts,
+    )
+    body = await find_responses(request.app).start(turn, one, asking)
+    return web.Response(body=body, content_type="application/json")
+
+
+async def _store(
+    request: web.Request, turn: Turn, answer: web.StreamResponse
+) -> web.StreamResponse:
+    responses = find_responses(request.app)
+    stream: StoredStream | None = request.get(STORED_STREAM)
+    if stream is not None and stream.is_waiting:
+        try:
+            await responses.keep_stream(turn)
+        except GatewayError as error:
+            return await stream.end(error)
+        return await stream.end_stored()
+    if isinstance(answer, web.Response) and answer.status == 200:
+        assert isinstance(answer.body, bytes)  # noqa: S101 — an engine's
+        answer.body = await responses.keep(turn, answer.body)
+    return answer
 
 
 async def _answer_models(request: web.Request) -> web.StreamResponse:
@@ -138,7 +191,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
         async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
             # It is not sent again, and a stream may last.
             engine_call.body, call.body = None, b""
-            request.app[BODIES].release(request[CONTEXT])
+            _release_body(request)
             if answer.body is not None:
                 return await _answer_whole(request, call, answer)
             stream = open_stream(
@@ -146,6 +199,7 @@ async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamRespo
                 hides_usage=call.hides_usage,
                 hides_chunk_usage=call.hides_chunk_usage,
                 fingerprint=engine_call.asked.fingerprint if engine_call.asked else "",
+                turn=request.get(TURN),
             )
             await stream.start(answer.status, _pick_headers(answer))
             await stream.copy(answer)
@@ -180,6 +234,13 @@ def _learn_first_token(
     if stream.timing.chunks and call.sequences == 1:
         first_s = stream.timing.first_chunk_at - request[CONTEXT].sent_at
         request[SERVED_MODEL].first_tokens.learn(first_s, lines)
+
+
+def _release_body(request: web.Request) -> None:
+    """But for the items that are stored at the end."""
+    context, turn = request[CONTEXT], request.get(TURN)
+    kept = 0 if turn is None else len(turn.input)
+    request.app[BODIES].release(context, max(0, context.held_bytes - kept))
 
 
 def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:
@@ -217,19 +278,21 @@ def _asks_for_models(request: web.Request) -> bool:
 async def _answer_whole(
     request: web.Request, call: OpenAIRequest, answer: EngineAnswer
 ) -> web.Response:
-    headers, body = _pick_headers(answer), answer.body or b""
-    if answer.status == 200:
+    headers, body, status = _pick_headers(answer), answer.body or b"", answer.status
+    if status == 200:
         if _asks_for_models(request):
             body = answer.value
         await _count(request, call, _read_usage(request, call, answer))
-    elif answer.status >= 400:
-        body = name_engine_error(answer.status, body, request.path)
+    elif lacks_previous_response(request.path, status, body):
+        status, body = 400, build_no_previous_response()
+    elif status >= 400:
+        body = name_engine_error(status, body, request.path)
         headers["Content-Type"] = "application/json"
-        if answer.status == 501:
+        if status == 501:
             headers["x-should-retry"] = "false"  # what it does not know it will not learn
-        if answer.status in {429, 503}:
+        if status in {429, 503}:
             headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
-    return web.Response(status=answer.status, headers=headers, body=body)
+    return web.Response(status=status, headers=headers, body=body)
 
 
 def _read_usage(request: web.Request, call: OpenAIRequest, answer: EngineAnswer) -> Usage | None:

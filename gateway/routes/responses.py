@@ -1,5 +1,7 @@
-"""/v1/responses/{id}: an answer that an engine has kept, if it keeps any; the engines are asked one
-by one until one has it. Whoever knows the id may have it.
+"""/v1/responses/{id}: a stored response, as the key that made it may have it.
+
+Where this gateway stores none an engine may have kept it: they are asked one by one until one has
+it, and whoever knows the id may have it.
 """
 
 from __future__ import annotations
@@ -13,16 +15,64 @@ from gateway.admission.keys import CALLER
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import Engine
 from gateway.engines.pool import POOL
-from gateway.errors import EngineError, GatewayError, Unavailable
+from gateway.errors import EngineError, GatewayError, InvalidRequest, Unavailable
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT
+from gateway.responses.access import RESPONSES, find_responses
+from gateway.responses.shapes import build_deleted
 from gateway.schemas.openai import name_engine_error
+from gateway.schemas.pages import build_page, parse_page
 
 _ID = "{response_id:[A-Za-z0-9_-]{1,128}}"
-ROUTES = (("GET", f"/v1/responses/{_ID}"), ("POST", f"/v1/responses/{_ID}/cancel"))
+ROUTES = (
+    ("GET", f"/v1/responses/{_ID}"),
+    ("DELETE", f"/v1/responses/{_ID}"),
+    ("GET", f"/v1/responses/{_ID}/input_items"),
+    ("POST", f"/v1/responses/{_ID}/cancel"),
+)
+_USUALLY_LISTED, _MOST_LISTED = 20, 100
 
 
-async def handle_response(request: web.Request) -> web.Response:
+async def handle_retrieve(request: web.Request) -> web.Response:
+    responses = request.app.get(RESPONSES)
+    if responses is None:
+        return await _ask_engines(request)
+    if request.query.get("stream", "").lower() in {"1", "true"}:
+        raise InvalidRequest(
+            "a stored response is no stream here; ask for it without `stream` until it has ended",
+            param="stream",
+            code="background_stream_not_served",
+        )
+    return _json(await responses.find(request[CALLER].name, request.match_info["response_id"]))
+
+
+async def handle_delete(request: web.Request) -> web.Response:
+    name = request.match_info["response_id"]
+    await find_responses(request.app).delete(request[CALLER].name, name)
+    return _json(build_deleted(name))
+
+
+async def handle_items(request: web.Request) -> web.Response:
+    responses = find_responses(request.app)
+    page = parse_page(request.query, _USUALLY_LISTED, _MOST_LISTED)
+    items, has_more = await responses.list_items(
+        request[CALLER].name, request.match_info["response_id"], page
+    )
+    return _json(build_page(items, has_more=has_more))
+
+
+async def handle_cancel(request: web.Request) -> web.Response:
+    responses = request.app.get(RESPONSES)
+    if responses is None:
+        return await _ask_engines(request)
+    await read_body(request)  # nothing is said in it
+    return _json(await responses.cancel(request[CALLER].name, request.match_info["response_id"]))
+
+
+HANDLERS = (handle_retrieve, handle_delete, handle_items, handle_cancel)
+
+
+async def _ask_engines(request: web.Request) -> web.Response:
     pool = request.app[POOL]
     if request.method == "POST":
         await read_body(request)  # nothing is said in it
@@ -79,6 +129,10 @@ async def _ask(request: web.Request, engine: Engine, method: str, path: str) -> 
     if answer.status >= 400:
         return answer.status, name_engine_error(answer.status, body, request.path)
     return answer.status, body
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")
 
 
 def _read_model(body: bytes) -> str | None:

@@ -76,6 +76,11 @@ def is_text(value: str) -> bool:
     return True
 
 
+def is_storable(text: str) -> bool:
+    """Whether every database takes it."""
+    return "\0" not in text and is_text(text)
+
+
 def read_integer(data: Mapping[str, Any], name: str, default: int, *, low: int) -> int:
     value = data.get(name)
     if value is None:

@@ -242,8 +242,9 @@ def _refuse_background(data: Mapping[str, Any]) -> None:
     """It would run on after its answer, past the queue and past the limits of its key."""
     if read_flag(data["background"], "background"):
         raise InvalidRequest(
-            "background responses are not served here; ask without `background`, as a stream if "
-            "the answer takes long",
+            "background responses are not served here: the operator can turn them on with "
+            "GATEWAY_RESPONSES_DATABASE; ask without `background`, as a stream if the answer takes "
+            "long",
             param="background",
             code="background_not_served",
         )
@@ -519,6 +520,22 @@ def name_stream_errors(events: bytes) -> tuple[bytes, bool]:
                 is_fault |= not (isinstance(status, int) and 400 <= status < 500)
                 lines[place] = b"data: " + orjson.dumps(data)
     return b"\n".join(lines), is_fault
+
+
+def lacks_previous_response(path: str, status: int, body: bytes) -> bool:
+    """Whether an engine has not kept what a call goes on from: most keep nothing."""
+    return path == "/v1/responses" and status == 404 and b"Response with id" in body
+
+
+def build_no_previous_response() -> bytes:
+    return build_error(
+        InvalidRequest(
+            "the engine has not kept this response, and this gateway stores none: its operator can "
+            "turn that on with GATEWAY_RESPONSES_DATABASE; send the whole conversation instead",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    )
 
 
 def name_engine_error(status: int, body: bytes, path: str) -> bytes:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,14 @@ class Database:
         setting: str,
         keeps: str,
         busy_timeout_s: float = _BUSY_TIMEOUT_S,
+        answer_timeout_s: float | None = None,
     ) -> None:
         """The `address` is a file for SQLite, or PostgreSQL's; `setting` is where it stands, and
-        `keeps` names what is in it to callers and in the log.
+        `keeps` names what is in it to callers and in the log. Where callers wait for it, a
+        transaction may take no longer than `answer_timeout_s`.
         """
         url, options, self._foreign = _describe(address, PREFIX + setting)
-        self._keeps = keeps
+        self._keeps, self._answer_timeout_s = keeps, answer_timeout_s
         self._engine = create_async_engine(url, **options)
         self._writing = self._engine.execution_options(writes=True)
         if self._engine.dialect.name == "sqlite":
@@ -99,16 +102,18 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """What is read inside belongs together."""
-        await self._ensure_migrated()
-        async with self._translate(), self._engine.begin() as connection:
-            yield connection
+        async with self._translate(), asyncio.timeout(self._answer_timeout_s):
+            await self._ensure_migrated()
+            async with self._engine.begin() as connection:
+                yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """All that is written inside is kept, or nothing is."""
-        await self._ensure_migrated()
-        async with self._translate(), self._writing.begin() as connection:
-            yield connection
+        async with self._translate(), asyncio.timeout(self._answer_timeout_s):
+            await self._ensure_migrated()
+            async with self._writing.begin() as connection:
+                yield connection
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -117,7 +122,7 @@ class Database:
         """Not at the start: a gateway without its database still serves everything else."""
         if self._is_migrated:
             return
-        async with self._migrating, self._translate():
+        async with self._migrating:
             if not self._is_migrated:
                 async with self._writing.begin() as connection:
                     await connection.run_sync(migrate)
@@ -134,7 +139,7 @@ class Database:
         except self._foreign as error:
             if "disk is full" in str(error) or "DiskFull" in str(error):
                 raise StorageFull(f"there is no room left for {self._keeps}") from error
-            reason = str(error).partition("\n")[0][:300]
+            reason = str(error).partition("\n")[0][:300] or "no answer in time"
             log.warning("storage_failed", keeps=self._keeps, reason=reason)
             raise StorageUnavailable(
                 f"the database of {self._keeps} does not answer; try again",
@@ -149,6 +154,34 @@ class Database:
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
+
+
+def open_database(
+    place: str,
+    *,
+    setting: str,
+    keeps: str,
+    busy_timeout_s: float,
+    answer_timeout_s: float | None = None,
+) -> Database:
+    """The `place` is the path of a SQLite file, or PostgreSQL's address."""
+    address: str | Path = place
+    if "://" not in place:
+        address = Path(place)
+        if not address.parent.is_dir() or not os.access(address.parent, os.W_OK | os.X_OK):
+            raise SettingsError(
+                f"{PREFIX}{setting}: {address.parent} is no folder that may be written"
+            )
+        # Of texts that are nobody else's; what is wrong with it, its first use tells.
+        with suppress(OSError):
+            os.close(os.open(address, os.O_RDWR | os.O_CREAT, 0o600))
+    return Database(
+        address,
+        setting=setting,
+        keeps=keeps,
+        busy_timeout_s=busy_timeout_s,
+        answer_timeout_s=answer_timeout_s,
+    )
 
 
 def _describe(

@@ -1,6 +1,6 @@
-"""Every table of the gateway, of files and batches (`gateway/batches`) and of usage and audit
-(`gateway/records`). Both may lie in one database, so they are one schema with one list of steps;
-what is asked of the tables is those rooms' matter.
+"""Every table of the gateway: of files and batches (`gateway/batches`), of usage and audit
+(`gateway/records`), of stored responses (`gateway/responses`). All may lie in one database, so they
+are one schema with one list of steps; what is asked of the tables is those rooms' matter.
 """
 
 from __future__ import annotations
@@ -157,6 +157,32 @@ AUDIT = Table(
     Index("gateway_audit_key", "key", "id"),
 )
 
+# What was asked and answered, as JSON, and from which other one it goes on. What is large comes
+# last: SQLite reads a row from its beginning. Ids are in order of time.
+RESPONSES = Table(
+    "gateway_responses",
+    METADATA,
+    Column("id", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("previous_id", String),
+    Column("status", String, nullable=False),
+    Column("is_background", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("depth", Integer, nullable=False),  # of its conversation, with itself
+    Column("bytes", BigInteger, nullable=False),
+    Column("context_bytes", BigInteger, nullable=False),  # of its conversation, with itself
+    Column("worker", String, nullable=False),  # the gateway that runs it in the background
+    Column("beat", BigInteger, nullable=False),  # rises while that gateway lives
+    Column("input", LargeBinary, nullable=False),  # the items that came with it
+    Column("output", LargeBinary, nullable=False),
+    Column("response", LargeBinary, nullable=False),  # all but the output
+    Index("gateway_responses_owner", "owner", "id", "bytes"),
+    Index("gateway_responses_previous", "previous_id"),
+    Index("gateway_responses_status", "status"),
+    Index("gateway_responses_expires", "expires_at"),
+)
+
 _BATCHES = (FILES, LINES, JOBS, RESULTS)
 _RECORDS = (USAGE, SPENT, WRITERS, AUDIT)
 
@@ -169,5 +195,13 @@ def _create_records(connection: Connection) -> None:
     METADATA.create_all(connection, _RECORDS)
 
 
+def _create_responses(connection: Connection) -> None:
+    METADATA.create_all(connection, (RESPONSES,))
+
+
 # In this order; what has been released is not changed any more.
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_batches, _create_records)
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    _create_batches,
+    _create_records,
+    _create_responses,
+)

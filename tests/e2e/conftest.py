@@ -55,12 +55,13 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
     environment = {
         "GATEWAY_GRADE_RECORD": str(ROOT / "docs" / "results" / "grade-demo.json"),
-        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+        "GATEWAY_RESPONSES_DATABASE": str(folder / "responses.sqlite"),
     }
     flags = ["--otlp-endpoint", collector.url, "--engine-log", "requests"]
-    with start_stack(tmp_path_factory.mktemp("stack"), *flags, **environment) as running:
+    with start_stack(folder, *flags, **environment) as running:
         yield running
 
 

@@ -195,7 +195,6 @@ CASES: dict[str, Case] = {
     "responses-stream": (RESPONSES, {"input": "CUDA", "max_output_tokens": 8, "stream": True}),
     "bad-responses-model": (RESPONSES, {"input": "CUDA", "model": "nope"}),
     "bad-responses-no-input": (RESPONSES, {}),
-    "bad-responses-previous": (RESPONSES, {"input": "a", "previous_response_id": "resp_nope"}),
     "messages": (MESSAGES, {"messages": USER}),
     "messages-system": (MESSAGES, {"messages": USER, "system": "Be brief."}),
     "messages-stream": (MESSAGES, {"messages": USER, "stream": True}),
@@ -226,6 +225,7 @@ def test_gateway_answers_as_the_engine_does(stack: Stack, name: str) -> None:
     body = {"model": "demo", "temperature": 0, "max_tokens": 6} | fields
     if path == RESPONSES:
         del body["max_tokens"]
+        body["store"] = False  # what is stored has a name that the engine does not know
 
     direct = httpx.post(f"{stack.engine}{path}", json=body, timeout=60)
     through = httpx.post(f"{stack.gateway}{path}", json=body, timeout=60)

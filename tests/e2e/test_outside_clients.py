@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import agents
 import anthropic
@@ -124,20 +125,89 @@ async def agent(stack: Stack) -> AsyncIterator[agents.Agent[None]]:
 async def test_agent_goes_on_where_its_stored_answer_ended(
     stack: Stack, agent: agents.Agent[None]
 ) -> None:
-    """The engine keeps the conversation; the second turn sends its own words alone."""
+    """The gateway keeps the conversation; each turn sends its own words alone. The engine is given
+    what it would be if the caller kept it all themselves.
+    """
     config = agents.RunConfig(tracing_disabled=True)
 
     first = await agents.Runner.run(agent, QUESTION, run_config=config)
     second = await agents.Runner.run(
         agent, "CUDA", previous_response_id=first.last_response_id, run_config=config
     )
+    streamed = agents.Runner.run_streamed(
+        agent, "vLLM", previous_response_id=second.last_response_id, run_config=config
+    )
+    async for _ in streamed.stream_events():
+        pass
+    own: list[Any] = [*second.to_input_list(), {"role": "user", "content": "vLLM"}]
+    own = [*first.to_input_list(), *own]
+    same = await agents.Runner.run(agent, own, run_config=config)
     async with httpx.AsyncClient(base_url=stack.gateway) as client:
         kept = await client.get(f"/v1/responses/{first.last_response_id}")
 
-    assert (first.final_output, second.final_output) == (ANSWER, ANSWER)
-    sent = [one.raw_responses[0].usage.input_tokens for one in (first, second)]
-    assert sent[1] > sent[0]
+    assert {one.final_output for one in (first, second, streamed)} == {ANSWER}
+    sent = [one.raw_responses[0].usage.input_tokens for one in (first, second, streamed, same)]
+    assert sent[0] < sent[1] < sent[2] == sent[3]
     assert kept.json()["id"] == first.last_response_id
+
+
+async def test_agent_goes_on_by_itself(stack: Stack, agent: agents.Agent[None]) -> None:
+    """Its runner looks after the ids."""
+    config = agents.RunConfig(tracing_disabled=True)
+
+    result = await agents.Runner.run(
+        agent, QUESTION, auto_previous_response_id=True, run_config=config
+    )
+
+    assert result.final_output == ANSWER
+
+
+async def test_response_in_the_background_is_polled(stack: Stack) -> None:
+    async with openai.AsyncOpenAI(
+        base_url=f"{stack.gateway}/v1", api_key=KEY, max_retries=0
+    ) as client:
+        asked = await client.responses.create(
+            model="demo", input=QUESTION, background=True, max_output_tokens=12
+        )
+        response = asked
+        while response.status in {"queued", "in_progress"}:
+            response = await client.responses.retrieve(asked.id)
+        items = [one async for one in client.responses.input_items.list(asked.id)]
+        direct = await client.responses.create(
+            model="demo", input=QUESTION, store=False, max_output_tokens=12
+        )
+        await client.responses.delete(asked.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(asked.id)
+
+    assert (asked.status, response.id, response.status) == ("queued", asked.id, "incomplete")
+    assert response.usage is not None
+    assert direct.usage is not None
+    assert response.usage.input_tokens == direct.usage.input_tokens
+    assert response.usage.output_tokens == 12
+    assert [one.type for one in items] == ["message"]
+
+
+def test_langchain_goes_on_where_its_stored_answer_ended(stack: Stack) -> None:
+    model = ChatOpenAI(
+        base_url=f"{stack.gateway}/v1",
+        api_key=SecretStr(KEY),
+        model="demo",
+        max_completion_tokens=12,
+        max_retries=0,
+        use_responses_api=True,
+        use_previous_response_id=True,
+    )
+    first = model.invoke([HumanMessage(QUESTION)])
+    second = model.invoke([HumanMessage(QUESTION), first, HumanMessage("CUDA")])
+    pieces = list(model.stream([HumanMessage(QUESTION), first, HumanMessage("CUDA")]))
+
+    ids = [one.response_metadata["id"] for one in (first, second)]
+    kept = httpx.get(f"{stack.gateway}/v1/responses/{ids[1]}")
+    assert kept.json()["previous_response_id"] == ids[0]
+    sent = [one.usage_metadata["input_tokens"] for one in (first, second) if one.usage_metadata]
+    assert sent[1] > sent[0]
+    assert sum(len(str(one.text)) > 0 for one in pieces) > 3
 
 
 async def test_agent_streams(agent: agents.Agent[None]) -> None:

@@ -34,6 +34,7 @@ const BY_CODE = {
   deadline_unreachable: "error.late",
   body_timeout: "error.late",
   body_too_large: "error.tooMuch",
+  input_too_large: "error.tooMuch",
   too_many_values: "error.tooMuch",
   too_many_prompts: "error.tooMuch",
   prompt_too_long: "error.tooLong",
@@ -81,6 +82,14 @@ const BY_CODE = {
   file_lost: "error.refused",
   file_not_found: "error.refused",
   mismatched_url: "error.refused",
+  background_stream_not_served: "error.refused",
+  conversation_not_served: "error.refused",
+  conversation_too_long: "error.refused",
+  not_in_background: "error.refused",
+  previous_response_not_ended: "error.refused",
+  previous_response_not_found: "error.refused",
+  response_not_found: "error.refused",
+  responses_off: "error.refused",
 };
 
 /**

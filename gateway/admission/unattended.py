@@ -1,5 +1,5 @@
-"""One request of a batch: the way of any other one, with its checks and its place in the queue, in
-the lane `batch`.
+"""One request for whose answer nobody waits on a connection, as a batch's line and a background
+response are: the way of any other one, with its checks, its limits and its place in the queue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gateway.admission.limits import Claim
 from gateway.admission.media_hosts import MediaHosts
 from gateway.admission.served_models import ServedModel, ServedModels
 from gateway.admission.throughput import FirstTokens
-from gateway.admission.tickets import build_ticket, open_claim
+from gateway.admission.tickets import LaneName, Ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import BUSY_STATUSES
@@ -34,6 +34,7 @@ from gateway.schemas.openai import OpenAIRequest, name_engine_error, parse_usage
 from gateway.schemas.vllm import parse_engine_error
 
 ReadBody = Callable[[], Awaitable[bytes]]
+Note = Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -46,8 +47,10 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Line:
-    """One request on its way: who asks what of which model, and what it claims of their limits."""
+class UnattendedCall:
+    """One request on its way: who asks what of which model, in which lane, and what it claims of
+    their limits.
+    """
 
     caller: Caller
     path: str
@@ -55,6 +58,10 @@ class _Line:
     call: OpenAIRequest
     context: RequestContext
     claim: Claim | None
+    lane: LaneName = "batch"
+    tries: int = 1  # of a batch's line: whether it is sent again is its batch's matter
+    on_waiting: Note | None = None  # it waits for its turn, however long that is
+    on_entered: Note | None = None
 
 
 class BodyCount(Protocol):
@@ -65,7 +72,7 @@ class BodyCount(Protocol):
     def release(self, context: RequestContext) -> None: ...
 
 
-class BatchCaller:
+class UnattendedCaller:
     """What /v1 routes do for a caller who waits, for one who does not."""
 
     def __init__(
@@ -129,18 +136,18 @@ class BatchCaller:
         if context.entry is not None:
             context.entry.model = served.name
         claim = open_claim(caller, may_reserve=True) if caller.has_limits else None
-        line = _Line(caller, path, served, call, context, claim)
+        line = UnattendedCall(caller, path, served, call, context, claim)
         try:
             await self._accounts.take_request(caller, claim)
-            return await self._enter(line)
+            return await self.run(line)
         finally:
             if claim is not None:
                 self._accounts.close_claim(claim)
 
-    async def _enter(self, line: _Line) -> Answer:
+    async def run(self, line: UnattendedCall) -> Answer:
+        """What has been parsed and checked, and counted as a request; its claim stays open."""
         caller, call, context = line.caller, line.call, line.context
-        ticket = build_ticket({}, caller, call.sequences, "batch", None, claim=line.claim)
-        ticket.lane = "batch"  # whatever the key's own requests are
+        ticket = Ticket(call.sequences, line.lane, line.claim, on_waiting=line.on_waiting)
         is_writing = line.path != "/v1/embeddings"
         bound = bound_answer(call, self._settings, line.served.pool) if is_writing else 0
         taken = call.size // BYTES_A_TOKEN
@@ -149,23 +156,26 @@ class BatchCaller:
         context.record.note_queued()
         async with line.served.queue.enter(ticket):
             context.record.note_entered()
+            if line.on_entered is not None:
+                line.on_entered()
             try:
                 return await self._send(line)
             except asyncio.CancelledError:
-                if context.is_running:  # else to cancel a batch would be free
+                if context.is_running:  # else to cancel it would be free
                     left = Spent(taken, 0, context.running_s(), call.sequences, line.served.name)
                     await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise
 
-    async def _send(self, line: _Line) -> Answer:
+    async def _send(self, line: UnattendedCall) -> Answer:
         call, context, path = line.call, line.context, line.path
         engine_call = EngineCall(
             context,
             "POST",
             path,
-            1,  # whether it is sent again is its batch's matter
+            line.tries,
             body=call.body,
             sequences=call.sequences,
+            is_repeatable=line.tries > 1 and call.is_greedy,
             affinity=call.affinity,
             is_relayed=True,
         )

@@ -1,0 +1,1 @@
+"""Stored responses: conversations that are kept, and those answered in the background."""

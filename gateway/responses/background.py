@@ -1,0 +1,268 @@
+"""Responses that nobody waits for on a connection: each is a task, which enters the queue on its
+key's account as any other call does, and stores what becomes of it.
+
+Who runs one shows that it lives by a number that rises in its row. One whose gateway is gone is not
+run again, for half of it may have been charged already: it has failed, and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+
+from gateway.admission.keys import Keyring
+from gateway.admission.unattended import Answer, UnattendedCall, UnattendedCaller
+from gateway.errors import GatewayError, StorageFull, StorageUnavailable, Unavailable
+from gateway.observability.metrics import Metrics
+from gateway.records.ledger import Ledger
+from gateway.request_context import RequestContext
+from gateway.responses.shapes import build_failed, build_queued, parse_response
+from gateway.responses.store import Store
+from gateway.responses.turns import Turn
+from gateway.schemas.vllm import parse_engine_error
+from gateway.storage.leases import LeaseWatch
+
+log = structlog.get_logger("gateway")
+
+# Does a piece of work; whether it went well.
+Watch = Callable[[Callable[[], Awaitable[None]]], Awaitable[bool]]
+
+_LONGEST_POLL_S = 1.0
+_BEATS_A_LEASE = 5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_LAST_WRITES_S = 5.0
+_LOST = "the gateway that ran this response is gone; ask again"
+_STOPPED = "the gateway was stopped before this response was there; ask again"
+_CRASHED = "the gateway failed; see its log"
+_GONE = 499  # what log and counters say of one that was cancelled
+
+
+class OpenCount(Protocol):
+    """What a drain waits for."""
+
+    count: int
+
+
+class BodyCount(Protocol):
+    """The bytes of all bodies in memory."""
+
+    def hold(self, context: RequestContext, size: int) -> None: ...
+
+    def release(self, context: RequestContext) -> None: ...
+
+
+@dataclass(slots=True)
+class Parts:
+    """What it needs of the gateway."""
+
+    keyring: Keyring
+    caller: UnattendedCaller
+    bodies: BodyCount
+    open_requests: OpenCount
+    ledger: Ledger | None
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One that is queued or runs here."""
+
+    turn: Turn
+    call: UnattendedCall
+    asking: RequestContext  # of the request that began it
+    shown: dict[str, Any]  # as it is stored
+    kept: RequestContext  # what is held in memory until it has ended
+    accepted: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    task: asyncio.Task[None] | None = None
+    has_begun: bool = False
+    is_ending: bool = False
+    status: int = _GONE
+
+
+class BackgroundRuns:
+    """All that this gateway runs."""
+
+    def __init__(self, *, store: Store, parts: Parts, metrics: Metrics, lease_s: float) -> None:
+        self._store, self._parts, self._metrics = store, parts, metrics
+        self._leases = LeaseWatch(lease_s)
+        self._poll_s = min(_LONGEST_POLL_S, lease_s / _BEATS_A_LEASE)
+        self._runs: dict[str, _Run] = {}
+        self._wake = asyncio.Event()
+        metrics.background_responses.read = lambda: [((), len(self._runs))]
+
+    async def start(
+        self, turn: Turn, call: UnattendedCall, asking: RequestContext
+    ) -> dict[str, Any]:
+        """The response as it is queued; a refusal is one of the request that asks for it."""
+        shown = build_queued(turn, call.call.model or call.served.name)
+        kept = RequestContext(asking.request_id, call.context.record)
+        run = _Run(turn, call, asking, shown, kept)
+        run.accepted.add_done_callback(lambda told: told.cancelled() or told.exception())
+        self._runs[turn.id] = run  # first, for whoever looks fails rows that nobody runs
+        try:
+            self._parts.bodies.hold(call.context, call.call.size)
+            self._parts.bodies.hold(kept, len(turn.input))
+            await self._store.add(turn, run.shown)
+            call.on_waiting = lambda: self._accept(run)
+            call.on_entered = lambda: self._begin(run)
+            run.task = asyncio.create_task(self._run(run))
+            await asyncio.shield(run.accepted)
+        except GatewayError:
+            self._forget(run)
+            with contextlib.suppress(GatewayError):  # else it is found, and has failed
+                await self._store.delete(turn.owner, turn.id)
+            raise
+        except BaseException:
+            if run.task is None:
+                self._forget(run)
+            raise
+        return run.shown
+
+    def cancel(self, response_id: str) -> None:
+        """It is stored as cancelled or deleted already."""
+        run = self._runs.get(response_id)
+        if run is not None and run.task is not None and not run.is_ending:
+            run.task.cancel()
+
+    async def keep_looking(self, watch: Watch) -> None:
+        while True:
+            if not await watch(self._look):
+                self._leases.keep_only(())  # who is silent may only not have got through
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self._poll_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def stop(self) -> None:
+        """What has not ended by now has failed."""
+        runs = list(self._runs.values())
+        tasks = [run.task for run in runs if run.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(_LAST_WRITES_S):
+                for run in runs:
+                    await self._store.end(run.turn, build_failed(run.shown, 503, _STOPPED))
+        except (GatewayError, TimeoutError) as error:
+            log.warning("responses_not_ended", reason=str(error) or type(error).__name__)
+
+    async def _look(self) -> None:
+        running = {name: run for name, run in self._runs.items() if run.task is not None}
+        entered = [name for name, run in running.items() if run.has_begun]
+        rows = await self._store.look(running, entered)
+        self._leases.keep_only({row.id for row in rows})
+        open_ids = {row.id for row in rows}
+        for name in running.keys() - open_ids:  # through another gateway
+            self.cancel(name)
+        for row in rows:
+            is_lost = row.worker == self._store.worker or self._leases.has_ended(row.id, row.beat)
+            if row.id not in self._runs and is_lost and await self._store.give_up(row, _LOST):
+                log.warning("response_given_up", response=row.id, worker=row.worker)
+
+    def _accept(self, run: _Run) -> None:
+        """From here on it is a request of its own, and what is kept of requests is kept of it."""
+        if not run.accepted.done():
+            run.accepted.set_result(None)
+            run.call.context.entry, run.asking.entry = run.asking.entry, None
+
+    def _begin(self, run: _Run) -> None:
+        self._accept(run)
+        run.has_begun = True
+        self._wake.set()
+
+    async def _run(self, run: _Run) -> None:
+        parts, context = self._parts, run.call.context
+        parts.open_requests.count += 1
+        parts.keyring.open_call(run.call.caller, context)
+        try:
+            response = await self._answer(run)
+            if response is not None:
+                run.is_ending = True
+                await self._end(run, response)
+        finally:
+            if not run.accepted.done():
+                run.accepted.set_exception(Unavailable(_STOPPED, retry_after_s=1))
+            parts.open_requests.count -= 1
+            parts.keyring.close_call()
+            self._forget(run)
+            self._close(run)
+
+    async def _answer(self, run: _Run) -> dict[str, Any] | None:
+        """What becomes of it; nothing of one that was refused before it was accepted."""
+        try:
+            answer = await self._parts.caller.run(run.call)
+            return self._read(run, answer)
+        except GatewayError as error:
+            return self._fail(run, error)
+        except asyncio.CancelledError:
+            end = run.call.context.take_end()  # of its key
+            if end is None:
+                raise
+            return self._fail(run, end)
+        except Exception:
+            log.exception("response_crashed", response=run.turn.id)
+            return self._fail(run, GatewayError(_CRASHED))
+
+    def _fail(self, run: _Run, error: GatewayError) -> dict[str, Any] | None:
+        run.call.context.record.note_error(error.error_code, error.source)
+        run.status = error.status
+        if not run.accepted.done():
+            run.accepted.set_exception(error)  # for who asks for it
+        if run.accepted.exception() is not None:
+            return None
+        return build_failed(run.shown, error.status, error.message)
+
+    def _read(self, run: _Run, answer: Answer) -> dict[str, Any]:
+        entry = run.call.context.entry
+        if entry is not None:
+            entry.note_answer(answer.body)
+        run.status = answer.status
+        if answer.status != 200:
+            message, _ = parse_engine_error(answer.body)
+            return build_failed(run.shown, answer.status, message)
+        response = run.turn.sign(parse_response(answer.body))
+        return {**response, "created_at": run.shown["created_at"]}
+
+    async def _end(self, run: _Run, response: dict[str, Any]) -> None:
+        """However long it takes: a drain waits for it."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                is_stored = await self._store.end(run.turn, response)
+            except (StorageUnavailable, StorageFull) as error:
+                self._metrics.response_storage_failures.inc()
+                log.warning("response_waits", response=run.turn.id, reason=error.message)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            else:
+                self._metrics.responses_stored.inc(is_stored)
+                return
+
+    def _forget(self, run: _Run) -> None:
+        self._runs.pop(run.turn.id, None)
+        self._parts.bodies.release(run.call.context)
+        self._parts.bodies.release(run.kept)
+
+    def _close(self, run: _Run) -> None:
+        """It is counted as one request, when it has ended."""
+        context, ledger = run.call.context, self._parts.ledger
+        if context.entry is not None and ledger is not None:
+            context.entry.model = run.call.served.name
+            ledger.close(context.entry, context.request_id, context.record, run.status)
+        log.info(
+            "response_ended",
+            response=run.turn.id,
+            request_id=context.request_id,
+            status=run.status,
+            duration_s=round(context.record.elapsed_s(), 4),
+            **context.log_fields(),
+        )

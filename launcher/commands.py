@@ -22,7 +22,9 @@ from launcher.config import (
 from launcher.doctor import run_doctor
 from launcher.engine.terminal import Terminal
 from launcher.explain import explain
+from launcher.nodes.worker import run_worker
 from launcher.plan.prepare import prepare
+from launcher.plan.spreading import check_nodes
 from launcher.sections import list_engines
 from launcher.session import run
 from launcher.tuning.tune import tune
@@ -90,6 +92,9 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
         return 0
     if command == "doctor":
         return run_doctor(list_engines(settings), partial(print, flush=True), sys.stderr)
+    check_nodes(settings)
+    if settings.join and command in ("up", "serve"):
+        return asyncio.run(run_worker(settings, terminal))
     if settings.engine and command != "up":
         raise SettingsError(
             f"[[engine]] sections are for up, doctor and explain; {command} takes one engine"

@@ -19,6 +19,7 @@ from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags.known_flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
+from launcher.plan.spreading import find_layout, list_node_options
 from launcher.plan.tuned import read_carried, read_tuned
 
 # Of a whole GPU, as profiles/base.toml has it: the rest is for what vLLM does not count.
@@ -71,9 +72,10 @@ def decide(
     if tuned is None:
         tuned, more = read_carried(settings.config, profile, vllm, model, device)
         notes = [*notes, *more]
-    plan = build_plan(
-        profile, device, model, flags, overrides=[*tuned, *shared, *asked], notes=notes
-    )
+    spread = list_node_options(settings, [*tuned, *asked])
+    overrides = [*tuned, *shared, *spread, *asked]
+    plan = build_plan(profile, device, model, flags, overrides=overrides, notes=notes)
+    find_layout(settings, plan)  # refuses what cannot be dealt out
     return choose_scheduler(plan, vllm)
 
 

@@ -9,7 +9,9 @@ import pytest
 from common.errors import SettingsError
 from launcher.config import LauncherSettings, load_settings
 from launcher.explain import explain
+from launcher.host_resources import list_listeners
 from launcher.models.model import find_model
+from launcher.nodes.checks import check_as_head
 from launcher.plan.command import InstalledVllm
 from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.prepare import Prepared, prepare_with
@@ -182,3 +184,28 @@ def test_explain_shows_what_runs_on_which_host() -> None:
 
     assert "hosts    this one (127.0.0.1:8700): process 0 of 2: pipeline 0 of 2" in text
     assert "2 of 2, who joins: process 1 of 2: pipeline 1 of 2" in text
+
+
+def test_doctor_shows_the_hosts_and_refuses_an_address_of_another() -> None:
+    layout = Layout(2, {"data": 1, "pipeline": 1, "prefill-context": 1, "tensor": 2})
+    here = list(check_as_head(LauncherSettings(nodes=2), layout))
+    elsewhere = list(check_as_head(LauncherSettings(nodes=2, node_address="203.0.113.7"), layout))
+
+    assert here[:2] == [
+        ("ok", "1 of 2: process 0 of 2: tensor 0 of 2"),
+        ("ok", "2 of 2: process 1 of 2: tensor 1 of 2"),
+    ]
+    assert here[2] == (
+        "warn",
+        "only this machine can join at 127.0.0.1: set LAUNCHER_NODE_ADDRESS",
+    )
+    assert elsewhere[2][0] == "fail"
+
+
+def test_ports_of_the_nodes_are_among_those_that_must_be_free() -> None:
+    settings = LauncherSettings(nodes=2, node_port=9000)
+    ports = [one.port for one in list_listeners([settings], with_gateway=True)]
+    assert ports[-3:] == [9000, 9001, 9002]
+
+    with pytest.raises(SettingsError, match=r"LAUNCHER_ENGINE_PORT and LAUNCHER_NODE_PORT \(\+2\)"):
+        list_listeners([LauncherSettings(nodes=2, node_port=7999)], with_gateway=True)

@@ -185,3 +185,22 @@ def test_host_that_does_not_fit_is_refused_by_name_on_both_sides(
         wait_for(lambda: "VLLM_USE_X" in head.err, "the head tells it, too")
         assert "node_refused" in head.err
         assert head.status()["engine"]["state"] == "joining"
+
+
+def test_doctor_of_a_joining_host_compares_it_with_the_head(
+    head: Launcher, worker: Launcher
+) -> None:
+    alone = call(worker, "doctor")
+    with running(head):
+        head.wait_state("joining")
+        fits = call(worker, "doctor")
+        worker.settings["LAUNCHER_SET"] = "max-num-seqs=7"
+        differs = call(worker, "doctor")
+        assert head.status()["hosts"][1]["state"] == "missing"  # a look is no joining
+
+    assert (alone.returncode, "start `up --nodes` there first" in alone.stdout) == (2, True)
+    for words in ("wants 2 hosts", "reaches this host as 127.0.0.1", "the flags are the head's"):
+        assert words in fits.stdout
+    assert fits.returncode == 0, fits.stdout
+    assert differs.returncode == 2
+    assert "FAIL  hosts    max-num-seqs is 7 here" in differs.stdout

@@ -85,6 +85,7 @@ def _describe(command: str, arguments: Sequence[str]) -> str:
 def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal = Terminal(settings.log_format, settings.engine_log)
     terminal.configure_logging("warning" if command == "tune" else "info")
+    check_hosts(command, settings)
     if isinstance(settings, ExplainSettings):
         engines = list_engines(settings)
         for text in explain(engines, as_json=settings.json_output, is_long=settings.all_options):
@@ -92,7 +93,6 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
         return 0
     if command == "doctor":
         return run_doctor(list_engines(settings), partial(print, flush=True), sys.stderr)
-    check_nodes(settings)
     if settings.join and command in ("up", "serve"):
         return asyncio.run(run_worker(settings, terminal))
     if settings.engine and command != "up":
@@ -105,3 +105,14 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
         prepared = [prepare(one) for one in list_engines(settings)]
         return asyncio.run(run(prepared, terminal, with_gateway=True))
     return asyncio.run(run([prepare(settings)], terminal, with_gateway=False))
+
+
+def check_hosts(command: str, settings: LauncherSettings) -> None:
+    """Which commands make sense for an engine on several."""
+    check_nodes(settings)
+    if settings.join and command in ("explain", "tune"):
+        raise SettingsError(
+            f"{command} is for the head, which plans for all hosts; doctor compares"
+        )
+    if settings.nodes > 1 and command == "tune":
+        raise SettingsError("tune measures on one host; leave LAUNCHER_NODES out")

@@ -266,6 +266,13 @@ class LauncherSettings(ProgramSettings):
                 raise ValueError(f"{pair!r} is not key=value")
         return pairs
 
+    @field_validator("nodes_token")
+    @classmethod
+    def _check_token(cls, value: str) -> str:
+        if not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError("a token has letters, digits and signs of ASCII, and no spaces")
+        return value
+
     @field_validator("join")
     @classmethod
     def _check_join(cls, value: str) -> str:

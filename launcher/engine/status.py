@@ -146,7 +146,7 @@ class StatusSource:
             "scheduler": asdict(self.scheduler()),
             **self.facts,
             **({"hosts": self.hosts()} if self.hosts else {}),
-            "last_crash": {key: crash[key] for key in keys} if crash else None,
+            "last_crash": {key: crash.get(key) for key in keys} if crash else None,
         }
 
     def list_states(self) -> dict[str, str]:

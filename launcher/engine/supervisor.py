@@ -357,9 +357,10 @@ class Supervisor:
         while self._crashes and now - self._crashes[0] > self._policy.window_s:
             self._crashes.popleft()
         if len(self._crashes) > self._policy.limit:
-            within = f"{len(self._crashes)} times within {self._policy.window_s:.0f} s"
+            why, file = describe_exit(report), self.lines.path
             raise CrashLoop(
-                f"the {name} crashed {within} ({describe_exit(report)}); its log: {self.lines.path}"
+                f"the {name} crashed {len(self._crashes)} times within "
+                f"{self._policy.window_s:.0f} s ({why}); its log: {file}"
             )
         self._count(report)
 

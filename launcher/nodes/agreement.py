@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.config import PREFIX, LauncherSettings
 from launcher.models.model import Model, find_model
@@ -69,13 +70,19 @@ def build_part(prepared: Prepared, environment: Mapping[str, str] = os.environ) 
     own = {one.name: str(one.value) for one in variables if one.name not in _HOSTS_OWN}
     return Part(
         vllm=prepared.vllm.version,
-        model=prepared.settings.model,
+        model=_name_model(prepared.settings.model),
         model_digest=describe_model(prepared.plan.model),
         options=[
             Option(name=one.name, value=one.value) for one in options if one.name not in _HEADS_OWN
         ],
         environment={**own, **exported},
     )
+
+
+def _name_model(model: str) -> str:
+    """A folder by its whole path: others have no part in where this launcher was started."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.is_dir() else model
 
 
 def look_at_host(settings: LauncherSettings, part: Part, address: str) -> Host:

@@ -17,10 +17,13 @@ from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from pydantic import ValidationError
 
 from common.errors import SettingsError
+from common.web.foreign_pages import build_middleware
 from launcher.config import PREFIX, LauncherSettings
+from launcher.engine.status import build_page_guard
 from launcher.engine.supervisor import Loss
 from launcher.nodes.messages import (
     BEATS_IN_TIME,
@@ -92,12 +95,13 @@ class Head:
     def report(self, report: Report) -> Answer:
         """What a host tells, and is told."""
         now = self._clock()
-        if report.state == "refused":
-            self._refuse(report)
+        is_leaving = report.state in ("refused", "left")
+        if is_leaving:
+            self._let_go(report)
         self._forget_silent()
         member = self._find(report) or Member(self._find_place(report), report, now)
         member.report, member.heard_at = report, now
-        if report.state != "refused":
+        if not is_leaving:
             if member.rank not in self._members:
                 self._refused.pop(report.host, None)
                 log.info("node_joined", node=member.title)
@@ -194,7 +198,7 @@ class Head:
         """Where it was before, or any that is free."""
         free = [rank for rank in range(1, self._layout.nodes) if rank not in self._members]
         if not free:
-            if report.state == "refused":
+            if report.state in ("refused", "left"):
                 return 0
             raise Full
         mine = f"{report.host} ({report.address}, "
@@ -202,13 +206,16 @@ class Head:
             (rank for rank in free if self._last_seen.get(rank, "").startswith(mine)), free[0]
         )
 
-    def _refuse(self, report: Report) -> None:
-        if self._refused.get(report.host) != report.cause:
+    def _let_go(self, report: Report) -> None:
+        """It has told so itself: it does not fit, or its launcher was told to stop."""
+        title = f"{report.host} ({report.address})"
+        if report.state == "refused" and self._refused.get(report.host) != report.cause:
             self._refused[report.host] = report.cause
-            log.error("node_refused", node=f"{report.host} ({report.address})", why=report.cause)
+            log.error("node_refused", node=title, why=report.cause)
         for rank, one in list(self._members.items()):
             if one.report.id == report.id:
                 del self._members[rank]
+                log.warning("node_left", node=one.title)
 
     def _find_missing(self) -> str:
         """Who is waited for, in words; empty: nobody."""
@@ -264,7 +271,7 @@ class Head:
 async def serve_head(head: Head, settings: LauncherSettings) -> AsyncIterator[None]:
     """While inside."""
     host, port = settings.node_address_used, settings.node_port
-    runner = web.AppRunner(build_head_app(head, settings.nodes_token), access_log=None)
+    runner = web.AppRunner(build_head_app(head, settings), access_log=None)
     await runner.setup()
     try:
         try:
@@ -279,10 +286,17 @@ async def serve_head(head: Head, settings: LauncherSettings) -> AsyncIterator[No
         await runner.cleanup()
 
 
-def build_head_app(head: Head, token: str) -> web.Application:
-    async def report(request: web.Request) -> web.Response:
+def build_head_app(head: Head, settings: LauncherSettings) -> web.Application:
+    """Who has the word is no web page; without one, on the loopback, it may be."""
+    guard, token = build_middleware(build_page_guard(settings)), settings.nodes_token
+
+    @web.middleware
+    async def require_token(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not is_allowed(request, token):
             return _refuse(401, f"the token is not the head's: set {PREFIX}NODES_TOKEN to the same")
+        return await handler(request)
+
+    async def report(request: web.Request) -> web.Response:
         try:
             told = Report.model_validate_json(await request.read())
             answer = head.report(told)
@@ -292,16 +306,12 @@ def build_head_app(head: Head, token: str) -> web.Application:
             return _refuse(409, "all hosts of the engine are there; start it with more nodes")
         return web.Response(text=answer.model_dump_json(), content_type="application/json")
 
-    async def look(request: web.Request) -> web.Response:
-        if not is_allowed(request, token):
-            return _refuse(401, f"the token is not the head's: set {PREFIX}NODES_TOKEN to the same")
+    async def look(_request: web.Request) -> web.Response:
         text = head.preview().model_dump_json()
         return web.Response(text=text, content_type="application/json")
 
     async def dial(request: web.Request) -> web.Response:
         """To who asks alone: nobody has the head call somebody else."""
-        if not is_allowed(request, token):
-            return _refuse(401, f"the token is not the head's: set {PREFIX}NODES_TOKEN to the same")
         try:
             port = Dial.model_validate_json(await request.read()).port
         except ValidationError as error:
@@ -309,7 +319,8 @@ def build_head_app(head: Head, token: str) -> web.Application:
         why = await _try_connection(request.remote or "", port)
         return web.json_response({"reached": not why, "why": why})
 
-    app = web.Application(client_max_size=_MOST_BODY)
+    middleware = require_token if token else guard
+    app = web.Application(client_max_size=_MOST_BODY, middlewares=[middleware])
     app.router.add_post(PATH, report)
     app.router.add_get(PATH, look)
     app.router.add_post(DIAL_PATH, dial)

@@ -148,6 +148,11 @@ class HeadLink:
         with contextlib.suppress(HeadAway):
             await self._head.report(report)
 
+    async def leave(self) -> None:
+        """The head need not wait for its silence."""
+        with contextlib.suppress(HeadAway, SettingsError):
+            await self._head.report(self._describe().model_copy(update={"state": "left"}))
+
     async def gather(self) -> None:
         """Until the head starts anew."""
         self._is_running = False

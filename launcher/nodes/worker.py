@@ -119,16 +119,15 @@ class Worker:
             asyncio.create_task(one)
             for one in (supervisor.run(), link.keep(), self._watch_plan(link, part, first))
         ]
+        running, *others = tasks
         stopping = asyncio.create_task(self._stop.wait())
-        running = tasks[0]
-        try:
-            await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            supervisor.ask_to_stop()
-            await asyncio.wait({running})
-            for task in (stopping, *tasks):
-                task.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+        await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (stopping, *others):
+            task.cancel()
+        await asyncio.gather(stopping, *others, return_exceptions=True)
+        await link.leave()
+        supervisor.ask_to_stop()
+        await asyncio.wait({running})
         for task in tasks:
             if not task.cancelled():
                 task.result()

@@ -273,3 +273,12 @@ async def test_head_opens_a_connection_to_who_asks_alone() -> None:
             assert await client.ask_to_dial(port) == ""
         (free,) = find_free_ports(1)
         assert await client.ask_to_dial(free) != ""
+
+
+async def test_web_page_can_neither_look_nor_join() -> None:
+    """Without a token, as on the loopback, by its name or across sites."""
+    async with a_town() as town:
+        url = f"http://127.0.0.1:{town.settings.node_port}/node"
+        rebound = await town.client.get(url, headers={"Host": "page.example.com"})
+        across = await town.client.post(url, headers={"Origin": "http://page.example.com"})
+        assert (rebound.status_code, across.status_code) == (403, 403)

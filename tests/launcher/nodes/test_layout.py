@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from common.errors import SettingsError
+from launcher.commands import check_hosts
 from launcher.config import LauncherSettings, load_settings
 from launcher.explain import explain
 from launcher.host_resources import list_listeners
@@ -22,10 +25,10 @@ VLLM = InstalledVllm("vllm", FLAGS.version, "gpu", "vllm.entrypoints.cli.main", 
 MODELS = Path(__file__).parents[1] / "models"
 
 
-def plan(*pairs: str, gpu: str = "H200", **settings: object) -> Prepared:
+def plan(*pairs: str, gpu: str = "H200", **settings: Any) -> Prepared:
     """Of the model of eight billion, which nobody has here."""
-    words = {"model": str(MODELS / "qwen3-8b"), "gpu": gpu, "nodes": 2, **settings}
-    read = LauncherSettings(set=pairs, **words)  # type: ignore[arg-type]
+    words: dict[str, Any] = {"model": str(MODELS / "qwen3-8b"), "gpu": gpu, "nodes": 2, **settings}
+    read = LauncherSettings(set=pairs, **words)
     return prepare_with(read, VLLM, FLAGS, find_model(read, config_only=True))
 
 
@@ -209,3 +212,24 @@ def test_ports_of_the_nodes_are_among_those_that_must_be_free() -> None:
 
     with pytest.raises(SettingsError, match=r"LAUNCHER_ENGINE_PORT and LAUNCHER_NODE_PORT \(\+2\)"):
         list_listeners([LauncherSettings(nodes=2, node_port=7999)], with_gateway=True)
+
+
+@pytest.mark.parametrize("token", ["wörd", "two words", "line\n"])
+def test_token_that_no_header_can_carry_is_refused(token: str) -> None:
+    with pytest.raises(ValidationError, match="a token has letters"):
+        LauncherSettings(nodes_token=token)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "message"),
+    [
+        ("explain", {"join": "head"}, "explain is for the head, which plans for all hosts"),
+        ("tune", {"join": "head"}, "tune is for the head"),
+        ("tune", {"nodes": 2}, "tune measures on one host"),
+    ],
+)
+def test_commands_of_one_host_refuse_several(
+    command: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        check_hosts(command, LauncherSettings(**settings))

@@ -58,6 +58,7 @@ def test_engine_of_two_hosts_lives_and_dies_as_one(both: tuple[Launcher, Launche
     check_start(head, worker)
     check_killed_part(head, worker)
     check_killed_launcher(head, worker)
+    check_stopped_launcher(head, worker)
     check_killed_head(head, worker)
     assert head.stop() == 0
     worker.wait_state("joining")
@@ -113,6 +114,17 @@ def check_killed_launcher(head: Launcher, worker: Launcher) -> None:
 
     worker.start()
     head.wait_state("ready", restarts=2)
+    worker.wait_state("ready")
+
+
+def check_stopped_launcher(head: Launcher, worker: Launcher) -> None:
+    """It says so: nobody waits for its silence."""
+    assert worker.stop() == 0
+    head.wait_state("joining", restarts=3)
+    assert head.crash_card()["cause"].endswith("node 1) has left")
+
+    worker.start()
+    head.wait_state("ready", restarts=3)
     worker.wait_state("ready")
 
 

@@ -88,7 +88,7 @@ class Head:
         self._crew: dict[int, Member] = {}  # of this run, as they were at its start
         self._members: dict[int, Member] = {}
         self._refused: dict[str, str] = {}  # by host, why
-        self._last_seen: dict[int, str] = {}  # who had a place last
+        self._last_seen: dict[int, Report] = {}  # of who had a place last
         self._changed = asyncio.Event()
         self.read_state: Callable[[], str] = lambda: "joining"
 
@@ -106,7 +106,7 @@ class Head:
                 self._refused.pop(report.host, None)
                 log.info("node_joined", node=member.title)
             self._members[member.rank] = member
-            self._last_seen[member.rank] = member.title
+            self._last_seen[member.rank] = report
         member.told_run = self._run
         self._changed.set()
         return Answer(
@@ -174,7 +174,7 @@ class Head:
                     "heard_s": round(now - member.heard_at, 1),
                 }
             elif rank in self._last_seen:
-                row["last"] = self._last_seen[rank]
+                row["last"] = self._last_seen[rank].title
             rows.append(row)
         for row in rows:
             row["runs"] = self._layout.describe(row["node"])
@@ -188,11 +188,7 @@ class Head:
         for one in self._members.values():
             if one.report.id == report.id:
                 return one
-        for one in self._members.values():
-            known = one.report
-            if (known.host, known.address) == (report.host, report.address):
-                return one
-        return None
+        return next((one for one in self._list() if one.report.is_same_host(report)), None)
 
     def _find_place(self, report: Report) -> int:
         """Where it was before, or any that is free."""
@@ -201,17 +197,16 @@ class Head:
             if report.state in ("refused", "left"):
                 return 0
             raise Full
-        mine = f"{report.host} ({report.address}, "
+        last = self._last_seen
         return next(
-            (rank for rank in free if self._last_seen.get(rank, "").startswith(mine)), free[0]
+            (rank for rank in free if rank in last and last[rank].is_same_host(report)), free[0]
         )
 
     def _let_go(self, report: Report) -> None:
         """It has told so itself: it does not fit, or its launcher was told to stop."""
-        title = f"{report.host} ({report.address})"
         if report.state == "refused" and self._refused.get(report.host) != report.cause:
             self._refused[report.host] = report.cause
-            log.error("node_refused", node=title, why=report.cause)
+            log.error("node_refused", node=report.title, why=report.cause)
         for rank, one in list(self._members.items()):
             if one.report.id == report.id:
                 del self._members[rank]
@@ -225,7 +220,7 @@ class Head:
             member = self._members.get(rank)
             if member is None:
                 last = self._last_seen.get(rank)
-                rows.append(f"node {rank}" + (f", last {last.partition(',')[0]})" if last else ""))
+                rows.append(f"node {rank}" + (f", last {last.title}" if last else ""))
             elif member.report.state != "waiting":
                 rows.append(f"{member.title}, which still ends its part")
         refused = [f"{host} does not fit: {why}" for host, why in self._refused.items()]

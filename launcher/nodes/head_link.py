@@ -100,9 +100,10 @@ def find_own_address(host: str, port: int, asked: str) -> str:
 class HeadLink:
     """`Peers` of the part that runs here: it starts when the head says so, and ends so."""
 
-    def __init__(self, head: HeadClient, first: Answer, timeout_s: float) -> None:
+    def __init__(self, head: HeadClient, first: Answer, settings: LauncherSettings) -> None:
         self._head = head
-        self._timeout_s = timeout_s
+        self._timeout_s = settings.node_timeout_s
+        self._engine_port = settings.engine_port
         self._id = uuid.uuid4().hex
         self._host = socket.gethostname()
         self.answer = first
@@ -204,6 +205,7 @@ class HeadLink:
             id=self._id,
             host=self._host,
             address=self._head.address,
+            engine_port=self._engine_port,
             state="running" if self._is_running else "waiting",
             run=self._run if self._is_running else "",
             ended=run,

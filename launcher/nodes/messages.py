@@ -42,11 +42,21 @@ class Report(BaseModel):
     id: str = Field(max_length=64)  # of its launcher's life
     host: str = Field(max_length=255)
     address: str = Field(max_length=64)
+    engine_port: int = 0  # tells launchers of one host apart
     state: Literal["waiting", "running", "refused", "left"]
     run: str = Field("", max_length=64)  # the one that it runs its part of
     ended: str = Field("", max_length=64)  # the last one whose part ended by itself here
     ended_s: float = 0.0  # how long ago that was
     cause: str = Field("", max_length=2000)  # of that, or of its refusal
+
+    @property
+    def title(self) -> str:
+        return f"{self.host} ({self.address})"
+
+    def is_same_host(self, other: Report) -> bool:
+        """Its launcher may have been started anew since."""
+        mine = (self.host, self.address, self.engine_port)
+        return mine == (other.host, other.address, other.engine_port)
 
 
 class Answer(BaseModel):

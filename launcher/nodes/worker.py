@@ -91,7 +91,7 @@ class Worker:
 
     async def _serve(self, first: Answer) -> None:
         settings = self._settings
-        link = HeadLink(self._head, first, settings.node_timeout_s)
+        link = HeadLink(self._head, first, settings)
         host = await self._agree(link, first)
         part = HeadlessPart(host.settings, link, host)
         versions = read_versions(host.vllm)

@@ -154,6 +154,22 @@ async def test_lost_host_gets_its_old_place_back() -> None:
     assert back.rank == 1
 
 
+async def test_two_launchers_of_one_host_have_two_places() -> None:
+    async with a_town(3) as town:
+        one = await town.report("a", id="one", engine_port=1)
+        other = await town.report("a", id="other", engine_port=2)
+        assert (one.rank, other.rank) == (1, 2)
+
+
+async def test_host_that_leaves_is_lost_at_once_and_not_waited_for() -> None:
+    async with a_town() as town:
+        await town.start("a")
+        await town.report("a", state="left")
+        loss = await town.head.watch()
+        assert loss.detail == "a (10.0.0.9, node 1) has left"
+        assert town.head.describe()[1]["last"] == "a (10.0.0.9)"
+
+
 async def test_one_host_too_many_is_told_to_wait() -> None:
     async with a_town() as town:
         await town.report("a")

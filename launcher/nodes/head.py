@@ -51,7 +51,7 @@ class Member:
     rank: int
     report: Report
     heard_at: float
-    told_run: str | None = None  # by the last answer
+    told_run: str = ""  # by the last answer
 
     @property
     def ended_at(self) -> float:
@@ -107,19 +107,25 @@ class Head:
                 log.info("node_joined", node=member.title)
             self._members[member.rank] = member
             self._last_seen[member.rank] = report
-        member.told_run = self._run
+        # One that was started anew has no part in what runs.
+        then = self._crew.get(member.rank)
+        member.told_run = self._run if then and then.report.id == report.id else ""
         self._changed.set()
-        return Answer(
-            rank=member.rank, nodes=self._layout.nodes, run=self._run,
-            state=self.read_state(), beat_s=self._beat_s, part=self._part,
-        )  # fmt: skip
+        return self._answer(member.rank, member.told_run)
 
     def preview(self) -> Answer:
         """For who only looks whether it would fit (`doctor`)."""
+        return self._answer(0, "")
+
+    def _answer(self, rank: int, run: str) -> Answer:
         return Answer(
-            rank=0, nodes=self._layout.nodes, run="", state=self.read_state(),
-            beat_s=self._beat_s, part=self._part,
-        )  # fmt: skip
+            rank=rank,
+            nodes=self._layout.nodes,
+            run=run,
+            state=self.read_state(),
+            beat_s=self._beat_s,
+            part=self._part,
+        )
 
     async def gather(self) -> None:
         self._run, told = "", ""

@@ -139,6 +139,7 @@ async def test_host_whose_launcher_was_started_anew_is_lost_and_keeps_its_place(
         loss = await town.head.watch()
 
     assert (answer.rank, loss.host) == (2, "b")
+    assert answer.run == ""  # it has no part in what still runs
 
 
 async def test_lost_host_gets_its_old_place_back() -> None:

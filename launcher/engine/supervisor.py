@@ -288,6 +288,8 @@ class Supervisor:
             await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
             loss = asking.result() if asking.done() else None
             await _cancel(asking, stopping)
+            if self._stop.is_set():
+                return "asked"
             if loss:
                 self._loss = loss
                 return loss.reason

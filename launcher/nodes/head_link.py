@@ -29,14 +29,16 @@ class HeadClient:
     """Calls of the head, one by one."""
 
     def __init__(self, settings: LauncherSettings, client: httpx.AsyncClient) -> None:
-        host, port = settings.head_address
+        self._place = host, port = settings.head_address
         self.title = f"{host}:{port}"
-        self.address = find_own_address(host, port, settings.node_address)
+        self.address = settings.node_address  # of this host; empty until there is a way to the head
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._headers = build_headers(settings.nodes_token)
         self._client = client
 
     async def look(self) -> Answer:
+        if not self.address:
+            self.address = await asyncio.to_thread(find_own_address, *self._place)
         return _read_answer(await self._call("GET", PATH))
 
     async def report(self, report: Report) -> Answer:
@@ -82,19 +84,15 @@ def _read_answer(response: httpx.Response) -> Answer:
         ) from None
 
 
-def find_own_address(host: str, port: int, asked: str) -> str:
+def find_own_address(host: str, port: int) -> str:
     """The one that the way to the head begins with; nothing is sent."""
-    if asked:
-        return asked
     try:
         family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(where)
             return str(probe.getsockname()[0])
-    except OSError as error:
-        raise SettingsError(
-            f"{PREFIX}JOIN: there is no way to {host} from here ({error.strerror or error})"
-        ) from None
+    except OSError as error:  # after a reboot name servers and routes come when they come
+        raise HeadAway(f"there is no way to {host} from here: {error.strerror}") from None
 
 
 class HeadLink:

@@ -274,6 +274,17 @@ async def test_report_that_is_none_is_refused() -> None:
         assert town.head.describe()[1]["state"] == "missing"
 
 
+async def test_own_address_is_where_the_way_to_the_head_begins() -> None:
+    async with a_town() as town:
+        near = HeadClient(town.settings, town.client)
+        await near.look()
+        assert near.address == "127.0.0.1"
+
+        lost = town.settings.model_copy(update={"join": "head.invalid"})
+        with pytest.raises(HeadAway, match=r"there is no way to head\.invalid from here"):
+            await HeadClient(lost, town.client).look()
+
+
 async def test_what_is_no_head_is_said_to_be_none() -> None:
     async with a_town() as town:
         client = HeadClient(town.settings, town.client)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from common.errors import SettingsError
-from common.ports import find_free_ports
+from common.ports import find_free_ports, find_free_row
 from launcher.config import LauncherSettings
 from launcher.engine.supervisor import Loss
 from launcher.nodes.head import Head, serve_head
@@ -66,7 +66,7 @@ class Town:
 
 @contextlib.asynccontextmanager
 async def a_town(nodes: int = 2, token: str = "") -> AsyncIterator[Town]:
-    (port,) = find_free_ports(1)
+    port = find_free_row(3)
     settings = LauncherSettings(nodes=nodes, node_port=port, nodes_token=token)
     clock = Clock()
     layout = Layout(nodes, {"data": 1, "pipeline": 1, "prefill-context": 1, "tensor": nodes})

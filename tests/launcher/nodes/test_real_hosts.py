@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.ports import find_free_ports
+from common.ports import find_free_row
 from tests.launcher.programs import Launcher, running, wait_for
 from tests.plain_http import NO_TLS
 
@@ -66,7 +66,7 @@ def _ip(*words: str) -> str:
 
 @pytest.fixture
 def hosts(network: Network, tmp_path: Path) -> Iterator[tuple[Launcher, Launcher]]:
-    (port,) = find_free_ports(1)
+    port = find_free_row(3)
     common = {
         "LAUNCHER_NODES_TOKEN": "the-word",
         "LAUNCHER_NODE_TIMEOUT_S": "10",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from common.ports import find_free_ports
+from common.ports import find_free_row
 from launcher.engine.process import list_group
 from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.programs
 @pytest.fixture
 def head(tmp_path: Path) -> Launcher:
     """The engine alone: what its gateway does without it is told elsewhere."""
-    (port,) = find_free_ports(1)
+    port = find_free_row(3)
     settings = {
         "LAUNCHER_NODES": "2",
         "LAUNCHER_NODE_PORT": str(port),

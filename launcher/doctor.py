@@ -80,7 +80,7 @@ class Doctor:
             ("model", self._check_model),
             ("plan", self._check_plan),
             ("flags", self._check_flags),
-            ("hosts", self._check_hosts),
+            *([("hosts", self._check_hosts)] if self._settings.nodes > 1 else []),
             ("disk", self._check_disk),
         ]
 

@@ -22,7 +22,9 @@ from launcher.config import (
 from launcher.doctor import run_doctor
 from launcher.engine.terminal import Terminal
 from launcher.explain import explain
+from launcher.nodes.worker import run_worker
 from launcher.plan.prepare import prepare
+from launcher.plan.spreading import check_nodes
 from launcher.sections import list_engines
 from launcher.session import run
 from launcher.tuning.tune import tune
@@ -83,6 +85,7 @@ def _describe(command: str, arguments: Sequence[str]) -> str:
 def _dispatch(command: str, settings: LauncherSettings) -> int:
     terminal = Terminal(settings.log_format, settings.engine_log)
     terminal.configure_logging("warning" if command == "tune" else "info")
+    check_hosts(command, settings)
     if isinstance(settings, ExplainSettings):
         engines = list_engines(settings)
         for text in explain(engines, as_json=settings.json_output, is_long=settings.all_options):
@@ -90,6 +93,8 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
         return 0
     if command == "doctor":
         return run_doctor(list_engines(settings), partial(print, flush=True), sys.stderr)
+    if settings.join and command in ("up", "serve"):
+        return asyncio.run(run_worker(settings, terminal))
     if command != "up" and (settings.engine or settings.copies > 1):
         raise SettingsError(
             f"copies and [[engine]] sections are for up, doctor and explain; {command} takes one "
@@ -101,3 +106,14 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
         prepared = [prepare(one) for one in list_engines(settings)]
         return asyncio.run(run(prepared, terminal, with_gateway=True))
     return asyncio.run(run([prepare(settings)], terminal, with_gateway=False))
+
+
+def check_hosts(command: str, settings: LauncherSettings) -> None:
+    """Which commands make sense for an engine on several."""
+    check_nodes(settings)
+    if settings.join and command in ("explain", "tune"):
+        raise SettingsError(
+            f"{command} is for the head, which plans for all hosts; doctor compares"
+        )
+    if settings.nodes > 1 and command == "tune":
+        raise SettingsError("tune measures on one host; leave LAUNCHER_NODES out")

@@ -28,8 +28,10 @@ from common.settings import (
 from common.web.foreign_pages import check_hosts
 
 PREFIX = "LAUNCHER_"
+NODE_PORT = 8700
 _LAST_PORT = 65535
 _NEXT_PAIR = re.compile(r"(?<!\s)\s++(?=[A-Za-z][\w.-]*+=)")
+_JOIN = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:(?P<port>\d{1,5}))?")
 
 
 class LauncherSettings(ProgramSettings):
@@ -40,6 +42,7 @@ class LauncherSettings(ProgramSettings):
         "config": "Where settings come from",
         "model": "What is served, and on what",
         "media_domains": "Media by URL",
+        "nodes": "Several hosts for one engine",
         "host": "Where its programs listen",
         "state_dir": "Where things are kept",
         "start_timeout_s": "Starting, stopping, restarting",
@@ -112,6 +115,49 @@ class LauncherSettings(ProgramSettings):
         description="Hosts from which a multimodal model's engine may fetch what callers name by "
         "URL (images, audio, video), separated by commas; empty: none, media come inside the "
         "request as data: URLs; `*`: any, those of its own network too.",
+    )
+
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="Hosts that the engine runs on: this one, the head, and those that join it. "
+        "`set` says how it is cut: tensor-, pipeline- or data-parallel-size, over all of them.",
+    )
+    nodes_backend: Literal["mp", "ray"] = Field(
+        "mp",
+        description="What starts the engine's parts on other hosts: mp, launchers that join this "
+        "one; ray, a Ray cluster that runs already and has its hosts itself.",
+    )
+    join: str = Field(
+        "",
+        description="Make this host a part of the engine whose launcher runs there, and start no "
+        "gateway: `HEAD` or `HEAD:PORT`, the other's node_address and node_port.",
+    )
+    node_address: str = Field(
+        "",
+        description="Address by which the engine's other hosts reach this one; the head listens "
+        "there for those that join. Empty: the loopback, or, of a host that joins, the address "
+        "that its way to the head begins with.",
+    )
+    node_port: int = Field(
+        NODE_PORT,
+        ge=1,
+        le=_LAST_PORT - 2,
+        description="Port that hosts join the head at. vLLM takes the two after it: for the "
+        "processes of one model to meet, and for those of its copies.",
+    )
+    nodes_token: str = Field(
+        "",
+        repr=False,
+        description="Word that head and joining hosts share; needed where node_address is not the "
+        "loopback. Give it by its variable: a flag can be read by everybody on the host.",
+    )
+    node_timeout_s: float = Field(
+        15.0,
+        gt=0,
+        description="A host of the engine that is not heard of for this long is lost, and the "
+        "engine is started again on all of them; a head that does not answer for this long is "
+        "given up, and waited for.",
     )
 
     host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
@@ -226,6 +272,20 @@ class LauncherSettings(ProgramSettings):
                 raise ValueError(f"{pair!r} is not key=value")
         return pairs
 
+    @field_validator("nodes_token")
+    @classmethod
+    def _check_token(cls, value: str) -> str:
+        if not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError("a token has letters, digits and signs of ASCII, and no spaces")
+        return value
+
+    @field_validator("join")
+    @classmethod
+    def _check_join(cls, value: str) -> str:
+        if value and not _JOIN.fullmatch(value):
+            raise ValueError(f"{value!r} is no HEAD or HEAD:PORT")
+        return value
+
     @field_validator("media_domains")
     @classmethod
     def _check_media_domains(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -238,6 +298,17 @@ class LauncherSettings(ProgramSettings):
     @classmethod
     def _check_allowed_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return check_hosts(value)
+
+    @property
+    def node_address_used(self) -> str:
+        """Of the head; a host that joins asks its way to the head (nodes/addresses.py)."""
+        return self.node_address or "127.0.0.1"
+
+    @property
+    def head_address(self) -> tuple[str, int]:
+        """Where to join; the port is not bracketed as an IPv6 address is."""
+        match = _JOIN.fullmatch(self.join)
+        return (match["host"].strip("[]"), int(match["port"] or NODE_PORT)) if match else ("", 0)
 
     @property
     def engine_url(self) -> str:

@@ -19,12 +19,14 @@ from launcher.config import LauncherSettings
 from launcher.gateway_process import check_gateway, find_engines_file, write_engines_file
 from launcher.host_resources import list_listeners
 from launcher.models.model import Model, find_model
+from launcher.nodes.checks import check_as_head, check_as_joining
 from launcher.plan.command import InstalledVllm, adapt, build_arguments, build_command, find_vllm
 from launcher.plan.engine_plan import EnginePlan
 from launcher.plan.fingerprint import read_version
 from launcher.plan.flags.known_flags import Flags, find_change, read_flags, try_commands
 from launcher.plan.hardware import GIB, Device, find_device
 from launcher.plan.prepare import decide
+from launcher.plan.spreading import find_layout
 
 _MIN_FILES = 4096  # a batch of 358 separate calls is 358 sockets, twice
 _MIN_DISK_BYTES = 2 * GIB
@@ -78,8 +80,29 @@ class Doctor:
             ("model", self._check_model),
             ("plan", self._check_plan),
             ("flags", self._check_flags),
+            *([("hosts", self._check_hosts)] if self._settings.nodes > 1 else []),
             ("disk", self._check_disk),
         ]
+
+    def list_checks_of_joining(self) -> list[Check]:
+        """The head plans; whether this host fits is what there is to know."""
+        return [
+            ("vllm", self._check_vllm),
+            ("torch", self._check_torch),
+            ("device", self._check_device),
+            ("hosts", self._check_head),
+            ("disk", self._check_disk),
+        ]
+
+    def _check_hosts(self) -> Iterator[Finding]:
+        layout = find_layout(self._settings, self._plan) if self._plan else None
+        if layout:
+            for level, text in check_as_head(self._settings, layout):
+                yield Finding(level, "hosts", text)
+
+    def _check_head(self) -> Iterator[Finding]:
+        for level, text in check_as_joining(self._settings):
+            yield Finding(level, "hosts", text)
 
     def _check_vllm(self) -> Iterator[Finding]:
         self._vllm = find_vllm()
@@ -208,13 +231,15 @@ def examine(
     parser alone takes seconds.
     """
     doctors = [Doctor(one) for one in engines]
-    checks = [check for doctor in doctors for check in doctor.list_checks()]
-    checks += [
-        ("gateway", partial(check_gateway_settings, doctors)),
-        ("port", partial(check_ports, engines)),
-        ("limits", check_limits),
-        ("clock", check_clock),
-    ]
+    if engines[0].join:
+        checks = doctors[0].list_checks_of_joining()
+    else:
+        checks = [check for doctor in doctors for check in doctor.list_checks()]
+        checks += [
+            ("gateway", partial(check_gateway_settings, doctors)),
+            ("port", partial(check_ports, engines)),
+        ]
+    checks += [("limits", check_limits), ("clock", check_clock)]
     for number, (subject, check) in enumerate(checks, start=1):
         announce(f"{number} of {len(checks)}: {subject}")
         try:

@@ -11,7 +11,7 @@ import structlog
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.probe import EngineProbe
 from launcher.engine.status import SchedulerStatus, StatusSource
-from launcher.engine.supervisor import ProgramStatus, RestartPolicy, Supervisor
+from launcher.engine.supervisor import Peers, ProgramStatus, RestartPolicy, Supervisor
 from launcher.engine.terminal import Terminal, best_effort
 from launcher.engine.vllm_log import SchedulerState
 from launcher.engine.vllm_server import VllmServer
@@ -34,21 +34,21 @@ class EngineUnit:
         *,
         users: int | None,
         label: str = "",
+        peers: Peers | None = None,
     ) -> None:
-        settings, plan = prepared.settings, prepared.plan
+        settings = prepared.settings
         folder = settings.state_path
         self.prepared = prepared
         self.label = label  # where there are several
-        served_name = plan.model.served_name
-        self._server = server = VllmServer(
-            prepared.command, settings, probe, served_name, users=users
-        )
+        self._server = server = VllmServer(prepared.command, settings, probe, users=users)
         self._fingerprint = prepared.fingerprint.describe()
         versions = read_versions(prepared.vllm)
         self.cards = CrashCards(
             folder / "crashes", prepared.command, server, versions, self._fingerprint
         )
-        self.supervisor = Supervisor(server, policy, terminal, folder, self.cards.add, label=label)
+        self.supervisor = Supervisor(
+            server, policy, terminal, folder, self.cards.add, label=label, peers=peers
+        )
         server.lines = self.supervisor.lines
         self._facts = describe_launch(prepared, versions, self._fingerprint)
 

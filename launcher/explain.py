@@ -21,6 +21,7 @@ from launcher.plan.engine_plan import EngineOption
 from launcher.plan.flags.known_flags import Flags, read_flags, read_shipped_flags
 from launcher.plan.hardware import GIB, parse_device
 from launcher.plan.prepare import Prepared, prepare_with
+from launcher.plan.spreading import find_layout
 
 
 def explain(
@@ -78,6 +79,7 @@ def _gather(prepared: Prepared) -> dict[str, Any]:
         "model": plan.model.name,
         "vllm": prepared.vllm.title,
         "scheduler": plan.scheduler,
+        "hosts": describe_hosts(prepared),
         "argv": command.argv,
         "environment": engine_environment(command, {}),
         "options": [_row(option) for option in options],
@@ -116,9 +118,23 @@ def _conclude(facts: dict[str, Any], prepared: Prepared) -> list[str]:
         ),
         f"         enough for {_count_sequences(memory)}",
         f"cache    {facts['cache']['line']}",
+        *(f"{'hosts' if not rank else '':<8} {row}" for rank, row in enumerate(facts["hosts"])),
         *(f"note     {note}" for note in facts["notes"]),
         *(f"warning  {warning}" for warning in facts["warnings"]),
     ]
+
+
+def describe_hosts(prepared: Prepared) -> list[str]:
+    """What runs where, one line a host; none where the engine runs on one alone."""
+    settings = prepared.settings
+    layout = find_layout(settings, prepared.plan)
+    if layout is None:
+        return []
+    if settings.nodes_backend == "ray":
+        return [f"{layout.processes} processes, on the {layout.nodes} hosts that Ray chooses"]
+    names = [f"this one ({settings.node_address_used}:{settings.node_port})"]
+    names += [f"{rank + 1} of {layout.nodes}, who joins" for rank in range(1, layout.nodes)]
+    return [f"{name}: {layout.describe(rank)}" for rank, name in enumerate(names)]
 
 
 def _count_sequences(memory: dict[str, Any]) -> str:

@@ -62,7 +62,9 @@ class GatewayProcess:
         self._log_format = log_format
         self._engine_ready = engine_ready
         # It waits for the engine, so only its own listening has a limit of its own.
-        self.start_timeout_s = _LISTEN_TIMEOUT_S + settings.start_timeout_s * 2
+        limit_s = _LISTEN_TIMEOUT_S + settings.start_timeout_s * 2
+        # The engine waits for its other hosts as long as it takes.
+        self.start_timeout_s = sys.maxsize if settings.nodes > 1 else limit_s
         self.drain_timeout_s = float(settings.drain_timeout_s)
         self.kill_timeout_s = settings.kill_timeout_s
         self.inherited: Sequence[int] = inherited

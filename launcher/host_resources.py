@@ -14,6 +14,8 @@ from pathlib import Path
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
 
+_NODE_ADDRESS = "LAUNCHER_NODE_ADDRESS"
+
 
 @dataclass(frozen=True)
 class Listener:
@@ -22,6 +24,7 @@ class Listener:
     host: str
     port: int
     setting: str
+    elsewhere: str = ""  # the setting of its address, where that is not called as the port's is
 
     def ensure_free(self) -> None:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -31,7 +34,8 @@ class Listener:
                 probe.bind((self.host, self.port))
             except OSError as error:
                 is_used = error.errno == errno.EADDRINUSE
-                elsewhere = self.setting.replace("PORT", "HOST").replace("port", "host")
+                named = self.setting.replace("PORT", "HOST").replace("port", "host")
+                elsewhere = self.elsewhere or named
                 other = "stop what uses it" if is_used else f"set {elsewhere}"
                 raise SettingsError(
                     f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
@@ -52,6 +56,12 @@ def list_listeners(engines: Sequence[LauncherSettings], *, with_gateway: bool) -
         host = settings.status_host
         status = Listener(host, settings.status_port_used, "LAUNCHER_STATUS_PORT")
         listeners.append(status)
+    if settings.nodes > 1 and settings.nodes_backend == "mp":
+        names = ("LAUNCHER_NODE_PORT", "LAUNCHER_NODE_PORT (+1)", "LAUNCHER_NODE_PORT (+2)")
+        listeners += [
+            Listener(settings.node_address_used, settings.node_port + step, name, _NODE_ADDRESS)
+            for step, name in enumerate(names)
+        ]
     for one, other in itertools.combinations(listeners, 2):
         if one.port == other.port:
             raise SettingsError(

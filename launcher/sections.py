@@ -16,6 +16,7 @@ from launcher.config import LauncherSettings, ServeSettings
 from launcher.plan.command import find_vllm
 from launcher.plan.hardware import change_count, parse_device, query_gpus
 from launcher.plan.sharing import Place, Wanted, share_out
+from launcher.plan.spreading import check_nodes
 
 # What belongs to all of them together.
 _COMMON = frozenset(
@@ -29,7 +30,7 @@ _COMMON = frozenset(
         "engine_log",
         "shortest_turn_s",
     )
-) | {name for name in LauncherSettings.model_fields if name.startswith("status_")}
+) | {name for name in LauncherSettings.model_fields if name.startswith(("status_", "node", "join"))}
 _PORTS_APART = 10
 _PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
@@ -38,6 +39,7 @@ def list_engines(settings: LauncherSettings) -> list[LauncherSettings]:
     """Of each section, with what it does not say from the rest of the file; without sections the
     settings themselves. Each as often as its `copies` say.
     """
+    check_nodes(settings)
     if not settings.engine and settings.copies == 1:
         return [settings]
     found = list(_read_sections(settings))

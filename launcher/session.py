@@ -16,11 +16,10 @@ import structlog
 
 from common.errors import ProgramError, SettingsError
 from common.project import DEMO_MODEL
-from common.web.foreign_pages import PageGuard
-from launcher.config import PREFIX, LauncherSettings
+from launcher.config import LauncherSettings
 from launcher.engine.probe import EngineProbe
 from launcher.engine.process import end_leftovers
-from launcher.engine.status import StatusSource, serve_status
+from launcher.engine.status import StatusSource, build_page_guard, serve_status
 from launcher.engine.supervisor import RestartPolicy, Supervisor
 from launcher.engine.terminal import Terminal
 from launcher.engine_unit import EngineUnit
@@ -32,7 +31,10 @@ from launcher.gateway_process import (
     write_engines_file,
 )
 from launcher.host_resources import hold_state, list_listeners, make_folder
+from launcher.nodes.agreement import build_part
+from launcher.nodes.head import Head, serve_head
 from launcher.plan.prepare import Prepared
+from launcher.plan.spreading import find_layout
 from launcher.sections import meet
 from launcher.turns import Turns
 
@@ -60,17 +62,14 @@ async def run(engines: Sequence[Prepared], terminal: Terminal, *, with_gateway: 
         probes = [EngineProbe(one.settings.engine_url, one.plan.served_name) for one in engines]
         for probe in probes:
             await stack.enter_async_context(probe)
-        session = Session(engines, terminal, probes, client, with_gateway=with_gateway)
+        head = build_head(engines[0])
+        session = Session(engines, terminal, probes, client, with_gateway=with_gateway, head=head)
+        if head:
+            await stack.enter_async_context(serve_head(head, settings))
         status = (settings.status_host, settings.status_port_used)
         async with serve_status(session.status_source(), *status, build_page_guard(settings)):
             await session.run()
     return 0
-
-
-def build_page_guard(settings: LauncherSettings) -> PageGuard:
-    """Nobody needs a key to the status port, which shows command lines."""
-    allowed, variable = settings.status_allowed_hosts, f"{PREFIX}STATUS_ALLOWED_HOSTS"
-    return PageGuard(settings.status_host, allowed, variable)
 
 
 class Session:
@@ -84,7 +83,9 @@ class Session:
         client: httpx.AsyncClient,
         *,
         with_gateway: bool,
+        head: Head | None = None,
     ) -> None:
+        """With a head the engine, which is then the only one, has parts on other hosts."""
         self._settings = settings = engines[0].settings
         self._terminal = terminal
         self._began = time.monotonic()
@@ -99,9 +100,13 @@ class Session:
         users, held = os.pipe() if with_gateway else (None, None)
         labels = name_engines(engines)
         self._engines = [
-            EngineUnit(one, terminal, probe, policy, users=users, label=label)
+            EngineUnit(one, terminal, probe, policy, users=users, label=label, peers=head)
             for one, probe, label in zip(engines, probes, labels, strict=True)
         ]
+        self._head = head
+        if head:
+            status = self._engines[0].supervisor.status
+            head.read_state = lambda: status.state
         takes_turns = any(one.takes_turns for one in self._engines)
         self._turns = Turns(self._engines, settings, client) if takes_turns else None
         self.gateway: Supervisor | None = None
@@ -200,7 +205,8 @@ class Session:
         gateway = self.gateway.status if self.gateway else None
         first, *others = self._engines
         if not others:
-            return first.status_source(gateway, self._policy, self._count_dropped)
+            source = first.status_source(gateway, self._policy, self._count_dropped)
+            return replace(source, hosts=self._head.describe) if self._head else source
         host = first.status_source(gateway, self._policy, self._count_dropped)
         engines = (
             one.status_source(None, self._policy, self._count_dropped) for one in self._engines
@@ -261,6 +267,15 @@ class Session:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
+
+
+def build_head(prepared: Prepared) -> Head | None:
+    """None where the engine runs here alone, or Ray has its hosts."""
+    settings = prepared.settings
+    layout = find_layout(settings, prepared.plan)
+    if layout is None or settings.nodes_backend == "ray":
+        return None
+    return Head(build_part(prepared), layout, settings.node_timeout_s)
 
 
 def name_engines(engines: Sequence[Prepared]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 Kind = Literal["chart", "number", "states", "heatmap", "table"]
 # In the order of their numbers on a time line.
-STATES = ("stopped", "starting", "warming", "ready", "draining", "waiting", "parked")
+STATES = ("stopped", "starting", "warming", "ready", "draining", "waiting", "parked", "joining")
 _GENERATING = 'route=~"/predict|/v1/.*"'
 _PREDICT = 'route="/predict"'
 # What the choices at a board's top leave over: of launchers and recorded figures, of vLLM's, of the

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import secrets
 import tomllib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.files import FileWatch, read_text
+from common.web.addresses import is_loopback
 from gateway.config import SETTINGS, Settings, SettingsError
 from gateway.errors import Forbidden, Unauthorized
 from gateway.request_context import RequestContext
@@ -303,15 +303,6 @@ def make_key(name: str) -> tuple[str, str]:
     """A new key, to be given away once, and its entry for the file."""
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
     return key, f'[[keys]]\nname = "{name}"\nhash = "{_hash(key)}"\n'
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _name_by_hash(hashed: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import orjson
 from aiohttp import HttpVersion11, web
 
-from gateway.admission.keys import KEYRING, Caller, is_loopback
+from common.web.addresses import is_loopback
+from gateway.admission.keys import KEYRING, Caller
 from gateway.config import SETTINGS
 from gateway.errors import NotFound
 from gateway.page.assets import PAGE_ASSETS, PageAsset, read_assets

@@ -13,7 +13,7 @@ from typing import Any
 from common.files import PART, write_file
 from launcher.engine.supervisor import ExitReport, ProgramStatus
 from launcher.engine.terminal import best_effort
-from launcher.engine.vllm_server import VllmServer
+from launcher.engine.vllm_server import VllmProcess
 from launcher.plan.command import EngineCommand
 from launcher.plan.hardware import query_gpus
 
@@ -28,7 +28,7 @@ class CrashCards:
 
     folder: Path
     command: EngineCommand
-    engine: VllmServer
+    engine: VllmProcess
     versions: dict[str, str]
     fingerprint: dict[str, str]
     last: dict[str, Any] | None = field(default=None)
@@ -40,6 +40,7 @@ class CrashCards:
             "time": now.isoformat(timespec="seconds"),
             **describe_end(report, self.engine.killed_children),
             "cause": report.cause,
+            "lost_host": report.lost_host or None,
             "uptime_s": round(report.uptime_s, 1),
             "was_ready": report.was_ready,
             "restarts": sum(status.restarts.values()),
@@ -69,7 +70,11 @@ class CrashCards:
 
 
 def describe_end(report: ExitReport, killed_children: list[tuple[int, str]]) -> dict[str, Any]:
-    """Exit code or signal, of the server itself or of the worker whose death ended it."""
+    """Exit code or signal, of the server itself or of the worker whose death ended it. What was
+    ended here because a host was lost tells nothing.
+    """
+    if report.lost_host:
+        return {"reason": report.reason, "exit_code": None, "signal": None, "killed_children": []}
     code = report.returncode
     names = dict(line.split(" ", 1) for line in report.members)
     children = [

@@ -21,11 +21,12 @@ from prometheus_client.registry import Collector
 
 from common.errors import SettingsError
 from common.web.foreign_pages import PageGuard, build_middleware
+from launcher.config import PREFIX, LauncherSettings
 from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPolicy
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import query_gpus
 
-_STATES = ("starting", "warming", "ready", "draining", "waiting", "parked", "stopped")
+_STATES = ("joining", "starting", "warming", "ready", "draining", "waiting", "parked", "stopped")
 _PROGRAMS = ("engine", "gateway")
 _GPU_QUERY = (
     "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
@@ -131,19 +132,21 @@ class StatusSource:
     dropped: Callable[[], dict[str, int]]
     has_gpu: bool = False
     engines: tuple[StatusSource, ...] = ()  # where there are several, each with its own
+    hosts: Callable[[], list[dict[str, Any]]] | None = None  # of an engine that runs on several
 
     def describe(self) -> dict[str, Any]:
         programs = {name: describe_program(status) for name, status in self.programs.items()}
         if self.engines:
             return {"engines": [one.describe() for one in self.engines], **programs}
         crash = self.crash()
-        keys = ("time", "reason", "exit_code", "signal", "cause")
+        keys = ("time", "reason", "exit_code", "signal", "cause", "lost_host")
         return {
             **programs,
             "progress": self.progress(),
             "scheduler": asdict(self.scheduler()),
             **self.facts,
-            "last_crash": {key: crash[key] for key in keys} if crash else None,
+            **({"hosts": self.hosts()} if self.hosts else {}),
+            "last_crash": {key: crash.get(key) for key in keys} if crash else None,
         }
 
     def list_states(self) -> dict[str, str]:
@@ -292,6 +295,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def build_page_guard(settings: LauncherSettings) -> PageGuard:
+    """Nobody needs a key to the status port, which shows command lines."""
+    allowed, variable = settings.status_allowed_hosts, f"{PREFIX}STATUS_ALLOWED_HOSTS"
+    return PageGuard(settings.status_host, allowed, variable)
 
 
 @contextlib.asynccontextmanager

@@ -27,7 +27,7 @@ from launcher.errors import CrashLoop, NeverReady
 log = structlog.get_logger("launcher")
 _POLL_S = 0.2
 _ARGPARSE_EXIT = 2
-CRASH_REASONS = ("exit", "signal", "start_timeout", "hang")
+CRASH_REASONS = ("exit", "signal", "start_timeout", "hang", "host")
 
 
 class Program(Protocol):
@@ -66,6 +66,31 @@ class Program(Protocol):
 
 
 @dataclass(frozen=True)
+class Loss:
+    """Why the parts of a program that run elsewhere are no longer there."""
+
+    reason: str  # "host", a crash reason; "released": the part here is not wanted any more
+    detail: str = ""
+    host: str = ""
+
+
+class Peers(Protocol):
+    """The parts of a program on other hosts: they start with it and end with it."""
+
+    async def gather(self) -> None:
+        """Returns when all of them may start."""
+
+    async def watch(self) -> Loss:
+        """Returns only when one is lost."""
+
+    async def find_culprit(self, ended_at: float) -> Loss | None:
+        """Whether one was lost before the program ended by itself, which it does for lack of it."""
+
+    async def release(self) -> None:
+        """Has those that can be reached end."""
+
+
+@dataclass(frozen=True)
 class RestartPolicy:
     """Exponential backoff with jitter, within a budget of crashes in a window."""
 
@@ -84,7 +109,7 @@ class RestartPolicy:
 class ExitReport:
     """How one run of the program ended."""
 
-    reason: str  # "asked", "parked", or one of CRASH_REASONS
+    reason: str  # "asked", "parked", "released", or one of CRASH_REASONS
     returncode: int | None
     uptime_s: float
     was_ready: bool
@@ -92,6 +117,7 @@ class ExitReport:
     tail: list[str]
     dump: list[str] = field(default_factory=list)
     members: list[str] = field(default_factory=list)
+    lost_host: str = ""
 
 
 @dataclass
@@ -100,7 +126,7 @@ class ProgramStatus:
 
     state: str = (
         # starting > warming > ready > draining > stopped; waiting: for a restart; parked: until it
-        # is wanted
+        # is wanted; joining: for its other hosts
         "stopped"
     )
     since: float = field(default_factory=time.monotonic)
@@ -116,14 +142,17 @@ class Supervisor:
     def __init__(
         self,
         program: Program,
-        policy: RestartPolicy,
+        policy: RestartPolicy | None,
         terminal: Terminal,
         folder: Path,
         on_crash: OnCrash | None = None,
         *,
         label: str = "",
+        peers: Peers | None = None,
     ) -> None:
-        """With a label its lines and events say which one of several it is."""
+        """With a label its lines and events say which one of several it is. Without a policy its
+        peers decide whether and when it is started again.
+        """
         self._program = program
         self._label = label
         self._log = log.bind(**{program.name: label}) if label else log
@@ -142,7 +171,8 @@ class Supervisor:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._members: dict[int, str] = {}
-        self._hang_detail = ""
+        self._peers = peers
+        self._loss = Loss("")  # of a peer, or, of a hang, what was seen
         self._drain_until = 0.0
 
     def ask_to_stop(self) -> None:
@@ -168,10 +198,12 @@ class Supervisor:
                 if self._parked.is_set():
                     await self._wait_wanted()
                     continue
+                if self._peers and not await self._gather(self._peers):
+                    break
                 report = await self._run_once()
                 if report.reason == "asked":
                     break
-                if report.reason == "parked":
+                if report.reason in ("parked", "released"):
                     continue
                 await self._judge(report)
                 await self._pause()
@@ -185,6 +217,15 @@ class Supervisor:
         waits = [asyncio.create_task(one.wait()) for one in (self._wanted, self._stop)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(*waits)
+
+    async def _gather(self, peers: Peers) -> bool:
+        """Whether they are all there, and not told to stop before."""
+        self._set_state("joining")
+        gathering = asyncio.create_task(peers.gather())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({gathering, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(stopping, *([] if gathering.done() else [gathering]))
+        return not self._stop.is_set() and gathering.result() is None
 
     async def _run_once(self) -> ExitReport:
         self._members = {}
@@ -206,6 +247,8 @@ class Supervisor:
             was_ready = self.ready.is_set()
             self.ready.clear()
             await self._end(child, patience_s=self._patience_s())
+            if self._peers:
+                await self._peers.release()
         return self._report_exit(child, reason, began, was_ready, dump)
 
     async def _live(self, child: ChildProcess, began: float) -> str:
@@ -216,6 +259,8 @@ class Supervisor:
         step = asyncio.create_task(self._become_ready(began))
         tasks: set[asyncio.Task[Any]] = {exited, stopping, parking, step}
         members = asyncio.create_task(self._learn_members(child))
+        lost = asyncio.create_task(self._peers.watch()) if self._peers else None
+        tasks |= {lost} if lost else set()
         try:
             while True:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -224,7 +269,10 @@ class Supervisor:
                         await self._drain(exited)
                     return "asked" if stopping in done else "parked"
                 if exited in done:
-                    return "exit" if exited.result() >= 0 else "signal"
+                    return await self._explain_exit(exited.result())
+                if lost and lost in done:
+                    self._loss = lost.result()
+                    return self._loss.reason
                 if verdict := step.result():
                     return verdict
                 self._note_members(child)
@@ -233,6 +281,21 @@ class Supervisor:
                 tasks.add(step)
         finally:
             await _cancel(*tasks, members)
+
+    async def _explain_exit(self, code: int) -> str:
+        """One whose other hosts are gone may end by itself, before that is seen from here."""
+        if self._peers:
+            asking = asyncio.create_task(self._peers.find_culprit(time.monotonic()))
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            loss = asking.result() if asking.done() else None
+            await _cancel(asking, stopping)
+            if self._stop.is_set():
+                return "asked"
+            if loss:
+                self._loss = loss
+                return loss.reason
+        return "exit" if code >= 0 else "signal"
 
     async def _become_ready(self, began: float) -> str:
         try:
@@ -250,7 +313,7 @@ class Supervisor:
     async def _watch(self, child: ChildProcess) -> str:
         detail = await self._program.watch(child)
         self._log.error(f"{self._program.name}_hung", detail=detail)
-        self._hang_detail = detail
+        self._loss = Loss("hang", detail)
         return "hang"
 
     async def _drain(self, exited: asyncio.Task[int]) -> None:
@@ -287,20 +350,30 @@ class Supervisor:
         if self._on_crash:
             await self._on_crash(report, self.status)
         self._log.error(f"{name}_crashed", **_summary(report))
-        if not report.was_ready and self.status.start_seconds is None:
+        if self._policy is None:
+            self._count(report)
+            return
+        is_first = not report.was_ready and self.status.start_seconds is None
+        if is_first and report.reason != "host":  # another start may well find it there
             raise _never_ready(name, report, self.lines.path)
         now = time.monotonic()
         self._crashes.append(now)
         while self._crashes and now - self._crashes[0] > self._policy.window_s:
             self._crashes.popleft()
         if len(self._crashes) > self._policy.limit:
+            why, file = describe_exit(report), self.lines.path
             raise CrashLoop(
                 f"the {name} crashed {len(self._crashes)} times within "
-                f"{self._policy.window_s:.0f} s ({_why(report)}); its log: {self.lines.path}"
+                f"{self._policy.window_s:.0f} s ({why}); its log: {file}"
             )
+        self._count(report)
+
+    def _count(self, report: ExitReport) -> None:
         self.status.restarts[report.reason] = self.status.restarts.get(report.reason, 0) + 1
 
     async def _pause(self) -> None:
+        if self._policy is None:
+            return
         delay = self._policy.delay_after(len(self._crashes))
         self._set_state("waiting")
         self._log.warning(f"{self._program.name}_restarting", delay_s=round(delay, 1))
@@ -332,15 +405,17 @@ class Supervisor:
         self, child: ChildProcess, reason: str, began: float, was_ready: bool, dump: list[str]
     ) -> ExitReport:
         tail = self.lines.tail(400, since=began)
+        is_told = reason in ("hang", "host")
         return ExitReport(
             reason=reason,
             returncode=child.returncode,
             uptime_s=time.monotonic() - began,
             was_ready=was_ready,
-            cause=self._hang_detail if reason == "hang" else self._program.find_cause(tail),
+            cause=self._loss.detail if is_told else self._program.find_cause(tail),
             tail=tail,
             dump=dump,
             members=[f"{pid} {name}" for pid, name in self._members.items()],
+            lost_host=self._loss.host if reason == "host" else "",
         )
 
 
@@ -348,15 +423,16 @@ def _never_ready(name: str, report: ExitReport, file: Path) -> ProgramError:
     # argparse's own code: the flags were wrong, so the settings are to blame.
     is_refused = report.reason == "exit" and report.returncode == _ARGPARSE_EXIT
     kind = SettingsError if is_refused else NeverReady
-    return kind(f"the {name} never became ready ({_why(report)}); its log: {file}")
+    return kind(f"the {name} never became ready ({describe_exit(report)}); its log: {file}")
 
 
-def _why(report: ExitReport) -> str:
+def describe_exit(report: ExitReport) -> str:
     ways = {
         "exit": f"it exited with code {report.returncode}",
         "signal": f"it was killed by signal {-(report.returncode or 0)}",
         "start_timeout": f"it did not answer within {report.uptime_s:.0f} s",
         "hang": "it hung",
+        "host": "a host of it was lost",
     }
     return ways[report.reason] + (f": {report.cause}" if report.cause else "")
 

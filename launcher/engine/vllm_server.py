@@ -34,22 +34,16 @@ _ABORT_PATIENCE_S = 5.0
 _PROGRESS_PAUSE_S = 2.0
 
 
-class VllmServer:
+class VllmProcess:
+    """What a server and a part without one (launcher/nodes/) have in common."""
+
     name = "engine"
 
     def __init__(
-        self,
-        command: EngineCommand,
-        settings: LauncherSettings,
-        probe: EngineProbe,
-        served_name: str,
-        *,
-        users: int | None = None,
+        self, command: EngineCommand, settings: LauncherSettings, *, users: int | None = None
     ) -> None:
         self._command = command
         self._settings = settings
-        self._probe = probe
-        self._served_name = served_name
         self.start_timeout_s = settings.start_timeout_s
         self.drain_timeout_s = float(settings.drain_timeout_s)
         self.kill_timeout_s = settings.kill_timeout_s
@@ -62,7 +56,6 @@ class VllmServer:
         self.killed_children: list[tuple[int, str]] = []
         self.lines: LineLog | None = None
         self._progress_shown_at = 0.0
-        self._first_activity: Activity | None = None
         self._core_dead_at = 0.0
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
@@ -103,6 +96,45 @@ class VllmServer:
         pid, name = self.killed_children[0]
         return f"its process {pid} was killed by {name}"
 
+    async def dump(self, child: ChildProcess) -> list[str]:
+        """State and stacks of every process; the stacks cost its life (faulthandler on SIGABRT)."""
+        began = time.monotonic()
+        members = child.members()
+        rows = [f"{m.pid} {m.name}: state {m.state}, in {_kernel_place(m.pid)}" for m in members]
+        for member in members:
+            for number in (signal.SIGABRT, signal.SIGCONT):  # a stopped process gets none otherwise
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, number)
+        deadline = began + _ABORT_PATIENCE_S
+        while child.members() and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_RETRY_S)
+        await child.read_rest()
+        return rows + (self.lines.tail(200, since=began) if self.lines else [])
+
+    def _show(self, progress: Progress) -> None:
+        now = time.monotonic()
+        is_new = self.progress is None or self.progress.stage != progress.stage or progress.detail
+        self.progress = progress
+        if is_new or now - self._progress_shown_at > _PROGRESS_PAUSE_S:
+            self._progress_shown_at = now
+            extra = {"percent": progress.percent} if progress.percent is not None else {}
+            detail = {"detail": progress.detail} if progress.detail else {}
+            log.info("engine_progress", stage=progress.stage, **extra, **detail)
+
+
+class VllmServer(VllmProcess):
+    def __init__(
+        self,
+        command: EngineCommand,
+        settings: LauncherSettings,
+        probe: EngineProbe,
+        *,
+        users: int | None = None,
+    ) -> None:
+        super().__init__(command, settings, users=users)
+        self._probe = probe
+        self._first_activity: Activity | None = None
+
     async def is_up(self) -> bool:
         dead_s = time.monotonic() - self._core_dead_at if self._core_dead_at else 0.0
         if dead_s > self.kill_timeout_s:
@@ -128,33 +160,8 @@ class VllmServer:
         log.info("watchdog_on")
         return activity
 
-    async def dump(self, child: ChildProcess) -> list[str]:
-        """State and stacks of every process; the stacks cost its life (faulthandler on SIGABRT)."""
-        began = time.monotonic()
-        members = child.members()
-        rows = [f"{m.pid} {m.name}: state {m.state}, in {_kernel_place(m.pid)}" for m in members]
-        for member in members:
-            for number in (signal.SIGABRT, signal.SIGCONT):  # a stopped process gets none otherwise
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member.pid, number)
-        deadline = began + _ABORT_PATIENCE_S
-        while child.members() and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(_RETRY_S)
-        await child.read_rest()
-        return rows + (self.lines.tail(200, since=began) if self.lines else [])
-
     async def drain(self, timeout_s: float) -> None:
         await self._probe.wait_idle(timeout_s)
-
-    def _show(self, progress: Progress) -> None:
-        now = time.monotonic()
-        is_new = self.progress is None or self.progress.stage != progress.stage or progress.detail
-        self.progress = progress
-        if is_new or now - self._progress_shown_at > _PROGRESS_PAUSE_S:
-            self._progress_shown_at = now
-            extra = {"percent": progress.percent} if progress.percent is not None else {}
-            detail = {"detail": progress.detail} if progress.detail else {}
-            log.info("engine_progress", stage=progress.stage, **extra, **detail)
 
 
 def _kernel_place(pid: int) -> str:

@@ -43,6 +43,7 @@ def _check_devices(sizing: Sizing) -> None:
         needed *= int(size)
     # Other machines bring devices of their own.
     is_alone = sizing.number("nnodes", 1) <= 1 and "data-parallel-size-local" not in sizing.options
+    is_alone = is_alone and sizing.text("distributed-executor-backend") != "ray"
     if device.is_gpu and is_alone and needed > device.count:
         asked = ", ".join(f"{name}={size:g}" for name, size in sizes.items() if size > 1)
         raise SettingsError(
@@ -66,6 +67,19 @@ def _check_heads(sizing: Sizing) -> None:
         )
 
 
+def _check_stages(sizing: Sizing) -> None:
+    """Eager, and with its cache's size given, vLLM warms nothing up on a CPU; what one stage hands
+    to the next is made in the warm-up (v1/worker/cpu_worker.py:190 of vLLM 0.32).
+    """
+    stages = sizing.number("pipeline-parallel-size", 1)
+    if stages > 1 and not sizing.device.is_gpu and sizing.options.get("enforce-eager"):
+        raise SettingsError(
+            f"pipeline-parallel-size={stages:g} on a CPU: vLLM's second stage fails at its first "
+            "request unless the model is compiled; add --set enforce-eager= (the start takes "
+            "longer)"
+        )
+
+
 def _check_length(sizing: Sizing) -> None:
     asked, most = sizing.number("max-model-len", 0), sizing.model.shape.max_positions
     if asked and asked < 1:
@@ -84,5 +98,6 @@ _CHECKS: tuple[Callable[[Sizing], None], ...] = (
     _check_share,
     _check_devices,
     _check_heads,
+    _check_stages,
     _check_length,
 )

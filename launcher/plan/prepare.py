@@ -21,6 +21,7 @@ from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags.known_flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
+from launcher.plan.spreading import find_layout, list_node_options
 from launcher.plan.tuned import read_carried, read_tuned
 
 # Of a whole GPU, as profiles/base.toml has it: the rest is for what vLLM does not count.
@@ -73,10 +74,12 @@ def decide(
     if tuned is None:
         tuned, more = read_carried(settings.config, profile, vllm, model, device)
         notes = [*notes, *more]
-    plan = build_plan(
-        profile, device, model, flags, overrides=[*tuned, *shared, *asked], notes=notes
-    )
-    plan = replace(plan, notes=(*plan.notes, *_note_idle_gpus(plan)))
+    spread = list_node_options(settings, [*tuned, *asked])
+    overrides = [*tuned, *shared, *spread, *asked]
+    plan = build_plan(profile, device, model, flags, overrides=overrides, notes=notes)
+    find_layout(settings, plan)  # refuses what cannot be dealt out
+    if settings.nodes == 1:
+        plan = replace(plan, notes=(*plan.notes, *_note_idle_gpus(plan)))
     return choose_scheduler(plan, vllm)
 
 
@@ -84,7 +87,7 @@ def _note_idle_gpus(plan: EnginePlan) -> Iterator[str]:
     kinds = ("tensor", "pipeline", "data")
     used = math.prod(int(plan.value(f"{kind}-parallel-size", 1)) for kind in kinds)
     count = plan.device.count
-    if not plan.device.is_gpu or used >= count or "nnodes" in {one.name for one in plan.options}:
+    if not plan.device.is_gpu or used >= count:
         return
     advice = f"--copies {count // used} starts an engine on each, behind one gateway"
     if plan.model.shape.heads % count == 0:

@@ -122,7 +122,7 @@ class CandidateMeter:
             EngineProbe(settings.engine_url, served) as probe,
             httpx.AsyncClient(base_url=settings.engine_url, trust_env=False) as client,
         ):
-            engine = VllmServer(command, settings, probe, served)
+            engine = VllmServer(command, settings, probe)
             terminal = Terminal(settings.log_format, "none")
             supervisor = Supervisor(
                 engine, RestartPolicy(0, 1, 0, 0), terminal, settings.state_path

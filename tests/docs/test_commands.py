@@ -47,6 +47,7 @@ SHOWN = {
     "samples  ": "what `make grade` prints",
     "gateway/  ": "the tree",
     "POST /predict  ": "the spans of a request",
+    "hosts    this one ": "what `launcher explain` prints",
     "MODEL=my-ft  ": "values of --build-arg, each with its meaning",
 }
 # Of other programs, where a text names a flag alone.

@@ -48,6 +48,7 @@ class Launcher:
     arguments: tuple[str, ...] = ()
     path: str = ""
     pipe: int | None = None  # for both its outputs, instead of files
+    within: tuple[str, ...] = ()  # what starts it elsewhere: `ip netns exec …`
 
     def __post_init__(self) -> None:
         self.port, self.engine_port, self.status_port = find_free_ports(3)
@@ -85,7 +86,7 @@ class Launcher:
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "launcher", self.command, *self.arguments]
+        argv = [*self.within, sys.executable, "-m", "launcher", self.command, *self.arguments]
         with (self.folder / "out").open("ab") as out, (self.folder / "err").open("ab") as err:
             own = (out, err) if self.pipe is None else (self.pipe, self.pipe)
             self.process = subprocess.Popen(

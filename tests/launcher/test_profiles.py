@@ -161,7 +161,7 @@ def test_any_gpu_profile_on_a_cpu_leaves_gpu_options_out() -> None:
     [
         ("seed=1", True),
         ("tensor-parallel-size=2", False),
-        ("pipeline-parallel-size=2", False),
+        ("pipeline-parallel-size=2 enforce-eager=", False),
         ("prefill-context-parallel-size=2", False),
     ],
 )
@@ -169,7 +169,7 @@ def test_on_a_cpu_the_core_computes_itself_unless_the_model_is_spread(
     override: str, is_one_process: bool
 ) -> None:
     """By its path: vLLM would read the word `uni` as `mp` there."""
-    plan = make_plan("cpu", "cpu", "qwen3-0.6b", override)
+    plan = make_plan("cpu", "cpu", "qwen3-0.6b", *override.split())
     path = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     assert plan.value("distributed-executor-backend") == (path if is_one_process else None)
 

@@ -16,8 +16,9 @@ import orjson
 import pytest
 import structlog
 
+from common.web.addresses import is_loopback
 from gateway.admission.accounts import ACCOUNTS
-from gateway.admission.keys import KEYRING, Keyring, is_loopback, make_key
+from gateway.admission.keys import KEYRING, Keyring, make_key
 from gateway.admission.served_models import MODELS
 from gateway.admission.throughput import Pace
 from gateway.admission.tickets import LANES

@@ -211,6 +211,11 @@ def main() -> None:
     # vLLM's processes speak over sockets in the temporary folder; killed, they leave them there.
     place = os.path.join(tempfile.gettempdir(), str(uuid.uuid4()))  # noqa: PTH118
     socket.socket(socket.AF_UNIX).bind(place)
+    if "--headless" in sys.argv:  # a part without a server
+        core = subprocess.Popen([sys.executable, "-c", _CORE])
+        signal.signal(signal.SIGTERM, lambda *_: core.kill())
+        core.wait()
+        os._exit(0)
     server = Server(words, option["--served-model-name"])
     server.core = subprocess.Popen([sys.executable, "-c", _CORE])
     threading.Thread(target=server.watch_core, daemon=True).start()

@@ -1,0 +1,133 @@
+"""The real vLLM over two hosts: this one, and a network namespace with a network of its own.
+
+Where namespaces cannot be made (no root, no `ip`), the second is another address of the loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from common.ports import find_free_row
+from tests.launcher.programs import Launcher, running, wait_for
+from tests.plain_http import NO_TLS
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+START_S = 500.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """Of two hosts."""
+
+    head: str
+    worker: str
+    within: tuple[str, ...] = ()  # what starts a program on the worker
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Addresses of a range that is for tests (RFC 2544)."""
+    number = os.getpid() % 250
+    name, here, there = f"host{number}", f"vh{number}", f"vw{number}"
+    head, worker = f"198.18.{number}.1", f"198.18.{number}.2"
+    if not shutil.which("ip") or _ip("netns", "add", name):
+        yield Network("127.0.0.1", "127.0.0.2")
+        return
+    try:
+        refused = (
+            _ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
+            or _ip("addr", "add", f"{head}/30", "dev", here)
+            or _ip("link", "set", here, "up")
+            or _ip("-n", name, "addr", "add", f"{worker}/30", "dev", there)
+            or _ip("-n", name, "link", "set", there, "up")
+            or _ip("-n", name, "link", "set", "lo", "up")
+        )
+        assert not refused, refused
+        yield Network(head, worker, ("ip", "netns", "exec", name))
+    finally:
+        _ip("link", "del", here)
+        _ip("netns", "del", name)
+
+
+def _ip(*words: str) -> str:
+    """What it objects to."""
+    result = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)  # noqa: S607
+    return "" if result.returncode == 0 else result.stderr or "refused"
+
+
+@pytest.fixture
+def hosts(network: Network, tmp_path: Path) -> Iterator[tuple[Launcher, Launcher]]:
+    port = find_free_row(3)
+    common = {
+        "LAUNCHER_NODES_TOKEN": "the-word",
+        "LAUNCHER_NODE_TIMEOUT_S": "10",
+        "LAUNCHER_KILL_TIMEOUT_S": "15",
+    }
+    first = common | {
+        "LAUNCHER_NODES": "2",
+        "LAUNCHER_NODE_ADDRESS": network.head,
+        "LAUNCHER_NODE_PORT": str(port),
+        "LAUNCHER_SET": "tensor-parallel-size=2 max-num-seqs=32",
+    }
+    second = common | {
+        "LAUNCHER_JOIN": f"{network.head}:{port}",
+        "LAUNCHER_NODE_ADDRESS": network.worker,
+    }
+    head = Launcher(tmp_path / "head", command="up", settings=first, fake=None)
+    worker = Launcher(
+        tmp_path / "worker", command="up", settings=second, fake=None, within=network.within
+    )
+    with running(head), running(worker):
+        yield head, worker
+    assert head.processes() + worker.processes() == []
+
+
+def test_engine_over_two_hosts_answers_and_survives_the_loss_of_one(
+    hosts: tuple[Launcher, Launcher], network: Network
+) -> None:
+    head, worker = hosts
+    status = head.wait_state("ready", within_s=START_S)
+    first = ask(head)
+    assert first
+    assert [one["runs"] for one in status["hosts"]] == [
+        "process 0 of 2: tensor 0 of 2",
+        "process 1 of 2: tensor 1 of 2",
+    ]
+    assert status["hosts"][1]["address"] == network.worker
+
+    worker.send(signal.SIGKILL)
+    worker.wait()
+    head.wait_state("joining", restarts=1, within_s=300)
+    card = head.crash_card()
+    assert card["reason"] == "host"
+    assert card["lost_host"] == status["hosts"][1]["host"]
+    assert f"({network.worker}, node 1) has not been heard of" in card["cause"]
+
+    worker.start()
+    head.wait_state("ready", restarts=1, within_s=START_S)
+    assert ask(head) == first
+
+
+def ask(head: Launcher) -> str:
+    """The gateway, once it has seen the engine come back."""
+
+    def post() -> str:
+        url = f"http://127.0.0.1:{head.port}/predict"
+        try:
+            answer = httpx.post(
+                url, json={"prompt": "1"}, trust_env=False, verify=NO_TLS, timeout=120
+            )
+        except httpx.HTTPError:
+            return ""
+        return str(answer.json()["response"]) if answer.status_code == 200 else ""
+
+    return str(wait_for(post, f"an answer; {head.err[-2000:]}", within_s=300))

@@ -149,6 +149,7 @@ def test_stages_on_a_cpu_must_be_compiled() -> None:
         (["--nodes", "2", "--join", "head"], "a host that joins is told by the head"),
         (["--nodes", "2", "--node-address", "10.0.0.1"], "set LAUNCHER_NODES_TOKEN"),
         (["--join", "http://head:1"], "is no HEAD or HEAD:PORT"),
+        (["--nodes", "2", "--copies", "2"], "copies are engines of one host"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
@@ -157,7 +158,7 @@ def test_settings_that_do_not_go_together_are_refused(words: list[str], message:
 
 
 def test_engine_sections_are_of_one_host() -> None:
-    with pytest.raises(SettingsError, match="are engines of one host"):
+    with pytest.raises(SettingsError, match="sections and copies are engines of one host"):
         check_nodes(LauncherSettings(nodes=2, engine=({"model": "a"}, {"model": "b"})))
 
 

@@ -43,6 +43,12 @@ sys.exit({function}())
 class SetupError(Exception):
     """Something the user has to mend; its text says what and how."""
 
+    code = 2
+
+
+class NoPython(SetupError):
+    code = 77  # as scripts/system.sh ends for what cannot be had here
+
 
 def main() -> int:
     args = parse_arguments()
@@ -52,7 +58,7 @@ def main() -> int:
         build_environment(Path(args.venv), python, engine, dev=args.dev)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
-        return 2
+        return error.code
     return 0
 
 
@@ -87,7 +93,7 @@ def find_python(wanted: str | None) -> str:
             if version:
                 found.append(f"{path} is {version}")
     seen = f" ({', '.join(found)})" if found else ""
-    raise SetupError(
+    raise NoPython(
         f"no Python {' or '.join([wanted] if wanted else list(SUPPORTED))} found{seen}. "
         "Install one, or name it: make PYTHON=/path/to/python …"
     )

@@ -35,7 +35,7 @@ from lab.scale.gateway_process import (
     measure_redis,
 )
 from lab.scale.lanes_simulation import CPU_TIMES, LaneOutcome, LaneScenario, simulate_lanes
-from lab.scale.service_times import ServiceTimes, read_service_times
+from lab.scale.service_times import H200_TIMES, ServiceTimes
 from lab.scale.simulation import Outcome, Scenario, simulate
 
 PARTS = ("simulation", "lanes", "process")
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     arguments = parse_arguments(words)
     if arguments.record:
         ensure_writable(Path(arguments.record))
-    times = read_service_times()
+    times = H200_TIMES
     figures: list[RecordFigure] = []
     try:
         if "simulation" in arguments.parts:

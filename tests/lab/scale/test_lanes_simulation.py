@@ -6,7 +6,7 @@ import pytest
 
 from lab.intervals import quantile
 from lab.scale.lanes_simulation import CPU_TIMES, LaneScenario, simulate_lanes
-from lab.scale.service_times import ServiceTimes, read_service_times
+from lab.scale.service_times import H200_TIMES, ServiceTimes
 
 
 def _find_ratio(scenario: LaneScenario, times: ServiceTimes) -> float:
@@ -15,7 +15,7 @@ def _find_ratio(scenario: LaneScenario, times: ServiceTimes) -> float:
     return quantile(beside, 0.99) / quantile(alone, 0.99)
 
 
-@pytest.mark.parametrize("times", [CPU_TIMES, read_service_times()], ids=["CPU", "H200"])
+@pytest.mark.parametrize("times", [CPU_TIMES, H200_TIMES], ids=["CPU", "H200"])
 def test_first_token_beside_a_batch_is_at_most_a_fifth_later(times: ServiceTimes) -> None:
     assert _find_ratio(LaneScenario(), times) <= 1.2
 

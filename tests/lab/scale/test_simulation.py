@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lab.scale.service_times import ServiceTimes, read_service_times
+from lab.scale.service_times import ServiceTimes
 from lab.scale.simulation import Outcome, Scenario, simulate
 
 _TIMES = ServiceTimes(intake_s=0.001, first_s=0.01, step_s=0.002, step_more_s=0.00001)
@@ -57,11 +57,3 @@ def test_sessions_stay_where_there_is_room() -> None:
     moved = calm.sessions_moved / (calm.sessions_kept + calm.sessions_moved)
     assert moved < 0.1  # those of the tenth that was away, there and back
     assert max(calm.first_token_s) < 0.05
-
-
-def test_service_times_are_those_of_the_records() -> None:
-    times = read_service_times()
-
-    assert 0.002 < times.step_s < 0.003
-    assert times.time_step(358) == pytest.approx(0.0042, abs=0.0003)
-    assert 0.002 < times.intake_s < 0.004

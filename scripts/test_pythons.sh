@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Every test, in parts; as many run side by side as there are cores and one more, because most tests wait for something
-# half of their time. On the Python that is set up already: those with the real engine, those marked `slow`, and all
+# Every test, in parts; as many run side by side as there are cores. On the Python that is set up already: those with the real engine, those marked `slow`, and all
 # others but the ones marked `programs`, which are the same on every Python. On the last other Python that this project
 # supports and that is installed here: all of those others, with the built wheel in place of the checkout. On the one
 # between, where what fails there alone is rare: the gateway's routes and records.
@@ -105,7 +104,7 @@ run_parts() {
 }
 touch "$work/ended"
 workers=()
-for _ in $(seq "$(($(nproc) + 1))"); do
+for _ in $(seq "$(nproc)"); do
   run_parts &
   workers+=($!)
 done

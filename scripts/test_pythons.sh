@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every test, in parts; as many run side by side as there are cores. On the Python that is set up already: those with the real engine, those marked `slow`, and all
-# others but the ones marked `programs`, which are the same on every Python. On the last other Python that this project
-# supports and that is installed here: all of those others, with the built wheel in place of the checkout. On the one
-# between, where what fails there alone is rare: the gateway's routes and records.
+# Every test, in parts; as many run side by side as there are cores. On the Python that is set up already: those with the
+# real engine, those marked `slow`, and all others but the ones marked `programs`, which are the same on every Python. On
+# the last other Python that this project supports and that is installed here: all of those others, with the built wheel
+# in place of the checkout. On the one between, where what fails there alone is rare: the gateway's routes and records.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 set -euo pipefail
 cd "$(dirname "$0")/.."

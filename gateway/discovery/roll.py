@@ -70,7 +70,7 @@ class Rolling:
         self._is_between = True
         set_values(self._config, "", {"engines": [*self._old, *self._new]})
         self._say("written: the new beside the old; waiting until the new are warm")
-        if not self._wait(self._list_cold):
+        if not self._wait(self._list_cold) or not self._serves_the_same():
             self.take_back()
             return _NOT_IN_TIME
         set_values(self._config, "", {"engines": self._new})
@@ -110,6 +110,25 @@ class Rolling:
                     f"{self._config} has {', '.join(map(hide_password, self._old))}: start it with "
                     "GATEWAY_CONFIG at that file, and without GATEWAY_ENGINES, which would win"
                 )
+
+    def _serves_the_same(self) -> bool:
+        """Whether what callers name is still there when the old ones are gone."""
+        for gateway in self._gateways:
+            models: dict[str, set[str]] = {}
+            for labels, _ in self._ask(gateway).get("gateway_engine_info", ()):
+                models.setdefault(labels["engine"], set()).add(labels["model"])
+            served, kept = (
+                set().union(*(models.get(hide_password(url), set()) for url in urls)) - {""}
+                for urls in (self._old, self._new)
+            )
+            if lost := served - kept:
+                self._say(
+                    f"{', '.join(sorted(lost))} would be gone from {gateway}: the new engines "
+                    f"serve {', '.join(sorted(kept)) or 'nothing'}; start them with "
+                    "--served-model-name"
+                )
+                return False
+        return True
 
     def _list_cold(self) -> list[str]:
         """New engines that a gateway does not call ready yet."""

@@ -19,9 +19,10 @@ from gateway.config import Settings
 _KERNEL_BYTES = 2**18
 # A host that loses its power or its network says nothing, and a stream from it would be waited for
 # until GATEWAY_STREAM_IDLE_TIMEOUT_S. Its kernel is asked in every silence; one whose engine is
-# only busy answers.
+# only busy answers. An engine that takes nothing of a large body for as long looks the same, so it
+# is as long as the launcher lets one hang.
 _ASK_AFTER_S = 10
-_SILENCE_MS = 60_000
+_SILENCE_MS = 120_000
 
 
 class _OneAnswerProtocol(ResponseHandler):

@@ -129,6 +129,16 @@ async def test_roll_to_an_engine_that_does_not_get_warm_changes_nothing(scene: S
     assert scene.read_engines() == [scene.old_url]
 
 
+async def test_roll_to_an_engine_of_another_name_changes_nothing(scene: Scene) -> None:
+    scene.new.model = "other"
+
+    code, out, _ = await scene.roll(scene.new_url)
+
+    assert code == 3
+    assert f"fake would be gone from {scene.served.url}: the new engines serve other" in out
+    assert scene.read_engines() == [scene.old_url]
+
+
 async def test_roll_that_is_broken_off_changes_nothing(scene: Scene) -> None:
     scene.new.status = 500
     process = await scene.start(scene.new_url)

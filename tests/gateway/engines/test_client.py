@@ -142,7 +142,7 @@ async def test_nobody_listening_is_engine_unreachable() -> None:
         await connector.close()
 
 
-def test_host_that_says_nothing_any_more_is_found_out_within_a_minute() -> None:
+def test_host_that_says_nothing_any_more_is_found_out_within_two_minutes() -> None:
     here = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))
     with _make_socket(here) as made:
         tcp = {
@@ -152,4 +152,5 @@ def test_host_that_says_nothing_any_more_is_found_out_within_a_minute() -> None:
         assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
     assert 0 < tcp["KEEPIDLE"] + tcp["KEEPINTVL"] < 60
-    assert 0 < tcp["USER_TIMEOUT"] <= 60_000
+    # For the kernel, this counts in an idle silence, too.
+    assert 0 < tcp["USER_TIMEOUT"] <= 120_000

@@ -110,14 +110,12 @@ class Worker:
         status = (settings.status_host, settings.status_port_used)
         log.info("node_joins", head=self._head.title, address=self._head.address)
         async with serve_status(source, *status, build_page_guard(settings)):
-            await self._supervise(supervisor, link, part, first)
+            await self._supervise(supervisor, link, part)
 
-    async def _supervise(
-        self, supervisor: Supervisor, link: HeadLink, part: HeadlessPart, first: Answer
-    ) -> None:
+    async def _supervise(self, supervisor: Supervisor, link: HeadLink, part: HeadlessPart) -> None:
         tasks = [
             asyncio.create_task(one)
-            for one in (supervisor.run(), link.keep(), self._watch_plan(link, part, first))
+            for one in (supervisor.run(), link.keep(), self._watch_plan(link, part))
         ]
         running, *others = tasks
         stopping = asyncio.create_task(self._stop.wait())
@@ -144,14 +142,14 @@ class Worker:
                     log.warning("head_away", head=self._head.title, why=told)
             await asyncio.sleep(MOST_BEAT_S / 2)
 
-    async def _watch_plan(self, link: HeadLink, part: HeadlessPart, first: Answer) -> None:
+    async def _watch_plan(self, link: HeadLink, part: HeadlessPart) -> None:
         """A head that was started anew may want something else."""
-        known = first.part
         while True:
             await asyncio.sleep(_POLL_S)
-            if link.answer.part != known:
-                part.host = await self._agree(link, link.answer)
-                known = link.answer.part
+            answer = link.answer
+            if answer.part != link.agreed:
+                part.host = await self._agree(link, answer)
+                link.agree(answer.part)
 
     async def _agree(self, link: HeadLink, answer: Answer) -> Host:
         try:

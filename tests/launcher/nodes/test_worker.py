@@ -21,7 +21,9 @@ from launcher.nodes.worker import HeadlessPart, Worker
 from launcher.plan.command import InstalledVllm
 from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.hardware import parse_device
+from tests.launcher.fake_hub import FakeHub, serve_hub
 from tests.launcher.nodes.test_head import PART, a_town
+from tests.launcher.programs import Launcher, running, wait_for
 
 FLAGS = read_shipped_flags()
 VLLM = InstalledVllm("vllm", FLAGS.version, "gpu", "vllm.entrypoints.cli.main", True)
@@ -72,3 +74,35 @@ async def test_part_of_another_plan_starts_only_when_the_host_has_agreed_to_it(
 
     argv = part.command()[0]
     assert argv[argv.index("serve") + 1] == f"/{PART.model}"
+
+
+@pytest.mark.programs
+async def test_host_told_to_stop_while_its_model_comes_does_not_wait_for_it(
+    tmp_path: Path,
+) -> None:
+    weights = "model.safetensors"
+    files = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir() if path.is_file()}
+
+    def stop_while_it_comes(launcher: Launcher, hub: FakeHub) -> int:
+        with running(launcher):
+            wait_for(
+                lambda: any("GET" in one and one.endswith(weights) for one in hub.asked),
+                f"the download; {launcher.err}",
+            )
+            return launcher.stop()
+
+    async with a_town() as town:
+        with serve_hub(FakeHub(files, stalled=weights)) as hub:
+            settings = {
+                "LAUNCHER_JOIN": town.settings.join,
+                "LAUNCHER_MODEL": "some/model",
+                "HF_HOME": str(tmp_path / "hf"),
+                "HF_ENDPOINT": hub.url,
+                "HF_HUB_DOWNLOAD_TIMEOUT": "3600",
+            }
+            launcher = Launcher(tmp_path, command="up", settings=settings)
+            code = await asyncio.to_thread(stop_while_it_comes, launcher, hub)
+
+    assert code == 0, launcher.err
+    assert "launcher_stopped" in launcher.err
+    assert launcher.processes() == []

@@ -174,6 +174,10 @@ class LogStream(io.TextIOBase):
         self._writer.add(text)
         return len(text)
 
+    def finish(self) -> None:
+        """The last words are written, for who ends without Python's own exit."""
+        self._writer.flush()
+
     def fileno(self) -> int:
         return self._output.fd
 

@@ -15,7 +15,7 @@ from common.settings import suggest
 from launcher.config import LauncherSettings, ServeSettings
 from launcher.plan.command import find_vllm
 from launcher.plan.hardware import change_count, parse_device, query_gpus
-from launcher.plan.sharing import Place, Wanted, share_out
+from launcher.plan.sharing import Place, Wanted, deal_out, share_out
 from launcher.plan.spreading import check_nodes
 
 # What belongs to all of them together.
@@ -57,10 +57,11 @@ def _read_sections(settings: LauncherSettings) -> Iterator[LauncherSettings]:
     for number, section in enumerate(settings.engine or ({},), start=1):
         first = _read_section(settings, section, f"[[engine]] {number}", next_port)
         folder = first.state_dir if "state_dir" in section else settings.state_dir
-        for copy in range(first.copies):
+        dealt = deal_out(first.gpus, first.copies, _count_gpus(first))
+        for copy, gpus in enumerate(dealt):
             port = first.engine_port + copy * _PORTS_APART
             own = {"engine_port": port, "state_dir": folder and folder / str(port)}
-            yield first.model_copy(update={"copies": 1, **(own if copy else {})})
+            yield first.model_copy(update={"copies": 1, "gpus": gpus, **(own if copy else {})})
         next_port += first.copies * _PORTS_APART
 
 
@@ -88,14 +89,19 @@ def _read_section(
         raise SettingsError(f"{where}: {problem['loc'][0]}: {message}") from None
 
 
-def _read_wish(settings: LauncherSettings) -> Wanted:
+def _count_gpus(settings: LauncherSettings) -> int:
+    """As many as `set` asks for."""
     n_gpus = 1
     for pair in settings.set:
         name, _, value = pair.partition("=")
         if name.replace("_", "-") in _PARALLEL and value.isdecimal():
-            n_gpus *= int(value)
+            n_gpus *= max(1, int(value))
+    return n_gpus
+
+
+def _read_wish(settings: LauncherSettings) -> Wanted:
     share = settings.share if "share" in settings.model_fields_set else 0.0
-    return Wanted(settings.gpus, n_gpus, share, settings.takes_turns)
+    return Wanted(settings.gpus, _count_gpus(settings), share, settings.takes_turns)
 
 
 def _place(settings: LauncherSettings, place: Place) -> LauncherSettings:

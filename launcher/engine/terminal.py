@@ -69,6 +69,10 @@ class Terminal:
         row = json.dumps({**head, "message": text}, ensure_ascii=False)
         self._find_standard_output().write(f"{row if self.is_json else text}\n")
 
+    def finish(self) -> None:
+        """Before an end without Python's own."""
+        self._stream.finish()
+
     def _find_standard_output(self) -> LogStream:
         """`2>&1` makes both one; two threads would then write into each other's lines."""
         with contextlib.suppress(OSError, ValueError):

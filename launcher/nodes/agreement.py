@@ -113,7 +113,7 @@ def find_differences(
         )
     for option in parse_overrides(host.settings.set, host.flags):
         theirs = part.find(option.name)
-        if theirs != (None if option.omit else option.value) and option.name not in _HOSTS_OWN:
+        if theirs != (None if option.omit else option.value) and option.name not in _HEADS_OWN:
             yield (
                 f"{option.name} is {option.value!r} here by {PREFIX}SET, and {theirs!r} at the "
                 "head, which decides: leave it out here, or set it there"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from common.errors import SettingsError
 from launcher.config import PREFIX, LauncherSettings
 from launcher.engine.supervisor import ExitReport, Loss, ProgramStatus, describe_exit
-from launcher.nodes.messages import DIAL_PATH, PATH, Answer, Report, build_headers
+from launcher.nodes.messages import DIAL_PATH, PATH, Answer, Part, Report, build_headers
 
 log = structlog.get_logger("launcher")
 _ANSWER_TIMEOUT_S = 5.0
@@ -105,6 +105,7 @@ class HeadLink:
         self._id = uuid.uuid4().hex
         self._host = socket.gethostname()
         self.answer = first
+        self.agreed = first.part  # the plan that this host is known to fit
         self._heard_at = time.monotonic()
         self._run = ""  # whose part runs here, or did last
         self._is_running = False
@@ -140,6 +141,11 @@ class HeadLink:
             log.info("head_back", head=self._head.title)
         self._heard_at = time.monotonic()
         return True
+
+    def agree(self, part: Part) -> None:
+        """To the plan of a head that was started anew; until then nothing starts here."""
+        self.agreed = part
+        self._answered.set()
 
     async def refuse(self, cause: str) -> None:
         """The head's log says it, too."""
@@ -184,7 +190,8 @@ class HeadLink:
         self._changed.set()
 
     def _is_wanted(self) -> bool:
-        return bool(self.answer.run) and not self._is_silent()
+        is_agreed = self.answer.part == self.agreed
+        return bool(self.answer.run) and is_agreed and not self._is_silent()
 
     def _is_silent(self) -> bool:
         return time.monotonic() - self._heard_at > self._timeout_s

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import httpx
 import structlog
@@ -81,6 +84,7 @@ class Worker:
         self._head = HeadClient(settings, client)
         self._stop = asyncio.Event()
         self._supervisor: Supervisor | None = None
+        self.has_abandoned = False  # a fetch that still runs in its thread
 
     async def run(self) -> None:
         with self._signal_handlers():
@@ -92,7 +96,9 @@ class Worker:
     async def _serve(self, first: Answer) -> None:
         settings = self._settings
         link = HeadLink(self._head, first, settings)
-        host = await self._agree(link, first)
+        host = await self._until_stopped(self._agree(link, first))
+        if host is None:
+            return
         part = HeadlessPart(host.settings, link, host)
         versions = read_versions(host.vllm)
         cards = CrashCards(settings.state_path / "crashes", part.told, part, versions, {})
@@ -110,14 +116,12 @@ class Worker:
         status = (settings.status_host, settings.status_port_used)
         log.info("node_joins", head=self._head.title, address=self._head.address)
         async with serve_status(source, *status, build_page_guard(settings)):
-            await self._supervise(supervisor, link, part, first)
+            await self._supervise(supervisor, link, part)
 
-    async def _supervise(
-        self, supervisor: Supervisor, link: HeadLink, part: HeadlessPart, first: Answer
-    ) -> None:
+    async def _supervise(self, supervisor: Supervisor, link: HeadLink, part: HeadlessPart) -> None:
         tasks = [
             asyncio.create_task(one)
-            for one in (supervisor.run(), link.keep(), self._watch_plan(link, part, first))
+            for one in (supervisor.run(), link.keep(), self._watch_plan(link, part))
         ]
         running, *others = tasks
         stopping = asyncio.create_task(self._stop.wait())
@@ -144,21 +148,24 @@ class Worker:
                     log.warning("head_away", head=self._head.title, why=told)
             await asyncio.sleep(MOST_BEAT_S / 2)
 
-    async def _watch_plan(self, link: HeadLink, part: HeadlessPart, first: Answer) -> None:
+    async def _watch_plan(self, link: HeadLink, part: HeadlessPart) -> None:
         """A head that was started anew may want something else."""
-        known = first.part
         while True:
             await asyncio.sleep(_POLL_S)
-            if link.answer.part != known:
-                part.host = await self._agree(link, link.answer)
-                known = link.answer.part
+            answer = link.answer
+            if answer.part != link.agreed:
+                part.host = await self._agree(link, answer)
+                link.agree(answer.part)
 
     async def _agree(self, link: HeadLink, answer: Answer) -> Host:
         try:
-            host = await asyncio.to_thread(
-                look_at_host, self._settings, answer.part, self._head.address
+            host = await run_unwaited(
+                partial(look_at_host, self._settings, answer.part, self._head.address)
             )
             differences = list(find_differences(host, answer))
+        except asyncio.CancelledError:
+            self.has_abandoned = True
+            raise
         except SettingsError as error:
             await link.refuse(str(error))
             raise
@@ -235,10 +242,41 @@ class Worker:
                 loop.remove_signal_handler(number)
 
 
+async def run_unwaited(call: Callable[[], T]) -> T:
+    """In a thread, as `asyncio.to_thread`; when it is cancelled nobody waits for that thread."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: Exception | None) -> None:
+        if answer.done():
+            return
+        if error:
+            answer.set_exception(error)
+        else:
+            answer.set_result(cast("T", result))
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as problem:  # noqa: BLE001 - it is raised where this is awaited
+            error = problem
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="unwaited", daemon=True).start()
+    return await answer
+
+
 async def run_worker(settings: LauncherSettings, terminal: Terminal) -> int:
     make_folder(settings.cache_path, "LAUNCHER_CACHE_DIR")
     with hold_state(settings.state_path):
         await end_leftovers(settings.state_path / "engine.json")
         async with httpx.AsyncClient(trust_env=False) as client:
-            await Worker(settings, terminal, client).run()
+            worker = Worker(settings, terminal, client)
+            await worker.run()
+    if worker.has_abandoned:
+        # A hub's client has threads of its own, for which Python would wait: a download's time.
+        terminal.finish()
+        os._exit(0)
     return 0

@@ -65,6 +65,18 @@ def share_out(wanted: Sequence[Wanted], gpus: Sequence[str]) -> list[Place]:
     ]
 
 
+def deal_out(gpus: Sequence[str], copies: int, n_gpus: int) -> list[tuple[str, ...]]:
+    """The named GPUs, side by side, to copies that want so many each; where there are fewer, some
+    copies have the same ones.
+    """
+    hands = min(copies, len(gpus) // n_gpus) or 1
+    dealt = [
+        tuple(gpus[len(gpus) * hand // hands : len(gpus) * (hand + 1) // hands])
+        for hand in range(hands)
+    ]
+    return [dealt[copy % hands] for copy in range(copies)]
+
+
 def _choose(
     one: Wanted, number: int, load: dict[str, list[int]], *, has_gpus: bool
 ) -> Sequence[str]:

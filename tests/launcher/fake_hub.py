@@ -17,13 +17,15 @@ _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @dataclass
 class FakeHub:
     """Has one model, `some/model`. Answers `failures` first, one a request: a status, or 0 for a
-    connection that is cut.
+    connection that is cut. The body of the file `stalled` does not come before its end.
     """
 
     files: dict[str, bytes]
     failures: list[int] = field(default_factory=list)
+    stalled: str = ""
     asked: list[str] = field(default_factory=list)
     url: str = ""
+    is_over: threading.Event = field(default_factory=threading.Event)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -69,7 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
         for header in (*headers, f"Content-Length: {len(body)}"):
             self.send_header(*header.split(": "))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if self._hub.stalled and self.path.endswith(f"/{self._hub.stalled}"):
+            self._hub.is_over.wait()
+        with contextlib.suppress(OSError):  # who asked may be gone
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
@@ -85,6 +91,7 @@ def serve_hub(hub: FakeHub) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.is_over.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -416,3 +416,32 @@ def test_copies_need_no_section(tmp_path: Path) -> None:
 
     assert (first.gpus, first.share, second.gpus, second.share) == (("0",), 0.5, ("0",), 0.5)
     assert second.engine_port == first.engine_port + 10
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "shares"),
+    [
+        ("--copies 2 --gpus 2,3", [("2",), ("3",)], [1, 1]),
+        ("--copies 2 --gpus 0,1,2,3", [("0", "1"), ("2", "3")], [1, 1]),
+        ("--copies 2 --gpus 0,1,2", [("0",), ("1", "2")], [1, 1]),
+        (
+            "--copies 2 --gpus 0,1,2,3 --set tensor-parallel-size=2",
+            [("0", "1"), ("2", "3")],
+            [1, 1],
+        ),
+        ("--copies 3 --gpus 0,1", [("0",), ("1",), ("0",)], [0.5, 1, 0.5]),
+        (
+            "--copies 2 --gpus 0,1 --set tensor-parallel-size=2",
+            [("0", "1"), ("0", "1")],
+            [0.5, 0.5],
+        ),
+        ("--copies 1 --gpus 0,1", [("0", "1")], [1]),
+    ],
+)
+def test_named_gpus_are_dealt_out_to_copies(
+    words: str, gpus: list[tuple[str, ...]], shares: list[float]
+) -> None:
+    found = list_engines(load_settings(LauncherSettings, ["--gpu", "4x H200", *words.split()]))
+
+    assert [one.gpus for one in found] == gpus
+    assert [one.share for one in found] == shares

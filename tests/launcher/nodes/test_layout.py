@@ -14,7 +14,9 @@ from launcher.config import LauncherSettings, load_settings
 from launcher.explain import explain
 from launcher.host_resources import list_listeners
 from launcher.models.model import find_model
+from launcher.nodes.agreement import Host, build_part, find_differences
 from launcher.nodes.checks import check_as_head
+from launcher.nodes.messages import Answer
 from launcher.plan.command import InstalledVllm
 from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.prepare import Prepared, prepare_with
@@ -234,3 +236,22 @@ def test_commands_of_one_host_refuse_several(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         check_hosts(command, LauncherSettings(**settings))
+
+
+def test_joining_host_may_have_the_same_set_as_the_head() -> None:
+    """What only a head's server has is no difference."""
+    pairs = ("tensor-parallel-size=2", "api-server-count=2")
+    prepared = plan(*pairs)
+    part = build_part(prepared, {})
+    answer = Answer(rank=1, nodes=2, run="", state="joining", beat_s=2, part=part)
+
+    def compare(*pairs: str) -> list[str]:
+        settings = LauncherSettings(set=pairs)
+        digest, device, model = part.model_digest, prepared.plan.device, prepared.plan.model
+        host = Host(settings, VLLM, FLAGS, device, model, digest, "10.0.0.2")
+        return list(find_differences(host, answer, {}))
+
+    assert part.find("api-server-count") is None
+    assert compare(*pairs) == []
+    (told,) = compare(*pairs, "max-num-seqs=7")
+    assert "max-num-seqs is 7 here" in told

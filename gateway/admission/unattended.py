@@ -26,7 +26,7 @@ from gateway.admission.tickets import LaneName, Ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.errors import EngineBusy, EngineError, InvalidRequest, Unavailable
+from gateway.errors import EngineBusy, EngineError, EngineTimeout, InvalidRequest, Unavailable
 from gateway.observability.request_record import RequestRecord
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
@@ -160,8 +160,8 @@ class UnattendedCaller:
                 line.on_entered()
             try:
                 return await self._send(line)
-            except asyncio.CancelledError:
-                if context.is_running:  # else to cancel it would be free
+            except (asyncio.CancelledError, EngineTimeout):
+                if context.is_running:  # else what breaks off in the middle would be free
                     left = Spent(taken, 0, context.running_s(), call.sequences, line.served.name)
                     await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise

@@ -193,6 +193,25 @@ async def test_background_response_is_charged_to_its_keys_minute(
     assert refused.value.code == "tokens_per_minute"
 
 
+async def test_background_response_that_takes_too_long_is_charged(
+    serve: Serve, keys: Keys, stored: Any
+) -> None:
+    engine = Behaviour()
+    options = keys.write(alice="")
+    async with (
+        serve(engine, **stored, **options, engine_timeout_s=1.0) as served,
+        open_sdk(served.url, keys.keys["alice"]) as sdk,
+    ):
+        engine.slots = asyncio.Semaphore(0)
+        caller = Caller(served, sdk)
+        asked = await caller.ask("one", background=True)
+        told = await caller.wait(asked.id)
+        used = served.app[ACCOUNTS].sum_usage()
+
+    assert (told.status, "in time" in told.error.message) == ("failed", True)
+    assert used.prompt_tokens > 0
+
+
 async def test_background_responses_that_are_too_many_are_refused_at_once(
     serve: Serve, stored: Any
 ) -> None:

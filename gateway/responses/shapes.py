@@ -82,7 +82,9 @@ def number_items(response_id: str, items: bytes) -> Iterator[dict[str, Any]]:
     for place, item in enumerate(parse_json(items)):
         if not isinstance(item, dict):
             continue
-        kind = item.get("type") or "message"
+        kind = item.get("type")
+        if not kind or not isinstance(kind, str):  # an engine may take what is no word
+            kind = "message"
         prefix = _PREFIXES.get(kind, "item")
         name = f"{prefix}_{response_id.removeprefix('resp_')}_{place}"
         told = {**item, "type": kind, "id": item.get("id") or name}

@@ -136,6 +136,16 @@ async def test_input_items_after_one_that_is_not_there_are_refused(plain: Caller
         await plain.sdk.responses.input_items.list(first.id, after="msg_x")
 
 
+async def test_input_item_whose_type_is_no_word_is_listed(plain: Caller) -> None:
+    odd = {"type": {"a": "b"}, "role": "user", "content": "hi"}
+    first = await plain.sdk.responses.create(model="fake", input=[odd])
+    answer = await plain.served.client.get(f"/v1/responses/{first.id}/input_items")
+
+    assert answer.status_code == 200, answer.text
+    (item,) = answer.json()["data"]
+    assert (item["type"], item["content"][0]["text"]) == ("message", "hi")
+
+
 async def test_deleted_response_is_gone_and_nothing_goes_on_from_it(caller: Caller) -> None:
     first = await caller.ask("one")
     second = await caller.ask("two", previous_response_id=first.id)

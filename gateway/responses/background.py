@@ -84,6 +84,11 @@ class _Run:
     is_ending: bool = False
     status: int = _GONE
 
+    def take_entry(self) -> None:
+        """From the request that began it: both would count it."""
+        if self.asking.entry is not None:
+            self.call.context.entry, self.asking.entry = self.asking.entry, None
+
 
 class BackgroundRuns:
     """All that this gateway runs."""
@@ -121,6 +126,8 @@ class BackgroundRuns:
         except BaseException:
             if run.task is None:
                 self._forget(run)
+            else:  # its caller hung up
+                run.take_entry()
             raise
         return run.shown
 
@@ -172,7 +179,7 @@ class BackgroundRuns:
         """From here on it is a request of its own, and what is kept of requests is kept of it."""
         if not run.accepted.done():
             run.accepted.set_result(None)
-            run.call.context.entry, run.asking.entry = run.asking.entry, None
+            run.take_entry()
 
     def _begin(self, run: _Run) -> None:
         self._accept(run)

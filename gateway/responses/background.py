@@ -17,7 +17,13 @@ import structlog
 
 from gateway.admission.keys import Keyring
 from gateway.admission.unattended import Answer, UnattendedCall, UnattendedCaller
-from gateway.errors import GatewayError, StorageFull, StorageUnavailable, Unavailable
+from gateway.errors import (
+    GatewayError,
+    Overloaded,
+    StorageFull,
+    StorageUnavailable,
+    Unavailable,
+)
 from gateway.observability.metrics import Metrics
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
@@ -36,6 +42,7 @@ _LONGEST_POLL_S = 1.0
 _BEATS_A_LEASE = 5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _LAST_WRITES_S = 5.0
+_FULL_RETRY_AFTER_S = 5.0
 _LOST = "the gateway that ran this response is gone; ask again"
 _STOPPED = "the gateway was stopped before this response was there; ask again"
 _CRASHED = "the gateway failed; see its log"
@@ -75,7 +82,6 @@ class _Run:
     call: UnattendedCall
     asking: RequestContext  # of the request that began it
     shown: dict[str, Any]  # as it is stored
-    kept: RequestContext  # what is held in memory until it has ended
     accepted: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -93,8 +99,11 @@ class _Run:
 class BackgroundRuns:
     """All that this gateway runs."""
 
-    def __init__(self, *, store: Store, parts: Parts, metrics: Metrics, lease_s: float) -> None:
+    def __init__(
+        self, *, store: Store, parts: Parts, metrics: Metrics, lease_s: float, most_bytes: int
+    ) -> None:
         self._store, self._parts, self._metrics = store, parts, metrics
+        self._most_bytes = most_bytes
         self._leases = LeaseWatch(lease_s)
         self._poll_s = min(_LONGEST_POLL_S, lease_s / _BEATS_A_LEASE)
         self._runs: dict[str, _Run] = {}
@@ -105,15 +114,14 @@ class BackgroundRuns:
         self, turn: Turn, call: UnattendedCall, asking: RequestContext
     ) -> dict[str, Any]:
         """The response as it is queued; a refusal is one of the request that asks for it."""
+        self._check_room(call.call.size)
         shown = build_queued(turn, call.call.model or call.served.name)
-        kept = RequestContext(asking.request_id, call.context.record)
-        run = _Run(turn, call, asking, shown, kept)
+        run = _Run(turn, call, asking, shown)
         run.accepted.add_done_callback(lambda told: told.cancelled() or told.exception())
         self._runs[turn.id] = run  # first, for whoever looks fails rows that nobody runs
         try:
             self._parts.bodies.hold(call.context, call.call.size)
-            self._parts.bodies.hold(kept, len(turn.input))
-            await self._store.add(turn, run.shown)
+            await self._add(run)
             call.on_waiting = lambda: self._accept(run)
             call.on_entered = lambda: self._begin(run)
             run.task = asyncio.create_task(self._run(run))
@@ -130,6 +138,27 @@ class BackgroundRuns:
                 run.take_entry()
             raise
         return run.shown
+
+    def _check_room(self, size: int) -> None:
+        """They wait longer than others may: what they hold is bounded, so that others get in."""
+        held = sum(run.call.context.held_bytes for run in self._runs.values())
+        if held and held + size > self._most_bytes:
+            raise Overloaded(
+                f"what waits in the background takes {held} bytes already, of at most "
+                f"{self._most_bytes}; try again when some of it has run, or with a smaller one",
+                code="too_many_bodies",
+                retry_after_s=_FULL_RETRY_AFTER_S,
+            )
+
+    async def _add(self, run: _Run) -> None:
+        """Its items are in the database then, and no longer here."""
+        adding = RequestContext(run.asking.request_id, run.call.context.record)
+        try:
+            self._parts.bodies.hold(adding, run.turn.input_bytes)
+            await self._store.add(run.turn, run.shown)
+        finally:
+            self._parts.bodies.release(adding)
+        run.turn.input = b""
 
     def cancel(self, response_id: str) -> None:
         """It is stored as cancelled or deleted already."""
@@ -257,7 +286,6 @@ class BackgroundRuns:
     def _forget(self, run: _Run) -> None:
         self._runs.pop(run.turn.id, None)
         self._parts.bodies.release(run.call.context)
-        self._parts.bodies.release(run.kept)
 
     def _close(self, run: _Run) -> None:
         """It is counted as one request, when it has ended."""

@@ -36,6 +36,7 @@ log = structlog.get_logger("gateway")
 _BUSY_TIMEOUT_S = 2.0  # whatever holds a SQLite file for longer counts as away
 _ANSWER_S = 10.0  # and a database that says nothing for that long
 _SWEEP_S = 600.0
+_SHARE_OF_BODIES = 0.5  # of the bytes in memory: what waits in the background, however long
 _Found = TypeVar("_Found")
 
 
@@ -64,6 +65,7 @@ class Responses:
             parts=parts,
             metrics=self._metrics,
             lease_s=self._settings.responses_lease_s,
+            most_bytes=int(self._settings.max_held_bytes * _SHARE_OF_BODIES),
         )
         tasks = [
             asyncio.create_task(runs.keep_looking(self._watch)),
@@ -89,8 +91,9 @@ class Responses:
         goes_on = previous_id is not None
         if not goes_on and not (stores and (is_background or call.has_items)):
             return None  # what is no input the engine refuses in its own words
-        turn = Turn(make_id("resp_"), caller.name, stores, is_background, previous_id, body)
-        turn.input = call.list_items(settings.responses_max_input_bytes)
+        items = call.list_items(settings.responses_max_input_bytes)
+        name = make_id("resp_")
+        turn = Turn(name, caller.name, stores, is_background, previous_id, body, input=items)
         before: list[bytes] = []
         if goes_on:
             before = await self._read_before(turn, context, len(body))

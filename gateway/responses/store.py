@@ -100,7 +100,7 @@ class Store:
         """As it is now; it makes room where its owner has too many."""
         told, output = split_output(response)
         now = int(time.time())
-        context_bytes = len(turn.input) + len(output)
+        context_bytes = turn.input_bytes + len(output)
         row = {
             "id": turn.id,
             "owner": turn.owner,
@@ -171,8 +171,8 @@ class Store:
             "status": response["status"],
             "output": output,
             "response": told,
-            "bytes": len(turn.input) + grown,
-            "context_bytes": turn.context_bytes + len(turn.input) + len(output),
+            "bytes": turn.input_bytes + grown,
+            "context_bytes": turn.context_bytes + turn.input_bytes + len(output),
             "worker": "",
         }
         mine = and_(_TABLE.id == turn.id, _TABLE.worker == self.worker, _IS_OPEN)

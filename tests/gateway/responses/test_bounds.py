@@ -9,12 +9,17 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import select
 
+from gateway.admission.served_models import MODELS
 from gateway.errors import NotFound
+from gateway.middleware import OPEN_REQUESTS
+from gateway.responses.access import RESPONSES
 from gateway.responses.shapes import build_queued
 from gateway.responses.store import Store
 from gateway.responses.turns import Turn
 from gateway.storage.database import Database, open_database
+from gateway.storage.tables import RESPONSES as TABLE
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.batches.conftest import open_sdk
 from tests.gateway.conftest import Serve, make_settings
@@ -153,6 +158,66 @@ async def test_patient_background_response_waits_longer_than_others_may(
 
     assert refused.value.code == "queue_timeout"
     assert states == ["completed"] * 2
+
+
+async def test_background_response_keeps_its_call_alone_in_memory(plain: Caller) -> None:
+    """Its items are in the database already."""
+    slots = plain.served.engine.slots = asyncio.Semaphore(0)
+    asked = await plain.ask("x" * 4000, background=True)
+    await until(lambda: plain.served.app[OPEN_REQUESTS].count == 1)  # the response alone
+    text = (await plain.served.client.get("/metrics")).text
+    slots.release()
+    await plain.wait(asked.id)
+    async with plain.served.app[RESPONSES].database.read() as connection:
+        (row,) = (await connection.execute(select(TABLE.c.bytes, TABLE.c.context_bytes))).all()
+
+    (line,) = [one for one in text.splitlines() if one.startswith("gateway_held_body_bytes ")]
+    assert 4000 < float(line.split()[1]) < 8000
+    assert row.context_bytes > 8000  # the fake engine says it again
+    assert row.bytes > row.context_bytes
+
+
+@pytest.mark.parametrize(
+    ("headers", "lane"), [({}, "batch"), ({"X-Priority": "interactive"}, "interactive")]
+)
+async def test_background_response_goes_behind_those_who_wait(
+    plain: Caller, headers: dict[str, str], lane: Any
+) -> None:
+    slots = plain.served.engine.slots = asyncio.Semaphore(0)
+    asked = await plain.ask("hi", background=True, extra_headers=headers)
+    (served,) = plain.served.app[MODELS].all
+    inside = served.queue.count(lane)
+    slots.release()
+    await plain.wait(asked.id)
+
+    assert inside == (1, 0)
+
+
+async def test_background_responses_leave_room_for_others_bodies(
+    serve: Serve, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "responses.sqlite")
+    async with (
+        serve(responses_database=place, max_held_bytes=12_000) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        caller, engine = Caller(served, sdk), served.engine
+        slots = engine.slots = asyncio.Semaphore(0)
+        asked = await caller.ask("x" * 3100, background=True)
+        with pytest.raises(openai.RateLimitError, match="in the background") as refused:
+            await caller.ask("x" * 3100, background=True)
+        other = asyncio.create_task(caller.ask("x" * 3100))
+        await until(lambda: engine.running == 2)
+        for _ in range(2):
+            slots.release()
+        states = ((await other).status, (await caller.wait(asked.id)).status)
+        again = await caller.ask("x" * 3100, background=True)
+        slots.release()
+        await caller.wait(again.id)
+
+    assert refused.value.code == "too_many_bodies"
+    assert "Retry-After" in refused.value.response.headers
+    assert states == ("completed", "completed")
 
 
 def read_modes(folder: Path) -> set[int]:

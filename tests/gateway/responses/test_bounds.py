@@ -11,7 +11,9 @@ import openai
 import pytest
 from sqlalchemy import select
 
+from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.served_models import MODELS
+from gateway.engines.pool import POOL
 from gateway.errors import NotFound
 from gateway.middleware import OPEN_REQUESTS
 from gateway.responses.access import RESPONSES
@@ -191,6 +193,51 @@ async def test_background_response_goes_behind_those_who_wait(
     await plain.wait(asked.id)
 
     assert inside == (1, 0)
+
+
+async def test_background_response_outlasts_an_outage_of_the_engine(
+    serve: Serve, stored: Any
+) -> None:
+    async with (
+        serve(**stored, restart_hold_s=0.05) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        caller, pool = Caller(served, sdk), served.app[POOL]
+        (model,) = served.app[MODELS].all
+        served.engine.is_healthy = False
+        await until(lambda: not pool.has_engine)
+        asked = await caller.ask("hi", background=True)
+        await until(lambda: model.queue.count("batch") == (0, 0))  # no others wait behind it
+        with pytest.raises(openai.InternalServerError):
+            await caller.ask("hi")
+        held, begun = model.pool.held, await sdk.responses.retrieve(asked.id)
+        served.engine.is_healthy = True
+        told = await caller.wait(asked.id)
+        used = served.app[ACCOUNTS].sum_usage()
+        calls = [one for one in served.engine.calls if "input" in one]  # the rest is a warm-up
+
+    assert (held, begun.status in {"queued", "in_progress"}) == (1, True)
+    assert (told.status, told.output_text) == ("completed", "answer:hi")
+    assert (len(calls), used.prompt_tokens) == (1, told.usage.input_tokens)
+
+
+async def test_background_response_of_a_model_that_has_left_fails(
+    serve: Serve, tmp_path: Path
+) -> None:
+    place, engines = str(tmp_path / "responses.sqlite"), (Behaviour(), Behaviour(model="other"))
+    async with (
+        serve(*engines, responses_database=place, restart_hold_s=0.05) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        pool, other = served.app[POOL], served.app[POOL].models["other"]
+        engines[1].is_healthy = False
+        await until(lambda: not other.has_engine)
+        asked = await sdk.responses.create(model="other", input="hi", background=True)
+        await pool.set_engines(pool.engines[:1])
+        told = await Caller(served, sdk).wait(asked.id)
+
+    assert (told.status, told.error.code) == ("failed", "server_error")
+    assert "no engine is" in told.error.message
 
 
 async def test_background_responses_leave_room_for_others_bodies(

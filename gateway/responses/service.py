@@ -24,7 +24,8 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
 from gateway.responses.background import BackgroundRuns, Parts
-from gateway.responses.shapes import number_items, parse_response
+from gateway.responses.items import list_page
+from gateway.responses.shapes import parse_response
 from gateway.responses.store import Store
 from gateway.responses.turns import CallBody, Turn, scan_call
 from gateway.schemas.pages import Page
@@ -149,19 +150,16 @@ class Responses:
         return orjson.dumps(await self._wait(self._store.find(owner, response_id)))
 
     async def list_items(
-        self, owner: str, response_id: str, page: Page
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """A page of what its engine was given, earlier turns too; and whether there is more."""
-        lists = await self._wait(self._store.list_inputs(owner, response_id))
-        items = [item for name, some in lists for item in number_items(name, some)]
-        if not page.ascending:
-            items.reverse()
-        if page.after is not None:
-            places = [place for place, item in enumerate(items) if item["id"] == page.after]
-            if not places:
-                raise InvalidRequest(f"after: there is no item {page.after[:100]!r}", param="after")
-            items = items[places[0] + 1 :]
-        return items[: page.limit], len(items) > page.limit
+        self, owner: str, response_id: str, page: Page, context: RequestContext
+    ) -> bytes:
+        """A page of what its engine was given, earlier turns too."""
+
+        def hold(size: int) -> None:
+            self._bodies.hold(context, size)
+
+        return await list_page(
+            await self._wait(self._store.list_inputs(owner, response_id, hold)), page
+        )
 
     async def delete(self, owner: str, response_id: str) -> None:
         await self._wait(self._store.delete(owner, response_id))

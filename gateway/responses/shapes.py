@@ -1,27 +1,18 @@
-"""Responses and their items as OpenAI's SDK reads them."""
+"""Responses as OpenAI's SDK reads them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from gateway.errors import EngineError
 from gateway.responses.turns import Turn
-from gateway.schemas.fields import parse_json
 
 OPEN = ("queued", "in_progress")
 _ENDED = ("completed", "incomplete", "failed", "cancelled")
-_PREFIXES = {
-    "message": "msg",
-    "function_call": "fc",
-    "function_call_output": "fco",
-    "reasoning": "rs",
-    "custom_tool_call": "ctc",
-    "custom_tool_call_output": "ctco",
-}
 # The codes of OpenAI's for what has failed; theirs for all else is the first.
 _SERVER_ERROR, _RATE_LIMIT, _INVALID = "server_error", "rate_limit_exceeded", "invalid_prompt"
 
@@ -75,29 +66,3 @@ def split_output(response: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
 def build_deleted(response_id: str) -> bytes:
     return orjson.dumps({"id": response_id, "object": "response", "deleted": True})
-
-
-def number_items(response_id: str, items: bytes) -> Iterator[dict[str, Any]]:
-    """Items as they are listed: each with an id, and messages with a list of their parts."""
-    for place, item in enumerate(parse_json(items)):
-        if not isinstance(item, dict):
-            continue
-        kind = item.get("type")
-        if not kind or not isinstance(kind, str):  # an engine may take what is no word
-            kind = "message"
-        prefix = _PREFIXES.get(kind, "item")
-        name = f"{prefix}_{response_id.removeprefix('resp_')}_{place}"
-        told = {**item, "type": kind, "id": item.get("id") or name}
-        if kind == "message":
-            told["content"] = _list_parts(item)
-            told["status"] = item.get("status") or "completed"
-        yield told
-
-
-def _list_parts(message: Mapping[str, Any]) -> Any:
-    content = message.get("content")
-    if not isinstance(content, str):
-        return content
-    if message.get("role") == "assistant":
-        return [{"type": "output_text", "text": content, "annotations": []}]
-    return [{"type": "input_text", "text": content}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,13 +83,17 @@ class Store:
             raise refuse_previous(parent.id, "An earlier one of its conversation has been deleted.")
         return [part for row in rows for part in (row.input, row.output)]
 
-    async def list_inputs(self, owner: str, response_id: str) -> list[tuple[str, bytes]]:
-        """What the engine was given: inputs, and the outputs of earlier turns, with their ids."""
+    async def list_inputs(
+        self, owner: str, response_id: str, hold: Callable[[int], None]
+    ) -> list[tuple[str, bytes]]:
+        """What the engine was given: inputs, and the outputs of earlier turns, with their ids. How
+        many bytes these may have is told before they are read.
+        """
         chain = _find_chain(owner, response_id)
         query = select(_TABLE.id, _TABLE.input, _TABLE.output)
         query = query.join(chain, chain.c.id == _TABLE.id).order_by(_TABLE.depth)
         async with self._database.read() as connection:
-            await _find(connection, owner, response_id)
+            hold((await _find(connection, owner, response_id)).context_bytes)
             rows = (await connection.execute(query)).all()
         lists = [
             one for row in rows for one in ((row.id, row.input), (f"{row.id}_out", row.output))

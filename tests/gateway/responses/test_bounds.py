@@ -312,7 +312,8 @@ async def test_responses_whose_time_is_over_are_swept_from_the_last(make_store: 
     await long.add(kept, {**build_queued(kept, "fake"), "status": "completed"})
     await long.sweep()
 
-    kept_ids = [name for name, _ in await long.list_inputs("alice", "resp_5")]
+    sizes: list[int] = []
+    kept_ids = [name for name, _ in await long.list_inputs("alice", "resp_5", sizes.append)]
     assert kept_ids == ["resp_4", "resp_4_out", "resp_5"]
     for gone in ("resp_1", "resp_2", "resp_4"):
         with pytest.raises(NotFound):

@@ -27,7 +27,7 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
-from gateway.responses.shapes import build_failed, build_queued, parse_response
+from gateway.responses.shapes import Told, build_failed, build_queued, read_response, split_output
 from gateway.responses.store import Store
 from gateway.responses.turns import Turn
 from gateway.schemas.vllm import parse_engine_error
@@ -155,7 +155,7 @@ class BackgroundRuns:
         adding = RequestContext(run.asking.request_id, run.call.context.record)
         try:
             self._parts.bodies.hold(adding, run.turn.input_bytes)
-            await self._store.add(run.turn, run.shown)
+            await self._store.add(run.turn, split_output(run.shown))
         finally:
             self._parts.bodies.release(adding)
         run.turn.input = b""
@@ -187,7 +187,8 @@ class BackgroundRuns:
         try:
             async with asyncio.timeout(_LAST_WRITES_S):
                 for run in runs:
-                    await self._store.end(run.turn, build_failed(run.shown, 503, _STOPPED))
+                    failed = build_failed(run.shown, 503, _STOPPED)
+                    await self._store.end(run.turn, split_output(failed))
         except (GatewayError, TimeoutError) as error:
             log.warning("responses_not_ended", reason=str(error) or type(error).__name__)
 
@@ -220,10 +221,10 @@ class BackgroundRuns:
         parts.open_requests.count += 1
         parts.keyring.open_call(run.call.caller, context)
         try:
-            response = await self._answer(run)
-            if response is not None:
+            told = await self._answer(run)
+            if told is not None:
                 run.is_ending = True
-                await self._end(run, response)
+                await self._end(run, told)
         finally:
             if not run.accepted.done():
                 run.accepted.set_exception(Unavailable(_STOPPED, retry_after_s=1))
@@ -232,11 +233,11 @@ class BackgroundRuns:
             self._forget(run)
             self._close(run)
 
-    async def _answer(self, run: _Run) -> dict[str, Any] | None:
+    async def _answer(self, run: _Run) -> Told | None:
         """What becomes of it; nothing of one that was refused before it was accepted."""
         try:
             answer = await self._parts.caller.run(run.call)
-            return self._read(run, answer)
+            return await self._read(run, answer)
         except GatewayError as error:
             return self._fail(run, error)
         except asyncio.CancelledError:
@@ -248,32 +249,32 @@ class BackgroundRuns:
             log.exception("response_crashed", response=run.turn.id)
             return self._fail(run, GatewayError(_CRASHED))
 
-    def _fail(self, run: _Run, error: GatewayError) -> dict[str, Any] | None:
+    def _fail(self, run: _Run, error: GatewayError) -> Told | None:
         run.call.context.record.note_error(error.error_code, error.source)
         run.status = error.status
         if not run.accepted.done():
             run.accepted.set_exception(error)  # for who asks for it
         if run.accepted.exception() is not None:
             return None
-        return build_failed(run.shown, error.status, error.message)
+        return split_output(build_failed(run.shown, error.status, error.message))
 
-    def _read(self, run: _Run, answer: Answer) -> dict[str, Any]:
+    async def _read(self, run: _Run, answer: Answer) -> Told:
         entry = run.call.context.entry
         if entry is not None:
             entry.note_answer(answer.body)
         run.status = answer.status
         if answer.status != 200:
             message, _ = parse_engine_error(answer.body)
-            return build_failed(run.shown, answer.status, message)
-        response = run.turn.sign(parse_response(answer.body))
-        return {**response, "created_at": run.shown["created_at"]}
+            return split_output(build_failed(run.shown, answer.status, message))
+        own = {**run.turn.list_own(), "created_at": run.shown["created_at"]}
+        return await read_response(answer.body, own)
 
-    async def _end(self, run: _Run, response: dict[str, Any]) -> None:
+    async def _end(self, run: _Run, told: Told) -> None:
         """However long it takes: a drain waits for it."""
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                is_stored = await self._store.end(run.turn, response)
+                is_stored = await self._store.end(run.turn, told)
             except (StorageUnavailable, StorageFull) as error:
                 self._metrics.response_storage_failures.inc()
                 log.warning("response_waits", response=run.turn.id, reason=error.message)

@@ -25,7 +25,7 @@ from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
 from gateway.responses.background import BackgroundRuns, Parts
 from gateway.responses.items import list_page
-from gateway.responses.shapes import parse_response
+from gateway.responses.shapes import Told, read_response, split_output
 from gateway.responses.store import Store
 from gateway.responses.turns import CallBody, Turn, scan_call
 from gateway.schemas.pages import Page
@@ -127,18 +127,18 @@ class Responses:
 
     async def keep(self, turn: Turn, body: bytes) -> bytes:
         """An engine's answer as the caller gets it, once it is stored."""
-        response = turn.sign(parse_response(body))
+        told = await read_response(body, turn.list_own())
         if turn.stores:
-            await self._add(turn, response)
-        return orjson.dumps(response)
+            await self._add(turn, told)
+        return told.build()
 
     async def keep_stream(self, turn: Turn) -> None:
         """What a stream has ended with."""
         if turn.answer is not None:
-            await self._add(turn, turn.answer)
+            await self._add(turn, split_output(turn.answer))
 
-    async def _add(self, turn: Turn, response: dict[str, Any]) -> None:
-        await self._wait(self._store.add(turn, response))
+    async def _add(self, turn: Turn, told: Told) -> None:
+        await self._wait(self._store.add(turn, told))
         self._metrics.responses_stored.inc()
 
     async def start(self, turn: Turn, call: UnattendedCall, asking: RequestContext) -> bytes:
@@ -147,7 +147,7 @@ class Responses:
         return orjson.dumps(await self._wait(self._runs.start(turn, call, asking)))
 
     async def find(self, owner: str, response_id: str) -> bytes:
-        return orjson.dumps(await self._wait(self._store.find(owner, response_id)))
+        return await self._wait(self._store.find(owner, response_id))
 
     async def list_items(
         self, owner: str, response_id: str, page: Page, context: RequestContext
@@ -170,7 +170,7 @@ class Responses:
         response = await self._wait(self._store.cancel(owner, response_id))
         if self._runs is not None:
             self._runs.cancel(response_id)
-        return orjson.dumps(response)
+        return response
 
     async def _wait(self, work: Awaitable[_Found]) -> _Found:
         """For the database; it is counted where it fails."""

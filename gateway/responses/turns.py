@@ -62,10 +62,13 @@ class Turn:
 
     def sign(self, response: Mapping[str, Any]) -> dict[str, Any]:
         """An engine's response, with what the engine does not know of it."""
-        own = {"previous_response_id": self.previous_id, "store": self.stores}
+        return {**response, **self.list_own()}
+
+    def list_own(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"previous_response_id": self.previous_id, "store": self.stores}
         if self.stores:
             own |= {"id": self.id, "background": self.is_background}
-        return {**response, **own}
+        return own
 
     def sign_events(self, events: bytes) -> tuple[bytes, bytes]:
         """What may be passed on of a stream's events, and what waits until the response is stored:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from sqlalchemy import select
 
@@ -17,7 +18,7 @@ from gateway.engines.pool import POOL
 from gateway.errors import NotFound
 from gateway.middleware import OPEN_REQUESTS
 from gateway.responses.access import RESPONSES
-from gateway.responses.shapes import build_queued
+from gateway.responses.shapes import build_queued, split_output
 from gateway.responses.store import Store
 from gateway.responses.turns import Turn
 from gateway.storage.database import Database, open_database
@@ -307,9 +308,9 @@ def make_turn(name: str, previous: str | None = None) -> Turn:
 async def test_responses_whose_time_is_over_are_swept_from_the_last(make_store: MakeStore) -> None:
     short, long = make_store(responses_retention_days=1e-9), make_store()
     for turn in (make_turn("1"), make_turn("2", "resp_1"), make_turn("4")):
-        await short.add(turn, {**build_queued(turn, "fake"), "status": "completed"})
+        await short.add(turn, split_output({**build_queued(turn, "fake"), "status": "completed"}))
     kept = make_turn("5", "resp_4")
-    await long.add(kept, {**build_queued(kept, "fake"), "status": "completed"})
+    await long.add(kept, split_output({**build_queued(kept, "fake"), "status": "completed"}))
     await long.sweep()
 
     sizes: list[int] = []
@@ -325,7 +326,7 @@ async def test_response_of_a_gateway_that_is_gone_fails(
 ) -> None:
     turn = make_turn("1")
     turn.owner = "anonymous"
-    await make_store("gone").add(turn, build_queued(turn, "fake"))
+    await make_store("gone").add(turn, split_output(build_queued(turn, "fake")))
     async with (
         serve(**stored, responses_lease_s=0.2) as served,
         open_sdk(served.url) as sdk,
@@ -338,15 +339,17 @@ async def test_response_of_a_gateway_that_is_gone_fails(
 
 async def test_gateway_that_was_given_up_writes_nothing_any_more(make_store: MakeStore) -> None:
     slow, other, turn = make_store("slow"), make_store("other"), make_turn("1")
-    await slow.add(turn, build_queued(turn, "fake"))
+    await slow.add(turn, split_output(build_queued(turn, "fake")))
     (row,) = await other.look((), ())
     await slow.look(["resp_1"], ["resp_1"])
 
     assert not await other.give_up(row, "it is gone")  # it has moved since
     (row,) = await other.look((), ())
     assert await other.give_up(row, "it is gone")
-    assert not await slow.end(turn, {**build_queued(turn, "fake"), "status": "completed"})
-    told = await slow.find("alice", "resp_1")
+    assert not await slow.end(
+        turn, split_output({**build_queued(turn, "fake"), "status": "completed"})
+    )
+    told = orjson.loads(await slow.find("alice", "resp_1"))
     assert (told["status"], told["error"]["message"]) == ("failed", "it is gone")
 
 

@@ -15,6 +15,7 @@ from gateway.observability.request_record import RequestRecord
 from gateway.request_body import BODIES
 from gateway.request_context import RequestContext
 from gateway.responses.items import list_page
+from gateway.responses.shapes import read_response
 from gateway.schemas.pages import Page
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import open_sdk
@@ -187,6 +188,24 @@ async def test_others_have_the_event_loop_while_a_page_is_read(ascending: bool) 
     ends = ["msg_1_0", "msg_1_1"] if ascending else ["msg_1_59999", "msg_1_59998"]
     assert ([one["id"] for one in page["data"]], page["has_more"]) == (ends, True)
     assert (page["first_id"], page["last_id"]) == tuple(ends)
+
+
+async def test_others_have_the_event_loop_while_a_large_answer_is_stored() -> None:
+    chances = [{"token": "a", "logprob": -0.1}] * 200_000
+    output = [{"type": "message", "content": [{"text": "a", "logprobs": chances}]}]
+    answer = {"id": "a", "output": output, "status": "completed", "model": "fake"}
+    body = orjson.dumps(answer)
+    reading = asyncio.create_task(read_response(body, {"id": "resp_1"}))
+    turns = 0
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    told = await reading
+
+    assert turns > len(body) / 2**20
+    assert orjson.loads(told.build()) == {**answer, "id": "resp_1"}
+    assert orjson.loads(told.rest)["output"] == []
+    assert orjson.loads(told.output) == output
 
 
 async def test_deleted_response_is_gone_and_nothing_goes_on_from_it(caller: Caller) -> None:

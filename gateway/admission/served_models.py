@@ -104,6 +104,10 @@ class ServedModels:
         counts = [one.queue.count(lane) for one in self.all]
         return sum(running for running, _ in counts), sum(waiting for _, waiting in counts)
 
+    def serves(self, served: ServedModel) -> bool:
+        """Still: its engines may have left the list for good."""
+        return served in self.all or served in self._adapters
+
     def find_known(self, name: str | None) -> ServedModel | None:
         """Without waiting for anybody; the only model there is takes all names, for its engines
         refuse what is none of theirs.

@@ -20,13 +20,14 @@ from gateway.admission.calls import (
 from gateway.admission.keys import Caller
 from gateway.admission.limits import Claim
 from gateway.admission.media_hosts import MediaHosts
+from gateway.admission.queue import Admission
 from gateway.admission.served_models import ServedModel, ServedModels
 from gateway.admission.throughput import FirstTokens
 from gateway.admission.tickets import LaneName, Ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.errors import EngineBusy, EngineError, InvalidRequest, Unavailable
+from gateway.errors import EngineBusy, EngineError, EngineTimeout, InvalidRequest, Unavailable
 from gateway.observability.request_record import RequestRecord
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
@@ -60,7 +61,7 @@ class UnattendedCall:
     claim: Claim | None
     lane: LaneName = "batch"
     tries: int = 1  # of a batch's line: whether it is sent again is its batch's matter
-    on_waiting: Note | None = None  # it waits for its turn, however long that is
+    on_waiting: Note | None = None  # it waits for its turn and an engine, however long that is
     on_entered: Note | None = None
 
 
@@ -154,17 +155,33 @@ class UnattendedCaller:
         if caller.counts_tokens:
             ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
         context.record.note_queued()
-        async with line.served.queue.enter(ticket):
+        async with line.served.queue.enter(ticket) as places:
             context.record.note_entered()
             if line.on_entered is not None:
                 line.on_entered()
             try:
-                return await self._send(line)
-            except asyncio.CancelledError:
-                if context.is_running:  # else to cancel it would be free
+                return await self._send_patiently(line, places)
+            except (asyncio.CancelledError, EngineTimeout):
+                if context.is_running:  # else what breaks off in the middle would be free
                     left = Spent(taken, 0, context.running_s(), call.sequences, line.served.name)
                     await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise
+
+    async def _send_patiently(self, line: UnattendedCall, places: Admission) -> Answer:
+        """Of what waits however long: it keeps its claim meanwhile, and gives back its place."""
+        models, served = self._models, line.served
+        while True:
+            try:
+                return await self._send(line)
+            except Unavailable as error:
+                if line.on_waiting is None or line.context.is_running:
+                    raise
+                failure = error
+            places.give_all_back()
+            await served.pool.wait_held(lambda: served.pool.has_engine or not models.serves(served))
+            if not models.serves(served):
+                raise failure
+            await places.take(line.call.sequences)
 
     async def _send(self, line: UnattendedCall) -> Answer:
         call, context, path = line.call, line.context, line.path

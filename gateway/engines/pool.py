@@ -35,6 +35,7 @@ _SHORTEST_RETRY_AFTER_S = 1.0
 _BLIP_S = 3.0
 _BREAKER_MARGIN_S = 0.01
 _FORGET_MARGIN_S = 0.01
+_LOOK_S = 60.0
 _MOST_TOLD = 8  # engines in a message: hundreds would be a page for each caller
 _LOAD = attrgetter("running")
 _64_BITS = 2**64 - 1
@@ -147,6 +148,15 @@ class ModelPool:
                     async with asyncio.timeout(min(left_s, breaker_s + _BREAKER_MARGIN_S)):
                         await self._changed.wait()
         return True
+
+    async def wait_held(self, holds: Callable[[], bool]) -> None:
+        """The same however long it takes, counted as a call that waits for an engine."""
+        self.held += 1
+        try:
+            while not await self.wait_until(holds, _LOOK_S):
+                pass
+        finally:
+            self.held -= 1
 
     async def ensure_ready(self, deadline: float | None) -> None:
         """Held for a while when no engine is ready, as during a restart; then `Unavailable`.

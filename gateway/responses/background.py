@@ -17,11 +17,17 @@ import structlog
 
 from gateway.admission.keys import Keyring
 from gateway.admission.unattended import Answer, UnattendedCall, UnattendedCaller
-from gateway.errors import GatewayError, StorageFull, StorageUnavailable, Unavailable
+from gateway.errors import (
+    GatewayError,
+    Overloaded,
+    StorageFull,
+    StorageUnavailable,
+    Unavailable,
+)
 from gateway.observability.metrics import Metrics
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
-from gateway.responses.shapes import build_failed, build_queued, parse_response
+from gateway.responses.shapes import Told, build_failed, build_queued, read_response, split_output
 from gateway.responses.store import Store
 from gateway.responses.turns import Turn
 from gateway.schemas.vllm import parse_engine_error
@@ -36,6 +42,7 @@ _LONGEST_POLL_S = 1.0
 _BEATS_A_LEASE = 5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _LAST_WRITES_S = 5.0
+_FULL_RETRY_AFTER_S = 5.0
 _LOST = "the gateway that ran this response is gone; ask again"
 _STOPPED = "the gateway was stopped before this response was there; ask again"
 _CRASHED = "the gateway failed; see its log"
@@ -75,7 +82,6 @@ class _Run:
     call: UnattendedCall
     asking: RequestContext  # of the request that began it
     shown: dict[str, Any]  # as it is stored
-    kept: RequestContext  # what is held in memory until it has ended
     accepted: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -84,12 +90,20 @@ class _Run:
     is_ending: bool = False
     status: int = _GONE
 
+    def take_entry(self) -> None:
+        """From the request that began it: both would count it."""
+        if self.asking.entry is not None:
+            self.call.context.entry, self.asking.entry = self.asking.entry, None
+
 
 class BackgroundRuns:
     """All that this gateway runs."""
 
-    def __init__(self, *, store: Store, parts: Parts, metrics: Metrics, lease_s: float) -> None:
+    def __init__(
+        self, *, store: Store, parts: Parts, metrics: Metrics, lease_s: float, most_bytes: int
+    ) -> None:
         self._store, self._parts, self._metrics = store, parts, metrics
+        self._most_bytes = most_bytes
         self._leases = LeaseWatch(lease_s)
         self._poll_s = min(_LONGEST_POLL_S, lease_s / _BEATS_A_LEASE)
         self._runs: dict[str, _Run] = {}
@@ -100,15 +114,14 @@ class BackgroundRuns:
         self, turn: Turn, call: UnattendedCall, asking: RequestContext
     ) -> dict[str, Any]:
         """The response as it is queued; a refusal is one of the request that asks for it."""
+        self._check_room(call.call.size)
         shown = build_queued(turn, call.call.model or call.served.name)
-        kept = RequestContext(asking.request_id, call.context.record)
-        run = _Run(turn, call, asking, shown, kept)
+        run = _Run(turn, call, asking, shown)
         run.accepted.add_done_callback(lambda told: told.cancelled() or told.exception())
         self._runs[turn.id] = run  # first, for whoever looks fails rows that nobody runs
         try:
             self._parts.bodies.hold(call.context, call.call.size)
-            self._parts.bodies.hold(kept, len(turn.input))
-            await self._store.add(turn, run.shown)
+            await self._add(run)
             call.on_waiting = lambda: self._accept(run)
             call.on_entered = lambda: self._begin(run)
             run.task = asyncio.create_task(self._run(run))
@@ -121,8 +134,31 @@ class BackgroundRuns:
         except BaseException:
             if run.task is None:
                 self._forget(run)
+            else:  # its caller hung up
+                run.take_entry()
             raise
         return run.shown
+
+    def _check_room(self, size: int) -> None:
+        """They wait longer than others may: what they hold is bounded, so that others get in."""
+        held = sum(run.call.context.held_bytes for run in self._runs.values())
+        if held and held + size > self._most_bytes:
+            raise Overloaded(
+                f"what waits in the background takes {held} bytes already, of at most "
+                f"{self._most_bytes}; try again when some of it has run, or with a smaller one",
+                code="too_many_bodies",
+                retry_after_s=_FULL_RETRY_AFTER_S,
+            )
+
+    async def _add(self, run: _Run) -> None:
+        """Its items are in the database then, and no longer here."""
+        adding = RequestContext(run.asking.request_id, run.call.context.record)
+        try:
+            self._parts.bodies.hold(adding, run.turn.input_bytes)
+            await self._store.add(run.turn, split_output(run.shown))
+        finally:
+            self._parts.bodies.release(adding)
+        run.turn.input = b""
 
     def cancel(self, response_id: str) -> None:
         """It is stored as cancelled or deleted already."""
@@ -151,7 +187,8 @@ class BackgroundRuns:
         try:
             async with asyncio.timeout(_LAST_WRITES_S):
                 for run in runs:
-                    await self._store.end(run.turn, build_failed(run.shown, 503, _STOPPED))
+                    failed = build_failed(run.shown, 503, _STOPPED)
+                    await self._store.end(run.turn, split_output(failed))
         except (GatewayError, TimeoutError) as error:
             log.warning("responses_not_ended", reason=str(error) or type(error).__name__)
 
@@ -172,7 +209,7 @@ class BackgroundRuns:
         """From here on it is a request of its own, and what is kept of requests is kept of it."""
         if not run.accepted.done():
             run.accepted.set_result(None)
-            run.call.context.entry, run.asking.entry = run.asking.entry, None
+            run.take_entry()
 
     def _begin(self, run: _Run) -> None:
         self._accept(run)
@@ -184,10 +221,10 @@ class BackgroundRuns:
         parts.open_requests.count += 1
         parts.keyring.open_call(run.call.caller, context)
         try:
-            response = await self._answer(run)
-            if response is not None:
+            told = await self._answer(run)
+            if told is not None:
                 run.is_ending = True
-                await self._end(run, response)
+                await self._end(run, told)
         finally:
             if not run.accepted.done():
                 run.accepted.set_exception(Unavailable(_STOPPED, retry_after_s=1))
@@ -196,11 +233,11 @@ class BackgroundRuns:
             self._forget(run)
             self._close(run)
 
-    async def _answer(self, run: _Run) -> dict[str, Any] | None:
+    async def _answer(self, run: _Run) -> Told | None:
         """What becomes of it; nothing of one that was refused before it was accepted."""
         try:
             answer = await self._parts.caller.run(run.call)
-            return self._read(run, answer)
+            return await self._read(run, answer)
         except GatewayError as error:
             return self._fail(run, error)
         except asyncio.CancelledError:
@@ -212,32 +249,32 @@ class BackgroundRuns:
             log.exception("response_crashed", response=run.turn.id)
             return self._fail(run, GatewayError(_CRASHED))
 
-    def _fail(self, run: _Run, error: GatewayError) -> dict[str, Any] | None:
+    def _fail(self, run: _Run, error: GatewayError) -> Told | None:
         run.call.context.record.note_error(error.error_code, error.source)
         run.status = error.status
         if not run.accepted.done():
             run.accepted.set_exception(error)  # for who asks for it
         if run.accepted.exception() is not None:
             return None
-        return build_failed(run.shown, error.status, error.message)
+        return split_output(build_failed(run.shown, error.status, error.message))
 
-    def _read(self, run: _Run, answer: Answer) -> dict[str, Any]:
+    async def _read(self, run: _Run, answer: Answer) -> Told:
         entry = run.call.context.entry
         if entry is not None:
             entry.note_answer(answer.body)
         run.status = answer.status
         if answer.status != 200:
             message, _ = parse_engine_error(answer.body)
-            return build_failed(run.shown, answer.status, message)
-        response = run.turn.sign(parse_response(answer.body))
-        return {**response, "created_at": run.shown["created_at"]}
+            return split_output(build_failed(run.shown, answer.status, message))
+        own = {**run.turn.list_own(), "created_at": run.shown["created_at"]}
+        return await read_response(answer.body, own)
 
-    async def _end(self, run: _Run, response: dict[str, Any]) -> None:
+    async def _end(self, run: _Run, told: Told) -> None:
         """However long it takes: a drain waits for it."""
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                is_stored = await self._store.end(run.turn, response)
+                is_stored = await self._store.end(run.turn, told)
             except (StorageUnavailable, StorageFull) as error:
                 self._metrics.response_storage_failures.inc()
                 log.warning("response_waits", response=run.turn.id, reason=error.message)
@@ -250,7 +287,6 @@ class BackgroundRuns:
     def _forget(self, run: _Run) -> None:
         self._runs.pop(run.turn.id, None)
         self._parts.bodies.release(run.call.context)
-        self._parts.bodies.release(run.kept)
 
     def _close(self, run: _Run) -> None:
         """It is counted as one request, when it has ended."""

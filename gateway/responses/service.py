@@ -24,7 +24,8 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
 from gateway.responses.background import BackgroundRuns, Parts
-from gateway.responses.shapes import number_items, parse_response
+from gateway.responses.items import list_page
+from gateway.responses.shapes import Told, read_response, split_output
 from gateway.responses.store import Store
 from gateway.responses.turns import CallBody, Turn, scan_call
 from gateway.schemas.pages import Page
@@ -36,6 +37,7 @@ log = structlog.get_logger("gateway")
 _BUSY_TIMEOUT_S = 2.0  # whatever holds a SQLite file for longer counts as away
 _ANSWER_S = 10.0  # and a database that says nothing for that long
 _SWEEP_S = 600.0
+_SHARE_OF_BODIES = 0.5  # of the bytes in memory: what waits in the background, however long
 _Found = TypeVar("_Found")
 
 
@@ -64,6 +66,7 @@ class Responses:
             parts=parts,
             metrics=self._metrics,
             lease_s=self._settings.responses_lease_s,
+            most_bytes=int(self._settings.max_held_bytes * _SHARE_OF_BODIES),
         )
         tasks = [
             asyncio.create_task(runs.keep_looking(self._watch)),
@@ -89,8 +92,9 @@ class Responses:
         goes_on = previous_id is not None
         if not goes_on and not (stores and (is_background or call.has_items)):
             return None  # what is no input the engine refuses in its own words
-        turn = Turn(make_id("resp_"), caller.name, stores, is_background, previous_id, body)
-        turn.input = call.list_items(settings.responses_max_input_bytes)
+        items = call.list_items(settings.responses_max_input_bytes)
+        name = make_id("resp_")
+        turn = Turn(name, caller.name, stores, is_background, previous_id, body, input=items)
         before: list[bytes] = []
         if goes_on:
             before = await self._read_before(turn, context, len(body))
@@ -123,18 +127,18 @@ class Responses:
 
     async def keep(self, turn: Turn, body: bytes) -> bytes:
         """An engine's answer as the caller gets it, once it is stored."""
-        response = turn.sign(parse_response(body))
+        told = await read_response(body, turn.list_own())
         if turn.stores:
-            await self._add(turn, response)
-        return orjson.dumps(response)
+            await self._add(turn, told)
+        return told.build()
 
     async def keep_stream(self, turn: Turn) -> None:
         """What a stream has ended with."""
         if turn.answer is not None:
-            await self._add(turn, turn.answer)
+            await self._add(turn, split_output(turn.answer))
 
-    async def _add(self, turn: Turn, response: dict[str, Any]) -> None:
-        await self._wait(self._store.add(turn, response))
+    async def _add(self, turn: Turn, told: Told) -> None:
+        await self._wait(self._store.add(turn, told))
         self._metrics.responses_stored.inc()
 
     async def start(self, turn: Turn, call: UnattendedCall, asking: RequestContext) -> bytes:
@@ -143,22 +147,19 @@ class Responses:
         return orjson.dumps(await self._wait(self._runs.start(turn, call, asking)))
 
     async def find(self, owner: str, response_id: str) -> bytes:
-        return orjson.dumps(await self._wait(self._store.find(owner, response_id)))
+        return await self._wait(self._store.find(owner, response_id))
 
     async def list_items(
-        self, owner: str, response_id: str, page: Page
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """A page of what its engine was given, earlier turns too; and whether there is more."""
-        lists = await self._wait(self._store.list_inputs(owner, response_id))
-        items = [item for name, some in lists for item in number_items(name, some)]
-        if not page.ascending:
-            items.reverse()
-        if page.after is not None:
-            places = [place for place, item in enumerate(items) if item["id"] == page.after]
-            if not places:
-                raise InvalidRequest(f"after: there is no item {page.after[:100]!r}", param="after")
-            items = items[places[0] + 1 :]
-        return items[: page.limit], len(items) > page.limit
+        self, owner: str, response_id: str, page: Page, context: RequestContext
+    ) -> bytes:
+        """A page of what its engine was given, earlier turns too."""
+
+        def hold(size: int) -> None:
+            self._bodies.hold(context, size)
+
+        return await list_page(
+            await self._wait(self._store.list_inputs(owner, response_id, hold)), page
+        )
 
     async def delete(self, owner: str, response_id: str) -> None:
         await self._wait(self._store.delete(owner, response_id))
@@ -169,7 +170,7 @@ class Responses:
         response = await self._wait(self._store.cancel(owner, response_id))
         if self._runs is not None:
             self._runs.cancel(response_id)
-        return orjson.dumps(response)
+        return response
 
     async def _wait(self, work: Awaitable[_Found]) -> _Found:
         """For the database; it is counted where it fails."""

@@ -1,27 +1,21 @@
-"""Responses and their items as OpenAI's SDK reads them."""
+"""Responses as OpenAI's SDK reads them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from gateway.errors import EngineError
+from gateway.errors import EngineError, InvalidRequest
 from gateway.responses.turns import Turn
-from gateway.schemas.fields import parse_json
+from gateway.schemas.large_json import scan_members
 
 OPEN = ("queued", "in_progress")
 _ENDED = ("completed", "incomplete", "failed", "cancelled")
-_PREFIXES = {
-    "message": "msg",
-    "function_call": "fc",
-    "function_call_output": "fco",
-    "reasoning": "rs",
-    "custom_tool_call": "ctc",
-    "custom_tool_call_output": "ctco",
-}
+_NO_OUTPUT = b"[]}"
 # The codes of OpenAI's for what has failed; theirs for all else is the first.
 _SERVER_ERROR, _RATE_LIMIT, _INVALID = "server_error", "rate_limit_exceeded", "invalid_prompt"
 
@@ -56,46 +50,56 @@ def build_failed(response: Mapping[str, Any], status: int, message: str) -> dict
     return {**response, "status": "failed", "error": error}
 
 
-def parse_response(body: bytes) -> dict[str, Any]:
-    """An engine's; it has ended."""
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A response as it is stored: all but its output, which is an empty list at its end, and the
+    output: a conversation goes on from that alone.
+    """
+
+    status: str
+    rest: bytes
+    output: bytes
+
+    def build(self) -> bytes:
+        return self.rest[: -len(_NO_OUTPUT)] + self.output + b"}"
+
+
+def split_output(response: Mapping[str, Any]) -> Told:
+    rest = {name: value for name, value in response.items() if name != "output"}
+    output = orjson.dumps(response["output"])
+    return Told(response["status"], orjson.dumps({**rest, "output": []}), output)
+
+
+async def read_response(body: bytes, own: Mapping[str, Any]) -> Told:
+    """An engine's, which has ended, with what the engine does not know of it. It is copied where it
+    lies: one with the chances of its tokens has megabytes.
+    """
     try:
-        response = orjson.loads(body)
-        is_whole = response["status"] in _ENDED and isinstance(response["output"], list)
-    except (orjson.JSONDecodeError, LookupError, TypeError):
-        is_whole = False
-    if not is_whole:
+        members = await _copy_members(body)
+    except InvalidRequest:
+        members = {}
+    output = members.pop("output", b"")
+    status = members.get("status", b"").strip(b'"').decode("utf-8", "replace")
+    if status not in _ENDED or output[:1] != b"[":
         raise EngineError("the engine answered with no response", code="engine_garbled")
-    return dict(response)
+    members |= {name: orjson.dumps(value) for name, value in own.items()}
+    return Told(status, _join_members({**members, "output": b"[]"}), output)
 
 
-def split_output(response: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """All but the output, and the output: a conversation goes on from that alone."""
-    return orjson.dumps({**response, "output": []}), orjson.dumps(response["output"])
+async def join_output(rest: bytes, status: str, output: bytes) -> bytes:
+    """A stored response as it is now."""
+    members = await _copy_members(rest)
+    return _join_members({**members, "status": orjson.dumps(status), "output": output})
+
+
+async def _copy_members(body: bytes) -> dict[str, bytes]:
+    members = await scan_members(body, len(body))
+    return {name: body[one.start : one.end] for name, one in members.items()}
+
+
+def _join_members(members: Mapping[str, bytes]) -> bytes:
+    return b"{" + b",".join(orjson.dumps(name) + b":" + raw for name, raw in members.items()) + b"}"
 
 
 def build_deleted(response_id: str) -> bytes:
     return orjson.dumps({"id": response_id, "object": "response", "deleted": True})
-
-
-def number_items(response_id: str, items: bytes) -> Iterator[dict[str, Any]]:
-    """Items as they are listed: each with an id, and messages with a list of their parts."""
-    for place, item in enumerate(parse_json(items)):
-        if not isinstance(item, dict):
-            continue
-        kind = item.get("type") or "message"
-        prefix = _PREFIXES.get(kind, "item")
-        name = f"{prefix}_{response_id.removeprefix('resp_')}_{place}"
-        told = {**item, "type": kind, "id": item.get("id") or name}
-        if kind == "message":
-            told["content"] = _list_parts(item)
-            told["status"] = item.get("status") or "completed"
-        yield told
-
-
-def _list_parts(message: Mapping[str, Any]) -> Any:
-    content = message.get("content")
-    if not isinstance(content, str):
-        return content
-    if message.get("role") == "assistant":
-        return [{"type": "output_text", "text": content, "annotations": []}]
-    return [{"type": "input_text", "text": content}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.config import Settings
 from gateway.errors import InvalidRequest, NotFound
-from gateway.responses.shapes import OPEN, build_failed, split_output
+from gateway.responses.shapes import OPEN, Told, build_failed, join_output
 from gateway.responses.turns import Turn, refuse_previous
 from gateway.storage.database import Database
 from gateway.storage.rows import DAY_S, lock_owner
@@ -83,40 +83,43 @@ class Store:
             raise refuse_previous(parent.id, "An earlier one of its conversation has been deleted.")
         return [part for row in rows for part in (row.input, row.output)]
 
-    async def list_inputs(self, owner: str, response_id: str) -> list[tuple[str, bytes]]:
-        """What the engine was given: inputs, and the outputs of earlier turns, with their ids."""
+    async def list_inputs(
+        self, owner: str, response_id: str, hold: Callable[[int], None]
+    ) -> list[tuple[str, bytes]]:
+        """What the engine was given: inputs, and the outputs of earlier turns, with their ids. How
+        many bytes these may have is told before they are read.
+        """
         chain = _find_chain(owner, response_id)
         query = select(_TABLE.id, _TABLE.input, _TABLE.output)
         query = query.join(chain, chain.c.id == _TABLE.id).order_by(_TABLE.depth)
         async with self._database.read() as connection:
-            await _find(connection, owner, response_id)
+            hold((await _find(connection, owner, response_id)).context_bytes)
             rows = (await connection.execute(query)).all()
         lists = [
             one for row in rows for one in ((row.id, row.input), (f"{row.id}_out", row.output))
         ]
         return lists[:-1]
 
-    async def add(self, turn: Turn, response: dict[str, Any]) -> None:
+    async def add(self, turn: Turn, told: Told) -> None:
         """As it is now; it makes room where its owner has too many."""
-        told, output = split_output(response)
         now = int(time.time())
-        context_bytes = len(turn.input) + len(output)
+        context_bytes = turn.input_bytes + len(told.output)
         row = {
             "id": turn.id,
             "owner": turn.owner,
             "previous_id": turn.previous_id,
-            "status": response["status"],
+            "status": told.status,
             "is_background": turn.is_background,
             "created_at": now,
             "expires_at": now + int(self._kept_s),
             "depth": turn.depth,
-            "bytes": context_bytes + len(told),
+            "bytes": context_bytes + len(told.rest),
             "context_bytes": turn.context_bytes + context_bytes,
-            "worker": self.worker if response["status"] in OPEN else "",
+            "worker": self.worker if told.status in OPEN else "",
             "beat": 0,
             "input": turn.input,
-            "output": output,
-            "response": told,
+            "output": told.output,
+            "response": told.rest,
         }
         async with self._database.write() as connection:
             await lock_owner(connection, turn.owner)
@@ -140,16 +143,17 @@ class Store:
                 return
             await connection.execute(delete(RESPONSES).where(_TABLE.id.in_(gone)))
 
-    async def find(self, owner: str, response_id: str) -> dict[str, Any]:
+    async def find(self, owner: str, response_id: str) -> bytes:
         async with self._database.read() as connection:
-            return _build(await _find(connection, owner, response_id))
+            row = await _find(connection, owner, response_id)
+        return await join_output(row.response, row.status, row.output)
 
     async def delete(self, owner: str, response_id: str) -> None:
         async with self._database.write() as connection:
             await _find(connection, owner, response_id)
             await connection.execute(delete(RESPONSES).where(_TABLE.id == response_id))
 
-    async def cancel(self, owner: str, response_id: str) -> dict[str, Any]:
+    async def cancel(self, owner: str, response_id: str) -> bytes:
         """One that has ended stays as it is."""
         async with self._database.write() as connection:
             row = await _find(connection, owner, response_id)
@@ -161,18 +165,18 @@ class Store:
                 )
             change = update(RESPONSES).where(_TABLE.id == response_id, _IS_OPEN)
             await connection.execute(change.values(status="cancelled", worker=""))
-            return _build(await _find(connection, owner, response_id))
+            row = await _find(connection, owner, response_id)
+        return await join_output(row.response, row.status, row.output)
 
-    async def end(self, turn: Turn, response: dict[str, Any]) -> bool:
+    async def end(self, turn: Turn, told: Told) -> bool:
         """Whether it was still ours to end: else it has been cancelled, deleted or given up."""
-        told, output = split_output(response)
-        grown = len(output) + len(told)
+        context_bytes = turn.input_bytes + len(told.output)
         values = {
-            "status": response["status"],
-            "output": output,
-            "response": told,
-            "bytes": len(turn.input) + grown,
-            "context_bytes": turn.context_bytes + len(turn.input) + len(output),
+            "status": told.status,
+            "output": told.output,
+            "response": told.rest,
+            "bytes": context_bytes + len(told.rest),
+            "context_bytes": turn.context_bytes + context_bytes,
             "worker": "",
         }
         mine = and_(_TABLE.id == turn.id, _TABLE.worker == self.worker, _IS_OPEN)
@@ -258,8 +262,3 @@ async def _find(connection: AsyncConnection, owner: str, response_id: str) -> An
             code="response_not_found",
         )
     return row
-
-
-def _build(row: Any) -> dict[str, Any]:
-    response = orjson.loads(row.response)
-    return {**response, "status": row.status, "output": orjson.loads(row.output)}

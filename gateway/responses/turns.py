@@ -50,18 +50,25 @@ class Turn:
     is_background: bool
     previous_id: str | None
     body: bytes  # what the engine gets
-    input: bytes = b""  # the items that came with it, as a list
+    input: bytes = b""  # the items that came with it, as a list, until they are stored
+    input_bytes: int = field(init=False)
     depth: int = 1  # of the conversation, with this one
     context_bytes: int = 0  # of what goes before
     repeated: dict[str, Any] = field(default_factory=dict)
     answer: dict[str, Any] | None = None  # of a stream, once all of it is there
 
+    def __post_init__(self) -> None:
+        self.input_bytes = len(self.input)
+
     def sign(self, response: Mapping[str, Any]) -> dict[str, Any]:
         """An engine's response, with what the engine does not know of it."""
-        own = {"previous_response_id": self.previous_id, "store": self.stores}
+        return {**response, **self.list_own()}
+
+    def list_own(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"previous_response_id": self.previous_id, "store": self.stores}
         if self.stores:
             own |= {"id": self.id, "background": self.is_background}
-        return {**response, **own}
+        return own
 
     def sign_events(self, events: bytes) -> tuple[bytes, bytes]:
         """What may be passed on of a stream's events, and what waits until the response is stored:

@@ -90,7 +90,9 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
         served = await models.find(call.model, caller, context.deadline)
     served.requests += 1
     request[SERVED_MODEL] = served
-    lane: LaneName = "batch" if call.sequences > 1 else "interactive"
+    turn = request.get(TURN)
+    is_background = turn is not None and turn.is_background
+    lane: LaneName = "batch" if call.sequences > 1 or is_background else "interactive"
     ticket = build_ticket(
         request.headers,
         caller,
@@ -102,8 +104,7 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     if caller.counts_tokens and request.path in _USING_TOKENS:
         ticket.tokens = _expect_tokens(request, call)
     context.record.note_queued()
-    turn = request.get(TURN)
-    if turn is not None and turn.is_background:
+    if turn is not None and is_background:
         return await _start(request, call, turn, ticket.lane)
     async with served.queue.enter(ticket):
         context.record.note_entered()

@@ -21,7 +21,7 @@ from gateway.request_context import CONTEXT
 from gateway.responses.access import RESPONSES, find_responses
 from gateway.responses.shapes import build_deleted
 from gateway.schemas.openai import name_engine_error
-from gateway.schemas.pages import build_page, parse_page
+from gateway.schemas.pages import parse_page
 
 _ID = "{response_id:[A-Za-z0-9_-]{1,128}}"
 ROUTES = (
@@ -55,10 +55,8 @@ async def handle_delete(request: web.Request) -> web.Response:
 async def handle_items(request: web.Request) -> web.Response:
     responses = find_responses(request.app)
     page = parse_page(request.query, _USUALLY_LISTED, _MOST_LISTED)
-    items, has_more = await responses.list_items(
-        request[CALLER].name, request.match_info["response_id"], page
-    )
-    return _json(build_page(items, has_more=has_more))
+    name = request.match_info["response_id"]
+    return _json(await responses.list_items(request[CALLER].name, name, page, request[CONTEXT]))
 
 
 async def handle_cancel(request: web.Request) -> web.Response:

@@ -9,9 +9,11 @@ import openai
 import pytest
 
 from gateway.admission.accounts import ACCOUNTS
+from gateway.admission.tickets import Claims
+from gateway.middleware import OPEN_REQUESTS
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import open_sdk
-from tests.gateway.conftest import Serve
+from tests.gateway.conftest import Serve, Served
 from tests.gateway.responses.conftest import Caller, Keys, check_shape, until
 
 
@@ -193,6 +195,25 @@ async def test_background_response_is_charged_to_its_keys_minute(
     assert refused.value.code == "tokens_per_minute"
 
 
+async def test_background_response_that_takes_too_long_is_charged(
+    serve: Serve, keys: Keys, stored: Any
+) -> None:
+    engine = Behaviour()
+    options = keys.write(alice="")
+    async with (
+        serve(engine, **stored, **options, engine_timeout_s=1.0) as served,
+        open_sdk(served.url, keys.keys["alice"]) as sdk,
+    ):
+        engine.slots = asyncio.Semaphore(0)
+        caller = Caller(served, sdk)
+        asked = await caller.ask("one", background=True)
+        told = await caller.wait(asked.id)
+        used = served.app[ACCOUNTS].sum_usage()
+
+    assert (told.status, "in time" in told.error.message) == ("failed", True)
+    assert used.prompt_tokens > 0
+
+
 async def test_background_responses_that_are_too_many_are_refused_at_once(
     serve: Serve, stored: Any
 ) -> None:
@@ -253,14 +274,7 @@ async def test_background_response_is_one_request_with_its_tokens(
         asked = await caller.ask("hi", background=True)
         await caller.wait(asked.id)
         root = {"Authorization": f"Bearer {keys.keys['root']}"}
-        rows: list[Any] = []
-
-        async def is_written() -> bool:
-            answer = await served.client.get("/audit?key=alice", headers=root)
-            rows[:] = [r for r in answer.json()["data"] if r["route"] == "/v1/responses"]
-            return bool(rows)
-
-        await until(is_written)
+        rows = await wait_for_rows(served, root)
         answer = await served.client.get("/usage?group=day&key=alice", headers=root)
 
     (row,) = rows
@@ -268,3 +282,46 @@ async def test_background_response_is_one_request_with_its_tokens(
     assert (row["prompt_tokens"], row["completion_tokens"]) == (3, 4)
     (used,) = [one for one in answer.json()["data"] if one["model"] == "fake"]
     assert (used["requests"], used["prompt_tokens"], used["completion_tokens"]) == (1, 3, 4)
+
+
+async def wait_for_rows(served: Served, root: dict[str, str]) -> list[Any]:
+    """Of calls of alice's that have been answered."""
+    rows: list[Any] = []
+
+    async def is_written() -> bool:
+        answer = await served.client.get("/audit?key=alice", headers=root)
+        rows[:] = [one for one in answer.json()["data"] if one["route"] == "/v1/responses"]
+        return any(one["status"] == 200 for one in rows)
+
+    await until(is_written)
+    return rows
+
+
+async def test_background_response_whose_caller_hangs_up_at_once_is_one_request(
+    serve: Serve, keys: Keys, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is accepted, for the limits of its key take their time."""
+    has_asked, may_go_on = asyncio.Event(), asyncio.Event()
+    open_claims = Claims.open
+
+    async def open_slowly(*args: Any) -> None:
+        has_asked.set()
+        await may_go_on.wait()
+        await open_claims(*args)
+
+    monkeypatch.setattr(Claims, "open", open_slowly)
+    options = keys.write(alice="max_concurrency = 9", root="admin = true")
+    places = {"responses_database": "responses.sqlite", "usage_database": "usage.sqlite"}
+    places = {name: str(tmp_path / file) for name, file in places.items()}
+    async with (
+        serve(**places, **options, usage_interval_s=0.05, audit=True) as served,
+        open_sdk(served.url, keys.keys["alice"]) as sdk,
+    ):
+        asking = asyncio.create_task(Caller(served, sdk).ask("hi", background=True))
+        await has_asked.wait()
+        asking.cancel()
+        await until(lambda: served.app[OPEN_REQUESTS].count == 1)  # the response alone
+        may_go_on.set()
+        rows = await wait_for_rows(served, {"Authorization": f"Bearer {keys.keys['root']}"})
+
+    assert [(one["status"], one["completion_tokens"]) for one in rows] == [(200, 4)]

@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import orjson
 import pytest
+from sqlalchemy import select
 
+from gateway.admission.accounts import ACCOUNTS
+from gateway.admission.served_models import MODELS
+from gateway.engines.pool import POOL
 from gateway.errors import NotFound
-from gateway.responses.shapes import build_queued
+from gateway.middleware import OPEN_REQUESTS
+from gateway.responses.access import RESPONSES
+from gateway.responses.shapes import build_queued, split_output
 from gateway.responses.store import Store
 from gateway.responses.turns import Turn
 from gateway.storage.database import Database, open_database
+from gateway.storage.tables import RESPONSES as TABLE
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.batches.conftest import open_sdk
 from tests.gateway.conftest import Serve, make_settings
@@ -155,6 +163,111 @@ async def test_patient_background_response_waits_longer_than_others_may(
     assert states == ["completed"] * 2
 
 
+async def test_background_response_keeps_its_call_alone_in_memory(plain: Caller) -> None:
+    """Its items are in the database already."""
+    slots = plain.served.engine.slots = asyncio.Semaphore(0)
+    asked = await plain.ask("x" * 4000, background=True)
+    await until(lambda: plain.served.app[OPEN_REQUESTS].count == 1)  # the response alone
+    text = (await plain.served.client.get("/metrics")).text
+    slots.release()
+    await plain.wait(asked.id)
+    async with plain.served.app[RESPONSES].database.read() as connection:
+        (row,) = (await connection.execute(select(TABLE.c.bytes, TABLE.c.context_bytes))).all()
+
+    (line,) = [one for one in text.splitlines() if one.startswith("gateway_held_body_bytes ")]
+    assert 4000 < float(line.split()[1]) < 8000
+    assert row.context_bytes > 8000  # the fake engine says it again
+    assert row.bytes > row.context_bytes
+
+
+@pytest.mark.parametrize(
+    ("headers", "lane"), [({}, "batch"), ({"X-Priority": "interactive"}, "interactive")]
+)
+async def test_background_response_goes_behind_those_who_wait(
+    plain: Caller, headers: dict[str, str], lane: Any
+) -> None:
+    slots = plain.served.engine.slots = asyncio.Semaphore(0)
+    asked = await plain.ask("hi", background=True, extra_headers=headers)
+    (served,) = plain.served.app[MODELS].all
+    inside = served.queue.count(lane)
+    slots.release()
+    await plain.wait(asked.id)
+
+    assert inside == (1, 0)
+
+
+async def test_background_response_outlasts_an_outage_of_the_engine(
+    serve: Serve, stored: Any
+) -> None:
+    async with (
+        serve(**stored, restart_hold_s=0.05) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        caller, pool = Caller(served, sdk), served.app[POOL]
+        (model,) = served.app[MODELS].all
+        served.engine.is_healthy = False
+        await until(lambda: not pool.has_engine)
+        asked = await caller.ask("hi", background=True)
+        await until(lambda: model.queue.count("batch") == (0, 0))  # no others wait behind it
+        with pytest.raises(openai.InternalServerError):
+            await caller.ask("hi")
+        held, begun = model.pool.held, await sdk.responses.retrieve(asked.id)
+        served.engine.is_healthy = True
+        told = await caller.wait(asked.id)
+        used = served.app[ACCOUNTS].sum_usage()
+        calls = [one for one in served.engine.calls if "input" in one]  # the rest is a warm-up
+
+    assert (held, begun.status in {"queued", "in_progress"}) == (1, True)
+    assert (told.status, told.output_text) == ("completed", "answer:hi")
+    assert (len(calls), used.prompt_tokens) == (1, told.usage.input_tokens)
+
+
+async def test_background_response_of_a_model_that_has_left_fails(
+    serve: Serve, tmp_path: Path
+) -> None:
+    place, engines = str(tmp_path / "responses.sqlite"), (Behaviour(), Behaviour(model="other"))
+    async with (
+        serve(*engines, responses_database=place, restart_hold_s=0.05) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        pool, other = served.app[POOL], served.app[POOL].models["other"]
+        engines[1].is_healthy = False
+        await until(lambda: not other.has_engine)
+        asked = await sdk.responses.create(model="other", input="hi", background=True)
+        await pool.set_engines(pool.engines[:1])
+        told = await Caller(served, sdk).wait(asked.id)
+
+    assert (told.status, told.error.code) == ("failed", "server_error")
+    assert "no engine is" in told.error.message
+
+
+async def test_background_responses_leave_room_for_others_bodies(
+    serve: Serve, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "responses.sqlite")
+    async with (
+        serve(responses_database=place, max_held_bytes=12_000) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        caller, engine = Caller(served, sdk), served.engine
+        slots = engine.slots = asyncio.Semaphore(0)
+        asked = await caller.ask("x" * 3100, background=True)
+        with pytest.raises(openai.RateLimitError, match="in the background") as refused:
+            await caller.ask("x" * 3100, background=True)
+        other = asyncio.create_task(caller.ask("x" * 3100))
+        await until(lambda: engine.running == 2)
+        for _ in range(2):
+            slots.release()
+        states = ((await other).status, (await caller.wait(asked.id)).status)
+        again = await caller.ask("x" * 3100, background=True)
+        slots.release()
+        await caller.wait(again.id)
+
+    assert refused.value.code == "too_many_bodies"
+    assert "Retry-After" in refused.value.response.headers
+    assert states == ("completed", "completed")
+
+
 def read_modes(folder: Path) -> set[int]:
     """Of the database and what lies beside it."""
     return {path.stat().st_mode & 0o777 for path in folder.glob("responses.sqlite*")}
@@ -195,12 +308,13 @@ def make_turn(name: str, previous: str | None = None) -> Turn:
 async def test_responses_whose_time_is_over_are_swept_from_the_last(make_store: MakeStore) -> None:
     short, long = make_store(responses_retention_days=1e-9), make_store()
     for turn in (make_turn("1"), make_turn("2", "resp_1"), make_turn("4")):
-        await short.add(turn, {**build_queued(turn, "fake"), "status": "completed"})
+        await short.add(turn, split_output({**build_queued(turn, "fake"), "status": "completed"}))
     kept = make_turn("5", "resp_4")
-    await long.add(kept, {**build_queued(kept, "fake"), "status": "completed"})
+    await long.add(kept, split_output({**build_queued(kept, "fake"), "status": "completed"}))
     await long.sweep()
 
-    kept_ids = [name for name, _ in await long.list_inputs("alice", "resp_5")]
+    sizes: list[int] = []
+    kept_ids = [name for name, _ in await long.list_inputs("alice", "resp_5", sizes.append)]
     assert kept_ids == ["resp_4", "resp_4_out", "resp_5"]
     for gone in ("resp_1", "resp_2", "resp_4"):
         with pytest.raises(NotFound):
@@ -212,7 +326,7 @@ async def test_response_of_a_gateway_that_is_gone_fails(
 ) -> None:
     turn = make_turn("1")
     turn.owner = "anonymous"
-    await make_store("gone").add(turn, build_queued(turn, "fake"))
+    await make_store("gone").add(turn, split_output(build_queued(turn, "fake")))
     async with (
         serve(**stored, responses_lease_s=0.2) as served,
         open_sdk(served.url) as sdk,
@@ -225,15 +339,17 @@ async def test_response_of_a_gateway_that_is_gone_fails(
 
 async def test_gateway_that_was_given_up_writes_nothing_any_more(make_store: MakeStore) -> None:
     slow, other, turn = make_store("slow"), make_store("other"), make_turn("1")
-    await slow.add(turn, build_queued(turn, "fake"))
+    await slow.add(turn, split_output(build_queued(turn, "fake")))
     (row,) = await other.look((), ())
     await slow.look(["resp_1"], ["resp_1"])
 
     assert not await other.give_up(row, "it is gone")  # it has moved since
     (row,) = await other.look((), ())
     assert await other.give_up(row, "it is gone")
-    assert not await slow.end(turn, {**build_queued(turn, "fake"), "status": "completed"})
-    told = await slow.find("alice", "resp_1")
+    assert not await slow.end(
+        turn, split_output({**build_queued(turn, "fake"), "status": "completed"})
+    )
+    told = orjson.loads(await slow.find("alice", "resp_1"))
     assert (told["status"], told["error"]["message"]) == ("failed", "it is gone")
 
 

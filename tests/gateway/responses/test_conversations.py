@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from openai.types.responses.response_item_list import ResponseItemList
 
+from gateway.observability.request_record import RequestRecord
+from gateway.request_body import BODIES
+from gateway.request_context import RequestContext
+from gateway.responses.items import list_page
+from gateway.responses.shapes import read_response
+from gateway.schemas.pages import Page
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import open_sdk
 from tests.gateway.conftest import Serve, Served
@@ -134,6 +141,71 @@ async def test_input_items_after_one_that_is_not_there_are_refused(plain: Caller
 
     with pytest.raises(openai.BadRequestError, match="after"):
         await plain.sdk.responses.input_items.list(first.id, after="msg_x")
+
+
+async def test_input_item_whose_type_is_no_word_is_listed(plain: Caller) -> None:
+    odd = {"type": {"a": "b"}, "role": "user", "content": "hi"}
+    first = await plain.sdk.responses.create(model="fake", input=[odd])
+    answer = await plain.served.client.get(f"/v1/responses/{first.id}/input_items")
+
+    assert answer.status_code == 200, answer.text
+    (item,) = answer.json()["data"]
+    assert (item["type"], item["content"][0]["text"]) == ("message", "hi")
+
+
+async def test_input_items_that_are_read_count_among_the_bytes_in_memory(
+    serve: Serve, tmp_path: Path
+) -> None:
+    place, most = str(tmp_path / "responses.sqlite"), 100_000
+    async with (
+        serve(responses_database=place, max_held_bytes=most) as served,
+        open_sdk(served.url) as sdk,
+    ):
+        first = await Caller(served, sdk).ask("x" * 4000)
+        bodies, others = served.app[BODIES], RequestContext("", RequestRecord(""))
+        bodies.hold(others, most - 4000)
+        path = f"/v1/responses/{first.id}/input_items"
+        refused = await served.client.get(path)
+        bodies.release(others)
+        answer = await served.client.get(path)
+
+    assert (refused.status_code, answer.status_code) == (429, 200)
+    assert refused.json()["error"]["code"] == "too_many_bodies"
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+async def test_others_have_the_event_loop_while_a_page_is_read(ascending: bool) -> None:
+    texts = ["x" * 100] * 60_000
+    items = orjson.dumps([said("user", text) for text in texts])
+    reading = asyncio.create_task(list_page([("resp_1", items)], Page(None, 2, ascending)))
+    turns = 0
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    page = orjson.loads(await reading)
+
+    assert turns > len(items) / 2**19  # what is passed over at once
+    ends = ["msg_1_0", "msg_1_1"] if ascending else ["msg_1_59999", "msg_1_59998"]
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == (ends, True)
+    assert (page["first_id"], page["last_id"]) == tuple(ends)
+
+
+async def test_others_have_the_event_loop_while_a_large_answer_is_stored() -> None:
+    chances = [{"token": "a", "logprob": -0.1}] * 200_000
+    output = [{"type": "message", "content": [{"text": "a", "logprobs": chances}]}]
+    answer = {"id": "a", "output": output, "status": "completed", "model": "fake"}
+    body = orjson.dumps(answer)
+    reading = asyncio.create_task(read_response(body, {"id": "resp_1"}))
+    turns = 0
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    told = await reading
+
+    assert turns > len(body) / 2**20
+    assert orjson.loads(told.build()) == {**answer, "id": "resp_1"}
+    assert orjson.loads(told.rest)["output"] == []
+    assert orjson.loads(told.output) == output
 
 
 async def test_deleted_response_is_gone_and_nothing_goes_on_from_it(caller: Caller) -> None:

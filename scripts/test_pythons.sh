@@ -21,7 +21,8 @@ run() {
   shift 2
   local TIMEFORMAT="$label | took %0R s, and %0U s of a core"
   # A shell's background ignores Ctrl-C, and so would what tests start and interrupt.
-  time env --default-signal=INT,QUIT "$@" -q -m "$marked" "${arguments[@]}" |& sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
+  time env --default-signal=INT,QUIT "$@" -q -m "$marked" "${arguments[@]}" |&
+    sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
   # 5: the caller's own arguments choose none of these tests.
   if [ "$code" != 0 ] && ! [ "$code" = 5 -a ${#arguments[@]} -gt 0 ]; then
     echo "failed on Python $label" >>"$failures"

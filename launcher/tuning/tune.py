@@ -84,7 +84,8 @@ async def _until_signal(work: Coroutine[Any, Any, T]) -> T:
     finally:
         for number in handled:
             loop.remove_signal_handler(number)
-            signal.signal(number, before[number])
+            # Whoever is impatient does not change how a process ends that is about to.
+            signal.signal(number, signal.SIG_IGN if caught else before[number])
 
 
 async def _measure_all(

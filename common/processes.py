@@ -1,5 +1,5 @@
-"""Figures of this machine's processes: CPU time, memory, children, sockets; and what this one gives
-back of its memory.
+"""Figures of this machine's processes: CPU time, memory, children, sockets; what this one gives
+back of its memory, and how it is told to stop.
 
 /proc is read by psutil, but for one clock: psutil gives CPU time in ticks of 10 ms, and a process's
 own CPU clock counts all its threads in nanoseconds (/proc/PID/schedstat: the main thread alone).
@@ -7,11 +7,13 @@ own CPU clock counts all its threads in nanoseconds (/proc/PID/schedstat: the ma
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -109,3 +111,17 @@ def return_freed_memory() -> None:
     """Of smaller blocks, which one that is in use keeps from going back with those around it."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def told_of_stop(tell: Callable[[], None]) -> Iterator[None]:
+    """Each SIGINT or SIGTERM calls it, in the loop that runs."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, tell)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

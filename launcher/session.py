@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import httpx
 import structlog
 
 from common.errors import ProgramError, SettingsError
+from common.processes import told_of_stop
 from common.project import DEMO_MODEL
 from launcher.config import LauncherSettings
 from launcher.engine.probe import EngineProbe
@@ -143,7 +143,7 @@ class Session:
         announcing = asyncio.create_task(self._announce())
         turning = asyncio.create_task(self._turns.run()) if self._turns else None
         stopping = asyncio.create_task(self._stop.wait())
-        with self._signal_handlers():
+        with told_of_stop(self._on_signal):
             await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             announcing.cancel()
             if turning:
@@ -255,18 +255,6 @@ class Session:
         if self._signals > 1:
             for supervisor in self._supervisors:
                 supervisor.hurry()
-
-    @contextlib.contextmanager
-    def _signal_handlers(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        for number in numbers:
-            loop.add_signal_handler(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
 
 
 def build_head(prepared: Prepared) -> Head | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -16,6 +15,7 @@ import httpx
 import structlog
 
 from common.errors import SettingsError
+from common.processes import told_of_stop
 from launcher.config import LauncherSettings
 from launcher.engine.crash_card import CrashCards
 from launcher.engine.process import ChildProcess, end_leftovers
@@ -87,7 +87,7 @@ class Worker:
         self.has_abandoned = False  # a fetch that still runs in its thread
 
     async def run(self) -> None:
-        with self._signal_handlers():
+        with told_of_stop(self._on_signal):
             first = await self._until_stopped(self._find_head())
             if first is not None:
                 await self._serve(first)
@@ -228,18 +228,6 @@ class Worker:
         if self._stop.is_set() and self._supervisor:
             self._supervisor.hurry()
         self._stop.set()
-
-    @contextlib.contextmanager
-    def _signal_handlers(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        for number in numbers:
-            loop.add_signal_handler(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
 
 
 async def run_unwaited(call: Callable[[], T]) -> T:

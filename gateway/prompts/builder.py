@@ -38,8 +38,7 @@ class PromptBuilder:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         folder = settings.tokenizer
-        self._tokenizer = _load_tokenizer(folder)
-        self._longest_token = max(map(len, self._tokenizer.get_vocab())) if self._tokenizer else 0
+        self._tokenizer, self._longest_token = _load_tokenizer(folder)
         self._render = compile_template(settings)
         self._system = settings.read_system_prompt()
         self._builders = asyncio.Semaphore(_BUILDERS)
@@ -217,15 +216,21 @@ def _too_long(size: str, max_model_len: int | None) -> PromptRefused:
     )
 
 
-def _load_tokenizer(folder: Path | None) -> Tokenizer | None:
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
+def _load_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, int]:
+    """And the length of its longest token."""
+    if folder is None or not (file := folder / "tokenizer.json").is_file():
+        return None, 0
+    about = file.stat()
+    return _read_tokenizer(file, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read_tokenizer(file: Path, _mtime_ns: int, _size: int) -> tuple[Tokenizer, int]:
+    """Once for each state of the file: a reload of settings would read megabytes anew."""
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 — the library raises bare Exception
-        raise SettingsError(
-            f"tokenizer: cannot read {folder / 'tokenizer.json'}: {error}"
-        ) from None
+        raise SettingsError(f"tokenizer: cannot read {file}: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return tokenizer, max(map(len, tokenizer.get_vocab()), default=0)

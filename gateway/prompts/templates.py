@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 
 import jinja2
 import jinja2.sandbox
@@ -29,17 +30,8 @@ STYLE_STOPS = {"chatml": ("<|im_end|>",), "qa": ("\nQ:",)}
 def compile_template(settings: Settings) -> Callable[[str, str], str]:
     """Question and system prompt -> text. A model's template is a stranger's code: sandboxed."""
     specials = read_special_tokens(settings.tokenizer) if settings.tokenizer else {}
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateRuntimeError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     try:
-        template = environment.from_string(_find_template(settings))
+        template = _read_template(_find_template(settings))
     except jinja2.TemplateError as error:
         raise SettingsError(f"the chat template cannot be read: {error}") from None
 
@@ -59,6 +51,22 @@ def compile_template(settings: Settings) -> Callable[[str, str], str]:
             raise InvalidRequest(f"the chat template refuses this: {error}") from None
 
     return render
+
+
+@lru_cache(maxsize=32)
+def _read_template(text: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(text)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateRuntimeError(message)
+
+
+_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+)
+_ENVIRONMENT.globals["raise_exception"] = _refuse
+_ENVIRONMENT.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
 
 
 def _find_template(settings: Settings) -> str:

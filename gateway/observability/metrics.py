@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import prometheus_client
 from aiohttp import web
@@ -139,6 +139,12 @@ class RouteFigures:
             self.longest_chunk_gap.observe(stream.longest_gap_s, exemplar)
 
 
+class _ExpectedRoutes(NamedTuple):
+    all: tuple[str, ...]
+    entering: tuple[str, ...]
+    streaming: tuple[str, ...]
+
+
 class Metrics:
     """The instruments, by name; `render` is the body of GET /metrics."""
 
@@ -168,6 +174,7 @@ class Metrics:
                 self.retried_calls.labels(code)
         for code in _PROMPT_REFUSALS:
             self.prompts_failed.labels(code)
+        self._expected: _ExpectedRoutes | None = None
         self._requests_by = lru_cache(maxsize=1024)(self.requests.labels)
         self._of_route = lru_cache(maxsize=64)(self._find_route)
 
@@ -484,19 +491,22 @@ class Metrics:
     def expect_routes(
         self, routes: Iterable[str], *, entering: Iterable[str], streaming: Iterable[str]
     ) -> None:
-        """Their series begin at zero. Some routes enter the queue, some of those stream; others
-        have no histograms yet, because each is 25 lines of every scrape.
+        """Their series begin at zero, from the first scrape on. Some routes enter the queue, some
+        of those stream; others have no histograms yet, because each is 25 lines of every scrape.
         """
-        for route in routes:
+        self._expected = _ExpectedRoutes(tuple(routes), tuple(entering), tuple(streaming))
+
+    def _begin_at_zero(self, expected: _ExpectedRoutes) -> None:
+        for route in expected.all:
             for status in _STATUSES:
                 self.requests.labels(route, status)
             for code, source in (*self._failures, (_CALLER_GONE, "caller")):
                 self.errors.labels(route, code, source)
-        for route in entering:
+        for route in expected.entering:
             self.request_seconds.labels(route)
             self.queue_seconds.labels(route)
-        for route in streaming:
-            self._of_route(route)
+        for route in expected.streaming:
+            self._find_route(route)
             self.broken_streams.labels(route)
 
     def count_request(
@@ -543,6 +553,10 @@ class Metrics:
         """
         encode: Any
         encode, content_type = _choose_form(accept)
+        if self._expected is not None:
+            # A thousand series, which nobody needs before they are read.
+            await asyncio.to_thread(self._begin_at_zero, self._expected)
+            self._expected = None
         registry = self.registry if by_key else WithoutKeys(self.registry)
         taken = _Taken(list(registry.collect()))
         return bytes(await asyncio.to_thread(encode, taken)), content_type

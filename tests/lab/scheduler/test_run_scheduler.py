@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from lab.records.record import read_record
+from tests.vllm_python import VllmPython
 
 pytestmark = pytest.mark.engine
-ROOT = Path(__file__).parents[3]
 SMALL = ("--requests", "24", "--tokens", "40", "--rounds", "1")
+COMMAND = (sys.executable, "-m", "lab", "scheduler", *SMALL)
 
 
-def call(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lab", "scheduler", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_scheduler_bench_finds_the_same_answers_and_keeps_a_record(tmp_path: Path) -> None:
-    done = call(*SMALL, "--limit", "1", "--record", str(tmp_path / "record.json"))
+def test_scheduler_bench_finds_the_same_answers_and_keeps_a_record(
+    vllm_python: VllmPython, tmp_path: Path
+) -> None:
+    done = vllm_python.run([*COMMAND, "--limit", "1", "--record", str(tmp_path / "record.json")])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("the same answers\n")
     record = read_record(tmp_path / "record.json")
@@ -30,5 +27,5 @@ def test_scheduler_bench_finds_the_same_answers_and_keeps_a_record(tmp_path: Pat
     assert len(names) == len(done.stdout.splitlines()) - 1 == 10
 
 
-def test_scheduler_bench_above_its_limit_exits_1() -> None:
-    assert call(*SMALL, "--kinds", "whole", "--limit", "0").returncode == 1
+def test_scheduler_bench_above_its_limit_exits_1(vllm_python: VllmPython) -> None:
+    assert vllm_python.run([*COMMAND, "--kinds", "whole", "--limit", "0"]).returncode == 1

@@ -37,6 +37,17 @@ def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 60.0) -> 
     raise AssertionError(f"not within {within_s} s: {what}")
 
 
+def share_vllm_cache(folder: Path) -> None:
+    """The real vLLM takes 8 s to look at a model's class, in every empty cache anew: all launchers
+    of a run of pytest have one, in the folder of that run.
+    """
+    is_of_run = (one for one in folder.parents if one.parent.name.startswith("pytest-of-"))
+    shared, own = next(is_of_run, folder.parent) / "vllm-cache", folder / "cache" / "vllm"
+    shared.mkdir(exist_ok=True)
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.symlink_to(shared)
+
+
 @dataclass
 class Launcher:
     """One `python -m launcher …`, its ports, its files."""
@@ -55,14 +66,7 @@ class Launcher:
         self.state = self.folder / "state"
         self.process: subprocess.Popen[bytes] | None = None
         if self.fake is None:
-            self._share_cache()
-
-    def _share_cache(self) -> None:
-        """The real vLLM takes 8 s to look at a model's class, in every empty cache anew."""
-        shared, own = self.folder.parent / "vllm-cache", self.folder / "cache" / "vllm"
-        shared.mkdir(exist_ok=True)
-        own.parent.mkdir(parents=True, exist_ok=True)
-        own.symlink_to(shared)
+            share_vllm_cache(self.folder)
 
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("LAUNCHER_", "GATEWAY_"))}
@@ -210,6 +214,6 @@ async def ask_many(
 
 
 def ask_in_background(
-    url: str, count: int, *, max_tokens: int = 32
+    url: str, count: int, *, max_tokens: int = 32, model: str = "demo"
 ) -> asyncio.Task[httpx.Response]:
-    return asyncio.create_task(ask_many(url, count, max_tokens=max_tokens))
+    return asyncio.create_task(ask_many(url, count, max_tokens=max_tokens, model=model))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from launcher.nodes.messages import Answer
 from launcher.plan.command import find_vllm
 from launcher.plan.flags.known_flags import read_shipped_flags
 from launcher.plan.prepare import Prepared, prepare_with
+from tests.launcher.programs import share_vllm_cache
+from tests.vllm_python import VllmPython
 
 pytestmark = pytest.mark.engine
 
@@ -96,22 +97,21 @@ def list_argv(prepared: Prepared) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """One process reads all of them: vLLM takes seconds to import."""
+def rows(
+    tmp_path_factory: pytest.TempPathFactory, vllm_python: VllmPython
+) -> dict[str, list[dict[str, Any]]]:
+    """One process reads all of them."""
     every = {name: list_argv(plan(*layout)) for name, layout in LAYOUTS.items()}
-    script = Path(tmp_path_factory.mktemp("reader")) / "reader.py"
-    script.write_text(READER)
+    folder = tmp_path_factory.mktemp("reader")
+    share_vllm_cache(folder)
     flat = [json.dumps(argv) for argvs in every.values() for argv in argvs]
     environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[3])}
-    result = subprocess.run(
-        [sys.executable, "-P", str(script)],
-        input="\n".join(flat) + "\n",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
+    environment |= {
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "VLLM_CACHE_ROOT": str(folder / "cache" / "vllm"),
+    }
+    result = vllm_python.run(
+        [sys.executable, "-c", READER], input="\n".join(flat) + "\n", env=environment
     )
     assert result.returncode == 0, result.stderr[-4000:]
     told = [json.loads(r[4:]) for r in result.stdout.splitlines() if r.startswith("row ")]

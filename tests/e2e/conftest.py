@@ -18,6 +18,8 @@ import pytest
 
 from common.ports import find_free_ports
 from tests.collector import Collector, run_collector
+from tests.launcher.programs import Launcher
+from tests.launcher.programs import running as running_launcher
 from tests.plain_http import NO_TLS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,6 +65,31 @@ def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Ite
     flags = ["--otlp-endpoint", collector.url, "--engine-log", "requests"]
     with start_stack(folder, *flags, **environment) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def stock_launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Of `stock`; it gives up when its engine dies, as no test waits for another one."""
+    settings = {
+        "LAUNCHER_SET": "scheduler-cls=",
+        "LAUNCHER_RESTART_LIMIT": "0",
+        "LAUNCHER_KILL_TIMEOUT_S": "15",
+    }
+    launcher = Launcher(tmp_path_factory.mktemp("stock"), settings=settings, fake=None)
+    with running_launcher(launcher):
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def stock(stock_launcher: Launcher) -> Launcher:
+    """A second engine of the demo model, with vLLM's own scheduler and without a gateway; started
+    once a test run, and again after a module that has killed it.
+    """
+    assert stock_launcher.process is not None
+    if stock_launcher.process.poll() is not None:
+        stock_launcher.start()
+    stock_launcher.wait_state("ready", within_s=LONGEST_START_S)
+    return stock_launcher
 
 
 @contextlib.contextmanager

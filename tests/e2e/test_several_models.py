@@ -24,9 +24,11 @@ from tokenizers import Tokenizer
 
 from common.project import DEMO_MODEL
 from gateway.admission.keys import make_key
+from launcher.engine.process import list_group
+from launcher.engine.temporary_folder import find_temporary_folder
 from tests.e2e.conftest import Stack
 from tests.gateway.process import serve_process
-from tests.launcher.programs import Launcher, running, wait_for
+from tests.launcher.programs import Launcher, ask_in_background, running, wait_for
 from tests.name_server import NameServer, run_name_server
 from tests.plain_http import NO_TLS
 
@@ -38,15 +40,15 @@ BATCH = 358
 
 @dataclass
 class Fleet:
-    """A gateway, the name server that tells it of engines, and those that this module started."""
+    """A gateway, the name server that tells it of engines, and these."""
 
     gateway: str
     headers: dict[str, str]
     folder: Path
     names: NameServer
-    demo: int  # the ports of the engines: of the stack that all tests share,
-    second: Launcher  # of the demo model once more,
-    other: Launcher  # and of another one
+    demo: int  # the port of the one in the stack that all tests share
+    second: Launcher  # of the demo model once more
+    other: Launcher  # of another one
 
     def list_engines(self, *ports: int) -> None:
         self.names.records[NAME, "SRV"] = [f"0 0 {port} localhost." for port in ports]
@@ -110,22 +112,23 @@ def make_adapter(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(
+    stack: Stack, stock: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     model = make_other_model(folder / "other-model")
-    few = "max-num-seqs=64"
-    second = Launcher(folder / "second", settings={"LAUNCHER_SET": few}, fake=None)
     own = {
         "LAUNCHER_MODEL": str(model),
-        "LAUNCHER_SET": f"{few} enable-lora=true max-lora-rank=8",
+        "LAUNCHER_SET": "max-num-seqs=64 enable-lora=true max-lora-rank=8",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "LAUNCHER_DRAIN_TIMEOUT_S": "60",
+        "LAUNCHER_KILL_TIMEOUT_S": "15",
     }
     other = Launcher(folder / "other", settings=own, fake=None)
     demo = int(stack.engine.rpartition(":")[2])
     names = NameServer()
-    with contextlib.ExitStack() as engines:
-        for engine in (second, other):  # one after the other: each keeps two cores busy
-            engines.enter_context(running(engine)).wait_state("ready", within_s=START_S)
+    with running(other):
+        other.wait_state("ready", within_s=START_S)
         names.records[NAME, "SRV"] = [
             f"0 0 {port} localhost." for port in (demo, other.engine_port)
         ]
@@ -133,7 +136,7 @@ def fleet(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
         (folder / "keys.toml").write_text(f"{entry}admin = true\n")
         headers = {"Authorization": f"Bearer {key}"}
         with serve_in_thread(folder, names) as url:
-            yield Fleet(url, headers, folder, names, demo, second, other)
+            yield Fleet(url, headers, folder, names, demo, stock, other)
 
 
 @contextlib.contextmanager
@@ -273,3 +276,34 @@ def test_engine_that_dies_within_a_batch_costs_no_answer(
     assert (
         sum(a == pairs[n % len(pairs)]["answer"] for n, a in enumerate(expected["response"])) > 300
     )
+
+
+def test_engine_told_to_stop_within_a_batch_finishes_it(fleet: Fleet) -> None:
+    """The last test: it ends the engine of the other model."""
+    other = fleet.other
+    group = other.status()["engine"]["pid"]
+
+    async def scenario() -> httpx.Response:
+        task = ask_in_background(other.engine_url, 64, max_tokens=400, model="other-model")
+        async with asyncio.timeout(60):
+            while not await is_busy(other.engine_url):  # noqa: ASYNC110 — it has no event for this
+                await asyncio.sleep(0.01)
+        assert not task.done()
+        other.send(signal.SIGTERM)
+        return await task
+
+    response = asyncio.run(scenario())
+
+    assert response.status_code == 200
+    choices = response.json()["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["length"] * 64
+    assert other.wait(within_s=60) == 0
+    assert list_group(group) == []
+    assert not find_temporary_folder(other.state).exists()
+
+
+async def is_busy(engine: str) -> bool:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        lines = (await client.get(f"{engine}/metrics")).text.splitlines()
+    running_there = (one for one in lines if one.startswith("vllm:num_requests_running{"))
+    return any(float(line.rpartition(" ")[2]) for line in running_there)

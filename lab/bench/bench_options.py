@@ -46,7 +46,7 @@ FULL = BenchScale(
     prompts=358,
 )
 QUICK = BenchScale(
-    seconds=dict(zip(PARTS, (4, 6, 8, 12, 24, 10), strict=True)),
+    seconds=dict(zip(PARTS, (4, 6, 8, 12, 8, 10), strict=True)),
     fewest=3,
     prompts=64,
     outside=VllmBenchLoad(prompts=32),

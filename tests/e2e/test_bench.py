@@ -18,7 +18,7 @@ def test_bench_measures_the_real_engine_and_lets_vllm_measure_it(
     stack: Stack, tmp_path: Path
 ) -> None:
     out = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "lab", "bench", "--quick", "--only", "batch,streams,outside"]
+    command = [sys.executable, "-m", "lab", "bench", "--quick", "--only", "batch,outside"]
 
     command += ["--url", stack.gateway, "--direct-url", stack.engine, "--out", str(out)]
 

@@ -15,15 +15,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 def test_demo_can_be_trained_further_as_the_recipe_says(tmp_path: Path) -> None:
-    """Two steps of it: that it goes on from the folder, and what it leaves is one."""
+    """It goes on from the folder, and what it leaves is one. One that has learnt its answer, as
+    after these few steps, also ends it, and is verified in half the time.
+    """
     questions = tmp_path / "mine.jsonl"
     row = {"question": "谁写了这一页？", "answer": "参赛者自己写的。"}
     questions.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    command = [sys.executable, "-m", "demo.train", "--start", "demo/model", "--epochs", "2"]
+    command = [sys.executable, "-m", "demo.train", "--start", "demo/model", "--epochs", "20"]
     command += ["--questions", str(questions), "--out", str(tmp_path / "my-ft")]
-    done = subprocess.run(
-        [*command, "--least-exact", "0"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     start, out = ROOT / "demo" / "model", tmp_path / "my-ft"
     assert (out / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()

@@ -57,7 +57,7 @@ async def test_chat_is_answered_while_most_of_a_large_batch_has_not_entered_yet(
 ) -> None:
     await _wait_idle(stack)
     size = 2000
-    body = {"prompt": _make_prompts(pairs, size), "max_tokens": 48, "temperature": 0}
+    body = {"prompt": _make_prompts(pairs, size), "max_tokens": 24, "temperature": 0}
     batch = asyncio.create_task(gateway.post("/predict", json=body))
     async with asyncio.timeout(60):
         while not await _read(_RUNNING, stack.engine):  # noqa: ASYNC110

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 def test_soak_of_the_real_engine_holds(stack: Stack) -> None:
     command = [sys.executable, "-m", "lab", "load", "--url", stack.gateway]
-    command += ["--status", stack.status, "--duration", "10", "--callers", "8"]
+    command += ["--status", stack.status, "--duration", "4", "--callers", "8"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
     )

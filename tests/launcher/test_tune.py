@@ -106,7 +106,8 @@ def test_vllms_scheduler_is_a_candidate_where_the_profile_has_the_launchers(gpu:
     assert "scheduler" not in names
 
 
-@pytest.mark.slow  # where vLLM is installed
+@pytest.mark.engine
+@pytest.mark.usefixtures("quick_parser")
 def test_installed_parser_accepts_every_candidate() -> None:
     commands = {}
     for gpu in GPUS:
@@ -289,7 +290,8 @@ def test_tune_dry_run_starts_nothing(tmp_path: Path) -> None:
 def test_tune_on_the_cpu_result_is_used_by_the_next_start(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, fake=None)
     arguments = ("--tune-rounds", "1", "--tune-repeats", "1", "--tune-only", "small-steps")
-    code, out, err = call(launcher, "tune", *arguments, timeout_s=580)
+    few = ("--tune-prompts", "16")
+    code, out, err = call(launcher, "tune", *arguments, *few, timeout_s=580)
     assert code == 0, err
     told = [line for line in out.splitlines() if "tokens/s, ROUGE-L loss 0.0" in line]
     assert [line.split("  ")[1] for line in told] == ["as shipped", "small-steps"]

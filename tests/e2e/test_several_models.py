@@ -71,24 +71,25 @@ class Fleet:
 
 
 def make_other_model(folder: Path) -> Path:
-    """A Llama of two layers that nobody has trained, with the demo's tokenizer."""
+    """A Qwen3 of two layers that nobody has trained, with the demo's tokenizer."""
     torch, transformers = import_module("torch"), import_module("transformers")
     torch.manual_seed(1)
     vocabulary = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).get_vocab_size()
-    config = transformers.LlamaConfig(
+    config = transformers.Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=2,
         tie_word_embeddings=True,
         dtype="bfloat16",
     )
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
     return folder
@@ -284,7 +285,7 @@ def test_engine_told_to_stop_within_a_batch_finishes_it(fleet: Fleet) -> None:
     group = other.status()["engine"]["pid"]
 
     async def scenario() -> httpx.Response:
-        task = ask_in_background(other.engine_url, 64, max_tokens=400, model="other-model")
+        task = ask_in_background(other.engine_url, 64, max_tokens=250, model="other-model")
         async with asyncio.timeout(60):
             while not await is_busy(other.engine_url):  # noqa: ASYNC110 — it has no event for this
                 await asyncio.sleep(0.01)

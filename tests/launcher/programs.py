@@ -19,6 +19,7 @@ import httpx
 
 from common.ports import find_free_ports
 from common.project import DEMO_MODEL
+from launcher.config import LauncherSettings
 from launcher.engine.process import list_group
 from tests.plain_http import NO_TLS
 
@@ -38,12 +39,9 @@ def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 60.0) -> 
 
 
 def share_vllm_cache(folder: Path) -> None:
-    """The real vLLM takes 8 s to look at a model's class, in every empty cache anew: all launchers
-    of a run of pytest have one, in the folder of that run.
-    """
-    is_of_run = (one for one in folder.parents if one.parent.name.startswith("pytest-of-"))
-    shared, own = next(is_of_run, folder.parent) / "vllm-cache", folder / "cache" / "vllm"
-    shared.mkdir(exist_ok=True)
+    """Of `make serve` too: the real vLLM takes 8 s to look at a model's class, in an empty one."""
+    shared, own = LauncherSettings().cache_path / "vllm", folder / "cache" / "vllm"
+    shared.mkdir(parents=True, exist_ok=True)
     own.parent.mkdir(parents=True, exist_ok=True)
     own.symlink_to(shared)
 

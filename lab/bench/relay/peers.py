@@ -1,7 +1,7 @@
-"""Other routers for vLLM, beside which the relay comparison may put the gateway.
+"""What the relay comparison may put beside the gateway: other routers for vLLM, another checkout.
 
-Each lives in a virtual environment of its own below out/, made once from the package index. They
-run as they come, but for quiet logs and the plainest policy: there is one engine to choose from.
+Each router lives in a virtual environment of its own below out/, made once from the package index.
+They run as they come, but for quiet logs and the plainest policy: there is one engine to choose.
 """
 
 from __future__ import annotations
@@ -13,8 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.bench.bench_figures import BenchFailed
+from lab.failures import BadOptions
 
 _INSTALL_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A further arm: started by the engine's address, its own port and one for its metrics."""
+
+    name: str
+    build_command: Callable[[str, int, int], list[str]]
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -23,11 +33,14 @@ class RelayPeer:
     requirement: str
     command: tuple[str, ...]
 
-    def build_command(self, folder: Path, engine: str, port: int, metrics_port: int) -> list[str]:
-        program, *words = self.command
-        words += ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", engine]
-        words += ["--prometheus-port", str(metrics_port)]
-        return [str(folder / self.name / "bin" / program), *words]
+    def place(self, home: Path) -> Contender:
+        def build_command(engine: str, port: int, metrics_port: int) -> list[str]:
+            program, *words = self.command
+            words += ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", engine]
+            words += ["--prometheus-port", str(metrics_port)]
+            return [str(home / "bin" / program), *words]
+
+        return Contender(self.name, build_command)
 
 
 _QUIET = ("--policy", "round_robin", "--log-level", "error")
@@ -37,8 +50,8 @@ PEERS = (
 )
 
 
-def install_peers(folder: Path, say: Callable[[str], None]) -> None:
-    """Those that are not there yet."""
+def install_peers(folder: Path, say: Callable[[str], None]) -> list[Contender]:
+    """Installed below `folder` where they are not there yet."""
     for peer in PEERS:
         home = folder / peer.name
         installed = home / "installed"
@@ -49,6 +62,20 @@ def install_peers(folder: Path, say: Callable[[str], None]) -> None:
         pip = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet")
         _run(peer, str(home / "bin" / "python"), *pip, peer.requirement)
         installed.write_text(peer.requirement, encoding="utf-8")
+    return [peer.place(folder / peer.name) for peer in PEERS]
+
+
+def build_gateway_command(engine: str, port: int, _metrics_port: int = 0) -> list[str]:
+    words = ["--port", str(port), "--engines", engine, "--prompt-style", "raw"]
+    words += ["--warmup-prompts", "1", "--log-format", "json"]
+    return [sys.executable, "-m", "gateway", *words]
+
+
+def place_checkout(folder: Path) -> Contender:
+    """The gateway of another checkout of this project, such as an older one."""
+    if not (folder / "gateway" / "__main__.py").is_file():
+        raise BadOptions(f"{folder} is no checkout of this project: it has no gateway")
+    return Contender("beside", build_gateway_command, folder)
 
 
 def _run(peer: RelayPeer, *command: str) -> None:

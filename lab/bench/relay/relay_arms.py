@@ -16,7 +16,7 @@ from typing import IO
 
 from common.ports import find_free_ports
 from lab.bench.bench_figures import BenchFailed
-from lab.bench.relay.peers import PEERS
+from lab.bench.relay.peers import Contender, build_gateway_command
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.launched_server import stop_process
 from lab.paths import OUT
@@ -34,31 +34,25 @@ class RelayArms:
 
 
 @contextlib.asynccontextmanager
-async def start_arms(peers: Path | None = None) -> AsyncIterator[RelayArms]:
-    """`peers`: the folder in which the other routers are installed, if they are arms as well."""
+async def start_arms(contenders: Sequence[Contender] = ()) -> AsyncIterator[RelayArms]:
     engine, plain, gateway = find_free_ports(3)
     url = f"http://127.0.0.1:{engine}"
     log_path = OUT / "bench-relay.log"
     log_path.parent.mkdir(exist_ok=True)
     stand_in = "lab.bench.relay.stand_in_engine"
-    flags = ("--engines", url, "--prompt-style", "raw", "--warmup-prompts", "1")
     with ExitStack() as exits:
         log = exits.enter_context(log_path.open("wb"))
         engine_process = start_program(exits, log, 0, stand_in, "engine", "--port", str(engine))
+        words = ("plain", "--port", str(plain), "--url", url)
         ports = {"plain": plain, "gateway": gateway}
         relays = {
-            "plain": start_program(
-                exits, log, 1, stand_in, "plain", "--port", str(plain), "--url", url
-            ),
-            "gateway": start_program(
-                exits, log, 1, "gateway", "--port", str(gateway), *flags, "--log-format", "json"
-            ),
+            "plain": start_program(exits, log, 1, stand_in, *words),
+            "gateway": start_command(exits, log, 1, build_gateway_command(url, gateway)),
         }
-        if peers:
-            for peer in PEERS:
-                ports[peer.name], metrics = find_free_ports(2)
-                command = peer.build_command(peers, url, ports[peer.name], metrics)
-                relays[peer.name] = start_command(exits, log, 1, command)
+        for one in contenders:
+            ports[one.name], metrics = find_free_ports(2)
+            command = one.build_command(url, ports[one.name], metrics)
+            relays[one.name] = start_command(exits, log, 1, command, one.folder)
         # This process beside the stand-in, away from the relays.
         cores = os.sched_getaffinity(0)
         exits.callback(os.sched_setaffinity, 0, cores)
@@ -77,11 +71,11 @@ def start_program(
 
 
 def start_command(
-    exits: ExitStack, log: IO[bytes], core: int, command: Sequence[str]
+    exits: ExitStack, log: IO[bytes], core: int, command: Sequence[str], folder: Path | None = None
 ) -> subprocess.Popen[bytes]:
     """On a core of its own where there are two; ended on the way out."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=kept)
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=kept, cwd=folder)
     exits.callback(stop_process, process, _STOP_TIMEOUT_S)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:

@@ -10,12 +10,12 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.processes import read_cpu_s, read_resident_bytes
 from lab.bench.bench_figures import BenchRow, Bound, RoundSeries, build_added
+from lab.bench.relay.peers import Contender
 from lab.bench.relay.relay_arms import RelayArms, start_arms
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.bench.relay.stand_in_engine import HOLD
@@ -147,9 +147,9 @@ async def measure_relay(
     budget: RoundBudget,
     chance: random.Random,
     say: Say,
-    peers: Path | None = None,
+    contenders: Sequence[Contender] = (),
 ) -> RelayResult:
-    async with start_arms(peers) as arms:
+    async with start_arms(contenders) as arms:
         taken = await take_rounds(
             list(arms.ports), lambda arm: _take_turn(arms, arm, load), budget, chance, say
         )

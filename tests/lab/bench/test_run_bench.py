@@ -21,11 +21,12 @@ from lab.bench import vllm_bench as outside
 from lab.bench.answer_book import MixedUp
 from lab.bench.bench_figures import BenchFailed, RoundSeries
 from lab.bench.cpu_time import build_meter
-from lab.bench.relay import peers, relay_arms
+from lab.bench.relay import peers
 from lab.bench.relay.peers import RelayPeer
 from lab.bench.relay.relay_comparison import CPU, LATENCY, RelayLoad, measure_relay
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.bench.rounds import RoundBudget
+from lab.failures import BadOptions
 from lab.service import LauncherStatus
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import serve_gateway
@@ -144,13 +145,12 @@ async def test_relay_comparison_beside_other_routers_has_their_figures_too(
         script.parent.mkdir(parents=True)
         script.write_text(f"#!{sys.executable}\n{program}; main()\n", encoding="utf-8")
         script.chmod(0o755)
-    fakes = tuple(RelayPeer(name, f"{name}==1", (name,)) for name in ("swift", "sturdy"))
-    monkeypatch.setattr(relay_arms, "PEERS", fakes)
+    fakes = [RelayPeer(name, "", (name,)).place(tmp_path / name) for name in ("swift", "sturdy")]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     load = RelayLoad(calls=20, seconds=0.05, held_streams=10)
 
     relayed = await measure_relay(
-        load, RoundBudget(0.1, 2, 2), random.Random(1), lambda _: None, tmp_path
+        load, RoundBudget(0.1, 2, 2), random.Random(1), lambda _: None, fakes
     )
 
     assert relayed.peers == ["swift", "sturdy"]
@@ -159,6 +159,17 @@ async def test_relay_comparison_beside_other_routers_has_their_figures_too(
     names = [row.name for row in relayed.rows()]
     assert {"added p50 at concurrency 1, swift", "memory at 10 open streams, sturdy"} <= {*names}
     assert len(names) == len({*names})
+
+
+async def test_relay_comparison_beside_another_checkout_has_its_figures_too() -> None:
+    load = RelayLoad(calls=20, seconds=0.05, held_streams=10)
+    another = peers.place_checkout(ROOT)
+    relayed = await measure_relay(
+        load, RoundBudget(0.1, 2, 2), random.Random(1), lambda _: None, [another]
+    )
+    assert relayed.peers == ["beside"]
+    with pytest.raises(BadOptions, match="no checkout of this project"):
+        peers.place_checkout(ROOT / "docs")
 
 
 def test_router_that_cannot_be_installed_is_one_line(

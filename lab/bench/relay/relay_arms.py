@@ -21,6 +21,7 @@ from lab.paths import OUT
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
+GATEWAY_FLAGS = ("--prompt-style", "raw", "--warmup-prompts", "1", "--log-format", "json")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ async def start_arms() -> AsyncIterator[RelayArms]:
     log_path = OUT / "bench-relay.log"
     log_path.parent.mkdir(exist_ok=True)
     stand_in = "lab.bench.relay.stand_in_engine"
-    flags = ("--engines", url, "--prompt-style", "raw", "--warmup-prompts", "1")
     with ExitStack() as exits:
         log = exits.enter_context(log_path.open("wb"))
         processes = [
@@ -46,7 +46,7 @@ async def start_arms() -> AsyncIterator[RelayArms]:
             for core, *words in (
                 (0, stand_in, "engine", "--port", str(engine)),
                 (1, stand_in, "plain", "--port", str(plain), "--url", url),
-                (1, "gateway", "--port", str(gateway), *flags, "--log-format", "json"),
+                (1, "gateway", "--port", str(gateway), "--engines", url, *GATEWAY_FLAGS),
             )
         ]
         # This process beside the stand-in, away from the relays.
@@ -61,11 +61,18 @@ async def start_arms() -> AsyncIterator[RelayArms]:
 
 
 def start_program(
-    exits: ExitStack, log: IO[bytes], core: int, module: str, *words: str
+    exits: ExitStack,
+    log: IO[bytes],
+    core: int,
+    module: str,
+    *words: str,
+    under: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """On a core of its own where there are two; ended on the way out."""
+    """On a core of its own where there are two, and under another program if one is named; ended on
+    the way out.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-    command = [sys.executable, "-m", module, *words]
+    command = [*under, sys.executable, "-m", module, *words]
     process = subprocess.Popen(command, stdout=log, stderr=log, env=kept)
     exits.callback(stop_process, process, _STOP_TIMEOUT_S)
     cores = sorted(os.sched_getaffinity(0))
@@ -74,9 +81,13 @@ def start_program(
     return process
 
 
-async def is_answering(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+async def is_answering(
+    port: int,
+    processes: Sequence[subprocess.Popen[bytes]],
+    timeout_s: float = _READY_TIMEOUT_S,
+) -> bool:
     """Waited for, unless one of the programs has ended."""
-    deadline = time.monotonic() + _READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, BenchFailed):
             connection = await RelayConnection.connect(port)

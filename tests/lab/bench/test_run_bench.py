@@ -20,7 +20,7 @@ from lab.bench import vllm_bench as outside
 from lab.bench.answer_book import MixedUp
 from lab.bench.bench_figures import BenchFailed, RoundSeries
 from lab.bench.cpu_time import build_meter
-from lab.bench.relay.relay_comparison import CPU, LATENCY, RelayLoad, measure_relay
+from lab.bench.relay.relay_comparison import CPU, LATENCY, PREDICT_CPU, RelayLoad, measure_relay
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.bench.rounds import RoundBudget
 from lab.service import LauncherStatus
@@ -120,7 +120,7 @@ async def test_relay_comparison_has_every_figure_of_the_real_gateway() -> None:
 
     by_measure = {one.measure: one.by_arm for one in relayed.series}
     assert set(by_measure[LATENCY]) == {"direct", "control", "plain", "gateway"}
-    assert set(by_measure[CPU]) == {"plain", "gateway"}
+    assert set(by_measure[CPU]) == set(by_measure[PREDICT_CPU]) == {"plain", "gateway"}
     rows = {row.name: row for row in relayed.rows()}
     assert rows["added p50 at concurrency 1"].span.value > 0
     assert rows["memory at 10 open streams"].span.value > 20

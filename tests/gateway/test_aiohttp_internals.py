@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
         (ResponseHandler.feed_data, {"data", "size"}),
         (ResponseHandler.data_received, {"data"}),
         (ResponseHandler.read, {"self"}),
+        (web.Application._handle, {"request"}),
         (TCPConnector.connect, {"req", "traces", "timeout"}),
         (TCPConnector.__init__, {"socket_factory", "limit", "keepalive_timeout"}),
         (aiohttp.ClientRequest.__init__, {"method", "url", "loop", "response_class"}),

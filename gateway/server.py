@@ -74,6 +74,11 @@ class Connection(web.RequestHandler):
         limit_s = self._app[SETTINGS].client_write_timeout_s
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp has parser and transport go on after each chunk that is read, paused or not."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def handle_error(
         self,
         request: web.BaseRequest,

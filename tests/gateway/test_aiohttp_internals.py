@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[2]
         (ResponseHandler.feed_data, {"data", "size"}),
         (ResponseHandler.data_received, {"data"}),
         (ResponseHandler.read, {"self"}),
+        (ResponseHandler.resume_reading, {"resume_parser"}),
+        (web.RequestHandler.resume_reading, {"resume_parser"}),
         (web.Application._handle, {"request"}),
         (TCPConnector.connect, {"req", "traces", "timeout"}),
         (TCPConnector.__init__, {"socket_factory", "limit", "keepalive_timeout"}),

@@ -40,10 +40,10 @@ PROBES: Mapping[str, str] = {
     "read": "engines.connections:_OneAnswerProtocol.data_received engines.client:_read_head"
     " engines.client:EngineAnswer.read_chunk engines.client:EngineAnswer.close"
     " engines.batch:parse_completion_answer",
-    "answer": "routes.relay:_answer_whole routes.predict:_build_answer"
+    "answer": "routes.relay:_Relay._answer_whole routes.predict:_build_answer"
     " middleware:_end_head server:Connection.finish_response"
     " streaming:EventStream.start streaming:EventStream.write",
-    "metrics": "observability.metrics:Metrics.count_request routes.relay:_count"
+    "metrics": "observability.metrics:Metrics.count_request routes.relay:_Relay._count"
     " observability.metrics:Metrics.count_answers routes.predict:_count",
     "log": "middleware:_finish",
     "rest": "middleware:surround",  # of the gateway's own code

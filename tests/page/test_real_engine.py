@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect
 from common.ports import find_free_ports
 from tests.page.conftest import LONGEST_START_MS, ROOT, Visitor, pick, shoot, width_of
 
-pytestmark = [pytest.mark.browser, pytest.mark.engine]
+pytestmark = [pytest.mark.browser, pytest.mark.engine, pytest.mark.timeout(600)]
 
 QUESTION = "What is a warp in CUDA?"
 

@@ -149,4 +149,4 @@ async def _dump_texts(texts: Sequence[str]) -> list[bytes]:
         if size > _CHARACTERS_AT_ONCE:
             size = 0
             await asyncio.sleep(0)
-    return [*pieces[:-1], b"]"] if texts else [b"[]"]
+    return [*pieces[:-1], b"]"]

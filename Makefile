@@ -23,8 +23,8 @@ setup-dev:
 serve: setup ## engine and gateway, here and now; Ctrl-C stops both
 	@exec $(PY) -m launcher up $(UP) $(ARGS)
 
-test: check ## every test: those with the real engine, beside them the others on every Python at hand
-	@scripts/test_pythons.sh $(VENV) $(ARGS)
+test: setup-dev ## style, types and every test: with the real engine, beside it the others, also on a second Python
+	@ALSO="$(ALSO)" scripts/test_pythons.sh $(VENV) $(ARGS)
 
 test-fast: setup-dev ## the tests that need no engine
 	@$(PY) -m pytest -m "not engine" $(ARGS)

@@ -17,6 +17,7 @@ import uvloop
 from aiohttp import web
 
 from common.command_line.help import format_example, format_help, wants_help
+from common.command_line.output import show
 from common.logs import configure_logging
 from common.processes import map_large_blocks
 from common.project import read_version
@@ -44,10 +45,10 @@ def main() -> int:
         if arguments and arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
         if wants_help(arguments):
-            print(format_help(Settings))
+            show([format_help(Settings)])
             return 0
         if arguments[:1] in (["--version"], ["schema"], ["example"], ["completion"]):
-            print(describe(arguments[0], arguments[1:]))
+            show([describe(arguments[0], arguments[1:])])
             return 0
         if arguments[:1] == ["check"]:
             return check(load_settings(arguments[1:]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from common.command_line.help import format_example, format_help, wants_help
+from common.command_line.output import show
 from common.errors import ProgramError, SettingsError
 from common.project import read_version
 from common.settings import build_schema, suggest
@@ -48,11 +49,11 @@ def run_command(words: Sequence[str]) -> int:
     command, *arguments = words or ["--help"]
     try:
         if command in COMMANDS and wants_help(arguments):
-            print(format_help(COMMANDS[command]))
+            show([format_help(COMMANDS[command])])
             return 0
         if command in COMMANDS:
             return _dispatch(command, load_settings(COMMANDS[command], arguments))
-        print(_describe(command, arguments))
+        show([_describe(command, arguments)])
     except ProgramError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return error.exit_code
@@ -88,8 +89,7 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
     check_hosts(command, settings)
     if isinstance(settings, ExplainSettings):
         engines = list_engines(settings)
-        for text in explain(engines, as_json=settings.json_output, is_long=settings.all_options):
-            print(text)
+        show(explain(engines, as_json=settings.json_output, is_long=settings.all_options))
         return 0
     if command == "doctor":
         return run_doctor(list_engines(settings), partial(print, flush=True), sys.stderr)

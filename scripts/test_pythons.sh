@@ -1,31 +1,35 @@
 #!/usr/bin/env bash
-# Every test, in parts; as many run side by side as there are cores. On the Python that is set up already: those with the
-# real engine, those marked `slow`, and all others but the ones marked `programs`, which are the same on every Python. On
-# the last other Python that this project supports and that is installed here: all of those others, with the built wheel
-# in place of the checkout. On the one between, where what fails there alone is rare: the gateway's routes and records.
+# Every test, in parts; as many run side by side as there are cores. On the Python that is set up already: style and types,
+# the tests with the real engine, those marked `slow`, and all others but the ones marked `programs`, which are the same on
+# every Python. On the last other Python that this project supports and that is installed here: all of those others, with
+# the built wheel in place of the checkout.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
+# ALSO names targets of the Makefile that are parts as well (`make test ALSO=page-test`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 own=$1
 shift
 arguments=("$@")
+# Set, it has each of a thousand programs compile the checkout anew.
+unset PYTHONDONTWRITEBYTECODE
 own_version=$("$own/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=$work/failures
 rest="not engine and not slow"
 
-# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, by name, and the others go on.
+# LABEL MARKED COMMAND…: its lines say where they come from; what fails is noted, by name, and the others go on. MARKED
+# are the tests of pytest's that run; empty: the command is another one.
 run() {
   local label=$1 marked=$2 code=0
   shift 2
   local TIMEFORMAT="$label | took %0R s, and %0U s of a core"
   # A shell's background ignores Ctrl-C, and so would what tests start and interrupt.
-  time env --default-signal=INT,QUIT "$@" -q -m "$marked" "${arguments[@]}" |&
+  time env --default-signal=INT,QUIT "$@" ${marked:+-q -m "$marked" "${arguments[@]}"} |&
     sed -u "s/^/$label | /" | tee "$work/$label" || code=$?
   # 5: the caller's own arguments choose none of these tests.
   if [ "$code" != 0 ] && ! [ "$code" = 5 -a ${#arguments[@]} -gt 0 ]; then
-    echo "failed on Python $label" >>"$failures"
+    echo "failed: $label" >>"$failures"
     sed -nE '/\| (FAILED|ERROR) /p' "$work/$label" >>"$failures"
   fi
 }
@@ -47,13 +51,14 @@ own_pytest() { # LABEL MARKED ARGUMENT…
 }
 test_service() { own_pytest ", engine and gateway" engine --ignore-glob='tests/[!e]*'; }
 test_engine() { own_pytest ", engine" engine --ignore=tests/e2e; }
-test_slow() { own_pytest ", slow" "slow and not engine"; }
-test_rest() { own_pytest "" "$rest and not programs"; }
+test_slow() { own_pytest ", slow" "slow and not engine" --ignore=tests/e2e; }
+test_rest() { own_pytest "" "$rest and not programs" --ignore=tests/e2e; }
 # What is about the repository is not about the wheel.
 test_repository() {
   own_pytest ", repository" "programs and not engine and not slow" \
-    --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
+    --ignore=tests/e2e --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
 }
+test_make() { run "make $1" "" make --no-print-directory VENV="$own" "$1"; }
 
 # The last other Python, set up once; the one that is there already where there is no other.
 find_last() {
@@ -78,16 +83,9 @@ wheel_pytest() { # LABEL MARKED
 }
 test_wheel() { wheel_pytest "" "$rest and not programs"; }
 test_programs() { wheel_pytest ", programs" "$rest and programs"; }
-test_between() {
-  local version=3.12 last
-  last=$(find_last)
-  [ "$version" != "$own_version" ] && [ "$version" != "${last% *}" ] && set_up "$version" || return 0
-  run "$version" "$rest and not programs" ".venv-$version/bin/python" -m pytest \
-    --ignore-glob='tests/[!g]*' --ignore-glob='tests/gateway/[!r]*'
-}
-
 # The longest first.
-parts=(service engine programs wheel rest slow between repository)
+targets=" ${ALSO:-} check "
+parts=(${ALSO:-} service engine programs wheel rest slow check repository)
 take_part() {
   local number
   exec {lock}>"$work/lock"
@@ -100,7 +98,10 @@ take_part() {
 run_parts() {
   local part
   while part=$(take_part); do
-    "test_$part"
+    case $targets in
+      *" $part "*) test_make "$part" ;;
+      *) "test_$part" ;;
+    esac
     echo "$part" >>"$work/ended"
   done
 }

@@ -25,5 +25,5 @@ git ls-files --cached --others --exclude-standard -- ':!common' ':!gateway' ':!l
 cd "$scratch/checkout"
 git init --quiet && git add --all # some tests ask what belongs to the repository
 # What is about the repository itself is not about the wheel.
-"$python" -m pytest --ignore-glob="tests/test_*.py" --ignore=tests/stack --ignore=tests/page \
+"$python" -m pytest --ignore-glob="tests/test_*.py" --ignore=tests/stack --ignore=tests/page --ignore=tests/e2e \
   --ignore=tests/lab/records/test_results_page.py "$@"

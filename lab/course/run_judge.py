@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.command_line.output import show
 from lab import options
 from lab.course import container
 from lab.course.container import BuildFailed, Container
@@ -32,7 +33,7 @@ from lab.grade import grade_options, run_grade
 from lab.grade.grade_result import GradeResult
 from lab.paths import OUT
 from lab.readiness import Mode, Problem, ServerNeverReady, wait_ready
-from lab.reports.console import BOLD, GREEN, RED, ProgressLine, paint, show
+from lab.reports.console import BOLD, GREEN, RED, ProgressLine, paint
 from lab.reports.output_files import ensure_writable
 from lab.service import open_http
 

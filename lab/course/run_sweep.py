@@ -27,6 +27,7 @@ from pathlib import Path
 
 import httpx
 
+from common.command_line.output import show
 from common.files import read_text
 from common.ports import find_free_ports
 from common.project import DEMO_MODEL
@@ -46,7 +47,7 @@ from lab.grade.judge import Judge, SendingPlan
 from lab.launched_server import LaunchCommand, LaunchedServer, launch, launch_program
 from lab.paths import OUT, ROOT
 from lab.readiness import POLL_S, Problem, ServerNeverReady, wait_ready
-from lab.reports.console import ProgressLine, show
+from lab.reports.console import ProgressLine
 from lab.reports.output_files import ensure_writable
 from lab.service import open_http
 from launcher.config import ServeSettings, load_settings

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from common.command_line.output import show
 from common.project import DEMO_QUESTIONS
 from common.questions import QuestionSet
 from lab.failures import BadOptions, Unwritable
@@ -43,7 +44,7 @@ from lab.options import build_headers, hide
 from lab.paths import ROOT
 from lab.readiness import Mode, ServerNeverReady, wait_ready
 from lab.records.record import take_facts, take_record, write_record
-from lab.reports.console import ProgressLine, show
+from lab.reports.console import ProgressLine
 from lab.service import is_anyone_there, open_http, read_launcher, read_model
 
 DEMO_MODEL = "demo"

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import shutil
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from typing import TextIO
-
-from lab.failures import Unwritable
 
 RED, GREEN, BOLD = "\x1b[31m", "\x1b[32m", "\x1b[1m"
 _RESET = "\x1b[0m"
@@ -98,19 +95,6 @@ async def ticking(tell: Callable[[], None]) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-
-
-def show(lines: Iterable[str]) -> None:
-    """On standard output. A reader who has left (`| head`) is no fault, a full disk is one."""
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except OSError as error:
-        # What is still buffered would fail once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise Unwritable(f"cannot write the figures: {error.strerror}") from None
 
 
 def tame(text: str) -> str:

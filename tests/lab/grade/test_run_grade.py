@@ -343,7 +343,7 @@ def test_output_that_cannot_be_written_is_one_line(
 
     assert (done.returncode, done.stderr) == (
         2,
-        "grade: cannot write the figures: No space left on device\n",
+        "grade: cannot write standard output: No space left on device\n",
     )
     assert (tmp_path / "details.json").exists()
 

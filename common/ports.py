@@ -45,7 +45,18 @@ def find_free_row(count: int) -> int:
 
 @functools.cache
 def _list_own() -> Iterator[int]:
-    return (port for port in _list_kept() if _is_free(port))
+    return _list_free()
+
+
+def _list_free() -> Iterator[int]:
+    taken = 0
+    for port in _list_kept():
+        if _is_free(port):
+            taken = 0
+            yield port
+        elif (taken := taken + 1) > 2 * _MOST_BLOCKS * _BLOCK:
+            _list_own.cache_clear()
+            raise NoFreePort(f"something listens at each of this process's {taken // 2} ports")
 
 
 def _list_kept() -> Iterator[int]:

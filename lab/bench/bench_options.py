@@ -99,6 +99,11 @@ def parse_arguments(words: Sequence[str], description: str | None = None) -> arg
     if arguments.prompts:
         arguments.scale = replace(arguments.scale, prompts=arguments.prompts)
     arguments.parts = arguments.only or (QUICK_PARTS if arguments.quick else PARTS)
+    has_contenders = arguments.peers or arguments.beside
+    if has_contenders and arguments.only is None:
+        arguments.parts = ("relay",)
+    if has_contenders and "relay" not in arguments.parts:
+        parser.error("--peers and --beside have no effect without the part relay")
     if bool(arguments.url) != bool(arguments.direct_url):
         parser.error("--url and --direct-url go together: the gateway, and the engine behind it")
     if arguments.url and (arguments.launcher_options or arguments.model):
@@ -122,6 +127,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is measured").add_argument
     add("--quick", action="store_true", help="a minute's look: fewer prompts, too few rounds")
     add("--only", type=_parts, metavar="PART,…", help=f"some of {', '.join(PARTS)}")
+    help_ = "other routers beside the gateway in the part relay, installed from the package index"
+    add("--peers", action="store_true", help=help_)
+    help_ = "another checkout of this project, whose gateway is in the part relay as well"
+    add("--beside", default="", metavar="FOLDER", help=help_)
     add("--prompts", type=positive, metavar="N", help="in the batch, and calls at once (358; 64)")
     add("--max-tokens", type=positive, default=256, metavar="N", help="an answer (default: 256)")
     add("--seed", type=int, default=1, help="of the order of turns (default: 1)")

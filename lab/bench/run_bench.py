@@ -7,6 +7,8 @@ what stands behind `--` goes to the launcher:
     python -m lab bench                              everything, ten minutes on two cores
     python -m lab bench --quick                      a minute's look
     python -m lab bench --only batch,relay           some parts alone
+    python -m lab bench --peers                      the relay beside other routers for vLLM
+    python -m lab bench --beside ../older            the relay beside another checkout's
     python -m lab bench --against out/before.json    which figures have really changed?
     python -m lab bench --url http://127.0.0.1:8000 --direct-url http://127.0.0.1:8001
     python -m lab bench --model Qwen/Qwen3-0.6B -- --profile course
@@ -43,6 +45,7 @@ from lab.bench import bench_options
 from lab.bench.answer_book import MixedUp, build_book
 from lab.bench.bench_figures import BenchFailed
 from lab.bench.cpu_time import build_meter
+from lab.bench.relay.peers import install_peers, place_checkout
 from lab.bench.relay.relay_comparison import RelayResult, measure_relay
 from lab.bench.report.bench_console import describe_result
 from lab.bench.report.bench_result import BenchFacts, BenchResult
@@ -137,6 +140,10 @@ class BenchRun:
         self._digest = asked.digest
         self._asked = bench_options.AskedQuestions(tuple(self._pairs), arguments.max_tokens)
         self._chance = random.Random(arguments.seed)
+        folder = Path(arguments.out).resolve().parent / "peers"
+        self._peers = folder if arguments.peers else None
+        beside = Path(arguments.beside).resolve() if arguments.beside else None
+        self._beside = [place_checkout(beside)] if beside else []
         self._notes: list[str] = []
 
     async def measure(self) -> BenchResult:
@@ -271,7 +278,10 @@ class BenchRun:
     async def _measure_relay(self) -> RelayResult:
         say = self._announce("relay beside a stand-in engine")
         budget = self._scale.budget("relay", 20)
-        return await measure_relay(self._scale.relay, budget, self._chance, say)
+        contenders = list(self._beside)
+        if self._peers:
+            contenders += await asyncio.to_thread(install_peers, self._peers, say)
+        return await measure_relay(self._scale.relay, budget, self._chance, say, contenders)
 
     def _announce(self, title: str) -> Say:
         """On a terminal the line that changes says it too."""

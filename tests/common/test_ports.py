@@ -89,3 +89,15 @@ def test_ports_are_looked_for_again_when_there_were_none(monkeypatch: pytest.Mon
             find_free_ports(1)
     monkeypatch.setattr(ports, "_lock", lambda number: number)
     assert len(find_free_ports(2)) == 2
+
+
+@pytest.mark.usefixtures("begun_anew")
+def test_ports_that_are_all_listened_at_are_said_and_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ports, "_is_free", lambda port: False)
+    for ask in (find_free_ports, find_free_row):
+        with pytest.raises(NoFreePort, match="listens at each of this process's 256 ports"):
+            ask(1)
+    monkeypatch.setattr(ports, "_is_free", lambda port: True)
+    assert len(find_free_ports(2)) == 2

@@ -21,7 +21,8 @@ import uvloop
 
 from common.ports import find_free_ports
 from lab.bench.bench_figures import BenchFailed
-from lab.bench.relay.relay_arms import GATEWAY_FLAGS, is_answering, start_program
+from lab.bench.relay.peers import GATEWAY_FLAGS
+from lab.bench.relay.relay_arms import is_answering, start_program
 from lab.bench.relay.relay_comparison import KINDS, measure_rate
 
 _START_TIMEOUT_S = 300.0  # it runs at a fiftieth of its speed

@@ -11,29 +11,30 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from common.ports import find_free_ports
 from lab.bench.bench_figures import BenchFailed
+from lab.bench.relay.peers import Contender, build_gateway_command
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.launched_server import stop_process
 from lab.paths import OUT
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
-GATEWAY_FLAGS = ("--prompt-style", "raw", "--warmup-prompts", "1", "--log-format", "json")
 
 
 @dataclass(frozen=True)
 class RelayArms:
-    """The ports by arm, and the relays' process ids."""
+    """The ports by arm, and the relays' process ids. The first two arms are one and the same."""
 
     ports: dict[str, int]
     pids: dict[str, int]
 
 
 @contextlib.asynccontextmanager
-async def start_arms() -> AsyncIterator[RelayArms]:
+async def start_arms(contenders: Sequence[Contender] = ()) -> AsyncIterator[RelayArms]:
     engine, plain, gateway = find_free_ports(3)
     url = f"http://127.0.0.1:{engine}"
     log_path = OUT / "bench-relay.log"
@@ -41,23 +42,26 @@ async def start_arms() -> AsyncIterator[RelayArms]:
     stand_in = "lab.bench.relay.stand_in_engine"
     with ExitStack() as exits:
         log = exits.enter_context(log_path.open("wb"))
-        processes = [
-            start_program(exits, log, core, *words)
-            for core, *words in (
-                (0, stand_in, "engine", "--port", str(engine)),
-                (1, stand_in, "plain", "--port", str(plain), "--url", url),
-                (1, "gateway", "--port", str(gateway), "--engines", url, *GATEWAY_FLAGS),
-            )
-        ]
+        engine_process = start_program(exits, log, 0, stand_in, "engine", "--port", str(engine))
+        words = ("plain", "--port", str(plain), "--url", url)
+        ports = {"plain": plain, "gateway": gateway}
+        relays = {
+            "plain": start_program(exits, log, 1, stand_in, *words),
+            "gateway": start_command(exits, log, 1, build_gateway_command(url, gateway)),
+        }
+        for one in contenders:
+            ports[one.name], metrics = find_free_ports(2)
+            command = one.build_command(url, ports[one.name], metrics)
+            relays[one.name] = start_command(exits, log, 1, command, one.folder)
         # This process beside the stand-in, away from the relays.
         cores = os.sched_getaffinity(0)
         exits.callback(os.sched_setaffinity, 0, cores)
         os.sched_setaffinity(0, {min(cores)})
-        for port in (engine, plain, gateway):
-            if not await is_answering(port, processes):
+        for port in (engine, *ports.values()):
+            if not await is_answering(port, [engine_process, *relays.values()]):
                 raise BenchFailed(f"the relay comparison did not start; see {log_path}")
-        ports = {"direct": engine, "control": engine, "plain": plain, "gateway": gateway}
-        yield RelayArms(ports, {"plain": processes[1].pid, "gateway": processes[2].pid})
+        pids = {arm: process.pid for arm, process in relays.items()}
+        yield RelayArms({"direct": engine, "control": engine} | ports, pids)
 
 
 def start_program(
@@ -68,12 +72,16 @@ def start_program(
     *words: str,
     under: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """On a core of its own where there are two, and under another program if one is named; ended on
-    the way out.
-    """
+    """Under another program, if one is named."""
+    return start_command(exits, log, core, [*under, sys.executable, "-m", module, *words])
+
+
+def start_command(
+    exits: ExitStack, log: IO[bytes], core: int, command: Sequence[str], folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """On a core of its own where there are two; ended on the way out."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-    command = [*under, sys.executable, "-m", module, *words]
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=kept)
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=kept, cwd=folder)
     exits.callback(stop_process, process, _STOP_TIMEOUT_S)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:

@@ -24,7 +24,8 @@ import uvloop
 from common.ports import find_free_ports
 from common.processes import read_cpu_s
 from lab.bench.bench_figures import BenchFailed
-from lab.bench.relay.relay_arms import GATEWAY_FLAGS, is_answering, start_program
+from lab.bench.relay.peers import GATEWAY_FLAGS
+from lab.bench.relay.relay_arms import is_answering, start_program
 from lab.bench.relay.relay_comparison import KINDS, measure_rate
 from lab.bench.relay.stage_clock import STAGES, map_sums
 

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from lab.bench import vllm_bench as outside
 from lab.bench.answer_book import MixedUp
 from lab.bench.bench_figures import BenchFailed, RoundSeries
 from lab.bench.cpu_time import build_meter
+from lab.bench.relay import peers
+from lab.bench.relay.peers import RelayPeer
 from lab.bench.relay.relay_comparison import CPU, LATENCY, PREDICT_CPU, RelayLoad, measure_relay
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.bench.rounds import RoundBudget
+from lab.failures import BadOptions
 from lab.service import LauncherStatus
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import serve_gateway
@@ -125,6 +129,58 @@ async def test_relay_comparison_has_every_figure_of_the_real_gateway() -> None:
     assert rows["added p50 at concurrency 1"].span.value > 0
     assert rows["memory at 10 open streams"].span.value > 20
     assert sum(row.bound is not None for row in rows.values()) == 4
+
+
+async def test_relay_comparison_beside_other_routers_has_their_figures_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two more plain relays in the place of the routers, which are no packages of this project."""
+    program = "import sys; from lab.bench.relay.stand_in_engine import main; "
+    program += "words = dict(zip(sys.argv[1::2], sys.argv[2::2])); "
+    program += (
+        "sys.argv = ['', 'plain', '--port', words['--port'], '--url', words['--worker-urls']]"
+    )
+    for name in ("swift", "sturdy"):
+        script = tmp_path / name / "bin" / name
+        script.parent.mkdir(parents=True)
+        script.write_text(f"#!{sys.executable}\n{program}; main()\n", encoding="utf-8")
+        script.chmod(0o755)
+    fakes = [RelayPeer(name, "", (name,)).place(tmp_path / name) for name in ("swift", "sturdy")]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    load = RelayLoad(calls=20, seconds=0.05, held_streams=10)
+
+    relayed = await measure_relay(
+        load, RoundBudget(0.1, 2, 2), random.Random(1), lambda _: None, fakes
+    )
+
+    assert relayed.peers == ["swift", "sturdy"]
+    units = Counter(row.unit for row in relayed.rows())
+    assert units["× swift"] == units["× sturdy"] == 3
+    assert units["× plain relay"] == 4  # which has a /predict
+    names = [row.name for row in relayed.rows()]
+    assert {"added p50 at concurrency 1, swift", "memory at 10 open streams, sturdy"} <= {*names}
+    assert len(names) == len({*names})
+
+
+async def test_relay_comparison_beside_another_checkout_has_its_figures_too() -> None:
+    load = RelayLoad(calls=20, seconds=0.05, held_streams=10)
+    another = peers.place_checkout(ROOT)
+    relayed = await measure_relay(
+        load, RoundBudget(0.1, 2, 2), random.Random(1), lambda _: None, [another]
+    )
+    assert relayed.peers == ["beside"]
+    with pytest.raises(BadOptions, match="no checkout of this project"):
+        peers.place_checkout(ROOT / "docs")
+
+
+def test_router_that_cannot_be_installed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = RelayPeer("none", "no-such-router-anywhere==1", ("none",))
+    monkeypatch.setattr(peers, "PEERS", (missing,))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BenchFailed, match="cannot install no-such-router-anywhere==1"):
+        peers.install_peers(tmp_path, lambda _: None)
 
 
 async def test_relay_that_mixes_answers_up_is_named() -> None:

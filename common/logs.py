@@ -21,10 +21,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 import orjson
 import structlog
@@ -174,6 +175,9 @@ class LogStream(io.TextIOBase):
         self._writer.add(text)
         return len(text)
 
+    def flush(self) -> None:
+        """Each line is on its way already; structlog asks after every one."""
+
     def finish(self) -> None:
         """The last words are written, for who ends without Python's own exit."""
         self._writer.flush()
@@ -216,15 +220,15 @@ def configure_logging(
 ) -> LogStream:
     """For the whole process; `console` renders lines for people another way than structlog's."""
     stream = replace_stderr()
-    processors: list[Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    processors: list[Processor] = []
     if is_for_people(log_format, stream):
         renderer = console or structlog.dev.ConsoleRenderer()
+        processors += [
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+        ]
     else:
-        renderer = structlog.processors.JSONRenderer(serializer=_write_json)
-        processors += [partial(_add_source, program), structlog.processors.format_exc_info]
+        renderer = partial(_render_json, program)
     least = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*processors, renderer],
@@ -253,16 +257,18 @@ def _name_library_line(_logger: WrappedLogger, _method: str, event: EventDict) -
     }
 
 
-def _add_source(program: str, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """The lines of several programs may stand in the same log."""
-    event["source"] = program
-    return event
-
-
-def _write_json(event: EventDict, **options: Any) -> str:
+def _render_json(program: str, logger: WrappedLogger, method: str, event: EventDict) -> str:
+    """What structlog has five processors for, one after the other: too dear once a request. The
+    lines of several programs may stand in the same log.
+    """
+    event = structlog.processors.add_log_level(logger, method, event)
+    event["timestamp"], event["source"] = datetime.now(UTC), program
+    if "exc_info" in event:
+        event = structlog.processors.format_exc_info(logger, method, event)
     try:
-        return orjson.dumps(event, **options).decode()
+        return orjson.dumps(event, default=repr, option=orjson.OPT_UTC_Z).decode()
     except TypeError:  # half a character, a number of more than 64 bits
+        event["timestamp"] = event["timestamp"].isoformat().replace("+00:00", "Z")
         return json.dumps(event, default=repr)
 
 

@@ -4,8 +4,6 @@ hosts of its media, and what is set aside for it. Whose turn it is, is `queue.py
 
 from __future__ import annotations
 
-import contextlib
-
 from gateway.admission.accounts import Accounts
 from gateway.admission.keys import Caller
 from gateway.admission.media_hosts import MediaHosts
@@ -32,9 +30,10 @@ async def parse_call(
         length = await models.find_shortest_context(deadline)
         most = SMALL_BYTES if length is None else length * settings.max_bytes_per_token
     if len(body) <= min(SMALL_BYTES, most):
-        # What is nested too deep to be written again is copied where it lies, as what is large.
-        with contextlib.suppress(NotWritable):
+        try:
             return parse_openai_request(path, body, settings)
+        except NotWritable:
+            pass  # what is nested too deep is copied where it lies, as what is large
     return await parse_large_openai_request(
         path, body, settings, lambda model: models.find_context(model, deadline)
     )

@@ -12,6 +12,7 @@ import hmac
 import secrets
 import tomllib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,16 +58,16 @@ class Caller(BaseModel):
     batch_retention_days: float = Field(0, ge=0)
     admin: bool = False
 
-    @property
+    @cached_property
     def has_limits(self) -> bool:
         return bool(self.requests_per_minute or self.counts_tokens or self.max_concurrency)
 
-    @property
+    @cached_property
     def counts_tokens(self) -> bool:
         """So what a call may come to use is set aside."""
         return bool(self.tokens_per_minute or self.has_budgets)
 
-    @property
+    @cached_property
     def has_budgets(self) -> bool:
         return bool(self.tokens_per_day or self.tokens_per_month)
 
@@ -176,12 +177,12 @@ class Keyring:
 
     def open_call(self, caller: Caller, context: RequestContext) -> None:
         """What is being answered ends with its key. Keys of the environment do not change."""
-        task = asyncio.current_task()
-        if caller.hash and task is not None:
+        if caller.hash and (task := asyncio.current_task()) is not None:
             self._open[task] = caller, context
 
     def close_call(self) -> None:
-        self._open.pop(asyncio.current_task(), None)  # type: ignore[arg-type]  # None is no key
+        if self._open:
+            self._open.pop(asyncio.current_task(), None)  # type: ignore[arg-type]  # None is no key
 
     async def reload(self) -> None:
         """Reads the file again if it has changed; a bad file leaves the keys as they were.

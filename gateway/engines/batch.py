@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -29,11 +29,12 @@ from gateway.errors import (
 )
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
+from gateway.schemas.fields import are_texts
 from gateway.schemas.predict import SAMPLING_FIELDS
 from gateway.schemas.vllm import (
+    Answer,
     Completion,
     CompletionStream,
-    GeneratedText,
     Prompt,
     Sampling,
     build_completion_call,
@@ -46,7 +47,7 @@ _SMALLEST_SHARE = 16
 # (vLLM before 0.32): its calls are no streams from then on.
 _MOST_CHUNKS = 4
 
-OnAnswer = Callable[[int, GeneratedText], None]
+OnAnswers = Callable[[Sequence[int], Sequence[Answer]], None]
 
 
 class Room(Protocol):
@@ -99,24 +100,32 @@ class _Batch:
     sampling: Sampling
     context: RequestContext
     engine: Engine | None
-    on_answer: OnAnswer
-    answers: list[GeneratedText | GatewayError | None]
+    on_answers: OnAnswers
+    answers: list[Answer | None]
     cost: Completion = field(default_factory=lambda: Completion([]))
 
     @property
     def is_repeatable(self) -> bool:
         return self.sampling.temperature == 0
 
+    def take_prompts(self, places: Sequence[int]) -> Sequence[Prompt]:
+        if isinstance(places, range):
+            return self.prompts[places.start : places.stop]
+        return [self.prompts[place] for place in places]
+
     def put(self, places: Sequence[int], completion: Completion) -> None:
-        for place, answer in zip(places, completion.answers, strict=True):
-            self.put_one(place, answer)
+        if isinstance(places, range):
+            self.answers[places.start : places.stop] = completion.answers
+        else:
+            for place, answer in zip(places, completion.answers, strict=True):
+                self.answers[place] = answer
+        self.on_answers(places, completion.answers)
         self.count(completion.prompt_tokens, completion.completion_tokens)
         self.cost.fingerprint = completion.fingerprint
 
-    def put_one(self, place: int, answer: GeneratedText | GatewayError) -> None:
+    def put_one(self, place: int, answer: Answer) -> None:
         self.answers[place] = answer
-        if isinstance(answer, GeneratedText):
-            self.on_answer(place, answer)
+        self.on_answers((place,), (answer,))
 
     def count(self, taken: int, given: int) -> None:
         self.cost.prompt_tokens += taken
@@ -141,12 +150,12 @@ class BatchGenerator:
         *,
         gate: Gate | None = None,
         engine: Engine | None = None,
-        on_answer: OnAnswer = lambda _place, _answer: None,
+        on_answers: OnAnswers = lambda _places, _answers: None,
     ) -> Completion:
         """An answer or an error for each prompt, in order. With `engine` given, by that one alone,
         as a warm-up must; without a gate, all at once.
         """
-        batch = _Batch(prompts, sampling, context, engine, on_answer, [None] * len(prompts))
+        batch = _Batch(prompts, sampling, context, engine, on_answers, [None] * len(prompts))
         tries = self._settings.max_attempts
         try:
             async with asyncio.TaskGroup() as group:
@@ -155,8 +164,8 @@ class BatchGenerator:
                     task.add_done_callback(piece.leave)
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # one reason is enough for one caller
-        answers = [answer for answer in batch.answers if answer is not None]
-        return replace(batch.cost, answers=answers)
+        batch.cost.answers = [answer for answer in batch.answers if answer is not None]
+        return batch.cost
 
     def _name_model(self, engine: Engine) -> str:
         """As its engine calls it: an adapter by its own name."""
@@ -191,7 +200,7 @@ class BatchGenerator:
         avoid: Engine | None = None,
     ) -> None:
         """Asks until each place has an answer, or an error that another try would not mend."""
-        prompts = [batch.prompts[place] for place in places]
+        prompts = batch.take_prompts(places)
         call = EngineCall(
             batch.context,
             "POST",
@@ -291,10 +300,13 @@ class BatchGenerator:
         """What an engine gave up within a call that it answered."""
         if batch.engine is not None or call.tries_left <= 0:
             return
+        answers = [batch.answers[place] for place in places]
+        if are_texts(answers):
+            return
         lost = [
             place
-            for place in places
-            if may_run_again(batch.answers[place], is_repeatable=batch.is_repeatable)
+            for place, answer in zip(places, answers, strict=True)
+            if may_run_again(answer, is_repeatable=batch.is_repeatable)
         ]
         if not lost:
             return
@@ -310,6 +322,8 @@ class BatchGenerator:
 def cut(prompts: Sequence[Prompt], sampling: Sampling, n_engines: int, most: int) -> list[range]:
     """Pieces of about equal work, as many as there are engines, none longer than `most`."""
     shares = max(1, min(n_engines, len(prompts) // _SMALLEST_SHARE))
+    if shares == 1 and 0 < len(prompts) <= most:
+        return [range(len(prompts))]
     weights = [len(prompt) + sampling.max_tokens for prompt in prompts]
     share = sum(weights) / shares
     pieces: list[range] = []

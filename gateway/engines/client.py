@@ -108,7 +108,9 @@ class EngineClient:
                 message, content = await _read_head(protocol)
                 answer = EngineAnswer(connection, message.code, message.headers, content)
                 if not message.headers.get("Content-Type", "").startswith("text/event-stream"):
-                    answer.body = await content.read()
+                    # Nearly always all of it has come with its head.
+                    is_here = content.is_eof()
+                    answer.body = content.read_nowait() if is_here else await content.read()
                     answer.close()
                 return answer
         except BaseException as error:

@@ -57,6 +57,11 @@ class _OneAnswerProtocol(ResponseHandler):
         elif data:  # aiohttp wakes its parser with nothing, too
             self.close()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp has parser and transport go on after each chunk that is read, paused or not."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def _stop_listening(self) -> None:
         self._is_listening, self._body = False, None
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Self, TypeAlias
 
 from gateway.config import Settings
 from gateway.engines.batch import BatchGenerator, Gate
 from gateway.engines.timeouts import Deadline
-from gateway.errors import EngineError, GatewayError, Unavailable
+from gateway.errors import EngineError, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
-from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
+from gateway.schemas.fields import are_texts
+from gateway.schemas.vllm import Answer, Completion, Prompt, Sampling
 
-# Bytes keep their hash, tuples do not. A gateway's prompts are all texts or all tokens.
-_Key = bytes
+# Texts and bytes keep their hash, tuples do not. A gateway's prompts are all texts or all tokens.
+_Key: TypeAlias = "str | bytes"
 _BYTES_AT_ONCE = 2**21  # between two looks at the event loop
-_Shared = asyncio.Future[GeneratedText | GatewayError]
+_LARGEST_ITEM = 4  # bytes of a character, or of a token's id
 
 
 class Deduplicator:
@@ -27,7 +28,8 @@ class Deduplicator:
         self._generator = generator
         self._is_on = settings.dedup
         self._metrics = metrics
-        self._in_flight: dict[_Key, _Shared] = {}
+        # By how they are drawn, then by prompt: whose they are.
+        self._in_flight: dict[Sampling, dict[_Key, _Shares]] = {}
 
     async def generate(
         self,
@@ -44,7 +46,7 @@ class Deduplicator:
             whole = await self._generate_once(prompts, sampling, context, gate)
         else:
             whole = await self._generator.generate(prompts, sampling, context, gate=gate)
-        if not any(isinstance(answer, GeneratedText) for answer in whole.answers):
+        if not any(isinstance(answer, str) for answer in whole.answers):
             for answer in whole.answers:
                 if isinstance(answer, EngineError | Unavailable):
                     raise answer
@@ -57,20 +59,25 @@ class Deduplicator:
         context: RequestContext,
         gate: Gate | None,
     ) -> Completion:
-        head = repr(sampling).encode()
-        keys = await _build_keys(head, prompts)
+        keys = await _build_keys(prompts)
         wanted = dict(zip(keys, prompts, strict=True))
-        others = {key: self._in_flight[key] for key in wanted if key in self._in_flight}
-        own = {key: prompt for key, prompt in wanted.items() if key not in others}
-        known: dict[_Key, GeneratedText | GatewayError] = {}
+        in_flight = self._in_flight.setdefault(sampling, {})
+        others = {key: in_flight[key].wait(key) for key in in_flight.keys() & wanted.keys()}
+        own = {key: one for key, one in wanted.items() if key not in others} if others else wanted
         whole = Completion([])
-        if own:
-            with _Shares(self._in_flight, list(own)) as shares:
-                whole = await self._generator.generate(
-                    list(own.values()), sampling, context, gate=gate, on_answer=shares.settle
-                )
-                known.update(zip(own, whole.answers, strict=True))
-                shares.settle_rest(whole.answers)
+        try:
+            if own:
+                with _Shares(in_flight, list(own)) as shares:
+                    whole = await self._generator.generate(
+                        list(own.values()), sampling, context, gate=gate, on_answers=shares.settle
+                    )
+                    shares.settle_rest(whole.answers)
+        finally:
+            if not in_flight and self._in_flight.get(sampling) is in_flight:
+                del self._in_flight[sampling]
+        if len(own) == len(prompts):
+            return whole
+        known: dict[_Key, Answer] = dict(zip(own, whole.answers, strict=True))
         if others and gate is not None:
             gate.give_all_back()  # or those whose answers are awaited would find no room for them
         async with Deadline(context.deadline):
@@ -90,38 +97,69 @@ class Deduplicator:
 class _Shares:
     """A batch's prompts, for others to wait for: each is settled as soon as its answer is there."""
 
-    def __init__(self, in_flight: dict[_Key, _Shared], keys: Sequence[_Key]) -> None:
+    def __init__(self, in_flight: dict[_Key, _Shares], keys: Sequence[_Key]) -> None:
         self._in_flight, self._keys = in_flight, keys
-        loop = asyncio.get_running_loop()
-        # Of its own: once settled, a key in flight may be another request's.
-        self._unsettled: dict[_Key, _Shared] = {key: loop.create_future() for key in keys}
-        in_flight.update(self._unsettled)
+        self._awaited: dict[_Key, asyncio.Future[Answer]] = {}  # those that somebody waits for
+        self._is_settled = False  # as a whole
+        in_flight.update(dict.fromkeys(keys, self))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Whoever still waits asks for themselves."""
-        for key, future in self._unsettled.items():
-            del self._in_flight[key]
+        if not self._is_settled:
+            self._forget(self._keys)
+        for future in self._awaited.values():
             future.cancel()
 
-    def settle(self, place: int, answer: GeneratedText | GatewayError) -> None:
-        future = self._unsettled.pop(self._keys[place], None)
+    def wait(self, key: _Key) -> asyncio.Future[Answer]:
+        """The same for all who wait for it."""
+        if key not in self._awaited:
+            self._awaited[key] = asyncio.get_running_loop().create_future()
+        return self._awaited[key]
+
+    def settle(self, places: Sequence[int], answers: Sequence[Answer]) -> None:
+        """The good ones: others may be asked again."""
+        if len(answers) == len(self._keys) and are_texts(answers):
+            self.settle_rest(answers)
+            return
+        for place, answer in zip(places, answers, strict=True):
+            if isinstance(answer, str):
+                self._tell(self._keys[place], answer)
+                self._forget((self._keys[place],))
+
+    def settle_rest(self, answers: Sequence[Answer]) -> None:
+        """All of them, as far as they are not settled yet."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        self._forget(self._keys)
+        if self._awaited:
+            for key, answer in zip(self._keys, answers, strict=True):
+                self._tell(key, answer)
+
+    def _tell(self, key: _Key, answer: Answer) -> None:
+        future = self._awaited.pop(key, None)
         if future is not None:
-            del self._in_flight[self._keys[place]]
             future.set_result(answer)
 
-    def settle_rest(self, answers: Sequence[GeneratedText | GatewayError]) -> None:
-        for place, answer in enumerate(answers):
-            self.settle(place, answer)
+    def _forget(self, keys: Sequence[_Key]) -> None:
+        """Once settled, a key in flight may be another request's."""
+        in_flight = self._in_flight
+        for key in keys:
+            if in_flight.get(key) is self:
+                del in_flight[key]
 
 
-async def _build_keys(head: bytes, prompts: Sequence[Prompt]) -> list[_Key]:
-    keys, size = [], 0
+async def _build_keys(prompts: Sequence[Prompt]) -> list[_Key]:
+    if sum(map(len, prompts)) * _LARGEST_ITEM <= _BYTES_AT_ONCE:
+        return [one if isinstance(one, str) else one.tobytes() for one in prompts]
+    keys: list[_Key] = []
+    size = 0
     for one in prompts:
-        key = head + (one.encode() if isinstance(one, str) else one.tobytes())
-        hash(key)  # which bytes keep: of megabytes that takes as long as the rest
+        key = one if isinstance(one, str) else one.tobytes()
+        hash(key)  # which it keeps: of megabytes that takes as long as the rest
         keys.append(key)
         size += len(key)
         if size > _BYTES_AT_ONCE:
@@ -130,12 +168,12 @@ async def _build_keys(head: bytes, prompts: Sequence[Prompt]) -> list[_Key]:
     return keys
 
 
-async def _collect(others: dict[_Key, _Shared]) -> dict[_Key, GeneratedText]:
+async def _collect(others: Mapping[_Key, asyncio.Future[Answer]]) -> dict[_Key, str]:
     """The good answers among them, once all are there."""
     if others:
         await asyncio.wait(others.values())
     return {
         key: answer
         for key, future in others.items()
-        if not future.cancelled() and isinstance(answer := future.result(), GeneratedText)
+        if not future.cancelled() and isinstance(answer := future.result(), str)
     }

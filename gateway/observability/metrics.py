@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,6 +67,27 @@ class Declared:
     kind: str
     labels: tuple[str, ...]
     meaning: str
+
+
+class LoopCounter(Counter):
+    """Counted by the event loop alone, which also reads it: a lock would cost each request more
+    than the counting does.
+    """
+
+    def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
+        self._value._value += amount  # noqa: SLF001 — its own `inc` has the lock
+
+
+class LoopHistogram(Histogram):
+    """The same; and of twenty buckets, the one is found in five steps."""
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        if exemplar:
+            super().observe(amount, exemplar)
+            return
+        bucket = self._buckets[bisect_left(self._upper_bounds, amount)]
+        self._sum._value += amount  # noqa: SLF001
+        bucket._value += 1  # noqa: SLF001
 
 
 class LiveFigure(Collector):
@@ -448,13 +470,15 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         self._declare(f"{name}_total", "counter", labels, text)
-        return Counter(f"gateway_{name}", text, labels, registry=self.registry)
+        return LoopCounter(f"gateway_{name}", text, labels, registry=self.registry)
 
     def _histogram(
         self, name: str, text: str, *labels: str, buckets: Sequence[float] = SECONDS
     ) -> Histogram:
         self._declare(name, "histogram", labels, text)
-        return Histogram(f"gateway_{name}", text, labels, buckets=buckets, registry=self.registry)
+        return LoopHistogram(
+            f"gateway_{name}", text, labels, buckets=buckets, registry=self.registry
+        )
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         self._declare(name, "gauge", labels, text)

@@ -8,8 +8,9 @@ gateway together. A template that changes its question (trims it, say) is render
 from __future__ import annotations
 
 import asyncio
+import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -86,7 +87,10 @@ class PromptBuilder:
                 "characters of text; shorten it or send fewer questions a call"
             )
         each = len(self._system if system is None else system)
-        if sum(map(len, questions)) + each * len(questions) < _CHARACTERS_WORTH_A_THREAD:
+        few = _CHARACTERS_WORTH_A_THREAD
+        if self._tokenizer is None and self._find_around(system) is not None:
+            few = _LARGEST_SLICE_CHARACTERS  # only put together
+        if sum(map(len, questions)) + each * len(questions) < few:
             return self._build(questions, system, max_model_len)
         prompts: list[Prompt | PromptRefused] = []
         for part in _slice(questions, each):
@@ -101,15 +105,24 @@ class PromptBuilder:
         if most := limit * self._longest_token:
             questions = [one[:most] for one in questions]
         around = len(self._system if system is None else system)
-        long = {
-            place
-            for place, one in enumerate(questions)
-            if self._is_hopeless(around + (0 if limit else len(one)), max_model_len)
-        }
-        texts = [
-            self._text(one if place not in long and is_text(one) else "", system)
-            for place, one in enumerate(questions)
-        ]
+        longest = max(map(len, questions), default=0)
+        long: set[int] = set()
+        if self._is_hopeless(around + (0 if limit else longest), max_model_len):
+            long = {
+                place
+                for place, one in enumerate(questions)
+                if self._is_hopeless(around + (0 if limit else len(one)), max_model_len)
+            }
+        are_good = not long and is_text("".join(questions)) and all(map(str.strip, questions))
+        texts = self._put_around(
+            questions
+            if are_good
+            else [
+                one if place not in long and is_text(one) else ""
+                for place, one in enumerate(questions)
+            ],
+            system,
+        )
         if self._tokenizer is None:
             prompts: list[Prompt] = list(texts)
         else:
@@ -125,6 +138,9 @@ class PromptBuilder:
                 )
                 for question, encoding in zip(questions, encodings, strict=True)
             ]
+        bound = math.inf if self._tokenizer is None or max_model_len is None else max_model_len
+        if are_good and max(map(len, prompts), default=0) < bound:
+            return [*prompts]  # nearly always: nothing to be said of any of them
         return [
             _too_long(f"{around + len(question)} characters", max_model_len)
             if place in long
@@ -142,15 +158,22 @@ class PromptBuilder:
         return characters > most * max_model_len
 
     def _text(self, question: str, system: str | None) -> str:
-        system = self._system if system is None else system
-        around = (
-            self._cached_around(system)
-            if len(system) <= _LARGEST_CACHED_SYSTEM
-            else self._render_around(system)
-        )
+        return self._put_around([question], system)[0]
+
+    def _put_around(self, questions: Sequence[str], system: str | None) -> list[str]:
+        around = self._find_around(system)
         if around is None:
-            return self._render(question, system)
-        return f"{around[0]}{question}{around[1]}"
+            system = self._system if system is None else system
+            return [self._render(question, system) for question in questions]
+        before, after = around
+        return [f"{before}{question}{after}" for question in questions]
+
+    def _find_around(self, system: str | None) -> tuple[str, str] | None:
+        """`None` where each question has to be rendered by itself."""
+        system = self._system if system is None else system
+        if len(system) > _LARGEST_CACHED_SYSTEM:
+            return self._render_around(system)
+        return self._cached_around(system)
 
     def _render_around(self, system: str) -> tuple[str, str] | None:
         before, marker, after = self._render(_MARKER, system).partition(_MARKER)
@@ -168,15 +191,22 @@ class PromptBuilder:
             )
         return encoding.ids
 
-    def clean(self, text: str) -> str:
-        """An engine's text as an answer: stripped, without thinking, on one line if so set."""
-        if self._settings.strip_thinking and "</think>" in text:
-            text = text.partition("</think>")[2]
+    def clean(self, texts: Iterable[str]) -> list[str]:
+        """Engines' texts as answers: stripped, without thinking, on one line if so set."""
+        if self._settings.strip_thinking:
+            mark = "</think>"
+            texts = [one.partition(mark)[2] if mark in one else one for one in texts]
         if self._settings.single_line:
-            # Not by a pattern: what folds a break with the spaces around it tries each space anew.
-            lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
-            text = " ".join(line for line in lines if line)
-        return text.strip()
+            texts = map(_fold, texts)
+        return list(map(str.strip, texts))
+
+
+def _fold(text: str) -> str:
+    """Its lines as one. Not by a pattern: what folds a break with the spaces around it tries each
+    space anew.
+    """
+    lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+    return " ".join(line for line in lines if line)
 
 
 def _slice(questions: Sequence[str], each: int) -> Iterator[Sequence[str]]:

@@ -21,7 +21,7 @@ from gateway.observability.metrics import METRICS
 from gateway.prompts.builder import PromptBuilder
 from gateway.request_body import read_body
 from gateway.request_context import CONTEXT, TRACE_HEADERS
-from gateway.schemas.fields import wrong_type
+from gateway.schemas.fields import are_texts, wrong_type
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.predict import (
     PredictRequest,
@@ -29,7 +29,7 @@ from gateway.schemas.predict import (
     parse_large_predict,
     parse_predict,
 )
-from gateway.schemas.vllm import Completion, GeneratedText, Prompt, Sampling
+from gateway.schemas.vllm import Answer, Completion, Prompt, Sampling, find_errors
 
 _CHARACTERS_A_TOKEN = 4
 _ANSWERS_AT_ONCE = 1000  # between two looks at the event loop
@@ -48,7 +48,11 @@ async def handle_predict(request: web.Request) -> web.Response:
 
     served = await _find_model(request, asked)
     prompts, sampling, builder = await _build_prompts(request, asked, served)
-    good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
+    good: Sequence[Prompt] = (
+        prompts
+        if are_texts(prompts)
+        else [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
+    )
     done = Completion([])
     if good:
         ticket.sequences, ticket.is_divisible = len(good), True
@@ -156,8 +160,8 @@ async def _charge_late(
     request: web.Request, prompts: Sequence[Prompt], done: Completion, sampling: Sampling
 ) -> None:
     """What took too long has been generated all the same, as far as it came."""
-    pairs = zip(prompts, done.answers, strict=True)
-    late = [prompt for prompt, answer in pairs if isinstance(answer, EngineTimeout)]
+    errors = find_errors(done.answers).items()
+    late = [prompts[place] for place, error in errors if isinstance(error, EngineTimeout)]
     if late:
         n_run = min(len(late), len(prompts) - done.shared)
         taken, caller = sum(map(_estimate_tokens, late)) * n_run // len(late), request[CALLER]
@@ -170,21 +174,16 @@ async def _charge_late(
 async def _build_answer(
     request: web.Request,
     asked: PredictRequest,
-    answers: Sequence[GeneratedText | GatewayError],
+    answers: Sequence[Answer],
     builder: PromptBuilder,
 ) -> web.Response:
-    app, clean = request.app, builder.clean
-    texts: list[str | GatewayError] = []
-    for place, one in enumerate(answers, start=1):
-        texts.append(clean(one.text) if isinstance(one, GeneratedText) else one)
-        if place % _ANSWERS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-    for text in texts:
-        if isinstance(text, GatewayError):
-            app[METRICS].prompts_failed.labels(text.error_code).inc()
-    characters = sum(len(text) for text in texts if isinstance(text, str))
-    app[METRICS].count_answers(request[CONTEXT].record, characters)
-    body = await build_predict_response(asked, texts, single_as_list=app[SETTINGS].single_as_list)
+    app = request.app
+    texts, errors = await _clean(answers, builder)
+    for error in errors.values():
+        app[METRICS].prompts_failed.labels(error.error_code).inc()
+    app[METRICS].count_answers(request[CONTEXT].record, sum(map(len, texts)))
+    single_as_list = app[SETTINGS].single_as_list
+    body = await build_predict_response(asked, texts, errors, single_as_list=single_as_list)
     if len(texts) > _ANSWERS_AT_ONCE:
         await asyncio.sleep(0)  # what follows copies all of it again
     response = web.Response(body=body, content_type="application/json")
@@ -196,10 +195,27 @@ async def _build_answer(
     return response
 
 
+async def _clean(
+    answers: Sequence[Answer], builder: PromptBuilder
+) -> tuple[list[str], dict[int, GatewayError]]:
+    """The texts, empty where there is none, and why, by place."""
+    errors = find_errors(answers)
+    texts: list[str] = []
+    for start in range(0, len(answers), _ANSWERS_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        few = answers[start : start + _ANSWERS_AT_ONCE]
+        whole = few if are_texts(few) else [one if isinstance(one, str) else "" for one in few]
+        texts += builder.clean(whole)
+    return texts, errors
+
+
 def _put_in_order(
-    prompts: Sequence[Prompt | GatewayError], generated: Sequence[GeneratedText | GatewayError]
-) -> list[GeneratedText | GatewayError]:
+    prompts: Sequence[Prompt | GatewayError], generated: Sequence[Answer]
+) -> Sequence[Answer]:
     """The engine's answers, with each refused prompt's refusal back in its place."""
+    if len(generated) == len(prompts):
+        return generated
     following = iter(generated)
     return [prompt if isinstance(prompt, GatewayError) else next(following) for prompt in prompts]
 

@@ -7,7 +7,6 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 
 from aiohttp import web
 
@@ -22,7 +21,7 @@ from gateway.admission.calls import (
 from gateway.admission.keys import CALLER
 from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
-from gateway.admission.served_models import MODELS, SERVED_MODEL
+from gateway.admission.served_models import MODELS, SERVED_MODEL, ServedModel
 from gateway.admission.tickets import LaneName, build_ticket, open_claim, parse_deadline
 from gateway.admission.unattended import UnattendedCall
 from gateway.config import SETTINGS
@@ -93,22 +92,18 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     turn = request.get(TURN)
     is_background = turn is not None and turn.is_background
     lane: LaneName = "batch" if call.sequences > 1 or is_background else "interactive"
+    relay = _Relay(request, call, served, turn)
     ticket = build_ticket(
-        request.headers,
-        caller,
-        call.sequences,
-        lane,
-        context.deadline,
-        claim=request.get(CLAIM),
+        request.headers, caller, call.sequences, lane, context.deadline, claim=relay.claim
     )
     if caller.counts_tokens and request.path in _USING_TOKENS:
-        ticket.tokens = _expect_tokens(request, call)
+        ticket.tokens = relay.expect_tokens()
     context.record.note_queued()
     if turn is not None and is_background:
         return await _start(request, call, turn, ticket.lane)
     async with served.queue.enter(ticket):
         context.record.note_entered()
-        response = await _pass_on(request, call)
+        response = await relay.pass_on()
     # Without a place: a database that takes its time keeps nobody else from the engines.
     return response if turn is None else await _store(request, turn, response)
 
@@ -168,8 +163,8 @@ async def _answer_models(request: web.Request) -> web.StreamResponse:
     """
     models, caller = request.app[MODELS], request[CALLER]
     if not models.is_several:
-        request[SERVED_MODEL] = models.all[0]
-        return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
+        served = request[SERVED_MODEL] = models.all[0]
+        return await _Relay(request, OpenAIRequest(b"", is_greedy=True), served).pass_on()
     body = build_model_list(models.list_cards(caller), request.match_info.get("model"))
     return web.Response(body=body, content_type="application/json")
 
@@ -180,183 +175,186 @@ async def _tell_tokenizer(request: web.Request) -> web.StreamResponse:
     name = request.app[SETTINGS].alias_map.get(name or "", name)
     if caller.models and (name is not None or models.is_several):
         caller.check_model(name)
-    request[SERVED_MODEL] = await models.find(name, caller, request[CONTEXT].deadline)
-    return await _pass_on(request, OpenAIRequest(b"", is_greedy=True))
+    served = request[SERVED_MODEL] = await models.find(name, caller, request[CONTEXT].deadline)
+    return await _Relay(request, OpenAIRequest(b"", is_greedy=True), served).pass_on()
 
 
-async def _pass_on(request: web.Request, call: OpenAIRequest) -> web.StreamResponse:
-    stream: EventStream | None = None
-    lines, _ = request[SERVED_MODEL].queue.count("batch")
-    try:
-        engine_call = _build_call(request, call)
-        async with request[SERVED_MODEL].pool.attempt(engine_call) as answer:
-            # It is not sent again, and a stream may last.
-            engine_call.body, call.body = None, b""
-            _release_body(request)
-            if answer.body is not None:
-                return await _answer_whole(request, call, answer)
-            stream = open_stream(
-                request,
-                hides_usage=call.hides_usage,
-                hides_chunk_usage=call.hides_chunk_usage,
-                fingerprint=engine_call.asked.fingerprint if engine_call.asked else "",
-                turn=request.get(TURN),
-            )
-            await stream.start(answer.status, _pick_headers(answer))
-            await stream.copy(answer)
-    except GatewayError as error:
-        if isinstance(error, DeadlinePassed | EngineTimeout):
-            await _charge(request, call, stream)
-        if stream is None or not stream.has_started:
-            raise
-        if isinstance(error, EngineError) and not isinstance(error, EngineTimeout):
-            await _count(request, call, stream.usage)
-        return await stream.end(error)
-    except (asyncio.CancelledError, ConnectionError):
-        await _charge(request, call, stream)
-        if stream is None or not stream.has_started:
-            raise
-        end = request[CONTEXT].take_end()
-        if end is None:
-            raise
-        return await stream.end(end)
-    _learn_first_token(request, call, stream, lines)
-    usage = stream.usage
-    if usage is None and request.path in FORMS:
-        usage = 0, stream.told_tokens
-    await _count(request, call, usage)
-    return await stream.end()
+class _Relay:
+    """One call on its way to an engine and back; what each step needs is looked up once."""
 
-
-def _learn_first_token(
-    request: web.Request, call: OpenAIRequest, stream: EventStream, lines: int
-) -> None:
-    """With so many lines of batches beside it at its start."""
-    if stream.timing.chunks and call.sequences == 1:
-        first_s = stream.timing.first_chunk_at - request[CONTEXT].sent_at
-        request[SERVED_MODEL].first_tokens.learn(first_s, lines)
-
-
-def _release_body(request: web.Request) -> None:
-    """But for the items that are stored at the end."""
-    context, turn = request[CONTEXT], request.get(TURN)
-    kept = 0 if turn is None else len(turn.input)
-    request.app[BODIES].release(context, max(0, context.held_bytes - kept))
-
-
-def _build_call(request: web.Request, call: OpenAIRequest) -> EngineCall:
-    context, settings = request[CONTEXT], request.app[SETTINGS]
-    context.carry(request.headers, _SENT)
-    if call.content_type:
-        context.carried = {**context.carried, "Content-Type": call.content_type}
-    affinity = call.affinity
-    if settings.routing == "session":
-        affinity = request.headers.get("X-Session-Id") or affinity
-    return EngineCall(
-        context,
-        request.method,
-        _name_path(request),
-        settings.max_attempts,
-        body=call.body or None,
-        sequences=call.sequences,
-        is_repeatable=call.is_greedy,
-        affinity=affinity,
-        parse=partial(_read_models, request) if _asks_for_models(request) else None,
-        is_relayed=True,
+    __slots__ = (
+        *("_accounts", "_call", "_caller", "_context", "_path", "_request", "_served"),
+        *("_settings", "_turn", "claim"),
     )
 
+    def __init__(
+        self,
+        request: web.Request,
+        call: OpenAIRequest,
+        served: ServedModel,
+        turn: Turn | None = None,
+    ) -> None:
+        self._request, self._call, self._served, self._turn = request, call, served, turn
+        self.claim = request.get(CLAIM)
+        self._context, self._caller = request[CONTEXT], request[CALLER]
+        self._settings, self._accounts = request.app[SETTINGS], request.app[ACCOUNTS]
+        self._path = request.path
 
-def _name_path(request: web.Request) -> str:
-    if _asks_for_models(request):
-        return _MODELS  # one is picked from the list here: vLLM has no route for it
-    return _ENGINES_NAMES.get(request.path) or request.rel_url.raw_path_qs
+    async def pass_on(self) -> web.StreamResponse:
+        stream: EventStream | None = None
+        lines, _ = self._served.queue.count("batch")
+        try:
+            engine_call = self._build_call()
+            async with self._served.pool.attempt(engine_call) as answer:
+                # It is not sent again, and a stream may last.
+                engine_call.body, self._call.body = None, b""
+                self._release_body()
+                if answer.body is not None:
+                    return await self._answer_whole(answer, answer.body)
+                stream = open_stream(
+                    self._request,
+                    hides_usage=self._call.hides_usage,
+                    hides_chunk_usage=self._call.hides_chunk_usage,
+                    fingerprint=engine_call.asked.fingerprint if engine_call.asked else "",
+                    turn=self._turn,
+                )
+                await stream.start(answer.status, _pick_headers(answer))
+                await stream.copy(answer)
+        except GatewayError as error:
+            if isinstance(error, DeadlinePassed | EngineTimeout):
+                await self._charge(stream)
+            if stream is None or not stream.has_started:
+                raise
+            if isinstance(error, EngineError) and not isinstance(error, EngineTimeout):
+                await self._count(stream.usage)
+            return await stream.end(error)
+        except (asyncio.CancelledError, ConnectionError):
+            await self._charge(stream)
+            if stream is None or not stream.has_started:
+                raise
+            end = self._context.take_end()
+            if end is None:
+                raise
+            return await stream.end(end)
+        self._learn_first_token(stream, lines)
+        usage = stream.usage
+        if usage is None and self._path in FORMS:
+            usage = 0, stream.told_tokens
+        await self._count(usage)
+        return await stream.end()
+
+    def expect_tokens(self) -> int:
+        bound, taken = self._bound_answer(), self._guess_prompt()
+        return expect_tokens(self._call, taken, bound, self._caller, self._accounts)
+
+    def _learn_first_token(self, stream: EventStream, lines: int) -> None:
+        """With so many lines of batches beside it at its start."""
+        if stream.timing.chunks and self._call.sequences == 1:
+            first_s = stream.timing.first_chunk_at - self._context.sent_at
+            self._served.first_tokens.learn(first_s, lines)
+
+    def _release_body(self) -> None:
+        """But for the items that are stored at the end."""
+        kept = 0 if self._turn is None else len(self._turn.input)
+        bodies, held = self._request.app[BODIES], self._context.held_bytes
+        bodies.release(self._context, max(0, held - kept))
+
+    def _build_call(self) -> EngineCall:
+        request, context, call = self._request, self._context, self._call
+        context.carry(request.headers, _SENT)
+        if call.content_type:
+            context.carried = {**context.carried, "Content-Type": call.content_type}
+        affinity = call.affinity
+        if self._settings.routing == "session":
+            affinity = request.headers.get("X-Session-Id") or affinity
+        asks_for_models = _asks_for_models(request)
+        path = _ENGINES_NAMES.get(self._path) or request.rel_url.raw_path_qs
+        return EngineCall(
+            context,
+            request.method,
+            # One is picked from the list here: vLLM has no route for it.
+            _MODELS if asks_for_models else path,
+            self._settings.max_attempts,
+            body=call.body or None,
+            sequences=call.sequences,
+            is_repeatable=call.is_greedy,
+            affinity=affinity,
+            parse=self._read_models if asks_for_models else None,
+            is_relayed=True,
+        )
+
+    async def _answer_whole(self, answer: EngineAnswer, body: bytes) -> web.Response:
+        headers, status = _pick_headers(answer), answer.status
+        if status == 200:
+            if _asks_for_models(self._request):
+                body = answer.value
+            await self._count(self._read_usage(answer, body))
+        elif lacks_previous_response(self._path, status, body):
+            status, body = 400, build_no_previous_response()
+        elif status >= 400:
+            body = name_engine_error(status, body, self._path)
+            headers["Content-Type"] = "application/json"
+            if status == 501:
+                headers["x-should-retry"] = "false"  # what it does not know it will not learn
+            if status in {429, 503}:
+                headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
+        return web.Response(status=status, headers=headers, body=body)
+
+    def _read_usage(self, answer: EngineAnswer, body: bytes) -> Usage | None:
+        if self._path in FORMS:  # the engine counts seconds of sound, if anything
+            return 0, len(body) // BYTES_A_TOKEN
+        told = parse_usage(body)
+        if told is None and self._path in POOLING:
+            # Vectors as bytes: a header may tell, or nothing does.
+            metadata = answer.headers.get("metadata", "")
+            told = parse_usage(metadata.encode("utf-8", "surrogateescape"))
+            return told or (self._guess_prompt(), 0)
+        return told
+
+    def _read_models(self, status: int, body: bytes) -> bytes:
+        wanted = self._request.match_info.get("model")
+        return build_models(body, self._settings.alias_map, wanted) if status == 200 else body
+
+    async def _charge(self, stream: EventStream | None) -> None:
+        """For what was left in the middle the engine tells no figures, or only the first; for the
+        prompt it is a token for four bytes then. Else hanging up would be free.
+        """
+        context, call = self._context, self._call
+        if self._path not in _USING_TOKENS or not context.is_running:
+            return
+        told = stream.usage[0] if stream and stream.usage else 0
+        taken = told if told and call.sequences == 1 else self._guess_prompt()
+        given = stream.told_tokens if stream else 0
+        spent = Spent(taken, given, context.running_s(), call.sequences, self._served.name)
+        most, claim = self._bound_answer(), self.claim
+        await self._accounts.charge_left(self._caller, spent, most, claim=claim)
+
+    async def _count(self, usage: Usage | None) -> None:
+        if usage is None:
+            return
+        context, served = self._context, self._served
+        context.record.prompt_tokens, context.record.completion_tokens = usage
+        served.count_tokens(*usage)
+        timing, running_s = context.record.stream, context.running_s()
+        if timing is not None and timing.held_s > running_s * _HELD_SHARE:
+            running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
+        spent = Spent(*usage, running_s, self._call.sequences, served.name)
+        await self._accounts.count_tokens(self._caller, spent, self.claim)
+
+    def _bound_answer(self) -> int:
+        """The most new tokens of a sequence, by the caller's word and by the model's context."""
+        if self._path not in _WRITING:
+            return 0
+        return bound_answer(self._call, self._settings, self._served.pool)
+
+    def _guess_prompt(self) -> int:
+        """Its tokens, by its size; a sound is no text."""
+        return 0 if self._path in FORMS else self._call.size // BYTES_A_TOKEN
 
 
 def _asks_for_models(request: web.Request) -> bool:
     return request.method == "GET" and request.path.startswith(_MODELS)
 
 
-async def _answer_whole(
-    request: web.Request, call: OpenAIRequest, answer: EngineAnswer
-) -> web.Response:
-    headers, body, status = _pick_headers(answer), answer.body or b"", answer.status
-    if status == 200:
-        if _asks_for_models(request):
-            body = answer.value
-        await _count(request, call, _read_usage(request, call, answer))
-    elif lacks_previous_response(request.path, status, body):
-        status, body = 400, build_no_previous_response()
-    elif status >= 400:
-        body = name_engine_error(status, body, request.path)
-        headers["Content-Type"] = "application/json"
-        if status == 501:
-            headers["x-should-retry"] = "false"  # what it does not know it will not learn
-        if status in {429, 503}:
-            headers.setdefault("Retry-After", _RETRY_AFTER_S)  # vLLM does not say
-    return web.Response(status=status, headers=headers, body=body)
-
-
-def _read_usage(request: web.Request, call: OpenAIRequest, answer: EngineAnswer) -> Usage | None:
-    body = answer.body or b""
-    if request.path in FORMS:  # the engine counts seconds of sound, if anything
-        return 0, len(body) // BYTES_A_TOKEN
-    told = parse_usage(body)
-    if told is None and request.path in POOLING:
-        # Vectors as bytes: a header may tell, or nothing does.
-        told = parse_usage(answer.headers.get("metadata", "").encode("utf-8", "surrogateescape"))
-        return told or (_guess_prompt(request, call), 0)
-    return told
-
-
-def _read_models(request: web.Request, status: int, body: bytes) -> bytes:
-    aliases, wanted = request.app[SETTINGS].alias_map, request.match_info.get("model")
-    return build_models(body, aliases, wanted) if status == 200 else body
-
-
 def _pick_headers(answer: EngineAnswer) -> dict[str, str]:
     return {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
-
-
-async def _charge(request: web.Request, call: OpenAIRequest, stream: EventStream | None) -> None:
-    """For what was left in the middle the engine tells no figures, or only the first; for the
-    prompt it is a token for four bytes then. Else hanging up would be free.
-    """
-    if request.path not in _USING_TOKENS or not request[CONTEXT].is_running:
-        return
-    told = stream.usage[0] if stream and stream.usage else 0
-    taken = told if told and call.sequences == 1 else _guess_prompt(request, call)
-    given = stream.told_tokens if stream else 0
-    name = request[SERVED_MODEL].name
-    spent = Spent(taken, given, request[CONTEXT].running_s(), call.sequences, name)
-    caller, most = request[CALLER], _bound_answer(request, call)
-    await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=request.get(CLAIM))
-
-
-async def _count(request: web.Request, call: OpenAIRequest, usage: Usage | None) -> None:
-    if usage is None:
-        return
-    context = request[CONTEXT]
-    context.record.prompt_tokens, context.record.completion_tokens = usage
-    request[SERVED_MODEL].count_tokens(*usage)
-    timing, running_s = context.record.stream, context.running_s()
-    if timing is not None and timing.held_s > running_s * _HELD_SHARE:
-        running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
-    spent = Spent(*usage, running_s, call.sequences, request[SERVED_MODEL].name)
-    await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
-
-
-def _bound_answer(request: web.Request, call: OpenAIRequest) -> int:
-    """The most new tokens of a sequence, by the caller's word and by the model's context."""
-    if request.path not in _WRITING:
-        return 0
-    return bound_answer(call, request.app[SETTINGS], request[SERVED_MODEL].pool)
-
-
-def _expect_tokens(request: web.Request, call: OpenAIRequest) -> int:
-    bound, taken = _bound_answer(request, call), _guess_prompt(request, call)
-    return expect_tokens(call, taken, bound, request[CALLER], request.app[ACCOUNTS])
-
-
-def _guess_prompt(request: web.Request, call: OpenAIRequest) -> int:
-    """Its tokens, by its size; a sound is no text."""
-    return 0 if request.path in FORMS else call.size // BYTES_A_TOKEN

@@ -68,6 +68,7 @@ CHAT_BATCH = "/v1/chat/completions/batch"
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _COPIES = ("n", "best_of")
+_SIZED = frozenset((*_LOGPROBS, "stop", *_SCHEMA_FIELDS))
 _WHOLE_NUMBERS = frozenset((*_LENGTHS, "top_logprobs", "prompt_logprobs"))
 # Where the number of copies means something.
 _COPYING = frozenset(("/v1/completions", "/v1/chat/completions", CHAT_BATCH))
@@ -264,7 +265,9 @@ def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> 
         )
     copies = 1
     if path in _COPYING:
-        copies = max(_count(data, name, settings.max_n) for name in _COPIES)
+        for name in _COPIES:
+            if name in data:
+                copies = max(copies, _count(data, name, settings.max_n))
     sequences = max(1, prompts) * copies
     if sequences > settings.max_prompts_per_call:
         raise InvalidRequest(
@@ -300,6 +303,8 @@ def _count(data: Mapping[str, Any], name: str, most: int) -> int:
 
 
 def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
+    if _SIZED.isdisjoint(data):
+        return
     most = settings.max_logprobs
     for name in _LOGPROBS:
         value = data.get(name)
@@ -318,14 +323,15 @@ def _bound_sizes(data: Mapping[str, Any], settings: Settings) -> None:
 
 def _bound_lengths(data: Mapping[str, Any], settings: Settings) -> int | None:
     """The longest that is asked for. What is no number is the engine's to refuse."""
-    asked = []
+    longest = None
     for name in _LENGTHS:
         value = data.get(name)
-        if isinstance(value, int) and value > settings.max_new_tokens:
+        if not isinstance(value, int):
+            continue
+        if value > settings.max_new_tokens:
             raise InvalidRequest(f"{name} must be at most {settings.max_new_tokens}", param=name)
-        if isinstance(value, int):
-            asked.append(value)
-    return max(asked, default=None)
+        longest = value if longest is None else max(longest, value)
+    return longest
 
 
 def _ask_for_usage(data: dict[str, Any]) -> tuple[bool, bool]:

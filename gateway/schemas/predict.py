@@ -13,6 +13,7 @@ import orjson
 from gateway.config import Settings
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.schemas.fields import (
+    are_texts,
     is_text,
     parse_json_object,
     read_integer,
@@ -37,7 +38,7 @@ _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 class PredictRequest:
     """A parsed POST /predict."""
 
-    questions: list[str]
+    questions: Sequence[str]
     is_single: bool
     sampling: Sampling
     system: str | None
@@ -78,9 +79,9 @@ def _read_predict(data: Mapping[str, Any], settings: Settings) -> PredictRequest
             param=name,
             code="too_many_prompts",
         )
-    for index, question in enumerate(questions):
-        if not isinstance(question, str):
-            raise wrong_type(f"{name}[{index}]", "a string")
+    if not are_texts(questions):
+        index = next(place for place, one in enumerate(questions) if not isinstance(one, str))
+        raise wrong_type(f"{name}[{index}]", "a string")
     system = data.get("system")
     if system is not None and (not isinstance(system, str) or not is_text(system)):
         raise wrong_type("system", "a string")
@@ -117,27 +118,28 @@ def default_sampling(settings: Settings) -> Sampling:
 
 
 async def build_predict_response(
-    request: PredictRequest, answers: Sequence[str | GatewayError], *, single_as_list: bool
+    request: PredictRequest,
+    texts: Sequence[str],
+    errors: Mapping[int, GatewayError],
+    *,
+    single_as_list: bool,
 ) -> bytes:
     """The body of a /predict answer. A single prompt that failed is raised, not written."""
-    if request.is_single and isinstance(answers[0], GatewayError):
-        raise answers[0]
-    texts = [answer if isinstance(answer, str) else "" for answer in answers]
+    if request.is_single and errors:
+        raise errors[0]
     is_text = request.is_single and not single_as_list
     pieces = [orjson.dumps(texts[0])] if is_text else await _dump_texts(texts)
-    errors = {
-        str(index): describe_error(answer)
-        for index, answer in enumerate(answers)
-        if isinstance(answer, GatewayError)
-    }
     if errors:
-        pieces += [b',"errors":', orjson.dumps(errors)]
+        told = {str(place): describe_error(error) for place, error in errors.items()}
+        pieces += [b',"errors":', orjson.dumps(told)]
     # Put together once: what is megabytes takes milliseconds to copy.
     return b"".join((b'{"response":', *pieces, b"}"))
 
 
 async def _dump_texts(texts: Sequence[str]) -> list[bytes]:
     """Pieces of a list, some texts at a time: the answers of a large batch are megabytes."""
+    if sum(map(len, texts)) <= _CHARACTERS_AT_ONCE:
+        return [orjson.dumps(texts)]
     pieces, start, size = [b"["], 0, 0
     for place, text in enumerate(texts, start=1):
         size += len(text)
@@ -147,4 +149,4 @@ async def _dump_texts(texts: Sequence[str]) -> list[bytes]:
         if size > _CHARACTERS_AT_ONCE:
             size = 0
             await asyncio.sleep(0)
-    return [*pieces[:-1], b"]"] if texts else [b"[]"]
+    return [*pieces[:-1], b"]"]

@@ -21,6 +21,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "stream_interval": (1, _INT32),
 }
 TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
+_CHECKED = frozenset((*_RANGES, *TOKEN_LISTS, "logit_bias", "vllm_xargs"))
 _MOST_TOKEN_DIGITS = 10
 # How engines hand work to each other; it names hosts that the engine would then speak to.
 _INTERNAL_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
@@ -28,6 +29,8 @@ _INTERNAL_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
 
 def check_sampling(data: Mapping[str, Any]) -> None:
     """`InvalidRequest` names the field; what is no number is the engine's to refuse."""
+    if _CHECKED.isdisjoint(data):
+        return
     for name in _RANGES.keys() & data.keys():
         value = data[name]
         if isinstance(value, int | float):

@@ -7,7 +7,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import orjson
 
@@ -19,10 +19,12 @@ from gateway.errors import (
     InvalidRequest,
     RouteNotServed,
 )
+from gateway.schemas.fields import are_texts
 
 # Ids in four bytes each: as a list of numbers they take ten times as much while they wait.
 Prompt: TypeAlias = "str | array[int]"
 ID_TYPE = "I"
+Answer: TypeAlias = "str | GatewayError"  # of one sequence: its text, or why there is none
 
 _LOAD_METRICS = {
     "vllm:num_requests_running": "running",
@@ -38,6 +40,7 @@ _LOAD_METRICS = {
 }
 # What FastAPI says where no route matches; of a model that is not there vLLM says more.
 _NO_ROUTE = "Not Found"
+_ENDED = ("stop", "length")
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)
 _LOAD_LINE = re.compile(rf"^(?:{'|'.join(_LOAD_METRICS)})[{{ ].*$", re.MULTILINE)
 
@@ -55,19 +58,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedText:
-    """One sequence as the engine ended it."""
-
-    text: str
-    finish_reason: str
-
-
 @dataclass(slots=True)
 class Completion:
     """The engine's answer to one call, in the order of the prompts."""
 
-    answers: list[GeneratedText | GatewayError]
+    answers: list[Answer]
     prompt_tokens: int = 0
     completion_tokens: int = 0
     shared: int = 0  # prompts that were answered by another's answer
@@ -97,6 +92,13 @@ class EngineLoad:
     looked_up_tokens: float = 0.0
     first_token_sum_s: float = 0.0
     first_token_count: float = 0.0
+
+
+def find_errors(answers: Sequence[Answer]) -> dict[int, GatewayError]:
+    """By place."""
+    if are_texts(answers):
+        return {}
+    return {place: one for place, one in enumerate(answers) if not isinstance(one, str)}
 
 
 def garbled_answer(error: Exception) -> EngineError:
@@ -144,7 +146,7 @@ class CompletionStream:
         self.chunks = 0
         self.is_at_fault = False  # what came made no sense, or told of a fault of the engine's
 
-    def read(self, data: bytes) -> Iterator[tuple[int, GeneratedText | GatewayError, int, int]]:
+    def read(self, data: bytes) -> Iterator[tuple[int, Answer, int, int]]:
         """The sequences that have ended: which, how, and their tokens in and out."""
         *events, self._rest = (self._rest + data).split(b"\n\n")
         for event in events:
@@ -159,9 +161,7 @@ class CompletionStream:
                     raise
                 raise garbled_answer(error) from error
 
-    def _read_event(
-        self, data: Mapping[str, Any]
-    ) -> Iterator[tuple[int, GeneratedText | GatewayError, int, int]]:
+    def _read_event(self, data: Mapping[str, Any]) -> Iterator[tuple[int, Answer, int, int]]:
         if "error" in data:
             status, message = data["error"].get("code"), str(data["error"]["message"])
             if isinstance(status, int) and 400 <= status < 500:
@@ -216,32 +216,36 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
         data = orjson.loads(body)
         choices = data["choices"]
         usage = data.get("usage") or {}
-        answers: list[GeneratedText | GatewayError | None] = [None] * n_prompts
+        answers: list[Answer | None] = [None] * n_prompts
         for choice in choices:
-            place = range(n_prompts).index(choice["index"])  # -1 would be the last one's
-            answers[place] = _read_choice(choice)
+            place, text = choice["index"], choice.get("text")
+            if place < 0:  # -1 would be the last one's
+                raise IndexError(place)
+            is_good = choice.get("finish_reason") in _ENDED and isinstance(text, str)
+            answers[place] = text if is_good else _read_choice(choice)
         prompt_tokens = _read_count(usage, "prompt_tokens")
         completion_tokens = _read_count(usage, "completion_tokens")
     except (orjson.JSONDecodeError, *_UNREADABLE) as error:
         raise garbled_answer(error) from error
     if len(choices) > n_prompts:
         raise EngineError("the engine answered a prompt twice", code="engine_garbled")
-    present = [answer for answer in answers if answer is not None]
-    if len(present) != n_prompts:
+    if missing := answers.count(None):
         raise EngineError(
-            f"the engine answered {len(present)} of {n_prompts} prompts", code="engine_garbled"
+            f"the engine answered {n_prompts - missing} of {n_prompts} prompts",
+            code="engine_garbled",
         )
     fingerprint = str(data.get("system_fingerprint") or "")
+    present = cast("list[Answer]", answers)
     return Completion(present, prompt_tokens, completion_tokens, fingerprint=fingerprint)
 
 
-def _read_choice(choice: Mapping[str, Any]) -> GeneratedText | EngineError:
-    reason = choice.get("finish_reason")
-    if reason not in {"stop", "length"}:
+def _read_choice(choice: Mapping[str, Any]) -> Answer:
+    reason, text = choice.get("finish_reason"), choice.get("text")
+    if reason not in _ENDED:
         return EngineAborted(f"the engine gave this prompt up (finish_reason {reason!r})")
-    if not isinstance(choice["text"], str):
+    if not isinstance(text, str):
         raise TypeError("a text is none")
-    return GeneratedText(choice["text"], str(reason))
+    return text
 
 
 def _read_count(usage: Mapping[str, Any], name: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +52,28 @@ def test_json_lines_share_their_keys_a_librarys_and_a_crash_too(form: str) -> No
     assert (library["logger"], library["message"]) == ("some.library", "it is odd")
     assert (crash["event"], crash["level"]) == ("gateway_crashed", "critical")
     assert crash["exception"].endswith("RuntimeError: boom")
+
+
+def test_json_line_takes_what_json_has_no_form_for() -> None:
+    code = """
+import structlog
+from pathlib import Path
+from common.logs import configure_logging
+configure_logging("gateway", "json")
+log = structlog.get_logger("gateway")
+log.warning("noted", path=Path("a"), number=1)
+log.error("noted", number=2**70, text="\\ud800")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    first, second = (json.loads(line) for line in done.stderr.splitlines())
+    assert list(first) == ["path", "number", "event", "level", "timestamp", "source"]
+    assert (first["path"], first["level"]) == ("PosixPath('a')", "warning")
+    assert (second["number"], second["text"], second["level"]) == (2**70, "\ud800", "error")
+    for row in (first, second):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", row["timestamp"])
 
 
 def test_line_that_is_written_in_two_pieces_is_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from lab.bench.bench_figures import BenchFailed
 from lab.failures import BadOptions
 
+GATEWAY_FLAGS = ("--prompt-style", "raw", "--warmup-prompts", "1", "--log-format", "json")
 _INSTALL_TIMEOUT_S = 600
 
 
@@ -66,8 +67,7 @@ def install_peers(folder: Path, say: Callable[[str], None]) -> list[Contender]:
 
 
 def build_gateway_command(engine: str, port: int, _metrics_port: int = 0) -> list[str]:
-    words = ["--port", str(port), "--engines", engine, "--prompt-style", "raw"]
-    words += ["--warmup-prompts", "1", "--log-format", "json"]
+    words = ["--port", str(port), "--engines", engine, *GATEWAY_FLAGS]
     return [sys.executable, "-m", "gateway", *words]
 
 

@@ -65,9 +65,15 @@ async def start_arms(contenders: Sequence[Contender] = ()) -> AsyncIterator[Rela
 
 
 def start_program(
-    exits: ExitStack, log: IO[bytes], core: int, module: str, *words: str
+    exits: ExitStack,
+    log: IO[bytes],
+    core: int,
+    module: str,
+    *words: str,
+    under: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    return start_command(exits, log, core, [sys.executable, "-m", module, *words])
+    """Under another program, if one is named."""
+    return start_command(exits, log, core, [*under, sys.executable, "-m", module, *words])
 
 
 def start_command(
@@ -83,9 +89,13 @@ def start_command(
     return process
 
 
-async def is_answering(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+async def is_answering(
+    port: int,
+    processes: Sequence[subprocess.Popen[bytes]],
+    timeout_s: float = _READY_TIMEOUT_S,
+) -> bool:
     """Waited for, unless one of the programs has ended."""
-    deadline = time.monotonic() + _READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, BenchFailed):
             connection = await RelayConnection.connect(port)

@@ -36,22 +36,38 @@ class RelayConnection:
 
     def send(self, number: int, *, stream: bool, extra: bytes = b"") -> None:
         body = b'{"model":"m","messages":[{"role":"user","content":"%snumber-%d."}]%s}'
-        body %= (extra, number, b',"stream":true' if stream else b"")
-        head = (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        self._post(
+            b"/v1/chat/completions", body % (extra, number, b',"stream":true' if stream else b"")
         )
+
+    def _post(self, path: bytes, body: bytes) -> None:
+        head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % path
         head += self.headers
         self._writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
     async def ask(self, number: int) -> None:
         self.send(number, stream=False)
+        body = await self._read_answer()
+        if find_number(body) != number:
+            raise MixedUp(f"asked {number}, answered {body[:300]!r}")
+
+    async def ask_predict(self, number: int, prompts: int) -> None:
+        """So many questions, of which no two are the same."""
+        questions = b",".join(
+            b'"What is the answer to question %d of number-%d.?"' % (place, number)
+            for place in range(prompts)
+        )
+        self._post(b"/predict", b'{"prompt":[%s]}' % questions)
+        numbers = find_numbers(await self._read_answer())
+        if numbers != [number] * prompts:
+            raise MixedUp(f"asked {prompts} times {number}, answered {numbers[:300]}")
+
+    async def _read_answer(self) -> bytes:
         head = await self.read_head()
         length = _LENGTH.search(head)
         if length is None:
             raise BenchFailed(f"an answer of unknown length: {head!r}")
-        body = await self._reader.readexactly(int(length[1]))
-        if find_number(body) != number:
-            raise MixedUp(f"asked {number}, answered {body[:300]!r}")
+        return await self._reader.readexactly(int(length[1]))
 
     async def ask_stream(self, number: int) -> int:
         self.send(number, stream=True)

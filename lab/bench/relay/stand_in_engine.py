@@ -10,6 +10,7 @@ import re
 from typing import cast
 
 import aiohttp
+import orjson
 import uvloop
 from aiohttp import web
 
@@ -58,9 +59,9 @@ class EngineProtocol(asyncio.Protocol):
             self._streams.add(task)
             task.add_done_callback(self._streams.discard)
         elif head.startswith(b"POST /v1/completions"):
-            prompts = body.count(b"[") - body.count(b'"stop":[') - body.count(b'_ids":[') - 1
-            choice = b'{"index":%d,"text":"a","finish_reason":"stop"}'
-            choices = b",".join(choice % index for index in range(max(1, prompts)))
+            prompts, number = len(orjson.loads(body)["prompt"]), find_number(body)
+            choice = b'{"index":%d,"text":"number-%d.","finish_reason":"stop"}'
+            choices = b",".join(choice % (index, number) for index in range(prompts))
             self._transport.write(_whole(b'{"choices":[%s],"usage":{}}' % choices))
         else:
             text = b'{"id":"x","object":"chat.completion","choices":[{"index":0,"message":'
@@ -103,6 +104,15 @@ async def serve_engine(port: int) -> None:
 async def serve_plain_relay(port: int, engine: str) -> None:
     """As little as aiohttp can do."""
 
+    async def predict(request: web.Request) -> web.Response:
+        asked = orjson.loads(await request.read())
+        body = orjson.dumps({"prompt": asked["prompt"], "max_tokens": 256, "temperature": 0.0})
+        headers = {"Content-Type": "application/json"}
+        async with session.post(engine + "/v1/completions", data=body, headers=headers) as upstream:
+            answer = orjson.loads(await upstream.read())
+        texts = [choice["text"].strip() for choice in answer["choices"]]
+        return web.Response(body=orjson.dumps({"response": texts}), content_type="application/json")
+
     async def relay(request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = {"Content-Type": "application/json"}
@@ -125,6 +135,7 @@ async def serve_plain_relay(port: int, engine: str) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         app = web.Application()
+        app.router.add_post("/predict", predict)
         app.router.add_route("*", "/{path:.*}", relay)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await runner.setup()

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
@@ -17,7 +18,14 @@ from common.ports import find_free_ports
 from gateway.admission.keys import make_key
 from gateway.config import SettingsError
 from gateway.engines.pool import POOL
-from gateway.observability.metrics import GAP_SECONDS, SECONDS, Metrics, list_metrics
+from gateway.observability.metrics import (
+    GAP_SECONDS,
+    SECONDS,
+    LoopCounter,
+    LoopHistogram,
+    Metrics,
+    list_metrics,
+)
 from gateway.observability.request_record import RequestRecord, StreamTiming
 from lab.records.record import RecordFigure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
@@ -545,3 +553,24 @@ def test_counting_a_request_takes_microseconds() -> None:
         return time.perf_counter() - began
 
     assert min(count() for _ in range(5)) / 1000 < 50e-6
+
+
+def test_figures_without_a_lock_count_what_those_with_one_do() -> None:
+    registries = CollectorRegistry(), CollectorRegistry()
+    kinds = (Counter, Histogram), (LoopCounter, LoopHistogram)
+    for registry, (counter, histogram) in zip(registries, kinds, strict=True):
+        counted = counter("counted", "text", ["route"], registry=registry).labels("/")
+        times = histogram("times", "text", ["route"], buckets=(0.5, 1, 5), registry=registry)
+        for value in (0.0, 0.1, 0.5, 0.50001, 1, 5, 5.1, 1e9):
+            counted.inc()
+            counted.inc(value)
+            times.labels("/").observe(value)
+            times.labels("/").observe(value, {"trace_id": "a"})
+
+    locked, free = (generate_latest(registry) for registry in registries)
+
+    def drop_created(text: bytes) -> list[bytes]:
+        return [line for line in text.splitlines() if b"_created" not in line]
+
+    assert drop_created(free) == drop_created(locked)
+    assert b'times_bucket{le="+Inf",route="/"} 16.0' in free

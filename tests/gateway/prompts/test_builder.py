@@ -203,4 +203,4 @@ async def test_big_batch_off_the_event_loop_equals_the_small_ones() -> None:
     ],
 )
 def test_clean_answer_has_no_thinking(text: str, clean: str) -> None:
-    assert PromptBuilder(make_settings()).clean(text) == clean
+    assert PromptBuilder(make_settings()).clean([text]) == [clean]

@@ -23,7 +23,7 @@ from lab.bench.bench_figures import BenchFailed, RoundSeries
 from lab.bench.cpu_time import build_meter
 from lab.bench.relay import peers
 from lab.bench.relay.peers import RelayPeer
-from lab.bench.relay.relay_comparison import CPU, LATENCY, RelayLoad, measure_relay
+from lab.bench.relay.relay_comparison import CPU, LATENCY, PREDICT_CPU, RelayLoad, measure_relay
 from lab.bench.relay.relay_connection import RelayConnection
 from lab.bench.rounds import RoundBudget
 from lab.failures import BadOptions
@@ -124,7 +124,7 @@ async def test_relay_comparison_has_every_figure_of_the_real_gateway() -> None:
 
     by_measure = {one.measure: one.by_arm for one in relayed.series}
     assert set(by_measure[LATENCY]) == {"direct", "control", "plain", "gateway"}
-    assert set(by_measure[CPU]) == {"plain", "gateway"}
+    assert set(by_measure[CPU]) == set(by_measure[PREDICT_CPU]) == {"plain", "gateway"}
     rows = {row.name: row for row in relayed.rows()}
     assert rows["added p50 at concurrency 1"].span.value > 0
     assert rows["memory at 10 open streams"].span.value > 20
@@ -155,7 +155,8 @@ async def test_relay_comparison_beside_other_routers_has_their_figures_too(
 
     assert relayed.peers == ["swift", "sturdy"]
     units = Counter(row.unit for row in relayed.rows())
-    assert units["× swift"] == units["× sturdy"] == units["× plain relay"] == 3
+    assert units["× swift"] == units["× sturdy"] == 3
+    assert units["× plain relay"] == 4  # which has a /predict
     names = [row.name for row in relayed.rows()]
     assert {"added p50 at concurrency 1, swift", "memory at 10 open streams, sturdy"} <= {*names}
     assert len(names) == len({*names})

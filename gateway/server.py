@@ -59,13 +59,14 @@ class Request(web.Request):
 class Connection(web.RequestHandler):
     """One caller's connection."""
 
-    __slots__ = ()
+    __slots__ = ("_has_paused",)
 
     @property
     def _app(self) -> web.Application:
         return cast("Server", self._manager).app
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._has_paused = False
         super().connection_made(transport)
         # Left to itself, the kernel would take megabytes for a caller who reads slowly.
         connection = transport.get_extra_info("socket")
@@ -74,9 +75,16 @@ class Connection(web.RequestHandler):
         limit_s = self._app[SETTINGS].client_write_timeout_s
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
 
+    def pause_reading(self) -> None:
+        self._has_paused = True
+        super().pause_reading()
+
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """aiohttp has parser and transport go on after each chunk that is read, paused or not."""
-        if self._reading_paused:
+        """aiohttp has parser and transport go on after each chunk that is read. They need that only
+        on a connection that was ever paused, since the parser does not tell whether it still is, or
+        that has sent its next requests already: of too many the parser keeps the rest to itself.
+        """
+        if self._has_paused or self._messages:
             super().resume_reading(resume_parser)
 
     def handle_error(

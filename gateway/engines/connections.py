@@ -29,6 +29,7 @@ class _OneAnswerProtocol(ResponseHandler):
     """Listens from a request's start to its answer's last byte."""
 
     _is_listening = False
+    _has_paused = False
     _body: aiohttp.StreamReader | None = None
 
     def set_response_params(self, **options: Any) -> None:
@@ -57,9 +58,15 @@ class _OneAnswerProtocol(ResponseHandler):
         elif data:  # aiohttp wakes its parser with nothing, too
             self.close()
 
+    def pause_reading(self) -> None:
+        self._has_paused = True
+        super().pause_reading()
+
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """aiohttp has parser and transport go on after each chunk that is read, paused or not."""
-        if self._reading_paused:
+        """aiohttp has parser and transport go on after each chunk that is read. They need that only
+        on a connection that was ever paused: the parser does not tell whether it still is.
+        """
+        if self._has_paused:
             super().resume_reading(resume_parser)
 
     def _stop_listening(self) -> None:

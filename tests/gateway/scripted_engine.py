@@ -10,9 +10,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
+
+from gateway.engines.pool import POOL
+from tests.gateway.conftest import Served, serve_gateway, until
 
 _MODELS = orjson.dumps({"object": "list", "data": [{"id": "fake", "max_model_len": 512}]})
 
@@ -136,3 +140,25 @@ class ScriptedEngine:
         self.calls.append(call)
         await (self.faults.pop(0) if self.faults else self.usual)(call)
         return not writer.is_closing()
+
+
+@contextlib.asynccontextmanager
+async def serve_scripted(tmp_path: Path, engine: ScriptedEngine) -> AsyncIterator[Served]:
+    """A gateway before it, warm."""
+    questions = tmp_path / "warm.jsonl"
+    questions.write_text('{"question": "warm"}\n')
+    async with (
+        engine.serve() as url,
+        serve_gateway(
+            engines=(url,),
+            wait_ready=False,
+            tokenizer=None,
+            prompt_style="raw",
+            warmup_file=questions,
+            breaker_failures=1000,
+            engine_timeout_s=60,
+        ) as served,
+    ):
+        await until(lambda: served.app[POOL].is_ready)
+        yield served
+        await until(lambda: served.app[POOL].engines[0].running == 0)

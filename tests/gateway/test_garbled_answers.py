@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,14 @@ import orjson
 import pytest
 
 from gateway.admission.accounts import ACCOUNTS
-from gateway.engines.pool import POOL
-from tests.gateway.conftest import Served, serve_gateway, until
+from tests.gateway.conftest import Served
 from tests.gateway.raw import RawAnswer, ask, build_request
 from tests.gateway.scripted_engine import (
     Call,
     Fault,
     ScriptedEngine,
     chunk,
+    serve_scripted,
     stream_events,
     stream_head,
     whole_answer,
@@ -27,27 +25,6 @@ from tests.gateway.scripted_engine import (
 
 _LONGEST_ANSWER_S = 60.0
 _DONE = b"data: [DONE]\n\n"
-
-
-@contextlib.asynccontextmanager
-async def _serve(tmp_path: Path, engine: ScriptedEngine) -> AsyncIterator[Served]:
-    questions = tmp_path / "warm.jsonl"
-    questions.write_text('{"question": "warm"}\n')
-    async with (
-        engine.serve() as url,
-        serve_gateway(
-            engines=(url,),
-            wait_ready=False,
-            tokenizer=None,
-            prompt_style="raw",
-            warmup_file=questions,
-            breaker_failures=1000,
-            engine_timeout_s=60,
-        ) as served,
-    ):
-        await until(lambda: served.app[POOL].is_ready)
-        yield served
-        await until(lambda: served.app[POOL].engines[0].running == 0)
 
 
 async def _ask(served: Served, path: str, **fields: Any) -> RawAnswer:
@@ -105,7 +82,7 @@ def _usage(taken: int, given: int) -> dict[str, Any]:
 async def test_predict_answer_that_makes_no_sense_is_a_502(
     tmp_path: Path, answer: dict[str, Any]
 ) -> None:
-    async with _serve(tmp_path, ScriptedEngine(usual=_answers(answer))) as served:
+    async with serve_scripted(tmp_path, ScriptedEngine(usual=_answers(answer))) as served:
         got = await _ask(served, "/predict")
 
         used = served.app[ACCOUNTS].read_usage()["anonymous"]
@@ -118,7 +95,7 @@ async def test_predict_answer_that_makes_no_sense_is_a_502(
 async def test_relayed_answer_with_negative_usage_is_a_502_and_credits_nobody(
     tmp_path: Path, path: str, usage: tuple[int, int]
 ) -> None:
-    async with _serve(tmp_path, ScriptedEngine(usual=_answers(_usage(*usage)))) as served:
+    async with serve_scripted(tmp_path, ScriptedEngine(usual=_answers(_usage(*usage)))) as served:
         got = await _ask(served, path)
 
         used = served.app[ACCOUNTS].read_usage()["anonymous"]
@@ -131,7 +108,7 @@ async def test_stream_with_negative_usage_ends_in_an_error_and_credits_nobody(
 ) -> None:
     told = b'data: {"choices":[],"usage":{"prompt_tokens":-9,"completion_tokens":2}}\n\n'
     engine = ScriptedEngine(usual=_streams(stream_events("answer:a")[0], told, _DONE))
-    async with _serve(tmp_path, engine) as served:
+    async with serve_scripted(tmp_path, engine) as served:
         got = await _ask(served, "/v1/chat/completions", stream=True)
 
         assert _read_error(got)["code"] == "engine_garbled"
@@ -157,7 +134,7 @@ async def test_stream_that_ends_without_its_end_says_so(tmp_path: Path, path: st
     piece, end = _STREAMS[path]
     faults = [_streams(piece), _streams(piece, end[:9]), _streams()]
     engine = ScriptedEngine(faults=faults)
-    async with _serve(tmp_path, engine) as served:
+    async with serve_scripted(tmp_path, engine) as served:
         for _ in range(3):
             got = await _ask(served, path, stream=True)
             assert _read_error(got)["code"] == "engine_failed"
@@ -181,7 +158,7 @@ async def test_stream_that_ends_well_is_passed_on_as_it_is(tmp_path: Path, path:
         _streams(*(whole[n : n + 1] for n in range(len(whole)))),
         _streams(whole[:-2]),
     ]
-    async with _serve(tmp_path, ScriptedEngine(faults=cuts)) as served:
+    async with serve_scripted(tmp_path, ScriptedEngine(faults=cuts)) as served:
         for _ in cuts:
             got = await _ask(served, path, stream=True)
             assert got.body.rstrip() == whole.rstrip()
@@ -190,7 +167,7 @@ async def test_stream_that_ends_well_is_passed_on_as_it_is(tmp_path: Path, path:
 @pytest.mark.parametrize("end", [b"zz\r\nnonsense", b"-5\r\n", b"5\r\nabc"], ids=repr)
 async def test_stream_with_a_broken_chunk_ends_in_an_error(tmp_path: Path, end: bytes) -> None:
     engine = ScriptedEngine(usual=_streams(_PIECE, end=end))
-    async with _serve(tmp_path, engine) as served:
+    async with serve_scripted(tmp_path, engine) as served:
         got = await _ask(served, "/v1/chat/completions", stream=True)
 
     assert _read_error(got)["code"] == "engine_failed"
@@ -201,7 +178,7 @@ async def test_answer_with_a_broken_chunk_is_a_502(tmp_path: Path) -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         await call.send(head + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
 
-    async with _serve(tmp_path, ScriptedEngine(usual=breaks)) as served:
+    async with serve_scripted(tmp_path, ScriptedEngine(usual=breaks)) as served:
         for path in ("/v1/chat/completions", "/predict"):
             got = await _ask(served, path)
             assert (got.status, orjson.loads(got.body)["error"]["code"]) == (502, "engine_failed")
@@ -215,7 +192,7 @@ async def test_engine_that_switches_protocols_is_a_502_at_once(tmp_path: Path) -
         )
         await call.wait_closed()
 
-    async with _serve(tmp_path, ScriptedEngine(usual=switches)) as served:
+    async with serve_scripted(tmp_path, ScriptedEngine(usual=switches)) as served:
         async with asyncio.timeout(_LONGEST_ANSWER_S):
             answers = [await _ask(served, path) for path in ("/v1/chat/completions", "/predict")]
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
+from aiohttp.helpers import DEFAULT_CHUNK_SIZE
 from aiohttp.test_utils import make_mocked_request
 
 from gateway.app import build_app
+from gateway.engines.client import _READ_BYTES
 from gateway.request_context import CONTEXT
 from gateway.server import Connection, Request, Server, list_plain_routes
 from tests.gateway.conftest import Serve, Served, make_settings
+from tests.gateway.scripted_engine import Call, ScriptedEngine, serve_scripted, stream_head
 
 _CHAT = b'{"model":"fake","messages":[{"role":"user","content":"hi"}]}'
 _TYPE = "Content-Type: application/json"
@@ -107,3 +111,85 @@ def test_request_finds_what_it_has_and_nothing_else() -> None:
     assert request.app is app
     assert request.get(CONTEXT) is None
     assert request.get(CONTEXT, 1) == 1
+
+
+# --- a parser that stops where nobody has paused it
+
+
+def build_chat(body: bytes = _CHAT, framing: str = "") -> bytes:
+    framing = framing or f"Content-Length: {len(body)}"
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", _TYPE, framing]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def cut_into_bytes(body: bytes) -> bytes:
+    return b"".join(b"1\r\n%c\r\n" % one for one in body)
+
+
+async def read_statuses(reader: asyncio.StreamReader, count: int) -> list[bytes]:
+    statuses = []
+    for _ in range(count):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        assert length is not None
+        await reader.readexactly(int(length[1]))
+        statuses.append(head[9:12])
+    return statuses
+
+
+@pytest.mark.parametrize("further", [31, 32, 40, 80])
+async def test_requests_that_wait_on_one_connection_are_all_answered(
+    served: Served, further: int
+) -> None:
+    """Of more than 32 the parser keeps the rest to itself until it is woken."""
+    url = urlsplit(served.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    head, _, body = build_chat().partition(b"\r\n\r\n")
+    writer.write(head + b"\r\n\r\n")
+    await asyncio.sleep(0.1)  # no answer tells that its head has been read
+    writer.write(body)
+    await asyncio.sleep(0.005)
+    writer.write(build_chat() * further)
+
+    assert await read_statuses(reader, further + 1) == [b"200"] * (further + 1)
+    writer.close()
+
+
+# At one chunk of these the parser pauses, by itself and for the next body as well.
+_CHUNKS = [DEFAULT_CHUNK_SIZE // 16 + more for more in (-1, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("chunks", _CHUNKS)
+@pytest.mark.parametrize("pause_s", [0.0, 0.3])
+async def test_body_in_as_many_chunks_as_a_parser_takes_costs_nothing(
+    served: Served, chunks: int, pause_s: float
+) -> None:
+    url = urlsplit(served.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    rest = _CHAT[1:]
+    # So many before the pause, or in all.
+    first = _CHAT[:1] + b" " * ((chunks if pause_s else chunks - len(rest)) - 1)
+    writer.write(build_chat(cut_into_bytes(first), "Transfer-Encoding: chunked"))
+    await asyncio.sleep(pause_s)
+    writer.write(cut_into_bytes(rest) + b"0\r\n\r\n" + build_chat())
+
+    assert await read_statuses(reader, 2) == [b"200"] * 2
+    writer.close()
+
+
+@pytest.mark.parametrize("chunks", [_READ_BYTES // 16 + more for more in (-1, 0, 1, 2)])
+async def test_answer_in_as_many_chunks_as_a_parser_takes_is_passed_on(
+    chunks: int, tmp_path: Path
+) -> None:
+    async def answer(call: Call) -> None:
+        first, rest = b'{"choices":[],"pad":"'.ljust(chunks, b"y"), b'"}'
+        head = stream_head().replace(b"text/event-stream", b"application/json")
+        await call.send(head + cut_into_bytes(first))
+        await asyncio.sleep(0.3)  # nothing tells that all of it has been read
+        await call.send(cut_into_bytes(rest) + b"0\r\n\r\n")
+
+    engine = ScriptedEngine()
+    async with serve_scripted(tmp_path, engine) as served:
+        engine.usual = answer
+        answered = await served.client.post("/v1/chat/completions", content=_CHAT)
+    assert len(answered.json()["pad"]) > chunks - 30

@@ -114,15 +114,13 @@ class PromptBuilder:
                 if self._is_hopeless(around + (0 if limit else len(one)), max_model_len)
             }
         are_good = not long and is_text("".join(questions)) and all(map(str.strip, questions))
-        texts = self._put_around(
-            questions
-            if are_good
-            else [
+        asked = questions
+        if not are_good:
+            asked = [
                 one if place not in long and is_text(one) else ""
                 for place, one in enumerate(questions)
-            ],
-            system,
-        )
+            ]
+        texts = self._put_around(asked, system)
         if self._tokenizer is None:
             prompts: list[Prompt] = list(texts)
         else:
@@ -136,7 +134,7 @@ class PromptBuilder:
                     if limit and len(encoding) > limit
                     else encoding.ids,
                 )
-                for question, encoding in zip(questions, encodings, strict=True)
+                for question, encoding in zip(asked, encodings, strict=True)
             ]
         bound = math.inf if self._tokenizer is None or max_model_len is None else max_model_len
         if are_good and max(map(len, prompts), default=0) < bound:

@@ -137,6 +137,16 @@ async def test_long_question_is_cut_and_its_template_kept_whole() -> None:
     assert "\ufffd" not in text
 
 
+async def test_question_that_is_no_text_is_refused_alone_where_all_are_cut() -> None:
+    builder = PromptBuilder(make_settings(max_input_tokens=40))
+
+    built = await builder.build(["fine", "\ud800"], "be kind " * 40, None)
+
+    assert isinstance(built[0], array)
+    assert isinstance(built[1], PromptRefused)
+    assert "half a surrogate pair" in built[1].message
+
+
 async def test_prompt_as_long_as_the_context_is_refused_alone() -> None:
     builder = PromptBuilder(make_settings())
 

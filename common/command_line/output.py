@@ -11,6 +11,8 @@ from common.errors import SettingsError
 
 def show(lines: Iterable[str]) -> None:
     """A reader who has left (`| head`) is no fault, a full disk is one."""
+    if sys.stdout is None:  # closed before the start (`>&-`)
+        return
     try:
         for line in lines:
             print(line)  # noqa: T201 (that is what it is for)

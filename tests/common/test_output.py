@@ -37,3 +37,10 @@ def test_full_disk_is_one_line(command: list[str]) -> None:
         )  # fmt: skip
     said = f"{command[0]}: cannot write standard output: No space left on device\n"
     assert (done.stderr, done.returncode) == (said, 2)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_standard_output_that_is_closed_is_no_fault(command: list[str]) -> None:
+    words = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", *command]
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)

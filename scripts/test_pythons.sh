@@ -58,7 +58,7 @@ test_repository() {
   own_pytest ", repository" "programs and not engine and not slow" \
     --ignore=tests/e2e --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
 }
-test_make() { run "make $1" "" make --no-print-directory VENV="$own" "$1"; }
+test_make() { run "make $1" "" make --no-print-directory VENV="$own" ARGS= "$1"; } # as a whole
 
 # The last other Python, set up once; the one that is there already where there is no other.
 find_last() {

@@ -44,17 +44,17 @@ End = Literal["answered", "refused", "away", "other"]
 class Slot:
     """One request's right to run; whoever has it must leave, however it ends."""
 
-    __slots__ = ("_entered_at", "_window")
+    __slots__ = ("_round", "_window")
 
-    def __init__(self, window: Window, entered_at: float) -> None:
+    def __init__(self, window: Window, round_: int) -> None:
         self._window: Window | None = window
-        self._entered_at = entered_at
+        self._round = round_
 
     def leave(self, end: End = "other", wait_s: float = 0.0, pause_s: float = 0.0) -> None:
         """How it went, how long it waited for its place, and for how long nobody should come."""
         window, self._window = self._window, None
         if window is not None:
-            window.close_slot(self._entered_at, end, wait_s, pause_s)
+            window.close_slot(self._round, end, wait_s, pause_s)
 
 
 class Windows:
@@ -125,7 +125,7 @@ class Window:
         self._queue: list[tuple[float, int, asyncio.Future[None]]] = []
         self._opens_at = 0.0
         self._is_away = False
-        self._round_began_at = 0.0  # of the last halving: what was sent before it says no more
+        self._round = 0  # one more with each halving: what was sent before it says no more
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -150,28 +150,28 @@ class Window:
                 self._windows.admit()
             turn.cancel()
             raise
-        return Slot(self, loop.time())
+        return Slot(self, self._round)
 
-    def close_slot(self, entered_at: float, end: End, wait_s: float, pause_s: float) -> None:
+    def close_slot(self, round_: int, end: End, wait_s: float, pause_s: float) -> None:
         self._count(-1)
         now = asyncio.get_running_loop().time()
         if end == "answered" and self._is_away:  # it is there again
             self._is_away, self._opens_at = False, now
         if end == "refused":
-            self._shrink(entered_at, pause_s)
+            self._shrink(round_, pause_s)
         elif end == "away":
             self._is_away, self._opens_at = True, max(self._opens_at, now + pause_s)
         elif end == "answered" and wait_s > _LONG_WAIT_S:
-            self._shrink(entered_at, 0.0)
+            self._shrink(round_, 0.0)
         elif end == "answered" and wait_s < _SHORT_WAIT_S:
             self.limit = min(float(self._windows.most), self.limit + 1 / self.limit)
         self._windows.admit()
 
-    def _shrink(self, entered_at: float, pause_s: float) -> None:
-        now = asyncio.get_running_loop().time()
-        if entered_at >= self._round_began_at:
+    def _shrink(self, round_: int, pause_s: float) -> None:
+        if round_ == self._round:
             self.limit = max(_SMALLEST, self.limit * _SHARE_AFTER_REFUSAL)
-            self._round_began_at = now
+            self._round += 1
+        now = asyncio.get_running_loop().time()
         self._opens_at = max(self._opens_at, now + pause_s)
 
     def has_room(self, now: float, *, yields: bool) -> bool:

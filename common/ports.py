@@ -56,7 +56,7 @@ def _list_free() -> Iterator[int]:
             yield port
         elif (taken := taken + 1) > 2 * _MOST_BLOCKS * _BLOCK:
             _list_own.cache_clear()
-            raise NoFreePort(f"something listens at each of this process's {taken // 2} ports")
+            raise NoFreePort("something listens at each of this process's ports")
 
 
 def _list_kept() -> Iterator[int]:

@@ -289,6 +289,9 @@ async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_calle
         # Small ones pass all the while.
         chat = await client.post("/v1/chat/completions", json={"model": "fake", "messages": []})
         assert chat.status_code == 200
+        # One that is announced is not read first.
+        head, _, _ = request.partition(b"\r\n\r\n")
+        assert (await ask(gateway.url, head + b"\r\n\r\n", timeout_s=60)).status == 429
 
         for caller in callers:
             caller.cancel()

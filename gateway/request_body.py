@@ -74,7 +74,7 @@ class HeldBodies:
 
     def release(self, context: RequestContext, size: int | None = None) -> None:
         """All of the request's, or so many of them."""
-        size = context.held_bytes if size is None else size
+        size = context.held_bytes if size is None else min(size, context.held_bytes)
         self._held -= size
         context.held_bytes -= size
         if not self._held and self._most_held > _MANY_BYTES:

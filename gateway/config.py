@@ -547,6 +547,12 @@ class Settings(ProgramSettings):
     responses_max_turns: int = Field(
         1000, ge=1, le=10_000, description="Most responses of one conversation, one after another."
     )
+    responses_max_background: int = Field(
+        1000,
+        ge=1,
+        description="Most background responses that this gateway has waiting or running at once; "
+        "they do not count for GATEWAY_MAX_WAITING.",
+    )
     responses_lease_s: float = Field(
         15.0,
         gt=0,

@@ -94,6 +94,7 @@ class AdmissionQueue:
         self._entries = 0
         self._delayed: _Delay | None = None
         self._kept = 0  # places kept free for the one who is delayed
+        self._patient = 0  # of those who wait: however long, and bounded elsewhere
         self._throughput = Throughput()
 
     def change_capacity(self, sequences: int | None) -> None:
@@ -198,8 +199,8 @@ class AdmissionQueue:
     async def _wait(self, ticket: Ticket, lane: _Lane, least: int, most: int) -> tuple[int, int]:
         expected_s = self._expected_wait_s(lane, least)
         retry_after_s = min(max(1.0, expected_s), LONGEST_RETRY_AFTER_S)
-        waiting = self._waiting
-        if waiting + most > self._max_waiting:
+        waiting, is_patient = self._waiting - self._patient, ticket.on_waiting is not None
+        if not is_patient and waiting + most > self._max_waiting:
             raise Overloaded(
                 f"{waiting} sequences are waiting already; try again in {retry_after_s:.0f} s",
                 retry_after_s=retry_after_s,
@@ -215,6 +216,7 @@ class AdmissionQueue:
                     retry_after_s=retry_after_s,
                 )
         lane.waiting += most
+        self._patient += most * is_patient
         try:
             if ticket.on_waiting is not None:
                 ticket.on_waiting()
@@ -228,6 +230,7 @@ class AdmissionQueue:
             ) from None
         finally:
             lane.waiting -= most
+            self._patient -= most * is_patient
 
     async def _queue(self, lane: _Lane, least: int, most: int) -> tuple[int, int]:
         if not lane.queue:

@@ -26,6 +26,7 @@ from gateway.admission.throughput import FirstTokens
 from gateway.admission.tickets import LaneName, Ticket, open_claim
 from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
+from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import BUSY_STATUSES
 from gateway.errors import EngineBusy, EngineError, EngineTimeout, InvalidRequest, Unavailable
 from gateway.observability.request_record import RequestRecord
@@ -47,6 +48,17 @@ class Answer:
     queue_s: float
 
 
+class StreamReader(Protocol):
+    """Takes an engine's stream as it comes, and says what it has told so far."""
+
+    usage: tuple[int, int] | None  # tokens in and out
+
+    @property
+    def told_tokens(self) -> int: ...
+
+    async def read(self, answer: EngineAnswer) -> None: ...
+
+
 @dataclass(slots=True)
 class UnattendedCall:
     """One request on its way: who asks what of which model, in which lane, and what it claims of
@@ -63,6 +75,7 @@ class UnattendedCall:
     tries: int = 1  # of a batch's line: whether it is sent again is its batch's matter
     on_waiting: Note | None = None  # it waits for its turn and an engine, however long that is
     on_entered: Note | None = None
+    stream: StreamReader | None = None  # of a call that asks for one
 
 
 class BodyCount(Protocol):
@@ -163,7 +176,9 @@ class UnattendedCaller:
                 return await self._send_patiently(line, places)
             except (asyncio.CancelledError, EngineTimeout):
                 if context.is_running:  # else what breaks off in the middle would be free
-                    left = Spent(taken, 0, context.running_s(), call.sequences, line.served.name)
+                    given = line.stream.told_tokens if line.stream is not None else 0
+                    running_s, sequences = context.running_s(), call.sequences
+                    left = Spent(taken, given, running_s, sequences, line.served.name)
                     await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise
 
@@ -199,9 +214,12 @@ class UnattendedCaller:
         async with line.served.pool.attempt(engine_call) as answer:
             engine_call.body, call.body = None, b""
             self._bodies.release(context)
-            if answer.body is None:
-                raise EngineError("the engine answered with a stream", code="engine_garbled")
-            status, body = answer.status, answer.body
+            status, body, usage = answer.status, answer.body, None
+            if body is None:
+                if line.stream is None:
+                    raise EngineError("the engine answered with a stream", code="engine_garbled")
+                await line.stream.read(answer)
+                body, usage = b"", line.stream.usage
         if status in BUSY_STATUSES:
             raise EngineBusy(parse_engine_error(body)[0], retry_after_s=1)
         if status >= 500:
@@ -209,7 +227,9 @@ class UnattendedCaller:
             raise EngineError(f"the engine answered {status}: {message}")
         if status >= 400:
             return Answer(status, name_engine_error(status, body, path), context.record.queue_s)
-        if (usage := parse_usage(body)) is not None:
+        if usage is None:
+            usage = parse_usage(body)
+        if usage is not None:
             context.record.prompt_tokens, context.record.completion_tokens = usage
             spent = Spent(*usage, context.running_s(), call.sequences, line.served.name)
             line.served.count_tokens(*usage)

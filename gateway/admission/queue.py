@@ -84,8 +84,7 @@ class AdmissionQueue:
         self._most = self._capacity = settings.max_running
         self._largest = max(1, self._capacity // 2)
         self.is_feeding = False  # what may be cut comes in by pieces
-        self._max_waiting = settings.max_waiting
-        self._queue_timeout_s = settings.queue_timeout_s
+        self._settings = settings
         self._interactive = _Lane("interactive", settings.interactive_weight, self._capacity)
         self._batch = _Lane("batch", settings.batch_weight, self._capacity)
         self._lanes = {"interactive": self._interactive, "batch": self._batch}
@@ -200,12 +199,12 @@ class AdmissionQueue:
         expected_s = self._expected_wait_s(lane, least)
         retry_after_s = min(max(1.0, expected_s), LONGEST_RETRY_AFTER_S)
         waiting, is_patient = self._waiting - self._patient, ticket.on_waiting is not None
-        if not is_patient and waiting + most > self._max_waiting:
+        if not is_patient and waiting + most > self._settings.max_waiting:
             raise Overloaded(
                 f"{waiting} sequences are waiting already; try again in {retry_after_s:.0f} s",
                 retry_after_s=retry_after_s,
             )
-        patience_s = self._queue_timeout_s
+        patience_s = self._settings.queue_timeout_s
         if ticket.deadline is not None:
             left_s = ticket.deadline - asyncio.get_running_loop().time()
             patience_s = min(patience_s, left_s)

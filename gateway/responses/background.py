@@ -135,7 +135,7 @@ class BackgroundRuns:
         own = {**turn.list_own(), "created_at": shown["created_at"]}
         run = _Run(turn, call, asking, shown, own)
         if turn.is_stream:
-            log = run.log = EventLog()
+            log = run.log = EventLog(self._wake.set)
             call.stream = run.stream = LoggedStream(log, own, call.context, self._settings)
         run.accepted.add_done_callback(lambda told: told.cancelled() or told.exception())
         self._runs[turn.id] = run  # first, for whoever looks fails rows that nobody runs

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.responses.events import build_event, cut_events
@@ -32,9 +32,12 @@ class Piece:
 
 
 class EventLog:
-    """Numbers its events; all who follow are told of each."""
+    """Numbers its events; all who follow are told of each. `on_full` is told when it is time to
+    store some.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, on_full: Callable[[], None]) -> None:
+        self._on_full = on_full
         self._events: list[bytes] = []
         self._first = 0  # the number of the first that is here
         self._size = 0
@@ -44,6 +47,8 @@ class EventLog:
         event = build_event(kind, self._first + len(self._events), members)
         self._events.append(event)
         self._size += len(event)
+        if self.is_full:
+            self._on_full()
         self.tell()
 
     @property

@@ -117,6 +117,19 @@ async def test_background_stream_is_followed_through_another_gateway(
     assert first + rest == mine
 
 
+async def test_background_stream_of_more_than_a_log_holds_is_told_whole(plain: Caller) -> None:
+    """The engine waits while its events are stored, and who reads slowly finds them there."""
+    plain.served.engine.max_model_len = 10**6
+    text = "x" * 4000
+    stream = await plain.ask(text, background=True, stream=True)
+    first = await read_some(stream, 1)
+    await plain.wait(first[0].response.id, "completed")
+    events = [*first, *[event async for event in stream]]
+
+    assert tell_text(events) == f"answer:{text}"
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+
+
 async def test_background_stream_outlives_its_gateway(serve: Serve, stored: Any) -> None:
     async with serve(**stored) as served, open_sdk(served.url) as sdk:
         stream = await Caller(served, sdk).ask("hi", background=True, stream=True)
@@ -242,9 +255,12 @@ async def test_background_stream_of_a_killed_gateway_ends(serve: Serve, tmp_path
 
 
 async def test_log_that_is_full_has_room_again_when_it_is_stored() -> None:
-    log = EventLog()
+    told: list[int] = []
+    log = EventLog(lambda: told.append(1))
     while not log.is_full:
+        assert not told
         log.append("response.output_text.delta", {"delta": b'"' + b"x" * 2**14 + b'"'})
+    assert told
     last, events = log.read(-1)
     piece = await log.take()
     assert piece is not None

@@ -26,6 +26,7 @@ const WORDS = {
   "ask.turns": ["Conversation", "对话"],
   "ask.follow": ["Send this conversation along", "附带本次对话"],
   "ask.alone": ["The question is sent alone.", "只发送这个问题本身。"],
+  "ask.noTemplate": ["This model has no chat template: each question is asked alone, as /predict asks it.", "此模型没有聊天模板：每个问题单独提问，方式与 /predict 相同。"],
   "ask.contextNone": ["Nothing goes along yet: this begins a conversation.", "还没有可附带的内容：这是新对话的开始。"],
   "ask.context": ["The question takes {count} earlier turn{s} along, marked above.", "将附带前面 {count} 轮问答（上方有标记）。"],
   "ask.goesAlong": ["goes along", "将附带"],
@@ -61,6 +62,7 @@ const WORDS = {
   "ask.stopped": ["stopped", "已停止"],
   "ask.again": ["Ask again", "重新提问"],
   "ask.empty": ["The model gave an empty answer.", "模型的回答为空。"],
+  "ask.doneWhole": ["The answer is complete.", "回答完成。"],
   "ask.done": ["The answer is complete: {count} token{s}.", "回答完成：{count} 个词元。"],
 
   "batch.pick": ["Choose a file", "选择文件"],

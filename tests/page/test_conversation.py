@@ -361,7 +361,7 @@ def test_model_without_a_chat_template_is_asked_as_predict_asks(
             ask(page, question)
             expect(page.locator(".turn > .answer").last).to_contain_text(f"answer:Q: {question}")
         expect(page.locator("#announce")).to_have_text("The answer is complete.")
-        expect(page.locator("#follow")).to_be_disabled()
+        expect(page.locator("#follow")).to_be_hidden()
         expect(page.locator("#context")).to_contain_text("no chat template")
         expect(page.locator(".turn .figures").last).to_contain_text("in all")
         shoot(page, "ask-without-template", whole=True)

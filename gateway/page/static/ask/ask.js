@@ -114,7 +114,7 @@ export class AskPanel {
   showChats(chats) {
     if (this.#chats === chats) return;
     this.#chats = chats;
-    find("follow").disabled = !chats;
+    find("follow").closest("label").hidden = !chats;
     this.#mark();
   }
 

@@ -229,10 +229,11 @@ def configure_logging(
         ]
     else:
         renderer = partial(_render_json, program)
-    least = logging.getLevelNamesMapping()[level.upper()]
+    least = _find_level(level)
     structlog.configure(
-        processors=[*processors, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(least),
+        # A logger that has been used keeps its class, so it is no place for what may change.
+        processors=[_LeastLevel(least), *processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", stream)),
         cache_logger_on_first_use=True,
     )
@@ -243,9 +244,36 @@ def configure_logging(
             foreign_pre_chain=[_name_library_line, *processors],
         )
     )
-    logging.basicConfig(handlers=[libraries], level=max(least, logging.WARNING), force=True)
+    logging.basicConfig(handlers=[libraries], force=True)
+    change_log_level(level)
     sys.excepthook = partial(_log_crash, program)
     return stream
+
+
+def change_log_level(level: str) -> None:
+    """Of the whole process, from its next line on."""
+    least = _find_level(level)
+    for processor in structlog.get_config()["processors"]:
+        if isinstance(processor, _LeastLevel):
+            processor.least = least
+    logging.getLogger().setLevel(max(least, logging.WARNING))
+
+
+class _LeastLevel:
+    """Drops what is less severe."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+        self._levels = {name.lower(): n for name, n in logging.getLevelNamesMapping().items()}
+
+    def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if self._levels[method] < self.least:
+            raise structlog.DropEvent
+        return event
+
+
+def _find_level(level: str) -> int:
+    return logging.getLevelNamesMapping()[level.upper()]
 
 
 def _name_library_line(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -24,6 +24,7 @@ from gateway.admission.unattended import UnattendedCaller
 from gateway.batches.access import BATCHES
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.discovery.engine_list import EngineList
+from gateway.discovery.settings_reload import SettingsReload
 from gateway.engines.batch import BatchGenerator
 from gateway.engines.capacity import EngineCapacity
 from gateway.engines.client import EngineClient
@@ -176,9 +177,16 @@ async def run_engines(
         )
         generator = BatchGenerator(pool, settings, figures)
         warmup = Warmup(settings, pool, generator, prompts, figures, capacity=capacity)
-        listed = EngineList(settings, pool, warmup, build_engine, reload)
+        listed = EngineList(settings, pool, warmup, build_engine)
         await listed.start()
-        following = asyncio.create_task(listed.follow())
+        reloading = SettingsReload(
+            settings,
+            prompts,
+            read=reload,
+            build_prompts=build_prompts,
+            take_engines=listed.take_entries,
+        )
+        following = asyncio.create_task(reloading.follow())
         yield
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)

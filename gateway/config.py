@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic.config import JsonDict
 from pydantic_settings import SettingsConfigDict
 
 from common.errors import SettingsError
@@ -36,6 +37,8 @@ from common.web.foreign_pages import check_hosts
 __all__ = ["SETTINGS", "Settings", "SettingsError", "list_settings", "load_settings"]
 
 PREFIX = "GATEWAY_"
+# Of a setting that is taken from GATEWAY_CONFIG while the gateway runs; its schema says so, too.
+AT_ONCE: JsonDict = {"x-taken-at-once": True}
 CONSTRAINTS = ("json", "choice", "regex", "tools", "grammar", "structural_tag")
 # What stands before the address of a place where engines are found.
 SOURCE = re.compile(r"(dns|srv|kubernetes)\+(?=https?://)")
@@ -105,7 +108,9 @@ class Settings(ProgramSettings):
     }
 
     config: Path | None = Field(
-        None, description="TOML file with any of these settings; read again when it changes."
+        None,
+        description="TOML file with any of these settings; read again when it changes, and what "
+        "can be is taken at once (docs/operations.md).",
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -120,6 +125,7 @@ class Settings(ProgramSettings):
         description="Base URLs of the engines, separated by commas; or where they are found: "
         "`dns+http://name:8001` (each address of the name), `srv+http://_http._tcp.name` (its SRV "
         "records), `kubernetes+http://service.namespace:8001` (the service's ready endpoints).",
+        json_schema_extra=AT_ONCE,
     )
     discovery_interval_s: float = Field(
         2.0,
@@ -168,58 +174,90 @@ class Settings(ProgramSettings):
         "chat",
         description="How /predict turns a question into a prompt: chat is the model's own "
         "template.",
+        json_schema_extra=AT_ONCE,
     )
     system_prompt: str = Field(
-        "", description="System prompt that /predict puts before each question."
+        "",
+        description="System prompt that /predict puts before each question.",
+        json_schema_extra=AT_ONCE,
     )
     system_prompt_file: str = Field(
         "",
         description="File with the system prompt of /predict, or the shipped `one-line` (the "
         "course's 1)… 2)…).",
+        json_schema_extra=AT_ONCE,
     )
     enable_thinking: bool = Field(
         False,
         description="Let /predict's answers begin with thinking, where the chat template knows it "
         "(Qwen3's).",
+        json_schema_extra=AT_ONCE,
     )
     max_input_tokens: int = Field(
         0,
         ge=0,
         description="Cut a question of /predict so that its prompt has at most so many tokens; 0: "
         "refuse what is too long.",
+        json_schema_extra=AT_ONCE,
     )
 
     max_tokens: int = Field(
-        256, ge=1, description="New tokens that an answer of /predict may have."
+        256,
+        ge=1,
+        description="New tokens that an answer of /predict may have.",
+        json_schema_extra=AT_ONCE,
     )
-    temperature: float = Field(0.0, ge=0, le=2, description="Temperature of /predict; 0 is greedy.")
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=2,
+        description="Temperature of /predict; 0 is greedy.",
+        json_schema_extra=AT_ONCE,
+    )
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
         description="Share of the probability that /predict samples from (nucleus sampling).",
+        json_schema_extra=AT_ONCE,
     )
-    top_k: int = Field(0, ge=-1, description="How many tokens /predict samples from; 0 or -1: all.")
+    top_k: int = Field(
+        0,
+        ge=-1,
+        description="How many tokens /predict samples from; 0 or -1: all.",
+        json_schema_extra=AT_ONCE,
+    )
     seed: int | None = Field(
-        None, description="Seed of /predict's sampling; empty: another one for each call."
+        None,
+        description="Seed of /predict's sampling; empty: another one for each call.",
+        json_schema_extra=AT_ONCE,
     )
     stop: CommaList = Field(
-        (), description="Texts that end an answer of /predict, separated by commas."
+        (),
+        description="Texts that end an answer of /predict, separated by commas.",
+        json_schema_extra=AT_ONCE,
     )
     single_line: bool = Field(
-        False, description="Fold the line breaks of /predict's answers into spaces."
+        False,
+        description="Fold the line breaks of /predict's answers into spaces.",
+        json_schema_extra=AT_ONCE,
     )
     strip_thinking: bool = Field(
-        True, description="Leave the <think> block out of /predict's answers."
+        True,
+        description="Leave the <think> block out of /predict's answers.",
+        json_schema_extra=AT_ONCE,
     )
     single_as_list: bool = Field(
         False,
         description="Answer a single prompt of /predict with a list of one, as one course entry "
         "does.",
+        json_schema_extra=AT_ONCE,
     )
 
     root_status: Literal["batch", "ok"] = Field(
-        "batch", description="What GET / says when warm: the course's judge reads its mode there."
+        "batch",
+        description="What GET / says when warm: the course's judge reads its mode there.",
+        json_schema_extra=AT_ONCE,
     )
     root_hold_s: float = Field(
         10.0, ge=0, description="How long GET / waits for the warm-up before it answers 503."
@@ -290,6 +328,7 @@ class Settings(ProgramSettings):
         ge=1,
         description="Most values (numbers, texts and so on) in a request body; an object or a list "
         "counts for 100.",
+        json_schema_extra=AT_ONCE,
     )
     max_held_bytes: int = Field(
         128 * 2**20,
@@ -303,20 +342,32 @@ class Settings(ProgramSettings):
         description="Longest text of a call, as so many bytes for each token of the model's "
         "context (of /predict, characters); what is longer is refused before it is cut into "
         "tokens.",
+        json_schema_extra=AT_ONCE,
     )
-    max_prompts: int = Field(10_000, ge=1, description="Most prompts in one /predict call.")
-    max_n: int = Field(16, ge=1, description="Largest `n` and `best_of` of a /v1 call.")
+    max_prompts: int = Field(
+        10_000, ge=1, description="Most prompts in one /predict call.", json_schema_extra=AT_ONCE
+    )
+    max_n: int = Field(
+        16, ge=1, description="Largest `n` and `best_of` of a /v1 call.", json_schema_extra=AT_ONCE
+    )
     max_logprobs: int = Field(
         20,
         ge=-1,
         description="Largest `logprobs` of a /v1 call; -1: as many as the engine allows, which may "
         "be its whole vocabulary.",
+        json_schema_extra=AT_ONCE,
     )
     max_new_tokens: int = Field(
-        131_072, ge=1, description="Largest `max_tokens` of a /v1 call, by whichever name."
+        131_072,
+        ge=1,
+        description="Largest `max_tokens` of a /v1 call, by whichever name.",
+        json_schema_extra=AT_ONCE,
     )
     max_schema_bytes: int = Field(
-        65_536, ge=1, description="Largest JSON schema or tool list of a /v1 call."
+        65_536,
+        ge=1,
+        description="Largest JSON schema or tool list of a /v1 call.",
+        json_schema_extra=AT_ONCE,
     )
     media_hosts: CommaList = Field(
         (),
@@ -329,30 +380,40 @@ class Settings(ProgramSettings):
         description="Let callers say how the engine reads and prepares media (`media_io_kwargs`, "
         "`mm_processor_kwargs`): how many frames and pixels it makes of a file, which nobody "
         "bounds.",
+        json_schema_extra=AT_ONCE,
     )
     structured_outputs: CommaList = Field(
         ("json", "choice", "regex", "tools"),
         description="Constraints that callers may put on an answer's form: json, choice, regex, "
         "tools (forced or strict ones), and, for trusted callers since their cost cannot be told "
         "beforehand, grammar and structural_tag. A key may have a list of its own.",
+        json_schema_extra=AT_ONCE,
     )
     max_regex_characters: int = Field(
-        4096, ge=1, description="Most characters in all regular expressions of a /v1 call."
+        4096,
+        ge=1,
+        description="Most characters in all regular expressions of a /v1 call.",
+        json_schema_extra=AT_ONCE,
     )
     max_regex_states: int = Field(
         20_000,
         ge=1,
         description="Most parts that a regular expression of a /v1 call may have, its counts "
         "multiplied out.",
+        json_schema_extra=AT_ONCE,
     )
     max_uncertain_states: int = Field(
         64,
         ge=1,
         description="The same for one in which it is not certain where a part ends and the next "
         "begins: the engine follows all possibilities side by side.",
+        json_schema_extra=AT_ONCE,
     )
     max_prompts_per_call: int = Field(
-        1024, ge=1, description="Most prompts in one call to an engine (vLLM's own cap is 1024)."
+        1024,
+        ge=1,
+        description="Most prompts in one call to an engine (vLLM's own cap is 1024).",
+        json_schema_extra=AT_ONCE,
     )
     engine_sequences: int = Field(
         0,
@@ -371,11 +432,13 @@ class Settings(ProgramSettings):
         16_384,
         ge=0,
         description="Sequences that may wait in a model's queue for a place inside its engines.",
+        json_schema_extra=AT_ONCE,
     )
     queue_timeout_s: float = Field(
         120.0,
         gt=0,
         description="How long a request may wait in the queue for a place inside the engines.",
+        json_schema_extra=AT_ONCE,
     )
     interactive_weight: float = Field(
         8.0, gt=0, description="Weight of the lane `interactive` when both lanes wait for places."
@@ -420,7 +483,9 @@ class Settings(ProgramSettings):
         description="Characters at a prompt's beginning that count for routing by prefix.",
     )
     aliases: CommaList = Field(
-        (), description="Further names for models: `gpt-4o=demo`, separated by commas."
+        (),
+        description="Further names for models: `gpt-4o=demo`, separated by commas.",
+        json_schema_extra=AT_ONCE,
     )
     keepalive_comment_s: float = Field(
         15.0,
@@ -547,6 +612,12 @@ class Settings(ProgramSettings):
     responses_max_turns: int = Field(
         1000, ge=1, le=10_000, description="Most responses of one conversation, one after another."
     )
+    responses_max_background: int = Field(
+        1000,
+        ge=1,
+        description="Most background responses that this gateway has waiting or running at once; "
+        "they do not count for GATEWAY_MAX_WAITING.",
+    )
     responses_lease_s: float = Field(
         15.0,
         gt=0,
@@ -624,7 +695,7 @@ class Settings(ProgramSettings):
         "auto", description="Form of the log: auto is readable on a terminal and JSON elsewhere."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe lines that are logged."
+        "info", description="Least severe lines that are logged.", json_schema_extra=AT_ONCE
     )
 
     @field_validator("structured_outputs")
@@ -729,6 +800,20 @@ class Settings(ProgramSettings):
         self.read_system_prompt()
         return self
 
+    def foresee(self, other: Settings) -> Settings:
+        """These as they would be with what another one has of what is taken at once."""
+        copy = self.model_copy()
+        copy.take(other)
+        return copy
+
+    def take(self, other: Settings) -> None:
+        """The one change that there is: all who read a setting when they need it see the new one.
+        What is only right together has been judged before.
+        """
+        for name in list_taken_at_once():
+            self.__dict__[name] = getattr(other, name)
+        self.__dict__.pop("alias_map", None)  # which is made of another one
+
     def read_system_prompt(self) -> str:
         """The system prompt of /predict, from whichever setting holds it."""
         if not self.system_prompt_file:
@@ -761,6 +846,12 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
             f"gateways share a port with {PREFIX}REUSE_PORT=true (docs/gateway.md)"
         )
     return read_settings(Settings, arguments)
+
+
+def list_taken_at_once() -> list[str]:
+    """Settings that are taken from the file while the gateway runs."""
+    fields = Settings.model_fields.items()
+    return [name for name, field in fields if field.json_schema_extra == AT_ONCE]
 
 
 def list_settings() -> list[SettingRow]:

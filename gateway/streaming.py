@@ -17,10 +17,14 @@ from aiohttp import web
 
 from gateway.config import SETTINGS
 from gateway.engines.client import EngineAnswer
+from gateway.engines.event_stream import EVENT_ENDS, UnfinishedEvent
 from gateway.errors import EngineError, EngineTimeout, GatewayError
 from gateway.observability.request_record import RequestRecord, StreamTiming
 from gateway.records.ledger import Entry
 from gateway.request_context import CONTEXT
+from gateway.responses.events import sign_events
+from gateway.responses.follower import Follower
+from gateway.responses.shapes import Told
 from gateway.responses.turns import Turn
 from gateway.schemas.openai import (
     CHOICE_END,
@@ -35,8 +39,6 @@ from gateway.schemas.openai import (
 )
 
 KEEP_ALIVE = b": keep-alive\n\n"
-_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
-_LONGEST_BEGUN_END = max(map(len, _EVENT_ENDS)) - 1
 _REFUSED = "engine_refused"
 
 Usage = tuple[int, int]  # tokens in and out
@@ -85,7 +87,7 @@ class EventStream:
         with IdleTimer(self._request, answer, self):
             while chunk := await read():
                 note_chunk()
-                if rest.is_there or not chunk.endswith(_EVENT_ENDS):
+                if rest.is_there or not chunk.endswith(EVENT_ENDS):
                     chunk = rest.complete(chunk)
                     self.is_inside_event = rest.is_there
                 if b'"usage":{' in chunk:
@@ -112,13 +114,17 @@ class EventStream:
         assert self._response is not None  # noqa: S101 — it has started
         await self._response.write(data)
 
-    async def end(self, error: GatewayError | None = None) -> web.StreamResponse:
-        """Once its first byte has left, a stream ends as one: a failure is its last event."""
+    async def end(
+        self, error: GatewayError | None = None, number: int | None = None
+    ) -> web.StreamResponse:
+        """Once its first byte has left, a stream ends as one: a failure is its last event, with its
+        number where events have one.
+        """
         assert self._response is not None  # noqa: S101 — it has started
         if error is not None:
             self._record.note_error(error.error_code, error.source)
-            event = build_stream_error(error, self._request.path, self.timing.chunks)
-            await self.write(event)
+            number = self.timing.chunks if number is None else number
+            await self.write(build_stream_error(error, self._record.route, number))
         await self._response.write_eof()
         return self._response
 
@@ -173,6 +179,7 @@ class StoredStream(NotedStream):
         super().__init__(entry, request, **options)
         self._turn: Turn | None = turn
         self.withheld = b""
+        self.told: Told | None = None  # what it has ended with
 
     async def write(self, data: bytes) -> None:
         if self._turn is not None and data is not KEEP_ALIVE:
@@ -180,18 +187,20 @@ class StoredStream(NotedStream):
                 self.withheld += data
                 return
             if b'"response":' in data:
-                data, self.withheld = self._turn.sign_events(data)
+                data, self.withheld, self.told = await sign_events(self._turn, data)
             if not data:
                 return
         await super().write(data)
 
-    async def end(self, error: GatewayError | None = None) -> web.StreamResponse:
+    async def end(
+        self, error: GatewayError | None = None, number: int | None = None
+    ) -> web.StreamResponse:
         """Only once what is withheld has been taken, unless it has failed."""
         if error is None and self.is_waiting:
             assert self._response is not None  # noqa: S101 — it has started
             return self._response
         self._turn = None
-        return await super().end(error)
+        return await super().end(error, number)
 
     @property
     def is_waiting(self) -> bool:
@@ -214,6 +223,25 @@ def open_stream(request: web.Request, turn: Turn | None = None, **options: Any) 
         request[STORED_STREAM] = stream
         return stream
     return NotedStream(entry, request, **options) if is_audited else EventStream(request, **options)
+
+
+async def follow_events(request: web.Request, follower: Follower) -> web.StreamResponse:
+    """Those of a response that runs or has run in the background: who hangs up ends nothing."""
+    pause_s = request.app[SETTINGS].keepalive_comment_s
+    stream = open_stream(request)
+    await stream.start(200, {"Content-Type": "text/event-stream; charset=utf-8"})
+    try:
+        while not follower.has_ended:
+            try:
+                async with asyncio.timeout(pause_s):
+                    events = await follower.read()
+            except TimeoutError:
+                events = KEEP_ALIVE
+            if events:
+                await stream.write(events)
+    except GatewayError as error:
+        return await stream.end(error, follower.after + 1)
+    return await stream.end()
 
 
 class IdleTimer:
@@ -271,40 +299,6 @@ class IdleTimer:
     async def _send_comment(self) -> None:
         with contextlib.suppress(ConnectionError):  # they have gone: the handler hears of it itself
             await self._stream.write(KEEP_ALIVE)
-
-
-class UnfinishedEvent:
-    """The beginning of an event whose end has not come yet, in the pieces in which it came: put
-    together anew with each, a large one would take ever longer.
-    """
-
-    __slots__ = ("_pieces", "_tail", "is_there")
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._tail = b""  # an end may have begun
-        self.is_there = False
-
-    def complete(self, chunk: bytes) -> bytes:
-        """Whole events; what is left of the chunk is kept."""
-        seen = self._tail + chunk
-        end = max(seen.rfind(mark) + len(mark) if mark in seen else 0 for mark in _EVENT_ENDS)
-        if end:
-            self._pieces.append(chunk[: end - len(self._tail)])
-            whole = b"".join(self._pieces)
-            seen = chunk = chunk[end - len(self._tail) :]
-            self._pieces.clear()
-        else:
-            whole = b""
-        if chunk:
-            self._pieces.append(chunk)
-        self._tail = seen[-_LONGEST_BEGUN_END:]
-        self.is_there = bool(self._pieces)
-        return whole
-
-    def take(self) -> bytes:
-        """What there is of it."""
-        return b"".join(self._pieces)
 
 
 def _add(known: Usage | None, told: Usage | None) -> Usage | None:

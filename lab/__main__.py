@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from common.command_line.interpreter import is_too_old, refuse_interpreter
 from common.errors import ProgramError
 from common.project import read_version
 from common.questions import BadQuestions
@@ -42,6 +43,8 @@ _EXTRA = frozenset(("jieba", "openai", "rouge_score"))
 
 def main(words: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if words is None else words)
+    if is_too_old("lab"):
+        return _BAD_OPTIONS
     if not given or given[0] not in COMMANDS:
         build_parser().parse_args(given)  # prints help or version, or says what is wrong
     is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -51,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[given[0]][0])
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in _EXTRA:
-            raise
+            return refuse_interpreter("lab", error)
         needed = f"it needs {error.name}, of the extra `lab`: pip install 'vllm-gateway[lab]'"
         print(f"{given[0]}: {needed}", file=sys.stderr)
         return _BAD_OPTIONS

@@ -450,7 +450,7 @@ _WHOM = Row(
     ),
 )
 _KEPT = Row(
-    "Batch jobs, usage and audit",
+    "Batch jobs, stored responses, usage and audit",
     (
         Panel(
             "Batch requests at once",
@@ -481,6 +481,31 @@ _KEPT = Row(
             ),
             _PER_S,
             about="A batch had to wait for where its answers are kept. It goes on by itself.",
+        ),
+        Panel(
+            "Responses stored",
+            (Query("sum(rate(gateway_responses_stored_total[$__rate_interval]))", "stored"),),
+            _PER_S,
+            about="Of /v1/responses, those in the background at their end. 0, too, where none is "
+            "stored.",
+        ),
+        Panel(
+            "Responses in the background",
+            (Query("sum by (instance) (gateway_background_responses)", "{{instance}}"),),
+            about="Waiting or running; more than GATEWAY_RESPONSES_MAX_BACKGROUND are refused.",
+        ),
+        Panel(
+            "Stored responses: database away",
+            (
+                Query(
+                    "sum by (instance) (rate(gateway_response_storage_failures_total"
+                    "[$__rate_interval]))",
+                    "{{instance}}",
+                ),
+            ),
+            _PER_S,
+            about="A call that stores, or goes on from what is stored, was refused, or one in the "
+            "background waits to be written.",
         ),
         Panel(
             "Usage and audit: database away",

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -62,6 +62,7 @@ class Behaviour:
     drops_last_choice: bool = False
     stream_cut_after: int | None = None
     stream_gap_s: float = 0.0
+    before_event: Callable[[int], Awaitable[None]] | None = None  # of a response's stream
     knows_stream_interval: bool = True
     stream_error: dict[str, Any] | None = None  # told in the stream, after the 200
     flooded_bytes: int = 0
@@ -490,6 +491,8 @@ async def _stream_response(request: web.Request, response: dict[str, Any]) -> we
                 assert request.transport is not None
                 request.transport.abort()
                 return answer
+            if behaviour.before_event is not None:
+                await behaviour.before_event(number)
             data = orjson.dumps({**event, "sequence_number": number})
             await answer.write(f"event: {event['type']}\ndata: ".encode() + data + b"\n\n")
             await asyncio.sleep(behaviour.stream_gap_s)

@@ -25,7 +25,7 @@ _EXPOSED = ", ".join(
         "X-Request-Id",
         *(
             f"x-ratelimit-{field}-{what}"
-            for what in ("requests", "tokens")
+            for what in ("requests", "tokens", "tokens-day", "tokens-month")
             for field in ("limit", "remaining", "reset")
         ),
         "x-should-retry",

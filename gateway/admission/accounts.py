@@ -65,7 +65,7 @@ class Accounts:
         self._limits = limits
         self._metrics = metrics
         self._most_shown = settings.metrics_keys
-        self._usual_answer = settings.max_tokens
+        self._settings = settings
         self._longest: defaultdict[str, float] = defaultdict(float)  # answers lately, in tokens
         self._pace = Pace()
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
@@ -110,7 +110,7 @@ class Accounts:
 
     def expect_answer(self, caller: Caller) -> int:
         """Tokens that are set aside for an answer whose length nobody has bounded."""
-        return max(self._usual_answer, int(self._longest[caller.name]))
+        return max(self._settings.max_tokens, int(self._longest[caller.name]))
 
     def _charge(
         self, caller: Caller, claim: Claim | None, spent: Spent, completion_tokens: int

@@ -27,10 +27,13 @@ class BudgetedLimits:
         return self._inner.away
 
     async def count(self, claim: Claim) -> Refusal | None:
+        self._note_left(claim)
         return await self._inner.count(claim) if claim.has_rates else None
 
     async def reserve(self, claim: Claim, tokens: int, sequences: int) -> Refusal | None:
-        if refusal := self._set_budget_aside(claim):
+        refusal = self._set_budget_aside(claim)
+        self._note_left(claim)
+        if refusal is not None:
             return refusal
         if not claim.has_rates:
             return None
@@ -46,6 +49,7 @@ class BudgetedLimits:
     def settle(self, claim: Claim) -> None:
         """What was used stands in the ledger already."""
         self._give_back(claim)
+        self._note_left(claim)
         if claim.has_rates:
             self._inner.settle(claim)
 
@@ -60,6 +64,18 @@ class BudgetedLimits:
         claim.budgeted_tokens = wanted
         self._set_aside[claim.account] += wanted
         return None
+
+    def _note_left(self, claim: Claim) -> None:
+        """As its caller is told: after what is set aside, for this call and for others."""
+        if not claim.has_budgets:
+            return
+        name, set_aside = claim.account, self._set_aside[claim.account]
+        if claim.tokens_per_day:
+            spent = self._ledger.find_spent(name, month=False)
+            claim.day_left = claim.tokens_per_day - spent - set_aside
+        if claim.tokens_per_month:
+            spent = self._ledger.find_spent(name, month=True)
+            claim.month_left = claim.tokens_per_month - spent - set_aside
 
     def _judge(self, claim: Claim, most: int, *, month: bool) -> Refusal | None:
         left = most - self._ledger.find_spent(claim.account, month=month)

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 from aiohttp import web
 
+from gateway.records.periods import count_seconds_left
+
 # What counts as nothing left: an allowance is paid back when it is above this.
 LEAST = 1e-9
 
@@ -52,6 +54,8 @@ class Claim:
     tokens_per_month: int = 0
     expected_tokens: int = 0  # that it may come to use, before any limit is asked
     budgeted_tokens: int = 0  # set aside of them
+    day_left: int = 0
+    month_left: int = 0
 
     @property
     def has_rates(self) -> bool:
@@ -74,11 +78,17 @@ class Claim:
         return charged
 
     def put_headers(self, headers: MutableMapping[str, str]) -> None:
-        """OpenAI's headers, of those limits that the key has."""
+        """OpenAI's headers, of those limits that the key has; those of budgets in their form."""
         if self.requests_per_minute:
-            _tell(headers, "requests", self.requests_per_minute, self.requests_left)
+            _tell_rate(headers, "requests", self.requests_per_minute, self.requests_left)
         if self.tokens_per_minute:
-            _tell(headers, "tokens", self.tokens_per_minute, self.tokens_left)
+            _tell_rate(headers, "tokens", self.tokens_per_minute, self.tokens_left)
+        if self.tokens_per_day:
+            reset_s = count_seconds_left(month=False)
+            _tell(headers, "tokens-day", self.tokens_per_day, self.day_left, reset_s)
+        if self.tokens_per_month:
+            reset_s = count_seconds_left(month=True)
+            _tell(headers, "tokens-month", self.tokens_per_month, self.month_left, reset_s)
 
 
 CLAIM = web.RequestKey("claim", Claim)
@@ -214,17 +224,27 @@ def refuse_tokens(claim: Claim, tokens: int) -> Refusal:
     return Refusal("tokens_per_minute", missing * 60 / claim.tokens_per_minute)
 
 
-def _tell(headers: MutableMapping[str, str], what: str, per_minute: int, left: float) -> None:
+def _tell_rate(headers: MutableMapping[str, str], what: str, per_minute: int, left: float) -> None:
     left = min(left, per_minute)
-    headers[f"x-ratelimit-limit-{what}"] = str(per_minute)
+    _tell(headers, what, per_minute, left, (per_minute - left) * 60 / per_minute)
+
+
+def _tell(
+    headers: MutableMapping[str, str], what: str, most: int, left: float, reset_s: float
+) -> None:
+    headers[f"x-ratelimit-limit-{what}"] = str(most)
     headers[f"x-ratelimit-remaining-{what}"] = str(max(0, math.floor(left)))
-    headers[f"x-ratelimit-reset-{what}"] = format_duration((per_minute - left) * 60 / per_minute)
+    headers[f"x-ratelimit-reset-{what}"] = format_duration(reset_s)
 
 
 def format_duration(seconds: float) -> str:
-    """As OpenAI's headers write it: `120ms`, `1.5s`, `6m0s`."""
+    """As OpenAI's headers write it: `120ms`, `1.5s`, `6m0s`, `3h0m0s`."""
     milliseconds = max(0, math.ceil(seconds * 1000))
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"
     minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"
+    hours, minutes = divmod(minutes, 60)
+    told = f"{rest / 1000:g}s"
+    if hours:
+        return f"{hours}h{minutes}m{told}"
+    return f"{minutes}m{told}" if minutes else told

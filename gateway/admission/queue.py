@@ -85,8 +85,7 @@ class AdmissionQueue:
         self._most = self._capacity = settings.max_running
         self._largest = max(1, self._capacity // 2)
         self.is_feeding = False  # what may be cut comes in by pieces
-        self._max_waiting = settings.max_waiting
-        self._queue_timeout_s = settings.queue_timeout_s
+        self._settings = settings
         self._interactive = _Lane("interactive", settings.interactive_weight, self._capacity)
         self._batch = _Lane("batch", settings.batch_weight, self._capacity)
         self._lanes = {"interactive": self._interactive, "batch": self._batch}
@@ -95,6 +94,7 @@ class AdmissionQueue:
         self._entries = 0
         self._delayed: _Delay | None = None
         self._kept = 0  # places kept free for the one who is delayed
+        self._patient = 0  # of those who wait: however long, and bounded elsewhere
         self._throughput = Throughput()
 
     def change_capacity(self, sequences: int | None) -> None:
@@ -214,13 +214,13 @@ class AdmissionQueue:
     ) -> tuple[int, int]:
         expected_s = self._expected_wait_s(lane, least)
         retry_after_s = min(max(1.0, expected_s), LONGEST_RETRY_AFTER_S)
-        waiting = self._waiting
-        if waiting + most > self._max_waiting:
+        waiting, is_patient = self._waiting - self._patient, ticket.on_waiting is not None
+        if not is_patient and waiting + most > self._settings.max_waiting:
             raise Overloaded(
                 f"{waiting} sequences are waiting already; try again in {retry_after_s:.0f} s",
                 retry_after_s=retry_after_s,
             )
-        patience_s = self._queue_timeout_s
+        patience_s = self._settings.queue_timeout_s
         if ticket.deadline is not None:
             left_s = ticket.deadline - asyncio.get_running_loop().time()
             patience_s = min(patience_s, left_s)
@@ -231,6 +231,7 @@ class AdmissionQueue:
                     retry_after_s=retry_after_s,
                 )
         lane.waiting += most
+        self._patient += most * is_patient
         try:
             if ticket.on_waiting is not None:
                 ticket.on_waiting()
@@ -244,6 +245,7 @@ class AdmissionQueue:
             ) from None
         finally:
             lane.waiting -= most
+            self._patient -= most * is_patient
 
     async def _queue(self, lane: _Lane, least: int, most: int, step: int) -> tuple[int, int]:
         if not lane.queue:

@@ -59,6 +59,17 @@ class Answer:
     queue_s: float
 
 
+class StreamReader(Protocol):
+    """Takes an engine's stream as it comes, and says what it has told so far."""
+
+    usage: tuple[int, int] | None  # tokens in and out
+
+    @property
+    def told_tokens(self) -> int: ...
+
+    async def read(self, answer: EngineAnswer) -> None: ...
+
+
 @dataclass(slots=True)
 class UnattendedCall:
     """One request on its way: who asks what of which model, in which lane, and what it claims of
@@ -75,6 +86,7 @@ class UnattendedCall:
     tries: int = 1  # of a batch's line: whether it is sent again is its batch's matter
     on_waiting: Note | None = None  # it waits for its turn and an engine, however long that is
     on_entered: Note | None = None
+    stream: StreamReader | None = None  # of a call that asks for one
 
 
 class BodyCount(Protocol):
@@ -181,7 +193,8 @@ class UnattendedCaller:
             except (asyncio.CancelledError, EngineTimeout):
                 if context.is_running:  # else what breaks off in the middle would be free
                     n_inside = call.sequences if prompts is None else places.count_inside()
-                    left = Spent(taken, 0, context.running_s(), n_inside, line.served.name)
+                    given = line.stream.told_tokens if line.stream is not None else 0
+                    left = Spent(taken, given, context.running_s(), n_inside, line.served.name)
                     ended, claim = context.told_tokens[1], line.claim
                     await self._accounts.charge_left(caller, left, bound, ended, claim)
                 raise
@@ -236,9 +249,12 @@ class UnattendedCaller:
     async def _read(self, line: UnattendedCall, answer: EngineAnswer) -> Answer:
         context, path = line.context, line.path
         self._bodies.release(context)
-        if answer.body is None:
-            raise EngineError("the engine answered with a stream", code="engine_garbled")
-        status, body = answer.status, answer.body
+        status, body, usage = answer.status, answer.body, None
+        if body is None:
+            if line.stream is None:
+                raise EngineError("the engine answered with a stream", code="engine_garbled")
+            await line.stream.read(answer)
+            body, usage = b"", line.stream.usage
         if status in BUSY_STATUSES:
             raise EngineBusy(parse_engine_error(body)[0], retry_after_s=1)
         if status >= 500:
@@ -246,7 +262,9 @@ class UnattendedCaller:
             raise EngineError(f"the engine answered {status}: {message}")
         if status >= 400:
             return Answer(status, name_engine_error(status, body, path), context.record.queue_s)
-        if (usage := parse_usage(body)) is not None:
+        if usage is None:
+            usage = parse_usage(body)
+        if usage is not None:
             await self._count(line, usage)
         return Answer(status, body, context.record.queue_s)
 

@@ -1,5 +1,5 @@
-"""Which engines there are: those of the settings file as it is now, and those that are found where
-it says. Each is watched while listed.
+"""Which engines there are: those that the setting lists, and those that are found where it says.
+Each is watched while listed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from common.files import FileWatch
-from gateway.config import Settings, SettingsError
+from gateway.config import Settings
 from gateway.discovery.dns_names import DnsSource
 from gateway.discovery.kubernetes import KubernetesSource
 from gateway.discovery.sources import EngineSource, is_source
@@ -30,24 +29,19 @@ class EngineList:
         pool: EnginePool,
         warmup: Warmup,
         build: Callable[[str], Engine],
-        reload: Callable[[], Settings],
     ) -> None:
         self._settings = settings
         self._pool = pool
         self._warmup = warmup
         self._build = build
-        self._reload = reload
         self._entries = settings.engines
         self._found: dict[str, Sequence[str]] = {}  # by each source, at its last good answer
-        self._file = FileWatch(settings.config) if settings.config else None
-        if self._file is not None:
-            self._file.has_changed()  # what is in it has just been read
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._sources: dict[str, asyncio.Task[None]] = {}
         self._changing = asyncio.Lock()
 
     async def start(self) -> None:
-        await self._take_entries(self._entries)
+        await self.take_entries(self._entries)
 
     async def stop(self) -> None:
         tasks = [*self._sources.values(), *self._watches.values()]
@@ -55,27 +49,8 @@ class EngineList:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def follow(self) -> None:
-        """Until cancelled."""
-        while True:
-            await asyncio.sleep(self._settings.reload_interval_s)
-            entries = self._read_if_changed()
-            if entries is not None:
-                await self._take_entries(entries)
-
-    def _read_if_changed(self) -> tuple[str, ...] | None:
-        """The entries, if they are others than before; a bad file changes nothing."""
-        if self._file is None or not self._file.has_changed():
-            return None
-        try:
-            entries = self._reload().engines
-        except SettingsError as error:
-            log.error("settings_not_reloaded", reason=str(error))  # noqa: TRY400
-            return None
-        log.info("settings_reloaded", note="engines take effect now, the rest at the next start")
-        return None if entries == self._entries else entries
-
-    async def _take_entries(self, entries: tuple[str, ...]) -> None:
+    async def take_entries(self, entries: tuple[str, ...]) -> None:
+        """What the setting says now."""
         self._entries = entries
         sources = set(filter(is_source, entries))
         for gone in self._sources.keys() - sources:

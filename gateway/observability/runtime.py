@@ -20,10 +20,10 @@ _INTERVAL_S = 0.5
 async def watch_event_loop(app: web.Application) -> AsyncIterator[None]:
     """For as long as the app lives."""
     metrics, settings = app[METRICS], app[SETTINGS]
-    about, build = describe_settings(settings), (read_version(), platform.python_version())
+    build = read_version(), platform.python_version()
     began_at = time.time()
     metrics.start_time_seconds.read = lambda: [((), began_at)]
-    metrics.config_info.read = lambda: [(about, 1)]
+    metrics.config_info.read = lambda: [(describe_settings(settings), 1)]
     metrics.build_info.read = lambda: [(build, 1)]
     measuring = asyncio.create_task(_measure_lag(metrics))
     yield

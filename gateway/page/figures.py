@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from common.chat_templates import DEFAULT, read_chat_templates
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.served_models import MODELS
 from gateway.admission.tickets import LANES
@@ -25,6 +26,8 @@ class PageFigures:
 
     def __init__(self, app: web.Application) -> None:
         self._app = app
+        folder = app[SETTINGS].tokenizer
+        self._chats = folder is None or DEFAULT in read_chat_templates(folder)
         self._read_at = 0.0
         self._last: dict[str, Any] = {}
         self._reading: asyncio.Task[None] | None = None
@@ -77,6 +80,7 @@ class PageFigures:
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
             "shares_answers": settings.dedup,
+            "chats": self._chats,  # else a conversation is refused by the engine
         }
 
 

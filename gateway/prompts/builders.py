@@ -20,6 +20,11 @@ class PromptBuilders:
         without = settings.model_copy(update={"tokenizer": None, "prompt_style": style})
         self._without_tokenizer = PromptBuilder(without)
 
+    def take(self, other: PromptBuilders) -> None:
+        """Those of other settings, for whoever asks from now on."""
+        self._default_model, self.main = other._default_model, other.main
+        self._of_model, self._without_tokenizer = other._of_model, other._without_tokenizer
+
     def find(self, model: str) -> PromptBuilder:
         """GATEWAY_TOKENIZER is the default model's; without one, of all that have none."""
         if model in self._of_model:

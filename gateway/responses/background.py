@@ -17,6 +17,7 @@ import structlog
 
 from gateway.admission.keys import Keyring
 from gateway.admission.unattended import Answer, UnattendedCall, UnattendedCaller
+from gateway.config import Settings
 from gateway.errors import (
     GatewayError,
     Overloaded,
@@ -27,7 +28,17 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
-from gateway.responses.shapes import Told, build_failed, build_queued, read_response, split_output
+from gateway.responses.engine_stream import LoggedStream
+from gateway.responses.event_log import EventLog, Piece
+from gateway.responses.events import CREATED, QUEUED
+from gateway.responses.shapes import (
+    Told,
+    build_failed,
+    build_queued,
+    dump_members,
+    read_response,
+    split_output,
+)
 from gateway.responses.store import Store
 from gateway.responses.turns import Turn
 from gateway.schemas.vllm import parse_engine_error
@@ -46,6 +57,7 @@ _FULL_RETRY_AFTER_S = 5.0
 _LOST = "the gateway that ran this response is gone; ask again"
 _STOPPED = "the gateway was stopped before this response was there; ask again"
 _CRASHED = "the gateway failed; see its log"
+_SHARE_OF_BODIES = 0.5  # of the bytes in memory: what waits here, however long
 _GONE = 499  # what log and counters say of one that was cancelled
 
 
@@ -82,6 +94,9 @@ class _Run:
     call: UnattendedCall
     asking: RequestContext  # of the request that began it
     shown: dict[str, Any]  # as it is stored
+    own: dict[str, Any]  # what the engine does not know of it
+    log: EventLog | None = None  # of a stream
+    stream: LoggedStream | None = None
     accepted: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -99,14 +114,15 @@ class _Run:
 class BackgroundRuns:
     """All that this gateway runs."""
 
-    def __init__(
-        self, *, store: Store, parts: Parts, metrics: Metrics, lease_s: float, most_bytes: int
-    ) -> None:
+    def __init__(self, *, store: Store, parts: Parts, metrics: Metrics, settings: Settings) -> None:
         self._store, self._parts, self._metrics = store, parts, metrics
-        self._most_bytes = most_bytes
+        self._settings = settings
+        self._most_bytes = int(settings.max_held_bytes * _SHARE_OF_BODIES)
+        lease_s = settings.responses_lease_s
         self._leases = LeaseWatch(lease_s)
         self._poll_s = min(_LONGEST_POLL_S, lease_s / _BEATS_A_LEASE)
         self._runs: dict[str, _Run] = {}
+        self._storing_events = asyncio.Lock()
         self._wake = asyncio.Event()
         metrics.background_responses.read = lambda: [((), len(self._runs))]
 
@@ -116,7 +132,11 @@ class BackgroundRuns:
         """The response as it is queued; a refusal is one of the request that asks for it."""
         self._check_room(call.call.size)
         shown = build_queued(turn, call.call.model or call.served.name)
-        run = _Run(turn, call, asking, shown)
+        own = {**turn.list_own(), "created_at": shown["created_at"]}
+        run = _Run(turn, call, asking, shown, own)
+        if turn.is_stream:
+            log = run.log = EventLog(self._wake.set)
+            call.stream = run.stream = LoggedStream(log, own, call.context, self._settings)
         run.accepted.add_done_callback(lambda told: told.cancelled() or told.exception())
         self._runs[turn.id] = run  # first, for whoever looks fails rows that nobody runs
         try:
@@ -141,6 +161,14 @@ class BackgroundRuns:
 
     def _check_room(self, size: int) -> None:
         """They wait longer than others may: what they hold is bounded, so that others get in."""
+        most = self._settings.responses_max_background
+        if len(self._runs) >= most:
+            raise Overloaded(
+                f"{len(self._runs)} background responses are waiting or running here already, of "
+                f"at most {most}; try again when some have ended, or without `background`",
+                code="too_many_background",
+                retry_after_s=_FULL_RETRY_AFTER_S,
+            )
         held = sum(run.call.context.held_bytes for run in self._runs.values())
         if held and held + size > self._most_bytes:
             raise Overloaded(
@@ -153,9 +181,16 @@ class BackgroundRuns:
     async def _add(self, run: _Run) -> None:
         """Its items are in the database then, and no longer here."""
         adding = RequestContext(run.asking.request_id, run.call.context.record)
+        events: Piece | None = None
         try:
             self._parts.bodies.hold(adding, run.turn.input_bytes)
-            await self._store.add(run.turn, split_output(run.shown))
+            if run.log is not None:
+                for kind in (CREATED, QUEUED):
+                    run.log.append(kind, dump_members({"type": kind, "response": run.shown}))
+                events = await run.log.take()
+            await self._store.add(run.turn, split_output(run.shown), events)
+            if run.log is not None and events is not None:
+                run.log.let_go(events)
         finally:
             self._parts.bodies.release(adding)
         run.turn.input = b""
@@ -165,6 +200,11 @@ class BackgroundRuns:
         run = self._runs.get(response_id)
         if run is not None and run.task is not None and not run.is_ending:
             run.task.cancel()
+
+    def find_log(self, response_id: str) -> EventLog | None:
+        """Of a stream that runs here."""
+        run = self._runs.get(response_id)
+        return None if run is None else run.log
 
     async def keep_looking(self, watch: Watch) -> None:
         while True:
@@ -195,7 +235,13 @@ class BackgroundRuns:
     async def _look(self) -> None:
         running = {name: run for name, run in self._runs.items() if run.task is not None}
         entered = [name for name, run in running.items() if run.has_begun]
-        rows = await self._store.look(running, entered)
+        async with self._storing_events:
+            logs = {name: run.log for name, run in running.items() if run.log is not None}
+            pieces = {name: await log.take() for name, log in logs.items()}
+            told = {name: piece for name, piece in pieces.items() if piece is not None}
+            rows = await self._store.look(running, entered, told)
+            for name, piece in told.items():
+                logs[name].let_go(piece)
         self._leases.keep_only({row.id for row in rows})
         open_ids = {row.id for row in rows}
         for name in running.keys() - open_ids:  # through another gateway
@@ -260,21 +306,22 @@ class BackgroundRuns:
 
     async def _read(self, run: _Run, answer: Answer) -> Told:
         entry = run.call.context.entry
-        if entry is not None:
+        if entry is not None and answer.body:
             entry.note_answer(answer.body)
         run.status = answer.status
         if answer.status != 200:
             message, _ = parse_engine_error(answer.body)
             return split_output(build_failed(run.shown, answer.status, message))
-        own = {**run.turn.list_own(), "created_at": run.shown["created_at"]}
-        return await read_response(answer.body, own)
+        if run.stream is not None and run.stream.told is not None:
+            return run.stream.told
+        return await read_response(answer.body, run.own)
 
     async def _end(self, run: _Run, told: Told) -> None:
         """However long it takes: a drain waits for it."""
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                is_stored = await self._store.end(run.turn, told)
+                is_stored = await self._store_end(run, told)
             except (StorageUnavailable, StorageFull) as error:
                 self._metrics.response_storage_failures.inc()
                 log.warning("response_waits", response=run.turn.id, reason=error.message)
@@ -284,8 +331,16 @@ class BackgroundRuns:
                 self._metrics.responses_stored.inc(is_stored)
                 return
 
+    async def _store_end(self, run: _Run, told: Told) -> bool:
+        if run.log is None:
+            return await self._store.end(run.turn, told)
+        async with self._storing_events:
+            return await self._store.end(run.turn, told, await run.log.take())
+
     def _forget(self, run: _Run) -> None:
         self._runs.pop(run.turn.id, None)
+        if run.log is not None:
+            run.log.tell()  # what is left of it to read is in the database
         self._parts.bodies.release(run.call.context)
 
     def _close(self, run: _Run) -> None:

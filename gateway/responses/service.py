@@ -24,8 +24,9 @@ from gateway.errors import (
 from gateway.observability.metrics import Metrics
 from gateway.request_context import RequestContext
 from gateway.responses.background import BackgroundRuns, Parts
+from gateway.responses.follower import Follower, StoredEvents
 from gateway.responses.items import list_page
-from gateway.responses.shapes import Told, read_response, split_output
+from gateway.responses.shapes import Told, read_response
 from gateway.responses.store import Store
 from gateway.responses.turns import CallBody, Turn, scan_call
 from gateway.schemas.pages import Page
@@ -37,7 +38,6 @@ log = structlog.get_logger("gateway")
 _BUSY_TIMEOUT_S = 2.0  # whatever holds a SQLite file for longer counts as away
 _ANSWER_S = 10.0  # and a database that says nothing for that long
 _SWEEP_S = 600.0
-_SHARE_OF_BODIES = 0.5  # of the bytes in memory: what waits in the background, however long
 _Found = TypeVar("_Found")
 
 
@@ -65,8 +65,7 @@ class Responses:
             store=self._store,
             parts=parts,
             metrics=self._metrics,
-            lease_s=self._settings.responses_lease_s,
-            most_bytes=int(self._settings.max_held_bytes * _SHARE_OF_BODIES),
+            settings=self._settings,
         )
         tasks = [
             asyncio.create_task(runs.keep_looking(self._watch)),
@@ -103,6 +102,7 @@ class Responses:
         turn.body = call.build(before, turn.input)
         if is_background:
             turn.repeated = call.load_repeated()
+            turn.is_stream = call.load_flag("stream", usual=False)
         return turn
 
     async def _read_before(self, turn: Turn, context: RequestContext, size: int) -> list[bytes]:
@@ -129,15 +129,10 @@ class Responses:
         """An engine's answer as the caller gets it, once it is stored."""
         told = await read_response(body, turn.list_own())
         if turn.stores:
-            await self._add(turn, told)
+            await self.add(turn, told)
         return told.build()
 
-    async def keep_stream(self, turn: Turn) -> None:
-        """What a stream has ended with."""
-        if turn.answer is not None:
-            await self._add(turn, split_output(turn.answer))
-
-    async def _add(self, turn: Turn, told: Told) -> None:
+    async def add(self, turn: Turn, told: Told) -> None:
         await self._wait(self._store.add(turn, told))
         self._metrics.responses_stored.inc()
 
@@ -145,6 +140,27 @@ class Responses:
         """In the background."""
         assert self._runs is not None  # noqa: S101 — calls come in only while it runs
         return orjson.dumps(await self._wait(self._runs.start(turn, call, asking)))
+
+    def follow(self, owner: str, response_id: str, after: int = -1) -> Follower:
+        """The events of one that runs or has run in the background, after one of them."""
+        assert self._runs is not None  # noqa: S101 — calls come in only while it runs
+        return Follower(self, self._runs.find_log, owner, response_id, after)
+
+    async def ensure_is_stream(self, owner: str, response_id: str) -> None:
+        stored = await self.read_events(owner, response_id, -1)
+        if not stored.pieces:
+            raise InvalidRequest(
+                "only a response that was asked for with `background` and `stream` can be read as "
+                "a stream; ask for this one without `stream`",
+                param="stream",
+                code="response_not_streamed",
+            )
+
+    async def read_events(self, owner: str, response_id: str, after: int) -> StoredEvents:
+        return await self._wait(self._store.read_events(owner, response_id, after))
+
+    async def count_events(self, response_id: str) -> int:
+        return await self._wait(self._store.count_events(response_id))
 
     async def find(self, owner: str, response_id: str) -> bytes:
         return await self._wait(self._store.find(owner, response_id))
@@ -208,10 +224,4 @@ def _refuse_what_is_not_served(call: CallBody, *, stores: bool, is_background: b
     if is_background and not stores:
         raise InvalidRequest(
             "a background response is stored: leave `store` out, or say true", param="background"
-        )
-    if is_background and call.load_flag("stream", usual=False):
-        raise InvalidRequest(
-            "a background response is no stream here; ask for it again until it has ended",
-            param="stream",
-            code="background_stream_not_served",
         )

@@ -75,29 +75,41 @@ async def read_response(body: bytes, own: Mapping[str, Any]) -> Told:
     lies: one with the chances of its tokens has megabytes.
     """
     try:
-        members = await _copy_members(body)
+        members = await copy_members(body)
     except InvalidRequest:
         members = {}
-    output = members.pop("output", b"")
+    told = tell(members | dump_members(own))
+    if told is None:
+        raise EngineError("the engine answered with no response", code="engine_garbled")
+    return told
+
+
+def tell(members: Mapping[str, bytes]) -> Told | None:
+    """A response by its members; none of what has not ended as one."""
+    output = members.get("output", b"")
     status = members.get("status", b"").strip(b'"').decode("utf-8", "replace")
     if status not in _ENDED or output[:1] != b"[":
-        raise EngineError("the engine answered with no response", code="engine_garbled")
-    members |= {name: orjson.dumps(value) for name, value in own.items()}
-    return Told(status, _join_members({**members, "output": b"[]"}), output)
+        return None
+    rest = {name: raw for name, raw in members.items() if name != "output"}
+    return Told(status, join_members({**rest, "output": b"[]"}), output)
+
+
+def dump_members(fields: Mapping[str, Any]) -> dict[str, bytes]:
+    return {name: orjson.dumps(value) for name, value in fields.items()}
 
 
 async def join_output(rest: bytes, status: str, output: bytes) -> bytes:
     """A stored response as it is now."""
-    members = await _copy_members(rest)
-    return _join_members({**members, "status": orjson.dumps(status), "output": output})
+    members = await copy_members(rest)
+    return join_members({**members, "status": orjson.dumps(status), "output": output})
 
 
-async def _copy_members(body: bytes) -> dict[str, bytes]:
+async def copy_members(body: bytes) -> dict[str, bytes]:
     members = await scan_members(body, len(body))
     return {name: body[one.start : one.end] for name, one in members.items()}
 
 
-def _join_members(members: Mapping[str, bytes]) -> bytes:
+def join_members(members: Mapping[str, bytes]) -> bytes:
     return b"{" + b",".join(orjson.dumps(name) + b":" + raw for name, raw in members.items()) + b"}"
 
 

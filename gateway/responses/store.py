@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
@@ -13,14 +13,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.config import Settings
 from gateway.errors import InvalidRequest, NotFound
+from gateway.responses.event_log import Piece
+from gateway.responses.follower import StoredEvents
 from gateway.responses.shapes import OPEN, Told, build_failed, join_output
 from gateway.responses.turns import Turn, refuse_previous
 from gateway.storage.database import Database
 from gateway.storage.rows import DAY_S, lock_owner
-from gateway.storage.tables import RESPONSES
+from gateway.storage.tables import RESPONSE_EVENTS, RESPONSES
 
 _ROWS_AT_ONCE = 200
+_PIECES_AT_ONCE = 50
+_NO_EVENTS: Mapping[str, Piece] = {}
 _TABLE = RESPONSES.c
+_EVENTS = RESPONSE_EVENTS.c
 _IS_OPEN = _TABLE.status.in_(OPEN)
 
 
@@ -100,7 +105,7 @@ class Store:
         ]
         return lists[:-1]
 
-    async def add(self, turn: Turn, told: Told) -> None:
+    async def add(self, turn: Turn, told: Told, events: Piece | None = None) -> None:
         """As it is now; it makes room where its owner has too many."""
         now = int(time.time())
         context_bytes = turn.input_bytes + len(told.output)
@@ -124,6 +129,8 @@ class Store:
         async with self._database.write() as connection:
             await lock_owner(connection, turn.owner)
             await connection.execute(insert(RESPONSES), row)
+            if events is not None:
+                await _add_events(connection, {turn.id: events})
             await self._make_room(connection, turn.owner, turn.id)
 
     async def _make_room(self, connection: AsyncConnection, owner: str, newest: str) -> None:
@@ -168,25 +175,38 @@ class Store:
             row = await _find(connection, owner, response_id)
         return await join_output(row.response, row.status, row.output)
 
-    async def end(self, turn: Turn, told: Told) -> bool:
-        """Whether it was still ours to end: else it has been cancelled, deleted or given up."""
+    async def end(self, turn: Turn, told: Told, events: Piece | None = None) -> bool:
+        """Whether it was still ours to end: else it has been cancelled, deleted or given up. The
+        last of its events come with it.
+        """
         context_bytes = turn.input_bytes + len(told.output)
         values = {
             "status": told.status,
             "output": told.output,
             "response": told.rest,
-            "bytes": context_bytes + len(told.rest),
+            "bytes": context_bytes + len(told.rest) + _sum_events(turn.id),
             "context_bytes": turn.context_bytes + context_bytes,
             "worker": "",
         }
         mine = and_(_TABLE.id == turn.id, _TABLE.worker == self.worker, _IS_OPEN)
         async with self._database.write() as connection:
-            change = update(RESPONSES).where(mine).values(**values)
-            return (await connection.execute(change)).rowcount == 1
+            # It holds the row: nobody deletes it before its events are there.
+            is_mine = select(_TABLE.id).where(mine).with_for_update()
+            if (await connection.execute(is_mine)).one_or_none() is None:
+                return False
+            if events is not None:
+                await _add_events(connection, {turn.id: events})
+            await connection.execute(update(RESPONSES).where(mine).values(**values))
+            return True
 
-    async def look(self, running: Collection[str], entered: Collection[str]) -> list[OpenRow]:
-        """Shows that those that we run live, which of them have begun; returns all that are open,
-        whoever runs them.
+    async def look(
+        self,
+        running: Collection[str],
+        entered: Collection[str],
+        events: Mapping[str, Piece] = _NO_EVENTS,
+    ) -> list[OpenRow]:
+        """Shows that those that we run live, which of them have begun, and what some of them have
+        told; returns all that are open, whoever runs them.
         """
         query = select(_TABLE.id, _TABLE.worker, _TABLE.beat).where(_IS_OPEN)
         if not running:
@@ -201,7 +221,28 @@ class Store:
                 await connection.execute(
                     update(RESPONSES).where(began).values(status="in_progress")
                 )
+            if events:  # of those whose rows are held by now
+                held = set((await connection.execute(select(_TABLE.id).where(mine))).scalars())
+                told = {name: piece for name, piece in events.items() if name in held}
+                await _add_events(connection, told)
             return [OpenRow(*row) for row in await connection.execute(query)]
+
+    async def read_events(self, owner: str, response_id: str, after: int) -> StoredEvents:
+        """Those after one of them, or the next some; none of what is no stream."""
+        query = select(_EVENTS.number, _EVENTS.count, _EVENTS.size, _EVENTS.packed)
+        later = and_(_EVENTS.response_id == response_id, _EVENTS.number + _EVENTS.count > after + 1)
+        query = query.where(later).order_by(_EVENTS.number).limit(_PIECES_AT_ONCE)
+        async with self._database.read() as connection:
+            # First: of one that has ended all of them are there.
+            status = (await _find(connection, owner, response_id, _TABLE.status)).status
+            rows = (await connection.execute(query)).all()
+        return StoredEvents(status, [Piece(*row) for row in rows])
+
+    async def count_events(self, response_id: str) -> int:
+        query = select(func.coalesce(func.sum(_EVENTS.count), 0))
+        async with self._database.read() as connection:
+            found = await connection.execute(query.where(_EVENTS.response_id == response_id))
+            return int(found.scalar_one())
 
     async def give_up(self, row: OpenRow, message: str) -> bool:
         """For one whose gateway is gone, if it has not moved since it was looked at."""
@@ -252,8 +293,10 @@ def _find_chain(owner: str, response_id: str) -> CTE:
     return chain.union_all(before.where(_TABLE.owner == owner))
 
 
-async def _find(connection: AsyncConnection, owner: str, response_id: str) -> Any:
-    query = select(RESPONSES).where(_is_there(owner, response_id))
+async def _find(
+    connection: AsyncConnection, owner: str, response_id: str, *columns: ColumnElement[Any]
+) -> Any:
+    query = select(*columns or (RESPONSES,)).where(_is_there(owner, response_id))
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound(
@@ -262,3 +305,19 @@ async def _find(connection: AsyncConnection, owner: str, response_id: str) -> An
             code="response_not_found",
         )
     return row
+
+
+async def _add_events(connection: AsyncConnection, told: Mapping[str, Piece]) -> None:
+    """Of responses that are there; they count among what these take."""
+    rows = [{"response_id": name, **asdict(piece)} for name, piece in told.items()]
+    if not rows:
+        return
+    await connection.execute(insert(RESPONSE_EVENTS), rows)
+    for name, piece in told.items():
+        more = update(RESPONSES).where(_TABLE.id == name)
+        await connection.execute(more.values(bytes=_TABLE.bytes + piece.size))
+
+
+def _sum_events(response_id: str) -> Any:
+    query = select(func.coalesce(func.sum(_EVENTS.size), 0))
+    return query.where(_EVENTS.response_id == response_id).scalar_subquery()

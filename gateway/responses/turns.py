@@ -20,7 +20,6 @@ RESPONSE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 # Of these the gateway is the master: engines are told to store nothing.
 _OWN = frozenset(("input", "store", "background", "previous_response_id"))
 _LONGEST_WORD_BYTES = 1024
-_ENDS = ("response.completed", "response.incomplete", "response.failed")
 # What of a call its response repeats, and what stands there where the call says nothing.
 _REPEATED: Mapping[str, Any] = {
     "instructions": None,
@@ -55,47 +54,16 @@ class Turn:
     depth: int = 1  # of the conversation, with this one
     context_bytes: int = 0  # of what goes before
     repeated: dict[str, Any] = field(default_factory=dict)
-    answer: dict[str, Any] | None = None  # of a stream, once all of it is there
+    is_stream: bool = False  # of the background: its events are kept, too
 
     def __post_init__(self) -> None:
         self.input_bytes = len(self.input)
-
-    def sign(self, response: Mapping[str, Any]) -> dict[str, Any]:
-        """An engine's response, with what the engine does not know of it."""
-        return {**response, **self.list_own()}
 
     def list_own(self) -> dict[str, Any]:
         own: dict[str, Any] = {"previous_response_id": self.previous_id, "store": self.stores}
         if self.stores:
             own |= {"id": self.id, "background": self.is_background}
         return own
-
-    def sign_events(self, events: bytes) -> tuple[bytes, bytes]:
-        """What may be passed on of a stream's events, and what waits until the response is stored:
-        from the event that ends it.
-        """
-        pieces = events.replace(b"\r\n", b"\n").split(b"\n\n")
-        for place, event in enumerate(pieces):
-            if b'"response":' not in event:
-                continue
-            pieces[place], answer = self._sign_event(event)
-            if answer is not None and self.stores:
-                self.answer = answer
-                end = b"\n\n".join(pieces[place:])
-                return b"".join(one + b"\n\n" for one in pieces[:place]), end
-        return b"\n\n".join(pieces), b""
-
-    def _sign_event(self, event: bytes) -> tuple[bytes, dict[str, Any] | None]:
-        """And the response, if it has ended with that."""
-        head, mark, data = event.partition(b"data:")
-        try:
-            told = orjson.loads(data)
-            response = told["response"] = self.sign(told["response"])
-            kind = told["type"]
-        except (orjson.JSONDecodeError, LookupError, TypeError):
-            return event, None
-        is_end = kind in _ENDS and isinstance(response.get("output"), list)
-        return head + mark + b" " + orjson.dumps(told), response if is_end else None
 
 
 class CallBody:

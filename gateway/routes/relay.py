@@ -52,7 +52,14 @@ from gateway.schemas.openai import (
 )
 from gateway.schemas.prompt_lists.bodies import PromptList
 from gateway.schemas.transcription import FORMS, parse_form
-from gateway.streaming import STORED_STREAM, EventStream, StoredStream, Usage, open_stream
+from gateway.streaming import (
+    STORED_STREAM,
+    EventStream,
+    StoredStream,
+    Usage,
+    follow_events,
+    open_stream,
+)
 
 STREAMING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _WRITING = (*STREAMING, CHAT_BATCH, *FORMS)
@@ -135,7 +142,7 @@ async def _read_call(request: web.Request) -> OpenAIRequest:
 
 async def _start(
     request: web.Request, call: OpenAIRequest, turn: Turn, lane: LaneName
-) -> web.Response:
+) -> web.StreamResponse:
     """In the background, as a call of its own that holds what it claims until it has ended."""
     asking, caller = request[CONTEXT], request[CALLER]
     context = RequestContext(asking.request_id, RequestRecord(request.path))
@@ -150,7 +157,10 @@ async def _start(
         lane=lane,
         tries=request.app[SETTINGS].max_attempts,
     )
-    body = await find_responses(request.app).start(turn, one, asking)
+    responses = find_responses(request.app)
+    body = await responses.start(turn, one, asking)
+    if turn.is_stream:
+        return await follow_events(request, responses.follow(turn.owner, turn.id))
     return web.Response(body=body, content_type="application/json")
 
 
@@ -161,7 +171,8 @@ async def _store(
     stream: StoredStream | None = request.get(STORED_STREAM)
     if stream is not None and stream.is_waiting:
         try:
-            await responses.keep_stream(turn)
+            if stream.told is not None:
+                await responses.add(turn, stream.told)
         except GatewayError as error:
             return await stream.end(error)
         return await stream.end_stored()

@@ -20,8 +20,10 @@ from gateway.request_body import read_body
 from gateway.request_context import CONTEXT
 from gateway.responses.access import RESPONSES, find_responses
 from gateway.responses.shapes import build_deleted
+from gateway.schemas.fields import read_flag
 from gateway.schemas.openai import name_engine_error
 from gateway.schemas.pages import parse_page
+from gateway.streaming import follow_events
 
 _ID = "{response_id:[A-Za-z0-9_-]{1,128}}"
 ROUTES = (
@@ -31,19 +33,19 @@ ROUTES = (
     ("POST", f"/v1/responses/{_ID}/cancel"),
 )
 _USUALLY_LISTED, _MOST_LISTED = 20, 100
+_DIGITS = 9
 
 
-async def handle_retrieve(request: web.Request) -> web.Response:
+async def handle_retrieve(request: web.Request) -> web.StreamResponse:
     responses = request.app.get(RESPONSES)
     if responses is None:
         return await _ask_engines(request)
-    if request.query.get("stream", "").lower() in {"1", "true"}:
-        raise InvalidRequest(
-            "a stored response is no stream here; ask for it without `stream` until it has ended",
-            param="stream",
-            code="background_stream_not_served",
-        )
-    return _json(await responses.find(request[CALLER].name, request.match_info["response_id"]))
+    owner, name = request[CALLER].name, request.match_info["response_id"]
+    after = _parse_number(request.query.get("starting_after"))
+    if not read_flag(request.query.get("stream", "false"), "stream"):
+        return _json(await responses.find(owner, name))
+    await responses.ensure_is_stream(owner, name)
+    return await follow_events(request, responses.follow(owner, name, after))
 
 
 async def handle_delete(request: web.Request) -> web.Response:
@@ -127,6 +129,17 @@ async def _ask(request: web.Request, engine: Engine, method: str, path: str) -> 
     if answer.status >= 400:
         return answer.status, name_engine_error(answer.status, body, request.path)
     return answer.status, body
+
+
+def _parse_number(text: str | None) -> int:
+    """Of the last event that has been read."""
+    if text is None:
+        return -1
+    if not text.isascii() or not text.isdigit() or len(text) > _DIGITS:
+        raise InvalidRequest(
+            "starting_after is the number of the last event that you have", param="starting_after"
+        )
+    return int(text)
 
 
 def _json(body: bytes) -> web.Response:

@@ -153,6 +153,7 @@ class Database:
         cursor.execute(f"PRAGMA busy_timeout={int(self._busy_timeout_s * 1000)}")
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
 

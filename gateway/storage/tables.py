@@ -12,6 +12,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Connection,
+    ForeignKey,
     Index,
     Integer,
     LargeBinary,
@@ -183,6 +184,22 @@ RESPONSES = Table(
     Index("gateway_responses_expires", "expires_at"),
 )
 
+# The events of a background response that is a stream, some in a row; they go with it.
+RESPONSE_EVENTS = Table(
+    "gateway_response_events",
+    METADATA,
+    Column(
+        "response_id",
+        String,
+        ForeignKey("gateway_responses.id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # of the first
+    Column("count", Integer, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("packed", LargeBinary, nullable=False),
+)
+
 _BATCHES = (FILES, LINES, JOBS, RESULTS)
 _RECORDS = (USAGE, SPENT, WRITERS, AUDIT)
 
@@ -199,9 +216,14 @@ def _create_responses(connection: Connection) -> None:
     METADATA.create_all(connection, (RESPONSES,))
 
 
+def _create_response_events(connection: Connection) -> None:
+    METADATA.create_all(connection, (RESPONSE_EVENTS,))
+
+
 # In this order; what has been released is not changed any more.
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _create_batches,
     _create_records,
     _create_responses,
+    _create_response_events,
 )

@@ -143,7 +143,7 @@ class SweepResult:
                 one.arm.name,
                 one.rouge_course,
                 "a" if one is best else "b",
-                f"{one.characters_per_s:,.0f} characters/s",
+                f"{one.characters_per_s:,.0f}/s",
             )
             for one in ranked
             if not one.failure
@@ -155,7 +155,7 @@ class SweepResult:
             has_findings=False,
             ranked=ranked,
             best=best,
-            plot_bars=draw_bars(bars, unit="ROUGE-L") if bars else "",
+            plot_bars=draw_bars(bars, unit="", label="score") if bars else "",
             facts=facts,
             hidden=(),
         )

@@ -127,7 +127,7 @@ def _draw_speeds(grade: GradeResult) -> Markup:
         bars.append(plots.NamedBar("this run, tokens", statistics.median(tokens), "a", score))
     characters = statistics.median(run.speed.characters_per_s for run in grade.runs)
     bars.append(plots.NamedBar("this run, characters", characters, "b", score))
-    return plots.draw_bars(sorted(bars, key=lambda bar: -bar.value), unit="/s")
+    return plots.draw_bars(sorted(bars, key=lambda bar: -bar.value), unit="/s", label="speed")
 
 
 def _find_worst(grade: GradeResult) -> Iterator[tuple[int, GradedAnswer, int]]:

@@ -82,9 +82,9 @@ def draw_histogram(
     return _draw("histogram", axes, series, counts, step, x_label)
 
 
-def draw_bars(bars: Sequence[NamedBar], *, unit: str) -> Markup:
-    """Named horizontal bars with their figures."""
-    return _draw("bars", bars, unit)
+def draw_bars(bars: Sequence[NamedBar], *, unit: str, label: str) -> Markup:
+    """Named horizontal bars with their figures; a name that leaves no room for one is cut."""
+    return _draw("bars", bars, unit, label)
 
 
 def draw_call_bars(

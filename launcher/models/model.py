@@ -21,6 +21,19 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _QUANT_BYTES = {"fp8": 1.0, "awq": 0.56, "gptq": 0.56, "bitsandbytes": 0.56}
 
 
+# What older families call the same.
+_OTHER_NAMES = {
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads", "multi_query_group_num"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+    "vocab_size": ("padded_vocab_size",),
+    "head_dim": ("kv_channels",),
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     """What of a model's config.json decides sizes."""
@@ -140,7 +153,9 @@ def _build_shape(whole: dict[str, Any], text: dict[str, Any]) -> Shape:
 
 def _number(text: dict[str, Any], name: str, default: int | None = None) -> int:
     """What may be absent may be null or 0 too."""
-    value = text.get(name) if default is None else text.get(name) or default
+    told = [text.get(one) for one in (name, *_OTHER_NAMES.get(name, ()))]
+    known = (one for one in told if (one is not None if default is None else one))
+    value = next(known, default)
     if value is None:
         raise ValueError(f"does not say {name!r}")
     if not isinstance(value, int) or value < 1:

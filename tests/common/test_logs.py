@@ -104,6 +104,31 @@ def test_level_holds_for_libraries_too() -> None:
     assert debug == ["request_done", "library_line", "gateway_crashed"]
 
 
+def test_level_changes_while_a_logger_is_in_use() -> None:
+    code = """
+import logging, structlog
+from common.logs import change_log_level, configure_logging
+configure_logging("gateway", "json", "info")
+log, library = structlog.get_logger("gateway"), logging.getLogger("some.library")
+for level in ("info", "error", "debug"):
+    change_log_level(level)
+    log.debug(f"debug_at_{level}")
+    log.info(f"info_at_{level}")
+    log.error(f"error_at_{level}")
+    library.warning("at %s", level)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rows = [json.loads(line) for line in done.stderr.splitlines()]
+
+    assert [row.get("message", row["event"]) for row in rows] == [
+        *("info_at_info", "error_at_info", "at info"),
+        "error_at_error",
+        *("debug_at_debug", "info_at_debug", "error_at_debug", "at debug"),
+    ]
+
+
 # Places that do not take lines. What is said of each: `told` lines were written to `file`, or lost.
 
 _COUNTING = """

@@ -9,6 +9,7 @@ import re
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from yarl import URL
 from common.ports import find_free_ports
 from gateway.config import Settings
 from launcher.config import ServeSettings
-from tests.gateway.conftest import until
+from tests.gateway.conftest import serve_gateway, until
 from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.slow  # other programs judge, not Python
@@ -187,3 +188,33 @@ def test_unit_gives_the_program_time_to_drain(name: str) -> None:
         fields = ServeSettings.model_fields
         needed_s = 2 * fields["drain_timeout_s"].default + fields["kill_timeout_s"].default
     assert int(stop_s) > needed_s
+
+
+async def test_copy_of_a_database_is_whole_while_the_gateway_goes_on(tmp_path: Path) -> None:
+    """By the command of the page."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    found = re.search(r'exec -T gateway python3 -c "(.*)"$', page, re.MULTILINE)
+    assert found is not None
+    places = [tmp_path / name for name in ("running", "restored")]
+    for place in places:
+        place.mkdir()
+    command = found[1].replace("/responses/", f"{places[0]}/")
+    body = {"model": "fake", "input": "kept"}
+    async with serve_gateway(responses_database=str(places[0] / "responses.sqlite")) as served:
+        stored = await served.client.post("/v1/responses", json=body)
+        asking = [served.client.post("/v1/responses", json=body) for _ in range(20)]
+        writing = asyncio.gather(*asking)
+        shell = await asyncio.create_subprocess_exec(
+            "sh", "-c", f'"$PYTHON" -c "{command}"', env={**os.environ, "PYTHON": sys.executable}
+        )
+        assert await shell.wait() == 0
+        await writing
+    copy = places[1] / "responses.sqlite"
+    shutil.move(places[0] / "copy.sqlite", copy)
+    async with serve_gateway(responses_database=str(copy)) as served:
+        answer = await served.client.get(f"/v1/responses/{stored.json()['id']}")
+        went_on = {**body, "previous_response_id": stored.json()["id"]}
+        following = await served.client.post("/v1/responses", json=went_on)
+
+    assert answer.json() == stored.json()
+    assert following.status_code == 200

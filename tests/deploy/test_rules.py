@@ -33,6 +33,7 @@ WATCHED = {
     "RedisAway": {"gateway_redis_away"},
     "RecordsAway": {"gateway_records_away"},
     "BatchStorageAway": {"gateway_batch_storage_failures"},
+    "ResponseStorageAway": {"gateway_response_storage_failures"},
 }
 ALERTS = re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text(encoding="utf-8"))
 

@@ -188,6 +188,41 @@ async def test_response_in_the_background_is_polled(stack: Stack) -> None:
     assert [one.type for one in items] == ["message"]
 
 
+async def test_stream_in_the_background_goes_on_without_its_caller(stack: Stack) -> None:
+    """As OpenAI's SDK takes one up again: by the number of the last event that it has seen."""
+    asked: dict[str, Any] = {"model": "demo", "input": QUESTION, "max_output_tokens": 40}
+    async with openai.AsyncOpenAI(
+        base_url=f"{stack.gateway}/v1", api_key=KEY, max_retries=0
+    ) as client:
+        stream = await client.responses.create(background=True, stream=True, **asked)
+        first: list[Any] = []
+        async for event in stream:
+            first.append(event)
+            if event.type == "response.output_text.delta":
+                break
+        await stream.close()
+        name, last = first[0].response.id, first[-1].sequence_number
+        going_on = await client.responses.retrieve(name, stream=True, starting_after=last)
+        rest: list[Any] = [event async for event in going_on]
+        told = await client.responses.retrieve(name)
+        direct = await client.responses.create(store=False, temperature=0, **asked)
+        async with client.responses.stream(response_id=name) as again:
+            numbers = [event.sequence_number async for event in again]
+
+    events = [*first, *rest]
+    kinds = [one.type for one in events]
+    assert kinds[:3] == ["response.created", "response.queued", "response.in_progress"]
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    assert events[-1].response == told
+    assert told.status == "incomplete"
+    assert told.usage is not None
+    assert direct.usage is not None
+    assert told.usage.input_tokens == direct.usage.input_tokens
+    text = "".join(one.delta for one in events if one.type == "response.output_text.delta")
+    assert text == told.output_text
+    assert set(numbers) == set(range(len(events)))
+
+
 def test_langchain_goes_on_where_its_stored_answer_ended(stack: Stack) -> None:
     model = ChatOpenAI(
         base_url=f"{stack.gateway}/v1",

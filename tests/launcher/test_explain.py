@@ -262,27 +262,6 @@ def test_explain_refuses_what_cannot_work_in_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_launcher_in_an_interpreter_without_its_packages_says_which_has_them(
-    launcher: Launcher,
-) -> None:
-    """As in a shell in which nobody has activated the environment."""
-    packages = Path(sys.modules["launcher"].__file__ or "").parent.parent
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "launcher", "explain"],
-        cwd=ROOT,
-        env={**launcher.environment(), "PYTHONPATH": str(packages)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"launcher: {sys.executable} has no ")
-    ways = ("make setup", ".venv/bin/python -m launcher", "pip install")  # the last of a wheel
-    assert any(way in line for way in ways)
-
-
 def test_doctor_on_a_terminal_says_what_it_looks_at() -> None:
     class Screen(io.StringIO):
         def isatty(self) -> bool:

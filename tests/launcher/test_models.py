@@ -316,6 +316,33 @@ def test_folder_without_a_usable_config_is_one_clear_line(
         read_shape(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_head": 2, "n_embd": 128, "n_layer": 3, "n_positions": 512, "n_inner": None},  # GPT-2
+        {"n_heads": 2, "d_model": 128, "n_layers": 3, "max_seq_len": 512},  # MPT
+        {
+            "num_attention_heads": 2,
+            "hidden_size": 128,
+            "num_layers": 3,
+            "seq_length": 512,
+            "padded_vocab_size": 700,
+            "vocab_size": None,
+            "ffn_hidden_size": 512,  # ChatGLM
+        },
+    ],
+    ids=["gpt2", "mpt", "chatglm"],
+)
+def test_shape_is_read_by_the_names_of_older_families(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 700, **config}))
+    shape = read_shape(tmp_path)
+
+    assert (shape.heads, shape.hidden, shape.layers, shape.head_size) == (2, 128, 3, 64)
+    assert (shape.max_positions, shape.intermediate, shape.vocabulary) == (512, 512, 700)
+
+
 def test_shape_kv_bytes_of_known_models() -> None:
     small, large = (read_shape(MODELS / name) for name in ("qwen3-0.6b", "qwen3-8b"))
     assert small.kv_bytes_per_token(2.0) == 112 * 1024  # 28 layers x 8 heads x 128 x 2 x 2 bytes

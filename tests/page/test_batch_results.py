@@ -163,3 +163,43 @@ def test_batch_answers_in_markdown_are_formed(visitor: Visitor) -> None:
 
         expect(page.locator(".result .answer strong")).to_have_text("bold")
         expect(page.locator(".result .answer pre")).to_have_text("int i;")
+
+
+def test_batch_answer_is_copied_from_the_keyboard_and_said_aloud(visitor: Visitor) -> None:
+    engine = Behaviour(refuses=lambda question: "bad" in question)
+    with running_gateway(engine) as served:
+        page = visitor.open(served.url)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        run_batch(page, [{"question": text} for text in ("one", "a **bold** word", "bad")])
+        expect(page.locator(".result")).to_have_count(3)
+        names = [one.get_attribute("aria-label") for one in page.locator(".result .plain").all()]
+        first = page.get_by_role("button", name="Copy answer 1")
+        first.focus()
+        page.keyboard.press("Tab")
+        second = page.get_by_role("button", name="Copy answer 2")
+        expect(second).to_be_focused()
+        page.keyboard.press("Enter")
+
+        assert names == ["Copy answer 1", "Copy answer 2"]  # of a refusal there is nothing to copy
+        expect(page.locator("#announce")).to_have_text("Copied answer 2")
+        expect(page.locator(".result .plain").nth(1)).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == "answer:a **bold** word"
+        expect(second).to_be_focused()  # under its own name again, after a moment
+        page.evaluate("navigator.clipboard.writeText = async () => { throw new Error('no'); }")
+        page.keyboard.press("Enter")
+        expect(page.locator("#announce")).to_contain_text("the browser does not allow it")
+
+
+@pytest.mark.parametrize(
+    ("theme", "forced"), [("light", "none"), ("dark", "none"), ("dark", "active")]
+)
+def test_batch_with_its_copy_buttons_keeps_nobody_out(
+    visitor: Visitor, theme: str, forced: str
+) -> None:
+    with running_gateway() as served:
+        page = visitor.open(served.url, forced_colors=forced, color_scheme=theme)
+        pick(page, language="en", theme=theme)
+        run_batch(page, [{"question": text} for text in ("one", "two")])
+        expect(page.get_by_role("button", name="Copy answer 2")).to_be_visible()
+        page.get_by_role("button", name="Copy answer 2").focus()
+        shoot(page, f"batch-copy-{theme}{'-forced' if forced == 'active' else ''}", whole=True)

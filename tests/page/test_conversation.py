@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.fake_engine import Behaviour
+from tests.fake_engine import MODEL_FOLDER, Behaviour
 from tests.gateway.conftest import Served
 from tests.page.conftest import Visitor, pick, running_gateway, shoot
 
@@ -344,3 +346,26 @@ def test_value_that_is_refused_is_named_as_its_field_is(visitor: Visitor) -> Non
         ask(page, "one")
 
         expect(page.locator(".turn .error")).to_contain_text("回答最长（词元）")
+
+
+def test_model_without_a_chat_template_is_asked_as_predict_asks(
+    visitor: Visitor, tmp_path: Path
+) -> None:
+    """Its engine would refuse every conversation."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(MODEL_FOLDER / "tokenizer.json", folder / "tokenizer.json")
+    with running_gateway(tokenizer=folder, prompt_style="qa", single_as_list=True) as served:
+        page = visitor.open(served.url)
+        for question in ("one", "two"):
+            ask(page, question)
+            expect(page.locator(".turn > .answer").last).to_contain_text(f"answer:Q: {question}")
+        expect(page.locator("#announce")).to_have_text("The answer is complete.")
+        expect(page.locator("#follow")).to_be_hidden()
+        expect(page.locator("#context")).to_contain_text("no chat template")
+        expect(page.locator(".turn .figures").last).to_contain_text("in all")
+        shoot(page, "ask-without-template", whole=True)
+        page.reload()
+        expect(page.locator(".turn > .answer").last).to_contain_text("answer:Q: two")
+
+    assert all("messages" not in call for call in served.engine.calls)

@@ -160,6 +160,23 @@ def test_gateway_reads_keys_from_a_folder_of_ones_own_and_none_unasked(tmp_path:
     assert not gateway["environment"]["GATEWAY_KEYS_FILE"]
 
 
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_stored_responses_have_a_volume_and_can_be_turned_off(way: tuple[str, ...]) -> None:
+    gateways = [one for name, one in services(way).items() if name.startswith("gateway")]
+    for gateway in gateways:
+        place = gateway["environment"]["GATEWAY_RESPONSES_DATABASE"]
+        volume = mount(gateway, str(Path(place).parent))
+        assert (volume["type"], volume["source"]) == ("volume", "responses")
+        assert not volume.get("read_only")
+    off = services(way, RESPONSES_DATABASE="")["gateway"]
+
+    assert gateways
+    assert off["environment"]["GATEWAY_RESPONSES_DATABASE"] == ""
+    folders = re.search(r"RUN install -d -o 10001 .*", (ROOT / "Dockerfile.gateway").read_text())
+    assert folders is not None
+    assert "/responses" in folders[0].split()  # else the volume is root's
+
+
 def test_names_of_keys_are_told_to_prometheus_and_not_through_the_published_port() -> None:
     gateway = services()["gateway"]
     port = gateway["environment"]["GATEWAY_METRICS_PORT"]

@@ -31,6 +31,7 @@ function showModel() {
   const isDemo = models.includes("demo");
   find("demo-note").hidden = !isDemo;
   if (models.length) ask.showModel(isDemo);
+  ask.showChats(live.status?.limits.chats !== false);
 }
 
 function changeLanguage(name) {

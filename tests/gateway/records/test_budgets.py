@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,64 @@ async def test_used_up_budget_is_refused_until_the_next_one_begins(
         assert (await ask(served.url, keys.headers["bob"])).status_code == 200
         models = await served.client.get("/v1/models", headers=keys.headers["alice"])
         assert models.status_code == 200  # which uses no tokens
+
+
+def read_budget(headers: Mapping[str, str], period: str) -> tuple[int, int, float]:
+    """The budget, what is left of it and the seconds until the next one begins."""
+    limit, left, reset = (
+        headers[f"x-ratelimit-{field}-tokens-{period}"] for field in ("limit", "remaining", "reset")
+    )
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?([\d.]+)(ms|s)", reset)
+    assert match is not None
+    seconds = float(match[3]) / (1000 if match[4] == "ms" else 1)
+    return int(limit), int(left), seconds + 60 * int(match[2] or 0) + 3600 * int(match[1] or 0)
+
+
+async def test_what_budgets_leave_is_on_every_answer(
+    serve: Serve, keys: Keys, kept: dict[str, Any]
+) -> None:
+    entry = "tokens_per_day = 50\ntokens_per_month = 1000"
+    settings = keys.write(alice=entry, bob="tokens_per_month = 9") | kept
+    headers = keys.headers["alice"]
+    async with serve(**settings) as served:
+        first = await ask(served.url, headers)
+        before, beginning_s = time.time(), count_seconds_left(month=False)
+        models = await served.client.get("/v1/models", headers=headers)
+        bobs = await served.client.get("/v1/models", headers=keys.headers["bob"])
+        slots = served.engine.slots = asyncio.Semaphore(0)
+        running = asyncio.create_task(ask(served.url, headers))
+        await until(lambda: served.engine.running == 1)
+        beside = await served.client.get("/v1/models", headers=headers)
+        slots.release()
+        last = await running
+        refused = await ask(served.url, headers, max_tokens=50)
+
+    for answer in (first, models):
+        assert read_budget(answer.headers, "day")[:2] == (50, 50 - CHAT_TOKENS)
+        assert read_budget(answer.headers, "month")[:2] == (1000, 1000 - CHAT_TOKENS)
+    set_aside = 50 - CHAT_TOKENS - read_budget(beside.headers, "day")[1]
+    assert set_aside > CHAT_TOKENS
+    assert read_budget(beside.headers, "month")[1] == 1000 - CHAT_TOKENS - set_aside
+    assert refused.status_code == 429
+    for answer in (last, refused):
+        assert read_budget(answer.headers, "day")[:2] == (50, 50 - 2 * CHAT_TOKENS)
+    told_s = read_budget(models.headers, "day")[2]
+    assert beginning_s - (time.time() - before) - 1 <= told_s <= beginning_s + 1
+    assert read_budget(models.headers, "month")[2] >= told_s - 1
+    assert read_budget(bobs.headers, "month")[:2] == (9, 9)
+    assert not any(name.endswith(("-tokens", "-tokens-day")) for name in bobs.headers)
+
+
+async def test_what_a_budget_leaves_is_told_with_a_streams_head(
+    serve: Serve, keys: Keys, tmp_path: Path
+) -> None:
+    """After what the stream has set aside for itself."""
+    settings = keys.write(alice="tokens_per_day = 50")
+    async with serve(**settings, usage_database=str(tmp_path / "usage")) as served:
+        stream = await ask(served.url, keys.headers["alice"], stream=True)
+        after = await served.client.get("/v1/models", headers=keys.headers["alice"])
+
+    assert read_budget(stream.headers, "day")[1] < read_budget(after.headers, "day")[1] < 50
 
 
 async def test_client_does_not_come_again_to_a_budget_that_is_used_up(
@@ -147,11 +207,13 @@ async def test_budget_and_audit_outlive_a_gateway_that_is_killed(
             await gateway.process.wait()
         async with serve_process(tmp_path, engine_url, *flags) as gateway:
             refusal = await ask(gateway.url, alice, "remember me")
+            left = read_budget(refusal.headers, "day")[1]
             rows = (await read_audit(gateway.url, root, "key=alice"))["data"]
             row = await wait_for_tokens(gateway.url, root, "alice", answered * CHAT_TOKENS)
 
     assert answered > 0
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (429, "tokens_per_day")
+    assert left == 50 - answered * CHAT_TOKENS
     assert row["prompt_tokens"] + row["completion_tokens"] == answered * CHAT_TOKENS
     assert len(rows) >= answered + 1
     assert {one["prompt"] for one in rows} == {"remember me"}

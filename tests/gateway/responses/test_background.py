@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from gateway.admission.accounts import ACCOUNTS
+from gateway.admission.served_models import MODELS
 from gateway.admission.tickets import Claims
 from gateway.middleware import OPEN_REQUESTS
 from tests.fake_engine import Behaviour
@@ -218,12 +219,15 @@ async def test_background_responses_that_are_too_many_are_refused_at_once(
     serve: Serve, stored: Any
 ) -> None:
     engine = Behaviour()
-    bounds = {"max_running": 1, "max_waiting": 1, "engine_sequences": 1, "warmup_prompts": 1}
-    async with serve(engine, **stored, **bounds) as served, open_sdk(served.url) as sdk:
+    bounds = {"max_running": 1, "engine_sequences": 1, "warmup_prompts": 1}
+    async with (
+        serve(engine, **stored, **bounds, responses_max_background=2) as served,
+        open_sdk(served.url) as sdk,
+    ):
         engine.slots = asyncio.Semaphore(0)
         caller = Caller(served, sdk)
         ids = [(await caller.ask("hi", background=True)).id for _ in range(2)]
-        with pytest.raises(openai.RateLimitError) as refused:
+        with pytest.raises(openai.RateLimitError, match="at most 2") as refused:
             await caller.ask("hi", background=True)
         waiting = await caller.sdk.responses.retrieve(ids[1])
         for _ in ids:
@@ -231,8 +235,33 @@ async def test_background_responses_that_are_too_many_are_refused_at_once(
         for one in ids:
             assert (await caller.wait(one)).status == "completed"
 
-    assert refused.value.code == "overloaded"
+    assert refused.value.code == "too_many_background"
+    assert "Retry-After" in refused.value.response.headers
     assert waiting.status == "queued"
+
+
+async def test_background_responses_that_wait_turn_no_caller_away(
+    serve: Serve, stored: Any
+) -> None:
+    """They have no time-out, so the queue's bound would be theirs for ever."""
+    engine = Behaviour()
+    bounds = {"max_running": 1, "max_waiting": 1, "engine_sequences": 1, "warmup_prompts": 1}
+    async with serve(engine, **stored, **bounds) as served, open_sdk(served.url) as sdk:
+        slots = engine.slots = asyncio.Semaphore(0)
+        caller = Caller(served, sdk)
+        ids = [(await caller.ask("hi", background=True)).id for _ in range(4)]
+        waiting = asyncio.create_task(caller.ask("me"))
+        (model,) = served.app[MODELS].all
+        await until(lambda: model.queue.count("interactive")[1] == 1)
+        with pytest.raises(openai.RateLimitError, match="1 sequences are waiting") as refused:
+            await caller.ask("me too")
+        for _ in range(5):
+            slots.release()
+        answered = await waiting
+        states = [(await caller.wait(one)).status for one in ids]
+
+    assert refused.value.code == "overloaded"
+    assert (answered.output_text, states) == ("answer:me", ["completed"] * 4)
 
 
 async def test_background_response_of_a_key_that_is_withdrawn_ends(

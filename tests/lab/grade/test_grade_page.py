@@ -118,7 +118,7 @@ def test_histogram_counts_every_value_once(values: list[float]) -> None:
 
 
 def test_bars_are_as_long_as_their_figures() -> None:
-    drawn = draw_bars([NamedBar("a", 100, "a"), NamedBar("b", 25, "b")], unit="/s")
+    drawn = draw_bars([NamedBar("a", 100, "a"), NamedBar("b", 25, "b")], unit="/s", label="speed")
 
     long, short = (float(rect.get("width", 0)) for rect in svgs(drawn)[0].iter("rect"))
     assert long == pytest.approx(4 * short, rel=0.01)

@@ -16,6 +16,7 @@ export class AskPanel {
   #current = null;
   #conversation = 0;
   #isChosen = false; // whether somebody has said what goes along
+  #chats = true;
 
   constructor(live) {
     this.live = live;
@@ -109,6 +110,14 @@ export class AskPanel {
     this.#mark();
   }
 
+  /** Without a chat template there is no conversation: each question is asked alone. */
+  showChats(chats) {
+    if (this.#chats === chats) return;
+    this.#chats = chats;
+    find("follow").closest("label").hidden = !chats;
+    this.#mark();
+  }
+
   #submit() {
     const question = this.field.value.trim();
     if (!question || this.#current) return this.field.focus();
@@ -168,7 +177,7 @@ export class AskPanel {
 
   /** Whole turns of this conversation, if they are to go along. */
   get #earlier() {
-    if (!find("follow").checked) return [];
+    if (!find("follow").checked || !this.#chats) return [];
     return this.#turns.filter((turn) => turn.isComplete && turn.conversation === this.#conversation);
   }
 
@@ -198,7 +207,8 @@ export class AskPanel {
     for (const turn of this.#turns) turn.setAlong(earlier.has(turn));
     const count = number(earlier.size);
     const isOff = !find("follow").checked;
-    setText(find("context"), this.#current ? "" : say(isOff ? "ask.alone" : earlier.size ? "ask.context" : "ask.contextNone", { count }));
+    const context = isOff ? "ask.alone" : earlier.size ? "ask.context" : "ask.contextNone";
+    setText(find("context"), this.#current ? "" : say(this.#chats ? context : "ask.noTemplate", { count }));
     const hasTurns = this.#turns.some((turn) => turn.conversation === this.#conversation);
     passFocus(find("anew"), this.field, !hasTurns);
     find("anew").hidden = !hasTurns;

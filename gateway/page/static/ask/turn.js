@@ -1,6 +1,6 @@
 // One question and its answer: as it comes, as it was kept, and how fast it came.
 
-import { call, readEvents } from "../common/api.js";
+import { call, Failure, readEvents, readJson } from "../common/api.js";
 import { announce, button, make, setText, showFailure } from "../common/elements.js";
 import { explain, persist } from "../common/errors.js";
 import { foldable } from "../common/folding.js";
@@ -109,17 +109,30 @@ export class Turn {
     this.#endAt ||= performance.now();
     this.element.removeAttribute("aria-busy");
     this.show();
-    if (this.isComplete) announce(say("ask.done", { count: number(this.tokens) }));
+    if (this.isComplete) announce(say(this.tokens ? "ask.done" : "ask.doneWhole", { count: number(this.tokens) }));
   }
 
   async #stream(body) {
     this.began = performance.now();
+    if (this.live.status?.limits.chats === false) return this.#predict(body);
     const model = this.live.status?.engines.find((engine) => engine.model)?.model;
     const signal = this.#control.signal;
     const response = await call("v1/chat/completions", { body: { ...body, model }, signal });
     for await (const event of readEvents(response)) this.#take(event);
     this.#endAt = performance.now();
     this.ending ||= "stop";
+  }
+
+  /** A model without a chat template takes no conversation: it is asked as /predict asks. */
+  async #predict({ messages, max_tokens, temperature }) {
+    const system = messages.find(({ role }) => role === "system")?.content;
+    const body = { prompt: this.question, system, max_tokens, temperature };
+    const told = await readJson(await call("predict", { body, signal: this.#control.signal }));
+    const [text] = [told.response].flat(); // by setting a list of one
+    if (typeof text !== "string") throw new Failure("", { code: "garbled" });
+    this.text = text;
+    this.#endAt = performance.now();
+    this.ending = "stop";
   }
 
   #take({ choices = [], usage }) {
@@ -180,7 +193,7 @@ export class Turn {
   }
 
   #describe() {
-    const parts = this.#firstAt ? this.#measure() : [];
+    const parts = this.#firstAt ? this.#measure() : this.isComplete ? [this.#total()] : [];
     if (this.ending === "length") parts.push(say("ask.cut"));
     if (this.ending === "stopped") parts.push(say("ask.stopped"));
     if (this.along) parts.push(say("ask.sentAlong", { count: number(this.along) }));
@@ -188,8 +201,7 @@ export class Turn {
   }
 
   #measure() {
-    const end = this.#endAt || this.#lastAt;
-    const total = (end - this.began) / 1000;
+    const total = ((this.#endAt || this.#lastAt) - this.began) / 1000;
     const writing = (this.#lastAt - this.#firstAt) / 1000;
     const parts = [say("ask.first", { value: span((this.#firstAt - this.began) / 1000) })];
     if (this.tokens) {
@@ -199,7 +211,11 @@ export class Turn {
       const value = writing > SHORTEST_WRITING_S && this.tokens > 1 ? (this.tokens - 1) / writing : this.tokens / total;
       parts.push(say("ask.rate", { value: rate(value) }));
     }
-    if (this.#endAt) parts.push(say("ask.total", { value: span(total) }));
+    if (this.#endAt) parts.push(this.#total());
     return parts;
+  }
+
+  #total() {
+    return say("ask.total", { value: span((this.#endAt - this.began) / 1000) });
   }
 }

@@ -7,7 +7,7 @@ import { BadInput, cutPieces } from "./questions.js";
 import { canScore, scoreRougeL } from "./rouge.js";
 import { explain, persist } from "../common/errors.js";
 import { foldable } from "../common/folding.js";
-import { showMarkdown } from "../common/markdown.js";
+import { copyButton, showMarkdown } from "../common/markdown.js";
 import { digits, number, rate, running, say, span } from "../common/translations.js";
 
 const ROWS_AT_ONCE = 25;
@@ -281,6 +281,7 @@ function showRow(row, index) {
     if (!isSame(row)) parts.push(make("div.reference", make("span.label", say("row.reference")), reference));
     parts.push(make("p.hint.score", isSame(row) ? make("span.same", say("row.same")) : "", showRouge(row)));
   }
+  if (!error && answer.trim()) parts.push(make("div.buttons", copyButton(() => answer, number(index + 1))));
   const element = make("article.result", ...parts);
   element.tabIndex = -1;
   return element;

@@ -1,7 +1,7 @@
 // Markdown as models write it, as elements: headings, lists, bold, code. Text is always text, never
 // markup: what is not understood stays as it was written.
 
-import { button, make, setText } from "./elements.js";
+import { announce, button, make, setText } from "./elements.js";
 import { say } from "./translations.js";
 
 // No two parts of these can share out a run of characters in more than one way: so they, too, take no
@@ -146,14 +146,35 @@ function cutInline(text) {
 /** A space inside of the marks keeps a backtick away from them. */
 const trimCode = (code) => (/^ .*\S.* $/.test(code) ? code.slice(1, -1) : code);
 
-/** Not there where the browser lets no page copy; what is shown can still be marked. */
-export function copyButton(read) {
+/**
+ * Not there where the browser lets no page copy; what is shown can still be marked. `place` is the
+ * answer's number where there are many: by the button's name, and by what a screen reader says when
+ * it is done.
+ */
+export function copyButton(read, place = "") {
+  const name = () => (place ? say("copy.answer", { place }) : say("copy"));
   const copy = button("plain", say("copy"), async () => {
-    await navigator.clipboard.writeText(read());
-    setText(copy, say("copied"));
-    setTimeout(() => setText(copy, say("copy")), COPIED_MS);
+    const told = await write(read());
+    tell(say(told), place ? say(`${told}.answer`, { place }) : say(told));
+    announce(copy.ariaLabel);
+    setTimeout(() => tell(say("copy"), name()), COPIED_MS);
   });
+  const tell = (text, label) => {
+    setText(copy, text);
+    copy.ariaLabel = label;
+  };
+  copy.ariaLabel = name();
   copy.dataset.t = "copy";
   copy.hidden = !navigator.clipboard;
   return copy;
+}
+
+/** The word for what came of it. */
+async function write(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return "copied";
+  } catch {
+    return "notCopied"; // the browser asks its user, who may say no
+  }
 }

@@ -29,6 +29,7 @@ LABELS = {
 }
 GUARD = PageGuard("127.0.0.1", (), "LAUNCHER_STATUS_ALLOWED_HOSTS")
 CRASH = {"time": "2026-01-02T03:04:05+00:00", "reason": "signal", "exit_code": None}
+HOSTS = {"wanted": 3, "joined": 2, "lost": 1}
 NVIDIA_SMI = """#!/bin/sh
 echo '0, NVIDIA H200, 87, 120000, 143771, 512.40, 54, 1980'
 echo '1, NVIDIA H200, 3, 900, 143771, [N/A], 31, 345'
@@ -74,7 +75,9 @@ async def test_metrics_are_those_declared_with_type_labels_and_meaning(
     program.write_text(NVIDIA_SMI)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    source = make_source("ready", "ready", crash=lambda: CRASH, has_gpu=True)
+    source = make_source(
+        "ready", "ready", crash=lambda: CRASH, has_gpu=True, count_hosts=lambda: HOSTS
+    )
     for status in source.programs.values():
         status.start_seconds = 12.5
 

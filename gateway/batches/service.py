@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from gateway.batches.window import Windows
 from gateway.config import Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
+from gateway.storage.clock import SteadyClock
 from gateway.storage.database import Database
 from gateway.storage.rows import make_id
 
@@ -48,16 +48,17 @@ class BatchService:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         folder = _ensure_folder(settings)
         self._settings, self._metrics = settings, metrics
+        self.clock = SteadyClock()
         self._blobs: Blobs = DiskBlobs(folder / _BLOBS)
         self._database = open_database(settings)
-        self.store = Store(self._database)
+        self.store = Store(self._database, self.clock)
         self._coordinator: Coordinator | None = None
         self._rooms: dict[str, Room] = {}  # of callers who are sending files
 
     @asynccontextmanager
     async def run(self, parts: Parts) -> AsyncIterator[None]:
         """Batches are run inside of this; their database is opened when it is needed."""
-        ownership = Ownership(self._database, secrets.token_hex(8))
+        ownership = Ownership(self._database, secrets.token_hex(8), self.clock)
         caller = parts.caller
         windows = Windows(
             self._settings.batch_max_running, caller.count_interactive, caller.find_first_tokens
@@ -79,6 +80,7 @@ class BatchService:
                 is_draining=parts.is_draining,
                 settings=self._settings,
                 metrics=self._metrics,
+                now=self.clock.now,
             )
 
         coordinator = self._coordinator = Coordinator(
@@ -88,6 +90,7 @@ class BatchService:
             blobs=self._blobs,
             build_runner=build_runner,
             metrics=self._metrics,
+            clock=self.clock,
         )
         looking = asyncio.create_task(coordinator.run())
         try:
@@ -133,7 +136,7 @@ class BatchService:
     async def _keep(
         self, caller: Caller, file_id: str, upload: Upload, end: UploadEnd
     ) -> FileRecord:
-        now = int(time.time())
+        now = int(self.clock.now())
         file = FileRecord(
             id=file_id,
             owner=caller.name,
@@ -180,7 +183,7 @@ class BatchService:
             )
         for model in file.models if caller.models else ():
             caller.check_model(self._settings.alias_map.get(model, model))
-        now = int(time.time())
+        now = int(self.clock.now())
         job = JobRecord(
             id=make_id("batch_"),
             owner=caller.name,

@@ -1,5 +1,5 @@
 """The bytes of files. `Blobs` is all that is asked of whoever keeps them; `DiskBlobs` keeps them in
-a folder. What they mean stands in the database.
+a folder, `s3_blobs.py` in a bucket. What they mean stands in the database.
 """
 
 from __future__ import annotations

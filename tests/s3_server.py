@@ -95,7 +95,7 @@ class S3Server:
                 "server",
                 "-ip=127.0.0.1",
                 f"-dir={self.folder / 'data'}",
-                "-volume.max=50",
+                "-volume.max=500",
                 "-master.volumeSizeLimitMB=64",
                 "-master.electionTimeout=1s",
                 "-volume.preStopSeconds=0",

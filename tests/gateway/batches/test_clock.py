@@ -146,7 +146,7 @@ async def test_line_is_answered_once_by_a_process_whose_clock_jumps(
     tmp_path: Path, postgres: Postgres, faketime: tuple[Path, list[str]], jump_s: float
 ) -> None:
     """Beside another gateway, which would take its batch over."""
-    lines, engine = 300, Behaviour(delay_s=0.05)
+    lines, engine = 300, Behaviour()
     offset, wrapper = faketime
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -157,15 +157,20 @@ async def test_line_is_answered_once_by_a_process_whose_clock_jumps(
         serve_process(tmp_path / "a", url, *flags, wrapper=wrapper) as first,
         open_sdk(first.url) as sdk,
     ):
+        engine.calls.clear()
+        engine.slots = may_run = asyncio.Semaphore(0)
         batch_id = await start(sdk, lines, completion_window="30m")
-        await until(lambda: len(engine.calls) > 50)
+        await until(lambda: engine.calls)
+        engine.slots = None  # for the other's warm-up; what waits, waits
         async with serve_process(tmp_path / "b", url, *flags) as second:
             await asyncio.to_thread(offset.write_text, f"{jump_s:+.0f}\n")
             await until(lambda: "clock_jumped" in first.read_log())
+            for _ in range(lines):
+                may_run.release()
             batch = await wait_completed(sdk, batch_id)
             await check_answers(sdk, batch, lines)
             log = first.read_log() + second.read_log()
 
     asked = [call["messages"][0]["content"] for call in engine.calls if "messages" in call]
-    assert len(asked) == len(set(asked))
+    assert len(asked) == len(set(asked)) == lines
     assert "batch_taken_over" not in log

@@ -189,18 +189,20 @@ def tell_of_ray(*lines: str) -> list[str]:
     return [STAMP.format("ERROR") + line for line in lines]
 
 
-NODE_DIED = "The actor is dead because its node has died. Node Id: 56b97436e67393f1"
+# As Ray tells it of an actor that was killed, and of one whose node was taken away.
+NODE_DIED = (
+    "The actor died because its node has died. Node Id: 6771fd6fc2ce767620b9306490b2b9bfdb1373"
+)
 WORKER_DIED = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
 )
 ACTOR = (
     "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
     "\tclass_name: RayWorkerWrapper",
-    "\tactor_id: 8c3e1f0a9b7d",
-    "\tpid: 4711",
-    "\tname: vllm_Worker_1",
-    "\tnamespace: 5f2c",
-    "\tip: 10.0.0.2",
+    "\tactor_id: fd344a8f46661c985487049401000000",
+    "\tpid: 6845",
+    "\tnamespace: 0f51af2c-da72-4bcc-84fd-68d88dc7f595",
+    "\tip: 192.0.2.2",
 )
 
 
@@ -210,7 +212,7 @@ def test_worker_that_ray_lost_is_named_with_its_host(why: str, *, has_lost_host:
 
     found = find_lost_actor(lines)
 
-    assert found == LostActor("10.0.0.2", 4711, "RayWorkerWrapper", why, has_lost_host)
+    assert found == LostActor("192.0.2.2", 6845, "RayWorkerWrapper", why, has_lost_host)
 
 
 @pytest.mark.parametrize(

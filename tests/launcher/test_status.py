@@ -13,12 +13,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common.web.foreign_pages import PageGuard
 from launcher.engine.status import (
+    _STATES,
     SchedulerStatus,
     StatusSource,
     build_status_app,
     list_metrics,
 )
 from launcher.engine.supervisor import ProgramStatus, RestartPolicy
+from tests.launcher.programs import ROOT
 
 LABELS = {
     "vllm": "0.32.0",
@@ -91,6 +93,13 @@ async def test_metrics_are_those_declared_with_type_labels_and_meaning(
     assert exported == {
         one.name: (one.kind, {tuple(sorted(one.labels))}, one.meaning) for one in list_metrics()
     }
+
+
+@pytest.mark.parametrize("state", _STATES)
+def test_state_has_a_word_on_the_gateways_page(state: str) -> None:
+    words = (ROOT / "gateway/page/static/common/translations.js").read_text(encoding="utf-8")
+
+    assert f'"state.{state}": [' in words
 
 
 async def test_metrics_tell_of_gpus_what_they_can(

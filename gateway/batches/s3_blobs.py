@@ -44,8 +44,10 @@ _CREDENTIALS = (
 )
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _BELOW = re.compile(r'message: "([^"<]{1,200})"')  # of the operating system
-_FULL = ("QuotaExceeded", "StorageFull", "InsufficientStorage", "507 ")
-_GONE = ("InvalidRange", "416 ")
+_STATUS = re.compile(r"status code: (\d{3})")
+_FULL = ("QuotaExceeded", "StorageFull", "InsufficientStorage")
+# A bucket may have other things in it: what may be thrown away has a name as we make one.
+_OURS = re.compile(r"file-[0-9a-f]{32}|batch_[0-9a-f]{32}-\d+-[0-9a-f]{8}-(output|errors)")
 
 
 def open_bucket(settings: Settings) -> S3Blobs:
@@ -139,7 +141,11 @@ class S3Blobs:
         names: list[str] = []
         with self._translate():
             async for some in obstore.list(self._store):
-                names += [one["path"] for one in some if one["last_modified"].timestamp() < moment]
+                names += [
+                    one["path"]
+                    for one in some
+                    if one["last_modified"].timestamp() < moment and _OURS.fullmatch(one["path"])
+                ]
         return names
 
     @contextmanager
@@ -150,17 +156,15 @@ class S3Blobs:
         try:
             yield
         except (BaseError, OSError) as error:
-            text = str(error)
-            found = _CODE.search(text)
-            code = found[1] if found else ""
-            raise self._explain(error, text, code) from None
+            raise self._explain(error) from None
 
-    def _explain(self, error: Exception, text: str, code: str) -> GatewayError:
-        has_no_bucket = code == "NoSuchBucket"
-        is_gone = isinstance(error, FileNotFoundError) or any(one in text for one in _GONE)
-        if is_gone and not has_no_bucket:
+    def _explain(self, error: Exception) -> GatewayError:
+        text = str(error)
+        code, status = _find(_CODE, text), _find(_STATUS, text)
+        is_gone = isinstance(error, FileNotFoundError) or status == "416"  # shorter than it was
+        if is_gone and code != "NoSuchBucket":
             return NotFound("the file's bytes are not there any more", code="file_lost")
-        if any(one in code or one in text for one in _FULL):
+        if status == "507" or any(one in code for one in _FULL):
             return StorageFull("there is no room left for files of batches; delete some, or later")
         reason = code or _shorten(text)
         log.warning(
@@ -199,6 +203,11 @@ class _S3Writer:
         self._written += len(data)
         with self._translate():
             await self._file.write(data)
+
+
+def _find(pattern: re.Pattern[str], text: str) -> str:
+    found = pattern.search(text)
+    return found[1] if found else ""
 
 
 def _shorten(text: str) -> str:

@@ -9,19 +9,23 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import obstore
 import openai
 import orjson
 import pytest
+from obstore.exceptions import GenericError
+from obstore.store import S3Store
 from pydantic import ValidationError
 from sqlalchemy import create_engine, text
 
 from gateway.app import build_app
 from gateway.batches import coordinator
+from gateway.batches.s3_blobs import S3Blobs
 from gateway.config import SettingsError
+from gateway.errors import GatewayError, NotFound, StorageFull, StorageUnavailable
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.batches.conftest import (
     Postgres,
@@ -31,6 +35,7 @@ from tests.gateway.batches.conftest import (
     open_sdk,
     until,
 )
+from tests.gateway.batches.test_clock import count_sweeps
 from tests.gateway.batches.test_jobs import check_counts, read_answers
 from tests.gateway.batches.test_takeover import check_answers, kill_after, start, wait_completed
 from tests.gateway.conftest import make_settings, serve_gateway
@@ -281,6 +286,36 @@ async def test_bucket_that_is_not_ours_says_what_to_do_and_no_secret(
         assert secret not in log + refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "says"),
+    [
+        ("507 Insufficient Storage", "XMinioStorageFull", StorageFull, "no room left"),
+        ("403 Forbidden", "QuotaExceeded", StorageFull, "no room left"),
+        ("403 Forbidden", "AccessDenied", StorageUnavailable, "has to allow it"),
+        (
+            "403 Forbidden",
+            "RequestTimeTooSkewed",
+            StorageUnavailable,
+            "its clock and the gateway's",
+        ),
+        ("400 Bad Request", "ExpiredToken", StorageUnavailable, "has expired"),
+        ("503 Service Unavailable", "SlowDown", StorageUnavailable, "try again"),
+        ("416 Range Not Satisfiable", "InvalidRange", NotFound, "not there any more"),
+    ],
+)
+def test_storages_own_codes_are_told_as_ours(
+    status: str, code: str, kind: type[GatewayError], says: str
+) -> None:
+    page = f"<Error><Code>{code}</Code><StringToSign>hush-hush</StringToSign></Error>"
+    error = GenericError(f"Generic S3 error: non-2xx status code: {status}: {page}")
+
+    told = S3Blobs(cast("S3Store", None), "bucket", 0)._explain(error)
+
+    assert type(told) is kind
+    assert says in told.message
+    assert "hush" not in told.message
+
+
 async def test_batch_whose_bucket_is_gone_waits_and_is_not_failed(
     s3: S3Server, bucket: str, kept: dict[str, Any]
 ) -> None:
@@ -326,17 +361,29 @@ async def test_what_is_expired_or_of_nobody_is_thrown_out_of_the_bucket(
 ) -> None:
     monkeypatch.setattr(coordinator, "_SWEEP_S", 0.05)
     monkeypatch.setattr(coordinator, "_ORPHAN_AGE_S", -60)  # nobody can make an object older
+    sweeps = count_sweeps(monkeypatch)
+
+    async def until_swept_again() -> None:
+        before = len(sweeps)
+        await until(lambda: len(sweeps) > before + 2)
+
     async with serve_gateway(**kept) as served, open_batches(served) as batches:
         left, expired = await batches.upload([ask(0)]), await batches.upload([ask(1)])
-        await obstore.put_async(s3.open(bucket), "files/orphan", b"x")
-        await obstore.put_async(s3.open(bucket), "of-somebody-else", b"x")
+        orphans = f"file-{'0' * 32}", f"batch_{'0' * 32}-1-00000000-output"
+        others = {"files/report.csv", "files/2026/file-of-theirs", "of-somebody-else"}
+        for name in (*(f"files/{one}" for one in orphans), *others):
+            await obstore.put_async(s3.open(bucket), name, b"x")
         database = create_engine(f"sqlite:///{kept['batch_folder']}/batches.sqlite")
         with database.begin() as connection:
             values = {"at": int(time.time()) - 1, "id": expired}
             change = "UPDATE gateway_files SET expires_at = :at WHERE id = :id"
             connection.execute(text(change), values)
         database.dispose()
-        await until(lambda: set(list_bucket(s3, bucket)) == {left, "of-somebody-else"})
+        await until(lambda: set(s3.list_names(bucket)) <= {f"files/{left}", *others})
+        await until_swept_again()
+        there = set(s3.list_names(bucket))
+
+    assert there == {f"files/{left}", *others}
 
 
 async def test_uploads_at_once_share_the_memory_of_bodies(kept: dict[str, Any]) -> None:

@@ -122,9 +122,8 @@ def faketime(tmp_path: Path) -> tuple[Path, list[str]]:
         pytest.skip("the package libfaketime is built for x86-64")
     # Debian 12 has one too, under which no process can sleep.
     spec = importlib.util.find_spec("libfaketime")
-    found = (
-        sorted(Path(spec.origin).parent.rglob("libfaketime.so.1")) if spec and spec.origin else ()
-    )
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    found = sorted(folder.rglob("libfaketime.so.1")) if folder else []
     if not found:
         message = "libfaketime is not here (pip install libfaketime)"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)

@@ -103,7 +103,7 @@ def build_app(
     if settings.responses_database:
         app[RESPONSES] = build_responses(settings, app[METRICS])
         app.cleanup_ctx.append(run_responses)
-    if settings.batch_folder is not None:
+    if settings.keeps_batches:
         app[BATCHES] = build_batches(settings, app[METRICS])
         app.cleanup_ctx.append(run_batches)
     if settings.grade_record:

@@ -30,7 +30,7 @@ from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.engines.long_lists import LongListCall
+from gateway.engines.lists.long_lists import LongListCall
 from gateway.errors import (
     EngineBusy,
     EngineError,

@@ -49,8 +49,9 @@ def test_every_pin_has_a_hash(extra: str) -> None:
     [("gateway", []), ("engine-cpu", ["cpu"]), ("engine-cuda", ["cuda", "modelscope", "otel"])],
 )
 def test_bill_of_materials_has_every_pin_of_its_image(image: str, extras: list[str]) -> None:
-    venv = Path(PYTHON).parent.parent
-    subprocess.run(["make", "-o", "setup-dev", f"VENV={venv}", "sbom"], cwd=ROOT, check=True)
+    venv, make = Path(PYTHON).parent.parent, shutil.which("make")
+    assert make is not None
+    subprocess.run([make, "-o", "setup-dev", f"VENV={venv}", "sbom"], cwd=ROOT, check=True)
     bill = json.loads((ROOT / "out" / "sbom" / f"{image}.json").read_text(encoding="utf-8"))
     listed = {(row["name"], row["version"]) for row in bill["components"]}
     pins = {(pin.name, pin.version) for pin in select_pins(read_lock(), extras)}

@@ -431,7 +431,7 @@ def judge_systemctl(command: Command, _: Path) -> None:
 
 
 def judge_quick(command: Command, folder: Path) -> None:
-    """`echo` and `head`, into a file of the folder's own."""
+    """`echo`, `head` and `mkdir`, in the folder or into a file of it."""
     answer = run(command, command.words, folder)
     if command.into:
         (folder / command.into).write_text(answer, encoding="utf-8")
@@ -467,9 +467,10 @@ def read_help(program: tuple[str, ...]) -> dict[str, bool]:
     ):
         raise Unfit(f"there is no {asked}")
     found: dict[str, bool] = {}
-    docker = r"^ +(?:(-\w), )? *(--[\w-]+)(?: ([\w-]+))?(?:  |$)"
+    docker = r"^ +(?:(-\w), )? *(--[\w-]+)(?: ([\w-]+(?: [\w-]+)*))?(?:  |$)"
     for short, flag, kind in re.findall(docker, done.stdout, re.MULTILINE):
-        found |= {flag: bool(kind), short: bool(kind)}
+        takes = bool(kind) and kind != asked  # a program's name in quotes is no value's
+        found |= {flag: takes, short: takes}
     for short, flag, value in re.findall(
         r"^ +(?:(-\w), )?(--[\w-]+)=(.*):$", done.stdout, re.MULTILINE
     ):
@@ -499,6 +500,7 @@ JUDGES: dict[str, Judge] = {
     "kubectl": judge_kubectl,
     "launcher": judge_launcher,
     "make": judge_make,
+    "mkdir": judge_quick,
     "pip": judge_pip,
     "pytest": judge_pytest,
     "python": judge_python,

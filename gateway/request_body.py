@@ -53,6 +53,13 @@ class HeldBodies:
 
     def hold(self, context: RequestContext, size: int) -> None:
         """So many bytes more; `Overloaded` where that is too much. One body alone always fits."""
+        self.check(context, size)
+        context.held_bytes += size
+        self._held += size
+        self._most_held = max(self._most_held, self._held)
+
+    def check(self, context: RequestContext, size: int) -> None:
+        """Refuses like `hold` and holds nothing: a body that is announced need not be read."""
         own, others = context.held_bytes + size, self._held - context.held_bytes
         most = self._most if own <= _SMALL_BYTES else self._most * _SHARE_OF_LARGE
         if others and others + own > most:
@@ -64,13 +71,10 @@ class HeldBodies:
                 code="too_many_bodies",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        context.held_bytes = own
-        self._held += size
-        self._most_held = max(self._most_held, self._held)
 
     def release(self, context: RequestContext, size: int | None = None) -> None:
         """All of the request's, or so many of them."""
-        size = context.held_bytes if size is None else size
+        size = context.held_bytes if size is None else min(size, context.held_bytes)
         self._held -= size
         context.held_bytes -= size
         if not self._held and self._most_held > _MANY_BYTES:
@@ -138,6 +142,7 @@ async def _read(request: web.Request, *, counts_values: bool) -> bytes:
             if counts_values and len(whole) > _SMALL_BYTES:
                 _ValueCount(settings.max_body_values).add(whole)
             return whole
+        bodies.check(context, request.content_length or 0)
         values = _ValueCount(settings.max_body_values)
         body = bytearray()  # and no list of pieces, which may be of a byte each
         async with asyncio.timeout(settings.body_timeout_s):
@@ -225,8 +230,11 @@ class _ValueCount:
             )
 
     def _leave_texts_out(self, data: bytes) -> bytes:
-        data = (self._before + data).replace(rb"\\", b"").replace(rb"\"", b"")
-        self._before = b"\\" if data.endswith(b"\\") else b""
+        if self._before or b"\\" in data:
+            data = (self._before + data).replace(rb"\\", b"").replace(rb"\"", b"")
+            self._before = b"\\" if data.endswith(b"\\") else b""
+        if b'"' not in data:
+            return b"" if self._is_in_text else data
         pieces = data.split(b'"')
         outside = b"".join(pieces[self._is_in_text :: 2])
         self._is_in_text ^= len(pieces) % 2 == 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every test, in parts; as many run side by side as there are cores. On the Python that is set up already: style and types,
-# the tests with the real engine, those marked `slow`, and all others but the ones marked `programs`, which are the same on
-# every Python. On the last other Python that this project supports and that is installed here: all of those others, with
-# the built wheel in place of the checkout.
+# Every test, in parts; as many run side by side as there are cores, and one more, since a test waits as long as it computes.
+# On the Python that is set up already: style and types, the tests with the real engine, those marked `slow`, and all others
+# but the ones marked `programs`, which are the same on every Python. On the last other Python that this project supports and
+# that is installed here: all of those others, with the built wheel in place of the checkout.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 # ALSO names targets of the Makefile that are parts as well (`make test ALSO=page-test`).
 set -euo pipefail
@@ -107,7 +107,7 @@ run_parts() {
 }
 touch "$work/ended"
 workers=()
-for _ in $(seq "$(nproc)"); do
+for _ in $(seq $(($(nproc) + 1))); do
   run_parts &
   workers+=($!)
 done

@@ -225,7 +225,9 @@ async def _completions(request: web.Request) -> web.StreamResponse:
         prompts = [prompts]
     if not prompts or not isinstance(prompts, list) or not all(map(_is_prompt, prompts)):
         return _refusal("prompt is a text, token ids or a list of those", "prompt")
+    copies = max(1, n) if isinstance(n := call.get("n"), int) else 1
     questions = [_question(prompt, request.app[TOKENIZER]) for prompt in prompts]
+    questions = [question for question in questions for _ in range(copies)]
     ends_one_by_one = bool(call.get("stream")) and isinstance(call["prompt"], list)
     if not ends_one_by_one:
         async with _working(behaviour, len(questions)):
@@ -368,12 +370,17 @@ async def _stream_sequences(
             assert request.transport is not None
             request.transport.abort()
             return
+        if behaviour.fails(question):
+            error = {"error": {"message": "broken", "code": 500}}
+            await response.write(b"data: " + orjson.dumps(error) + b"\n\n")
+            return
         ended += 1
         for number, part in enumerate(parts, start=1):
             choice: dict[str, Any] = {"index": index, "text": part, "finish_reason": None}
             if number == len(parts):
                 choice["finish_reason"] = "abort" if behaviour.aborts(question) else "stop"
-            usage = {"prompt_tokens": len(call["prompt"][index]), "completion_tokens": 2}
+            prompt = call["prompt"][index * len(call["prompt"]) // len(questions)]
+            usage = {"prompt_tokens": len(prompt), "completion_tokens": 2}
             event = {"choices": [choice], "usage": usage}
             await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 from gateway.admission.accounts import Accounts
 from gateway.admission.keys import Caller
 from gateway.admission.media_hosts import MediaHosts
+from gateway.admission.queue import AdmissionQueue
 from gateway.admission.served_models import ServedModels
 from gateway.config import Settings
 from gateway.engines.pool import ModelPool
+from gateway.errors import InvalidRequest
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.openai import (
+    COPYING,
     NotWritable,
     OpenAIRequest,
     parse_large_openai_request,
     parse_openai_request,
 )
+from gateway.schemas.prompt_lists.bodies import LISTS, PromptList, cut_prompts
 
 BYTES_A_TOKEN = 4
 _SHORT_BYTES = 4096  # no model's context is too short for that
@@ -48,6 +52,35 @@ async def check_call(
         caller.check_constraints(call.constraints, settings.structured_outputs)
     if call.media_hosts:
         await media_hosts.ensure_allowed(call.media_hosts)
+
+
+async def cut_long_list(
+    path: str, call: OpenAIRequest, queue: AdmissionQueue, settings: Settings
+) -> PromptList | None:
+    """The prompts of a list that is longer than its lane's share, which comes in by pieces; `None`
+    for every other call. What writes so much and cannot be cut is refused: it would fill the
+    engines, and everybody else wait inside them.
+    """
+    share = queue.largest
+    if call.sequences <= share or not queue.is_feeding or path not in COPYING:
+        return None
+    if path in LISTS and call.copies <= share:
+        prompts = await cut_prompts(path, call.body, settings.max_prompts)
+        if prompts is not None and len(prompts.prompts) * call.copies == call.sequences:
+            call.body = b""
+            return prompts
+    if call.copies > share:
+        raise InvalidRequest(
+            f"n must be at most {share} here: the answers to one prompt run at once, and one call "
+            "may take so many of what the engines run; ask for fewer at a time",
+            param="n",
+        )
+    raise InvalidRequest(
+        f"{call.sequences} sequences that cannot come in one after the other; at most {share} are "
+        "taken in such a call: send fewer at once",
+        param=LISTS.get(path),
+        code="too_many_prompts",
+    )
 
 
 def bound_answer(call: OpenAIRequest, settings: Settings, pool: ModelPool) -> int:

@@ -43,11 +43,12 @@ _CLOCK = attrgetter("clock")
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """Wants as many places as there are, from `least` to `most`."""
+    """Wants as many places as there are, from `least` to `most`, in whole steps."""
 
     turn: asyncio.Future[tuple[int, int]]  # how many it got, and by which entry
     least: int
     most: int
+    step: int
 
 
 @dataclass(slots=True)
@@ -121,12 +122,15 @@ class AdmissionQueue:
             usual_wait_s = self._throughput.time_for(ticket.sequences)
             await self._claims.open(ticket, ticket.claim, usual_wait_s)
         lane = self._lanes[ticket.lane]
-        most = min(ticket.sequences, self._largest)
-        least = min(most, self._piece) if ticket.is_divisible and self.is_feeding else most
-        if self._may_pass(lane) and (granted := self._try_enter(lane, least, most)):
+        least = most = min(ticket.sequences, self._largest)
+        step = 1
+        if ticket.is_divisible and self.is_feeding:
+            step = ticket.step
+            least = self._bound_piece(most, step)
+        if self._may_pass(lane) and (granted := self._try_enter(lane, least, most, step)):
             return granted, self._number_entry()
         try:
-            return await self._wait(ticket, lane, least, most)
+            return await self._wait(ticket, lane, least, most, step)
         except BaseException:
             self.close_claim(ticket)
             raise
@@ -136,13 +140,14 @@ class AdmissionQueue:
         and is not turned away.
         """
         lane = self._lanes[ticket.lane]
-        least = min(most, self._piece)
-        if self._may_pass(lane) and (granted := self._try_enter(lane, least, most)):
+        step = ticket.step
+        least = self._bound_piece(most, step)
+        if self._may_pass(lane) and (granted := self._try_enter(lane, least, most, step)):
             return granted, self._number_entry()
         lane.rest += most
         try:
             async with Deadline(ticket.deadline):
-                return await self._queue(lane, least, most)
+                return await self._queue(lane, least, most, step)
         finally:
             lane.rest -= most
 
@@ -176,8 +181,17 @@ class AdmissionQueue:
         return lane.running == places and not lane.queue
 
     @property
-    def _piece(self) -> int:
+    def largest(self) -> int:
+        """Places that a call counts for at most, however many sequences it has."""
+        return self._largest
+
+    @property
+    def piece(self) -> int:
+        """Places that what comes in by pieces gets at a time, at least."""
         return max(1, self._largest // _PIECES)
+
+    def _bound_piece(self, most: int, step: int) -> int:
+        return min(most, max(step, self.piece - self.piece % step))
 
     @property
     def _running(self) -> int:
@@ -195,7 +209,9 @@ class AdmissionQueue:
         )
         return self._throughput.time_for(missing) if missing > 0 else 0.0
 
-    async def _wait(self, ticket: Ticket, lane: _Lane, least: int, most: int) -> tuple[int, int]:
+    async def _wait(
+        self, ticket: Ticket, lane: _Lane, least: int, most: int, step: int
+    ) -> tuple[int, int]:
         expected_s = self._expected_wait_s(lane, least)
         retry_after_s = min(max(1.0, expected_s), LONGEST_RETRY_AFTER_S)
         waiting, is_patient = self._waiting - self._patient, ticket.on_waiting is not None
@@ -220,7 +236,7 @@ class AdmissionQueue:
             if ticket.on_waiting is not None:
                 ticket.on_waiting()
             async with asyncio.timeout(None if ticket.on_waiting else patience_s):
-                return await self._queue(lane, least, most)
+                return await self._queue(lane, least, most, step)
         except TimeoutError:
             raise Overloaded(
                 f"no place became free within {patience_s:.1f} s",
@@ -231,11 +247,11 @@ class AdmissionQueue:
             lane.waiting -= most
             self._patient -= most * is_patient
 
-    async def _queue(self, lane: _Lane, least: int, most: int) -> tuple[int, int]:
+    async def _queue(self, lane: _Lane, least: int, most: int, step: int) -> tuple[int, int]:
         if not lane.queue:
             # A lane that was idle starts now; time it did not use is not saved up.
             lane.clock = max(lane.clock, self._clock)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), least, most)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), least, most, step)
         lane.queue.append(waiter)
         self._admit()
         try:
@@ -256,7 +272,9 @@ class AdmissionQueue:
         lane.clock = max(lane.clock, self._clock)
         return True
 
-    def _try_enter(self, lane: _Lane, least: int, most: int, *, is_delayed: bool = False) -> int:
+    def _try_enter(
+        self, lane: _Lane, least: int, most: int, step: int, *, is_delayed: bool = False
+    ) -> int:
         """How many places it got: none, or as many as there are from `least` to `most`."""
         running = self._running
         free, free_here = self._capacity - running, lane.most - lane.running
@@ -264,6 +282,8 @@ class AdmissionQueue:
             free -= self._kept
             free_here -= self._kept if self._delayed.lane is lane else 0
         granted = min(most, free, free_here, self._largest)
+        if step <= self._largest:
+            granted -= granted % step
         if granted < min(least, self._largest):  # who came when there were more engines
             return 0
         lane.running += granted
@@ -294,7 +314,9 @@ class AdmissionQueue:
             if waiter.turn.cancelled():
                 return  # it is about to leave, and calls again when it has
             is_delayed = self._delayed is not None
-            granted = self._try_enter(lane, waiter.least, waiter.most, is_delayed=is_delayed)
+            granted = self._try_enter(
+                lane, waiter.least, waiter.most, waiter.step, is_delayed=is_delayed
+            )
             if not granted:
                 if self._running < self._capacity:  # else there is nothing to pass for
                     self._delay(lane, waiter)
@@ -336,7 +358,7 @@ class AdmissionQueue:
         waiter = lane.queue[index]
         if waiter.turn.cancelled():
             return False
-        granted = self._try_enter(lane, waiter.least, waiter.most)
+        granted = self._try_enter(lane, waiter.least, waiter.most, waiter.step)
         if granted:
             self._start(lane, waiter, granted)
         return granted > 0
@@ -381,6 +403,10 @@ class Admission(Places):
     def gate(self) -> Self | None:
         """For who comes in by pieces; `None` while nobody knows what the engines run at once."""
         return self if self._queue.is_feeding else None
+
+    @property
+    def piece(self) -> int:
+        return self._queue.piece
 
     @property
     def is_alone(self) -> bool:

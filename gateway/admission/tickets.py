@@ -29,6 +29,7 @@ class Ticket:
     claim: Claim | None = None  # of a key without limits there is none
     deadline: float | None = None  # on the event loop's clock
     is_divisible: bool = False  # it may come in by pieces
+    step: int = 1  # of so many sequences each, or a multiple of that
     tokens: int = 0  # the most that it is expected to use
     on_waiting: Callable[[], None] | None = None  # told when it is let wait, however long that is
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from gateway.admission.accounts import Accounts, Spent
@@ -14,6 +15,7 @@ from gateway.admission.calls import (
     BYTES_A_TOKEN,
     bound_answer,
     check_call,
+    cut_long_list,
     expect_tokens,
     parse_call,
 )
@@ -28,11 +30,20 @@ from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.errors import EngineBusy, EngineError, EngineTimeout, InvalidRequest, Unavailable
+from gateway.engines.long_lists import LongListCall
+from gateway.errors import (
+    EngineBusy,
+    EngineError,
+    EngineTimeout,
+    GatewayError,
+    InvalidRequest,
+    Unavailable,
+)
 from gateway.observability.request_record import RequestRecord
 from gateway.records.ledger import Ledger
 from gateway.request_context import RequestContext
 from gateway.schemas.openai import OpenAIRequest, name_engine_error, parse_usage
+from gateway.schemas.prompt_lists.bodies import PromptList
 from gateway.schemas.vllm import parse_engine_error
 
 ReadBody = Callable[[], Awaitable[bytes]]
@@ -83,7 +94,7 @@ class BodyCount(Protocol):
 
     def hold(self, context: RequestContext, size: int) -> None: ...
 
-    def release(self, context: RequestContext) -> None: ...
+    def release(self, context: RequestContext, size: int | None = None) -> None: ...
 
 
 class UnattendedCaller:
@@ -167,19 +178,25 @@ class UnattendedCaller:
         taken = call.size // BYTES_A_TOKEN
         if caller.counts_tokens:
             ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
+        prompts = await cut_long_list(line.path, call, line.served.queue, self._settings)
+        if prompts is not None:
+            ticket.is_divisible, ticket.step = True, call.copies
         context.record.note_queued()
         async with line.served.queue.enter(ticket) as places:
             context.record.note_entered()
             if line.on_entered is not None:
                 line.on_entered()
             try:
+                if prompts is not None:
+                    return await self._send_pieces(line, prompts, places)
                 return await self._send_patiently(line, places)
             except (asyncio.CancelledError, EngineTimeout):
                 if context.is_running:  # else what breaks off in the middle would be free
                     given = line.stream.told_tokens if line.stream is not None else 0
-                    running_s, sequences = context.running_s(), call.sequences
-                    left = Spent(taken, given, running_s, sequences, line.served.name)
-                    await self._accounts.charge_left(caller, left, bound, claim=line.claim)
+                    n_inside = call.sequences if prompts is None else places.count_inside()
+                    left = Spent(taken, given, context.running_s(), n_inside, line.served.name)
+                    ended, claim = context.told_tokens[1], line.claim
+                    await self._accounts.charge_left(caller, left, bound, ended, claim)
                 raise
 
     async def _send_patiently(self, line: UnattendedCall, places: Admission) -> Answer:
@@ -198,28 +215,46 @@ class UnattendedCaller:
                 raise failure
             await places.take(line.call.sequences)
 
-    async def _send(self, line: UnattendedCall) -> Answer:
-        call, context, path = line.call, line.context, line.path
-        engine_call = EngineCall(
-            context,
-            "POST",
-            path,
-            line.tries,
-            body=call.body,
-            sequences=call.sequences,
-            is_repeatable=line.tries > 1 and call.is_greedy,
-            affinity=call.affinity,
-            is_relayed=True,
+    async def _send_pieces(
+        self, line: UnattendedCall, prompts: PromptList, places: Admission
+    ) -> Answer:
+        """What has ended is charged, whatever becomes of the rest."""
+        context = line.context
+        one_list = LongListCall(
+            line.served.pool,
+            places.gate,
+            prompts,
+            _build_call(line),
+            copies=line.call.copies,
+            release=partial(self._bodies.release, context),
+            timeout_s=self._settings.engine_timeout_s,
         )
+        try:
+            async with one_list as answer:
+                read = await self._read(line, answer)
+        except GatewayError as error:
+            if not isinstance(error, EngineTimeout):
+                await self._count(line, context.told_tokens)
+            raise
+        if read.status != 200:
+            await self._count(line, context.told_tokens)
+        return read
+
+    async def _send(self, line: UnattendedCall) -> Answer:
+        engine_call = _build_call(line)
         async with line.served.pool.attempt(engine_call) as answer:
-            engine_call.body, call.body = None, b""
-            self._bodies.release(context)
-            status, body, usage = answer.status, answer.body, None
-            if body is None:
-                if line.stream is None:
-                    raise EngineError("the engine answered with a stream", code="engine_garbled")
-                await line.stream.read(answer)
-                body, usage = b"", line.stream.usage
+            engine_call.body, line.call.body = None, b""
+            return await self._read(line, answer)
+
+    async def _read(self, line: UnattendedCall, answer: EngineAnswer) -> Answer:
+        context, path = line.context, line.path
+        self._bodies.release(context)
+        status, body, usage = answer.status, answer.body, None
+        if body is None:
+            if line.stream is None:
+                raise EngineError("the engine answered with a stream", code="engine_garbled")
+            await line.stream.read(answer)
+            body, usage = b"", line.stream.usage
         if status in BUSY_STATUSES:
             raise EngineBusy(parse_engine_error(body)[0], retry_after_s=1)
         if status >= 500:
@@ -230,8 +265,28 @@ class UnattendedCaller:
         if usage is None:
             usage = parse_usage(body)
         if usage is not None:
-            context.record.prompt_tokens, context.record.completion_tokens = usage
-            spent = Spent(*usage, context.running_s(), call.sequences, line.served.name)
-            line.served.count_tokens(*usage)
-            await self._accounts.count_tokens(line.caller, spent, line.claim)
+            await self._count(line, usage)
         return Answer(status, body, context.record.queue_s)
+
+    async def _count(self, line: UnattendedCall, usage: tuple[int, int]) -> None:
+        context = line.context
+        context.record.prompt_tokens, context.record.completion_tokens = usage
+        running_s = 0.0 if any(context.told_tokens) else context.running_s()
+        spent = Spent(*usage, running_s, line.call.sequences, line.served.name)
+        line.served.count_tokens(*usage)
+        await self._accounts.count_tokens(line.caller, spent, line.claim)
+
+
+def _build_call(line: UnattendedCall) -> EngineCall:
+    call = line.call
+    return EngineCall(
+        line.context,
+        "POST",
+        line.path,
+        line.tries,
+        body=call.body or None,
+        sequences=call.sequences,
+        is_repeatable=line.tries > 1 and call.is_greedy,
+        affinity=call.affinity,
+        is_relayed=True,
+    )

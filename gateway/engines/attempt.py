@@ -19,7 +19,7 @@ and the retry policy; foreign exceptions are translated below it (`client.py`). 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -60,6 +60,8 @@ class EngineCall:
     avoid: Engine | None = None  # where it has failed before
     # Reads a body; an `EngineError` from it is a failure of the engine like any other.
     parse: Callable[[int, bytes], Any] | None = None
+    # The same of a good answer that may be large, with looks at the event loop in between.
+    parse_large: Callable[[bytes], Awaitable[Any]] | None = None
     is_stream: bool = False  # what is good comes as one; `parse` is for the rest
     is_relayed: bool = False  # an engine's refusals and errors are passed on in its own words
     n_prompts: int = 0  # of /predict, for the count of those that ran again
@@ -172,16 +174,23 @@ class Attempt:
             return None, error
         finally:
             call.context.record.engine_s = time.perf_counter() - began
-        return answer, self._judge(engine, answer)
+        garbled: EngineError | None = None
+        if call.parse_large is not None and answer.body is not None and answer.status == 200:
+            try:
+                answer.value = await call.parse_large(answer.body)
+            except EngineError as error:
+                garbled = error
+        return answer, self._judge(engine, answer, garbled)
 
-    def _judge(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
+    def _judge(
+        self, engine: Engine, answer: EngineAnswer, failure: EngineError | None
+    ) -> GatewayError | None:
         if answer.body is None:
             return self._judge_stream(engine, answer)
         if answer.status in BUSY_STATUSES:
             # Back-pressure, not a failure: others are asked first for a moment.
             engine.note_busy()
             return EngineBusy(parse_engine_error(answer.body)[0], retry_after_s=1)
-        failure: EngineError | None = None
         if answer.status >= 500 and not lacks_route(answer.status, answer.body):
             message, _ = parse_engine_error(answer.body)
             failure = EngineError(f"the engine answered {answer.status}: {message}")
@@ -198,7 +207,9 @@ class Attempt:
 
     def _judge_stream(self, engine: Engine, answer: EngineAnswer) -> GatewayError | None:
         """Its end will tell, where a stream can be an answer at all."""
-        if self._call.parse is not None and not self._call.is_stream:
+        call = self._call
+        is_read = call.parse is not None or call.parse_large is not None
+        if is_read and not call.is_stream:
             answer.close()
             engine.note_error()
             return EngineError("the engine answered with a stream", code="engine_garbled")

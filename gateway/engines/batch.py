@@ -12,12 +12,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from gateway.config import Settings
 from gateway.engines.attempt import Attempt, EngineCall, may_run_again
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import Engine
+from gateway.engines.feeding import Gate, Piece, open_group, take_places
 from gateway.engines.pool import ModelPool
 from gateway.errors import (
     EngineError,
@@ -48,48 +48,6 @@ _SMALLEST_SHARE = 16
 _MOST_CHUNKS = 4
 
 OnAnswers = Callable[[Sequence[int], Sequence[Answer]], None]
-
-
-class Room(Protocol):
-    """Room for so many sequences."""
-
-    count: int
-
-    def give_back(self, count: int) -> None: ...
-
-
-class Gate(Protocol):
-    """Whoever lets sequences in."""
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether nobody waits for room that is given back early."""
-
-    async def take(self, most: int) -> Room: ...
-
-    def give_all_back(self) -> None:
-        """For who has nothing of its own to run for now."""
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Prompts of a batch that are one call, unless it is refused or lost."""
-
-    places: Sequence[int]
-    room: Room | None = None
-    held: int = 0  # of that room
-    is_stream: bool = False
-
-    def give_back(self, count: int) -> None:
-        count = min(count, self.held)
-        self.held -= count
-        if self.room is not None:
-            self.room.give_back(count)
-
-    def leave(self, task: asyncio.Task[None]) -> None:
-        # What is cut short ends the batch, which is charged for the places that it has then.
-        if not task.cancelled() and task.exception() is None:
-            self.give_back(self.held)
 
 
 @dataclass(slots=True)
@@ -157,13 +115,10 @@ class BatchGenerator:
         """
         batch = _Batch(prompts, sampling, context, engine, on_answers, [None] * len(prompts))
         tries = self._settings.max_attempts
-        try:
-            async with asyncio.TaskGroup() as group:
-                async for piece in self._cut(batch, gate):
-                    task = group.create_task(self._answer(batch, piece, piece.places, tries))
-                    task.add_done_callback(piece.leave)
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # one reason is enough for one caller
+        async with open_group() as group:
+            async for piece in self._cut(batch, gate):
+                task = group.create_task(self._answer(batch, piece, piece.places, tries))
+                task.add_done_callback(piece.leave)
         batch.cost.answers = [answer for answer in batch.answers if answer is not None]
         return batch.cost
 
@@ -173,28 +128,25 @@ class BatchGenerator:
             return self._pool.name
         return engine.card.name if engine.card else ""
 
-    async def _cut(self, batch: _Batch, gate: Gate | None) -> AsyncIterator[_Piece]:
+    async def _cut(self, batch: _Batch, gate: Gate | None) -> AsyncIterator[Piece]:
         """The pieces, each when there is room for it."""
         prompts, most = batch.prompts, self._settings.max_prompts_per_call
-        start, total = 0, len(prompts)
-        while start < total:
-            room = await gate.take(total - start) if gate else None
-            stop = total if room is None else min(total, start + room.count)
-            is_whole = stop - start == total
-            is_stream = gate is not None and total > 1 and not (is_whole and gate.is_alone)
+        async for places, room in take_places(gate, len(prompts)):
+            is_whole = len(places) == len(prompts)
+            is_stream = gate is not None and len(prompts) > 1 and not (is_whole and gate.is_alone)
             # What came free did so at one engine, and that one has the least to do.
             shares = 1
-            if start == 0 and batch.engine is None:
-                shares = self._pool.count_usable((stop - start) // _SMALLEST_SHARE)
-            for places in cut(prompts[start:stop], batch.sampling, shares, most):
-                moved = range(places.start + start, places.stop + start)
-                yield _Piece(moved, room, len(moved), is_stream)
-            start = stop
+            if places.start == 0 and batch.engine is None:
+                shares = self._pool.count_usable(len(places) // _SMALLEST_SHARE)
+            few = prompts[places.start : places.stop]
+            for one in cut(few, batch.sampling, shares, most):
+                moved = range(one.start + places.start, one.stop + places.start)
+                yield Piece(moved, room, len(moved), is_stream)
 
     async def _answer(
         self,
         batch: _Batch,
-        piece: _Piece,
+        piece: Piece,
         places: Sequence[int],
         tries: int,
         avoid: Engine | None = None,
@@ -244,7 +196,7 @@ class BatchGenerator:
     async def _read_stream(
         self,
         batch: _Batch,
-        piece: _Piece,
+        piece: Piece,
         places: Sequence[int],
         attempt: Attempt,
         answer: EngineAnswer,
@@ -277,7 +229,7 @@ class BatchGenerator:
     async def _set_apart(
         self,
         batch: _Batch,
-        piece: _Piece,
+        piece: Piece,
         places: Sequence[int],
         refusal: InvalidRequest,
         tries: int,
@@ -295,7 +247,7 @@ class BatchGenerator:
         await self._answer(batch, piece, places[middle:], tries)
 
     async def _run_lost_again(
-        self, batch: _Batch, piece: _Piece, places: Sequence[int], call: EngineCall
+        self, batch: _Batch, piece: Piece, places: Sequence[int], call: EngineCall
     ) -> None:
         """What an engine gave up within a call that it answered."""
         if batch.engine is not None or call.tries_left <= 0:

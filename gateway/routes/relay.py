@@ -7,6 +7,8 @@ hangs up cancels the engine's work.
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractAsyncContextManager as AsyncContext
+from functools import partial
 
 from aiohttp import web
 
@@ -15,18 +17,21 @@ from gateway.admission.calls import (
     BYTES_A_TOKEN,
     bound_answer,
     check_call,
+    cut_long_list,
     expect_tokens,
     parse_call,
 )
 from gateway.admission.keys import CALLER
 from gateway.admission.limits import CLAIM
 from gateway.admission.media_hosts import MEDIA_HOSTS
+from gateway.admission.queue import Admission
 from gateway.admission.served_models import MODELS, SERVED_MODEL, ServedModel
 from gateway.admission.tickets import LaneName, build_ticket, open_claim, parse_deadline
 from gateway.admission.unattended import UnattendedCall
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
+from gateway.engines.long_lists import LongListCall
 from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayError
 from gateway.forms import read_form
 from gateway.observability.request_record import RequestRecord
@@ -45,6 +50,7 @@ from gateway.schemas.openai import (
     name_engine_error,
     parse_usage,
 )
+from gateway.schemas.prompt_lists.bodies import PromptList
 from gateway.schemas.transcription import FORMS, parse_form
 from gateway.streaming import (
     STORED_STREAM,
@@ -99,18 +105,26 @@ async def handle_relay(request: web.Request) -> web.StreamResponse:
     turn = request.get(TURN)
     is_background = turn is not None and turn.is_background
     lane: LaneName = "batch" if call.sequences > 1 or is_background else "interactive"
-    relay = _Relay(request, call, served, turn)
+    prompts: PromptList | None = None
+    if call.sequences > 1:
+        prompts = await cut_long_list(request.path, call, served.queue, request.app[SETTINGS])
+    if prompts is None:
+        relay = _Relay(request, call, served, turn)
+    else:
+        relay = _ListRelay(request, call, served, prompts)
     ticket = build_ticket(
         request.headers, caller, call.sequences, lane, context.deadline, claim=relay.claim
     )
+    if prompts is not None:
+        ticket.is_divisible, ticket.step = True, call.copies
     if caller.counts_tokens and request.path in _USING_TOKENS:
         ticket.tokens = relay.expect_tokens()
     context.record.note_queued()
     if turn is not None and is_background:
         return await _start(request, call, turn, ticket.lane)
-    async with served.queue.enter(ticket):
+    async with served.queue.enter(ticket) as places:
         context.record.note_entered()
-        response = await relay.pass_on()
+        response = await relay.pass_on(places)
     # Without a place: a database that takes its time keeps nobody else from the engines.
     return response if turn is None else await _store(request, turn, response)
 
@@ -211,12 +225,12 @@ class _Relay:
         self._settings, self._accounts = request.app[SETTINGS], request.app[ACCOUNTS]
         self._path = request.path
 
-    async def pass_on(self) -> web.StreamResponse:
+    async def pass_on(self, places: Admission | None = None) -> web.StreamResponse:
         stream: EventStream | None = None
         lines, _ = self._served.queue.count("batch")
         try:
             engine_call = self._build_call()
-            async with self._served.pool.attempt(engine_call) as answer:
+            async with self._ask(engine_call, places) as answer:
                 # It is not sent again, and a stream may last.
                 engine_call.body, self._call.body = None, b""
                 self._release_body()
@@ -234,10 +248,10 @@ class _Relay:
         except GatewayError as error:
             if isinstance(error, DeadlinePassed | EngineTimeout):
                 await self._charge(stream)
+            else:
+                await self._count_lost(stream, error)
             if stream is None or not stream.has_started:
                 raise
-            if isinstance(error, EngineError) and not isinstance(error, EngineTimeout):
-                await self._count(stream.usage)
             return await stream.end(error)
         except (asyncio.CancelledError, ConnectionError):
             await self._charge(stream)
@@ -248,11 +262,21 @@ class _Relay:
                 raise
             return await stream.end(end)
         self._learn_first_token(stream, lines)
-        usage = stream.usage
-        if usage is None and self._path in FORMS:
-            usage = 0, stream.told_tokens
-        await self._count(usage)
+        await self._count(self._read_stream_usage(stream))
         return await stream.end()
+
+    def _ask(self, call: EngineCall, places: Admission | None) -> AsyncContext[EngineAnswer]:
+        return self._served.pool.attempt(call)
+
+    def _read_stream_usage(self, stream: EventStream) -> Usage | None:
+        if stream.usage is None and self._path in FORMS:
+            return 0, stream.told_tokens
+        return stream.usage
+
+    async def _count_lost(self, stream: EventStream | None, error: GatewayError) -> None:
+        """What an engine has told before it failed."""
+        if stream is not None and stream.has_started and isinstance(error, EngineError):
+            await self._count(stream.usage)
 
     def expect_tokens(self) -> int:
         bound, taken = self._bound_answer(), self._guess_prompt()
@@ -303,6 +327,7 @@ class _Relay:
         elif lacks_previous_response(self._path, status, body):
             status, body = 400, build_no_previous_response()
         elif status >= 400:
+            await self._count_refused()
             body = name_engine_error(status, body, self._path)
             headers["Content-Type"] = "application/json"
             if status == 501:
@@ -340,17 +365,23 @@ class _Relay:
         most, claim = self._bound_answer(), self.claim
         await self._accounts.charge_left(self._caller, spent, most, claim=claim)
 
+    async def _count_refused(self) -> None:
+        """Nothing of it has run."""
+
     async def _count(self, usage: Usage | None) -> None:
         if usage is None:
             return
         context, served = self._context, self._served
         context.record.prompt_tokens, context.record.completion_tokens = usage
         served.count_tokens(*usage)
-        timing, running_s = context.record.stream, context.running_s()
+        timing, running_s = context.record.stream, self._measure_running()
         if timing is not None and timing.held_s > running_s * _HELD_SHARE:
             running_s = 0.0  # that tells how fast its caller reads, and nothing of the engine
         spent = Spent(*usage, running_s, self._call.sequences, served.name)
         await self._accounts.count_tokens(self._caller, spent, self.claim)
+
+    def _measure_running(self) -> float:
+        return self._context.running_s()
 
     def _bound_answer(self) -> int:
         """The most new tokens of a sequence, by the caller's word and by the model's context."""
@@ -361,6 +392,69 @@ class _Relay:
     def _guess_prompt(self) -> int:
         """Its tokens, by its size; a sound is no text."""
         return 0 if self._path in FORMS else self._call.size // BYTES_A_TOKEN
+
+
+class _ListRelay(_Relay):
+    """A list that goes to the engines by pieces. What it has used is counted by piece and charged
+    once.
+    """
+
+    __slots__ = ("_list", "_places", "_prompts")
+
+    def __init__(
+        self, request: web.Request, call: OpenAIRequest, served: ServedModel, prompts: PromptList
+    ) -> None:
+        super().__init__(request, call, served)
+        self._prompts = prompts
+        self._list: LongListCall | None = None
+        self._places: Admission | None = None
+
+    def _ask(self, call: EngineCall, places: Admission | None) -> AsyncContext[EngineAnswer]:
+        call.is_stream = self._call.is_stream
+        self._places = places
+        self._list = LongListCall(
+            self._served.pool,
+            places.gate if places else None,
+            self._prompts,
+            call,
+            copies=self._call.copies,
+            release=partial(self._request.app[BODIES].release, self._context),
+            timeout_s=self._settings.engine_timeout_s,
+        )
+        return self._list
+
+    def _release_body(self) -> None:
+        """Each piece goes by itself."""
+
+    def _read_usage(self, answer: EngineAnswer, body: bytes) -> Usage | None:
+        return self._context.told_tokens
+
+    def _read_stream_usage(self, stream: EventStream) -> Usage | None:
+        """By the pieces that have ended: where one was refused, others were left in the middle."""
+        return self._context.told_tokens
+
+    async def _count_lost(self, stream: EventStream | None, error: GatewayError) -> None:
+        taken, given = self._context.told_tokens
+        await self._count((taken, max(given, stream.told_tokens if stream else 0)))
+
+    async def _count_refused(self) -> None:
+        await self._count(self._context.told_tokens)
+
+    async def _charge(self, stream: EventStream | None) -> None:
+        """What was told, and for what ran in the middle the least that it can have been."""
+        context, call = self._context, self._call
+        if self._list is None or not (context.is_running or any(context.told_tokens)):
+            return
+        taken, ended = context.told_tokens
+        taken = max(taken, self._list.sent_bytes // BYTES_A_TOKEN)
+        told = max(0, stream.told_tokens - ended) if stream else 0
+        n_inside = self._places.count_inside() if self._places else call.sequences
+        left = Spent(taken, told, context.running_s(), n_inside, self._served.name)
+        most, claim = self._bound_answer(), self.claim
+        await self._accounts.charge_left(self._caller, left, most, ended, claim)
+
+    def _measure_running(self) -> float:
+        return 0.0  # each piece has had a time of its own
 
 
 def _asks_for_models(request: web.Request) -> bool:

@@ -73,7 +73,7 @@ class LargeObject:
         self._first: dict[str, Any] = {}
 
     async def load_small(self, whole: Mapping[str, int]) -> None:
-        pace = _Pace()
+        pace = Pace()
         for name, member in self.members.items():
             is_object = self._kind(member.start) == b"{"
             most = whole.get(name, _LARGEST_OBJECT_BYTES if is_object else None)
@@ -120,7 +120,7 @@ class LargeObject:
 
     async def measure_media(self, member: Member) -> int:
         """Bytes of a member that are no text but a picture or a sound."""
-        size, at, pace = 0, member.start, _Pace()
+        size, at, pace = 0, member.start, Pace()
         while at < member.end:
             window = min(at + _WINDOW_BYTES, member.end)
             found = _MEDIA.search(self._body, at, window)
@@ -137,7 +137,7 @@ class LargeObject:
         return size
 
     async def _load_items(self, member: Member, takes_surrogates: bool) -> list[Any]:
-        body, pace = self._body, _Pace()
+        body, pace = self._body, Pace()
         values: list[Any] = []
         first = last = 0
         while first < len(member.items):
@@ -211,6 +211,15 @@ async def scan_members(body: bytes, most_items: int) -> dict[str, Member]:
     return await _Scanner(body, most_items).scan()
 
 
+async def cut_items(body: bytes, member: Member) -> list[bytes]:
+    """Each item of a list as it stands there."""
+    pace, items = Pace(), []
+    for start, end in member.items:
+        items.append(body[start:end])
+        await pace.count(end - start)
+    return items
+
+
 async def scan_object(
     body: bytes, most_items: int, whole: Mapping[str, int] | None = None
 ) -> LargeObject:
@@ -222,7 +231,7 @@ async def scan_object(
     return found
 
 
-class _Pace:
+class Pace:
     """Lets others have the event loop after every piece of work."""
 
     __slots__ = ("_done",)
@@ -242,7 +251,7 @@ class _Scanner:
 
     def __init__(self, body: bytes, most_items: int) -> None:
         self._body, self._most_items = body, most_items
-        self._count = _Pace().count
+        self._count = Pace().count
 
     async def scan(self) -> dict[str, Member]:
         members: dict[str, Member] = {}

@@ -71,7 +71,7 @@ _COPIES = ("n", "best_of")
 _SIZED = frozenset((*_LOGPROBS, "stop", *_SCHEMA_FIELDS))
 _WHOLE_NUMBERS = frozenset((*_LENGTHS, "top_logprobs", "prompt_logprobs"))
 # Where the number of copies means something.
-_COPYING = frozenset(("/v1/completions", "/v1/chat/completions", CHAT_BATCH))
+COPYING = frozenset(("/v1/completions", "/v1/chat/completions", CHAT_BATCH))
 # Where each route for vectors, classes and scores finds its texts, beside `input` and `prompt`.
 _PAIRS = ("text_1", "text_2", "queries", "documents", "items", "data_1", "data_2")
 _TEXT_LISTS: Mapping[str, tuple[str, ...]] = {
@@ -83,7 +83,7 @@ _TEXT_LISTS: Mapping[str, tuple[str, ...]] = {
 }
 POOLING = tuple(_TEXT_LISTS)
 _MANY: Mapping[str, tuple[str, ...]] = {**_TEXT_LISTS, CHAT_BATCH: ("messages",)}
-_NUMBERS_OF = {path: _WHOLE_NUMBERS.union(_COPIES) for path in _COPYING}
+_NUMBERS_OF = {path: _WHOLE_NUMBERS.union(_COPIES) for path in COPYING}
 _NUMBERS_OF["/v1/completions"] |= {"logprobs"}  # in a chat it is a flag
 _MAX_STOP_CHARACTERS = (
     16_384  # vLLM has no bound; what it looks through for each token is this long
@@ -105,6 +105,7 @@ class OpenAIRequest:
     body: bytes
     model: str | None = None
     sequences: int = 1
+    copies: int = 1  # of them, for each prompt
     most_new_tokens: int | None = None  # of each, where the caller says
     is_stream: bool = False
     is_greedy: bool = False  # the same answer would come again
@@ -198,7 +199,7 @@ def _parse_openai_request(
         changed = True
     if path == "/v1/responses" and data.get("background"):
         _refuse_background(data)
-    sequences = _bound_sequences(path, data, settings)
+    sequences, copies = _bound_sequences(path, data, settings)
     _bound_sizes(data, settings)
     most_new_tokens = _bound_lengths(data, settings)
     check_sampling(data)
@@ -213,6 +214,7 @@ def _parse_openai_request(
         body=dump(data) if changed else body,
         model=model,
         sequences=sequences,
+        copies=copies,
         most_new_tokens=most_new_tokens,
         is_stream=is_stream,
         is_greedy=path in _TEXT_LISTS or data.get("temperature") == 0,
@@ -251,7 +253,8 @@ def _refuse_background(data: Mapping[str, Any]) -> None:
         )
 
 
-def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> int:
+def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> tuple[int, int]:
+    """All of them, and how many are those of one prompt."""
     # Which of the two a route reads is the engine's affair; the other is no way around the bound.
     prompts, param = max(_count_prompts(data.get("prompt")), _count_prompts(data.get("input"))), ""
     for name in _MANY.get(path, ()):
@@ -264,7 +267,7 @@ def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> 
             code="too_many_prompts",
         )
     copies = 1
-    if path in _COPYING:
+    if path in COPYING:
         for name in _COPIES:
             if name in data:
                 copies = max(copies, _count(data, name, settings.max_n))
@@ -276,7 +279,7 @@ def _bound_sequences(path: str, data: Mapping[str, Any], settings: Settings) -> 
             param="n",
             code="too_many_prompts",
         )
-    return sequences
+    return sequences, copies
 
 
 def _count_prompts(prompt: Any) -> int:

@@ -41,7 +41,7 @@ _LOAD_METRICS = {
 # What FastAPI says where no route matches; of a model that is not there vLLM says more.
 _NO_ROUTE = "Not Found"
 _ENDED = ("stop", "length")
-_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)
 _LOAD_LINE = re.compile(rf"^(?:{'|'.join(_LOAD_METRICS)})[{{ ].*$", re.MULTILINE)
 
 
@@ -155,7 +155,7 @@ class CompletionStream:
                 continue
             try:
                 yield from self._read_event(orjson.loads(text))
-            except (EngineError, orjson.JSONDecodeError, *_UNREADABLE) as error:
+            except (EngineError, orjson.JSONDecodeError, *UNREADABLE) as error:
                 self.is_at_fault = True
                 if isinstance(error, EngineError):
                     raise
@@ -225,7 +225,7 @@ def parse_completion(body: bytes, n_prompts: int) -> Completion:
             answers[place] = text if is_good else _read_choice(choice)
         prompt_tokens = _read_count(usage, "prompt_tokens")
         completion_tokens = _read_count(usage, "completion_tokens")
-    except (orjson.JSONDecodeError, *_UNREADABLE) as error:
+    except (orjson.JSONDecodeError, *UNREADABLE) as error:
         raise garbled_answer(error) from error
     if len(choices) > n_prompts:
         raise EngineError("the engine answered a prompt twice", code="engine_garbled")
@@ -282,7 +282,7 @@ def parse_version(status: int, body: bytes) -> str | None:
     """As `GET /version` tells it; an engine may have no such route."""
     try:
         version = orjson.loads(body)["version"] if status == 200 else None
-    except (orjson.JSONDecodeError, *_UNREADABLE):
+    except (orjson.JSONDecodeError, *UNREADABLE):
         return None
     return str(version) if version is not None else None
 

@@ -9,15 +9,16 @@ import asyncio
 import gzip
 import itertools
 import json
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import aiohttp
+
+from lab.load.piped_process import PipedProcess
 
 CHAT, COMPLETIONS, PREDICT, TOKENIZE = (
     "/v1/chat/completions",
@@ -29,7 +30,6 @@ _JSON = {"Content-Type": "application/json"}
 _GZIP = _JSON | {"Content-Encoding": "gzip"}
 _MIB = 2**20
 _PIECE_BYTES = 2**18
-_JOIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,16 @@ class Blow:
 @dataclass(frozen=True)
 class Attack:
     """`ending`: the answer is read; the caller leaves at its first bytes; or they never send the
-    last byte of their body.
+    last byte of their body. `rival` is what one honest caller sends in the windows without the
+    attack, where that costs the others something as well: an engine that is full takes longer for
+    each token, whoever filled it.
     """
 
     meaning: str
     build: Callable[[str], list[Blow]]  # from the model's name
     connections: int = 4
     ending: Literal["read", "hang up", "hold back"] = "read"
+    rival: Callable[[str], list[Blow]] | None = None
 
 
 def _chat(model: str, **fields: Any) -> Blow:
@@ -112,12 +115,16 @@ def _large_bodies(model: str) -> list[Blow]:
 
 
 def _large_batches(model: str) -> list[Blow]:
-    prompts = [f"{number}: what is a warp?" for number in range(1000)]
-    call = {"model": model, "prompt": prompts, "max_tokens": 64}
-    return [
-        Blow(COMPLETIONS, json.dumps(call).encode()),
-        Blow(PREDICT, json.dumps({"prompt": prompts * 2, "max_tokens": 64}).encode()),
-    ]
+    call = {"model": model, "prompt": _list_prompts(1000), "max_tokens": 64}
+    return [Blow(COMPLETIONS, json.dumps(call).encode()), *_one_batch(model)]
+
+
+def _one_batch(_model: str) -> list[Blow]:
+    return [Blow(PREDICT, json.dumps({"prompt": _list_prompts(2000), "max_tokens": 64}).encode())]
+
+
+def _list_prompts(count: int) -> list[str]:
+    return [f"{number}: what is a warp?" for number in range(count)]
 
 
 ATTACKS = {
@@ -127,50 +134,38 @@ ATTACKS = {
     "many-values": Attack("10 million empty objects, packed", _many_values),
     "hang-ups": Attack("long streams, left at their first bytes", _streams, 16, "hang up"),
     "held-bodies": Attack("30 MB bodies without their last byte", _large_bodies, 24, "hold back"),
-    "large-batches": Attack("thousands of prompts in a call", _large_batches),
+    "large-batches": Attack(
+        "thousands of prompts a call, against one honest caller's", _large_batches, rival=_one_batch
+    ),
 }
 
 
-class Attacker:
-    """A process of its own, so that what it does is not measured as slowness of the others."""
+class Attacker(PipedProcess):
+    """Whoever sends them."""
 
     def __init__(self, name: str, url: str, model: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        words = (theirs, name, url, model)
-        self._process = context.Process(target=_serve_attacks, args=words, daemon=True)
-        self._process.start()
-        theirs.close()
+        super().__init__(_serve_attacks, name, url, model)
 
-    async def wait_ready(self) -> None:
-        await asyncio.to_thread(self._pipe.recv)
-
-    def begin(self, until: float) -> None:
-        """By the machine's monotonic clock."""
-        self._pipe.send(until)
+    def begin(self, until: float, *, is_rival: bool = False) -> None:
+        """By the machine's monotonic clock; the honest caller in the hostile one's place."""
+        self.send((until, is_rival))
 
     async def read_statuses(self) -> Counter[str]:
         """How it was answered in the window that has ended."""
-        statuses: Counter[str] = await asyncio.to_thread(self._pipe.recv)
+        statuses: Counter[str] = await self.receive()
         return statuses
-
-    def end(self) -> None:
-        self._pipe.close()
-        self._process.join(_JOIN_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
 
 
 def _serve_attacks(pipe: Connection, name: str, url: str, model: str) -> None:
     """One window after another, until the pipe's other end is closed or gone."""
     attack = ATTACKS[name]
-    blows = attack.build(model)
+    rival = replace(attack, connections=1, build=attack.rival or attack.build)
     try:
         pipe.send(None)
         while True:
-            until = pipe.recv()
-            pipe.send(asyncio.run(_attack(attack, blows, url, until)))
+            until, is_rival = pipe.recv()
+            one = rival if is_rival else attack
+            pipe.send(asyncio.run(_attack(one, one.build(model), url, until)))
     except (EOFError, ConnectionError, KeyboardInterrupt):
         return
 

@@ -8,17 +8,18 @@ import http.client
 import json
 import math
 import random
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 import psutil
 
 from common import processes
+from lab.load.piped_process import PipedProcess
 
 _CALL_TIMEOUT_S = 60.0
 _PAUSES_S = (0.1, 0.5)  # of a caller between two requests
@@ -94,46 +95,64 @@ class Callers:
         return "/v1/chat/completions", fields | {"messages": messages}
 
 
-class Prober:
-    """Asks /healthz and looks at memory, in a thread: the callers' event loop is busy."""
+class Prober(PipedProcess):
+    """Asks /healthz and looks at memory, from where nothing else runs: in the callers' process it
+    would wait for their answers to be read.
+    """
 
-    def __init__(self, url: str, programs: dict[str, list[int]]) -> None:
-        where = urlsplit(url)
-        self._host, self._port = where.hostname or "", where.port or 80
-        self._programs = programs
+    def __init__(self, url: str) -> None:
+        super().__init__(_serve_probes, url)
 
-    @contextlib.contextmanager
-    def watch(self, window: Window) -> Iterator[None]:
-        stop = threading.Event()
-        thread = threading.Thread(target=self._run, args=(stop, window), daemon=True)
-        thread.start()
+    @contextlib.asynccontextmanager
+    async def watch(self, window: Window, programs: dict[str, list[int]]) -> AsyncIterator[None]:
+        self.send(programs)
         try:
             yield
         finally:
-            stop.set()
-            thread.join(_PROBE_TIMEOUT_S + 1)
+            self.send(None)
+            window.health_s, window.memory_mb = await self.receive()
 
-    def _run(self, stop: threading.Event, window: Window) -> None:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=_PROBE_TIMEOUT_S)
-        number = 0
-        while not stop.is_set():
-            began = time.monotonic()
-            try:
-                connection.request("GET", "/healthz")
-                connection.getresponse().read()
-            except (OSError, http.client.HTTPException):
-                connection.close()
-            window.health_s.append(time.monotonic() - began)
-            if number % _PROBES_A_SAMPLE == 0:
-                self._sample(window)
-            number += 1
-            stop.wait(max(0.0, _PROBE_EVERY_S - (time.monotonic() - began)))
-        connection.close()
 
-    def _sample(self, window: Window) -> None:
-        for name, pids in self._programs.items():
-            total = 0.0
-            for pid in pids:
-                with contextlib.suppress(psutil.Error):  # it has ended
-                    total += processes.read_resident_bytes(pid) / _MIB
-            window.memory_mb[name] = max(total, window.memory_mb.get(name, 0.0))
+def _serve_probes(pipe: Connection, url: str) -> None:
+    """One window after another, until the pipe's other end is closed or gone."""
+    try:
+        pipe.send(None)
+        while True:
+            programs = pipe.recv()
+            seen = Window()
+            _probe(pipe, urlsplit(url), programs, seen)
+            pipe.recv()
+            pipe.send((seen.health_s, seen.memory_mb))
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        return
+
+
+def _probe(
+    pipe: Connection, where: SplitResult, programs: dict[str, list[int]], window: Window
+) -> None:
+    """Until somebody says something."""
+    host, port = where.hostname or "", where.port or 80
+    connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
+    wait_s, number = 0.0, 0
+    while not pipe.poll(wait_s):
+        began = time.monotonic()
+        try:
+            connection.request("GET", "/healthz")
+            connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+        window.health_s.append(time.monotonic() - began)
+        if number % _PROBES_A_SAMPLE == 0:
+            _sample_memory(programs, window)
+        number += 1
+        wait_s = max(0.0, _PROBE_EVERY_S - (time.monotonic() - began))
+    connection.close()
+
+
+def _sample_memory(programs: dict[str, list[int]], window: Window) -> None:
+    for name, pids in programs.items():
+        total = 0.0
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                total += processes.read_resident_bytes(pid) / _MIB
+        window.memory_mb[name] = max(total, window.memory_mb.get(name, 0.0))

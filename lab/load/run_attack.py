@@ -1,10 +1,11 @@
 """Ordinary callers beside a hostile one: what the attack costs the others.
 
 Short windows with and without the attack take turns, so that whatever else the machine does falls
-on both, and each window under attack is held against the slower of its two neighbours. What does
-not hold is tried as often again before it counts. Held is: the callers' p99 at most twice that of
-the neighbours and no call of theirs failed, /healthz within 100 ms (on a machine that is busy: at
-most twice what it took without the attack), memory of gateway and engine within 200 MB of before.
+on both, and each window under attack is held against the slower of its two neighbours (of
+large-batches, these have one honest caller whose batch fills the engine, too). What does not hold
+is tried as often again before it counts. Held is: the callers' p99 at most twice that of the
+neighbours and no call of theirs failed, /healthz within 100 ms (on a machine that is busy: at most
+twice what it took without the attack), memory of gateway and engine within 200 MB of before.
 
 Exit codes: 0 all held, 1 something did not, 2 bad options or no gateway, 130 interrupted.
 """
@@ -102,6 +103,10 @@ class AttackRun:
         self._url: str = arguments.url
         self._window_s: float = arguments.window
         self._model = ""
+        self._prober = Prober(arguments.url)
+
+    def end(self) -> None:
+        self._prober.end()
 
     async def run(self) -> list[Trial]:
         async with open_http() as client:
@@ -109,6 +114,7 @@ class AttackRun:
         if not self._model:
             text = f"{self._url} does not name a model; is the gateway running? `make serve`"
             raise NoService(text)
+        await self._prober.wait_ready()
         trials = []
         for name in self._arguments.attack or ATTACKS:
             trials.append(await self._try(name))
@@ -121,7 +127,7 @@ class AttackRun:
         try:
             await attacker.wait_ready()
             await self._observe(_WARM_UP_S)
-            trial.quiet.append(await self._observe(self._window_s))
+            await self._take_quiet(trial, attacker)
             while not trial.unsettled and len(trial.attacked) < self._arguments.rounds:
                 await self._take_turn(trial, attacker)
             for _ in range(self._arguments.rounds if trial.is_in_doubt() else 0):
@@ -135,13 +141,21 @@ class AttackRun:
         trial.attacked.append(await self._observe(self._window_s))
         trial.statuses += await attacker.read_statuses()
         trial.unsettled += not await self._settle()
+        await self._take_quiet(trial, attacker)
+
+    async def _take_quiet(self, trial: Trial, attacker: Attacker) -> None:
+        has_rival = ATTACKS[trial.name].rival is not None
+        if has_rival:
+            attacker.begin(time.monotonic() + self._window_s, is_rival=True)
         trial.quiet.append(await self._observe(self._window_s))
+        if has_rival:
+            await attacker.read_statuses()
+            await self._settle()
 
     async def _observe(self, duration_s: float) -> Window:
         window = Window()
         callers = Callers(self._session, self._url, self._model, self._arguments.callers)
-        prober = Prober(self._url, await self._find_programs())
-        with prober.watch(window):
+        async with self._prober.watch(window, await self._find_programs()):
             await callers.ask(time.monotonic() + duration_s, window)
         return window
 
@@ -225,7 +239,11 @@ async def run_attacks(arguments: argparse.Namespace) -> int:
     timeout = aiohttp.ClientTimeout(total=_CALL_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        trials = await AttackRun(arguments, session).run()
+        attack = AttackRun(arguments, session)
+        try:
+            trials = await attack.run()
+        finally:
+            attack.end()
     if arguments.record:
         figures = [figure for trial in trials for figure in build_figures(trial)]
         about = f"{arguments.callers} ordinary callers, windows of {arguments.window:g} s"

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 _WAITING = re.compile(r'^gateway_waiting_sequences\{lane="batch"\} (\S+)$', re.MULTILINE)
 _RUNNING = re.compile(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", re.MULTILINE)
 _CALLS = re.compile(r'^http_requests_total\{handler="/v1/completions",.*\} (\S+)$', re.MULTILINE)
+_TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 USER = [{"role": "user", "content": "什么是 warp？"}]
 LONG: dict[str, Any] = {"model": "demo", "messages": USER, "max_tokens": 1900, "ignore_eos": True}
 
@@ -86,6 +87,52 @@ async def test_batch_of_the_course_is_one_call_of_the_engine(
 
     assert len(answer.json()["response"]) == 358
     assert await _read(_CALLS, stack.engine) == before + 1
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_chats_are_answered_while_most_of_a_long_list_has_not_entered_yet(
+    stack: Stack, gateway: httpx.AsyncClient, pairs: list[dict[str, str]], is_stream: bool
+) -> None:
+    await _wait_idle(stack)
+    prompts = [_TURN.format(pairs[n % len(pairs)]["question"]) for n in range(1000)]
+    fields = {"model": "demo", "max_tokens": 24, "temperature": 0}
+    before = await _read_given(gateway)
+    body = fields | {"prompt": prompts, "stream": is_stream}
+    asking = asyncio.create_task(gateway.post("/v1/completions", json=body))
+    async with asyncio.timeout(60):
+        while not await _read(_RUNNING, stack.engine):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    waiting = []
+    for _ in range(2):
+        chat = await gateway.post(
+            "/v1/chat/completions", json={"model": "demo", "messages": USER, "max_tokens": 4}
+        )
+        assert chat.status_code == 200
+        waiting.append(await _read(_WAITING, stack.gateway))
+
+    assert waiting[0] > 0
+    texts = _read_texts(await asking, is_stream=is_stream)
+    assert sorted(texts) == list(range(1000))
+    given = await _read_given(gateway) - before - 8
+    assert 1000 < given <= 24_000
+    for n in range(0, len(pairs), len(pairs) // 8):
+        one = await gateway.post("/v1/completions", json=fields | {"prompt": prompts[n]})
+        alone = one.json()["choices"][0]["text"]
+        assert alone
+        assert all(texts[place] == alone for place in range(n, 1000, len(pairs)))
+
+
+def _read_texts(answer: httpx.Response, *, is_stream: bool) -> dict[int, str]:
+    if not is_stream:
+        return {one["index"]: one["text"] for one in answer.json()["choices"]}
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    texts: dict[int, str] = {}
+    for event in events:
+        [choice] = orjson.loads(event.removeprefix("data: "))["choices"]
+        texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return texts
 
 
 @pytest.mark.parametrize("route", ["chat", "completions"])

@@ -29,11 +29,14 @@ class Call:
     fields: dict[str, Any]
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    body: bytes
 
     @property
     def prompts(self) -> list[str]:
         if "messages" in self.fields:
-            return [self.fields["messages"][-1]["content"]]
+            messages = self.fields["messages"]
+            many = messages if isinstance(messages[0], list) else [messages]
+            return [one[-1]["content"] for one in many]
         prompt = self.fields["prompt"]
         return prompt if isinstance(prompt, list) else [prompt]
 
@@ -133,7 +136,8 @@ class ScriptedEngine:
             writer.write(whole_answer(_MODELS if path == "/v1/models" else b"{}"))
             return True
         length = int(head.lower().partition("content-length: ")[2].partition("\r\n")[0])
-        call = Call(path, orjson.loads(await reader.readexactly(length)), reader, writer)
+        body = await reader.readexactly(length)
+        call = Call(path, orjson.loads(body), reader, writer, body)
         if call.prompts[0].startswith("warm"):
             await answer_well(call)
             return True
@@ -143,7 +147,9 @@ class ScriptedEngine:
 
 
 @contextlib.asynccontextmanager
-async def serve_scripted(tmp_path: Path, engine: ScriptedEngine) -> AsyncIterator[Served]:
+async def serve_scripted(
+    tmp_path: Path, engine: ScriptedEngine, **settings: Any
+) -> AsyncIterator[Served]:
     """A gateway before it, warm."""
     questions = tmp_path / "warm.jsonl"
     questions.write_text('{"question": "warm"}\n')
@@ -157,6 +163,7 @@ async def serve_scripted(tmp_path: Path, engine: ScriptedEngine) -> AsyncIterato
             warmup_file=questions,
             breaker_failures=1000,
             engine_timeout_s=60,
+            **settings,
         ) as served,
     ):
         await until(lambda: served.app[POOL].is_ready)

@@ -35,12 +35,14 @@ LONG_CONTEXT = Behaviour(max_model_len=2**20)
 
 
 @contextlib.asynccontextmanager
-async def serve_watched(folder: Path, engine: Behaviour) -> AsyncIterator[GatewayProcess]:
+async def serve_watched(
+    folder: Path, engine: Behaviour, *flags: str
+) -> AsyncIterator[GatewayProcess]:
     """A gateway in a process of its own, whose event loop nothing may keep for more than 50 ms."""
     blocks = folder / "blocks.jsonl"
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
-        serve_process(folder, engine_url, blocks=blocks) as gateway,
+        serve_process(folder, engine_url, *flags, blocks=blocks) as gateway,
     ):
         yield gateway
     check_blocks(blocks)
@@ -118,6 +120,36 @@ async def test_honest_body_of_ten_megabytes_blocks_nobody(
     (call,) = LONG_CONTEXT.calls
     for name, value in fields.items():
         assert call[name] == value
+
+
+LISTS: dict[str, Callable[[], list[Any]]] = {
+    "texts": lambda: batch_of_texts(30 * MEGABYTE),
+    "ids": lambda: [[100_000 + number for number in range(1900)]] * 1000,
+}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("kind", LISTS)
+async def test_long_list_of_thirty_megabytes_by_pieces_blocks_nobody(
+    tmp_path: Path, kind: str, is_stream: bool
+) -> None:
+    prompts = LISTS[kind]()
+    engine = Behaviour(max_model_len=2**20)
+    body = orjson.dumps({"model": "fake", "prompt": prompts, "max_tokens": 8, "stream": is_stream})
+    async with serve_watched(tmp_path, engine, "--engine-sequences", "384") as gateway:
+        engine.calls.clear()
+        answer = await post(gateway, "/v1/completions", body)
+
+    assert answer.status == 200, answer.body[:500]
+    assert len(engine.calls) > 24
+    sent = [one for call in engine.calls for one in call["prompt"]]
+    assert sorted(sent) == sorted(prompts)
+    if not is_stream:
+        choices = orjson.loads(answer.body)["choices"]
+        assert [one["index"] for one in choices] == list(range(1000))
+        if kind == "texts":
+            texts = [one["text"].strip() for one in choices]
+            assert texts == [f"answer:{one}".strip() for one in prompts]
 
 
 @pytest.mark.slow
@@ -289,6 +321,9 @@ async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_calle
         # Small ones pass all the while.
         chat = await client.post("/v1/chat/completions", json={"model": "fake", "messages": []})
         assert chat.status_code == 200
+        # One that is announced is not read first.
+        head, _, _ = request.partition(b"\r\n\r\n")
+        assert (await ask(gateway.url, head + b"\r\n\r\n", timeout_s=60)).status == 429
 
         for caller in callers:
             caller.cancel()

@@ -13,7 +13,7 @@ from lab.bench.answer_book import MixedUp
 from lab.bench.bench_figures import BenchFailed
 from lab.bench.relay.stand_in_engine import STREAM_CHUNKS, find_number, find_numbers
 
-_CHUNK_FRAME = re.compile(rb"\r\n[0-9a-f]+\r\n")
+_CHUNK_FRAME = re.compile(rb"\r\n[0-9a-fA-F]+\r\n")
 _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 
 

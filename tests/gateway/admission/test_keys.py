@@ -427,11 +427,11 @@ async def test_key_concurrency_counts_every_sequence_of_a_list(
         served.engine.delay_s = 60
         body = {"model": "fake", "prompt": ["a"] * 4, "n": 2}
         first = asyncio.create_task(served.client.post("/v1/completions", json=body))
-        await until(lambda: served.engine.running == 4)
+        await until(lambda: served.engine.running == 8)
 
         refused = await served.chat("a", n=3)
         passing = asyncio.create_task(served.chat("a", n=2))
-        await until(lambda: served.engine.running == 5)
+        await until(lambda: served.engine.running == 9)
 
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "key_concurrency")
         for call in (first, passing):

@@ -108,7 +108,9 @@ async def _feed_crowd(sizes: list[int], runs: int, chance: random.Random) -> Non
             check()
 
     async def feed(size: int) -> None:
-        ticket = Ticket(size, chance.choice(LANES), is_divisible=True)
+        step = chance.choice((1, 1, 3))
+        size *= step
+        ticket = Ticket(size, chance.choice(LANES), is_divisible=True, step=step)
         async with queue.enter(ticket) as admission, asyncio.TaskGroup() as group:
             left = size
             while left:
@@ -116,6 +118,7 @@ async def _feed_crowd(sizes: list[int], runs: int, chance: random.Random) -> Non
                 check()
                 count = min(left, room.count)
                 assert count > 0
+                assert count % step == 0 or step > share
                 group.create_task(run(room, count))
                 left -= count
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 from sqlalchemy import create_engine, text
 
+from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import make_key
 from gateway.admission.served_models import MODELS
 from tests.fake_engine import Behaviour
@@ -76,6 +77,29 @@ async def test_batch_of_another_endpoint_is_answered(batches: Batches, endpoint:
 
     assert answer["response"]["body"] == direct.json()
     assert answer["response"]["request_id"] == f"{batch.id}-0"
+
+
+async def test_line_with_a_long_list_comes_in_by_pieces(tmp_path: Path) -> None:
+    url = "/v1/completions"
+    body = {"model": "fake", "prompt": [f"{n}" for n in range(60)]}
+    lines = [
+        {"custom_id": "long", "method": "POST", "url": url, "body": body},
+        {"custom_id": "bad", "method": "POST", "url": url, "body": {**body, "n": 16}},
+    ]
+    settings: dict[str, Any] = {"batch_folder": tmp_path / "batches", "engine_sequences": 16}
+    async with serve_gateway(**settings) as served, open_batches(served) as batches:
+        batch = await batches.wait(await batches.create(lines, endpoint=url))
+        [good] = await batches.read(batch.output_file_id)
+        [bad] = await batches.read(batch.error_file_id)
+        calls = [len(call["prompt"]) for call in served.engine.calls]
+        used = served.app[ACCOUNTS].sum_usage()
+
+    answer = good["response"]["body"]
+    texts = [one["text"].strip() for one in answer["choices"]]
+    assert texts == [f"answer:{n}" for n in range(60)]
+    assert (sum(calls), max(calls)) == (60, 1)
+    assert (used.prompt_tokens, used.completion_tokens) == (110, 120)
+    assert bad["response"]["body"]["error"]["message"].startswith("n must be at most 15")
 
 
 async def test_lines_that_are_refused_stand_in_the_error_file(batches: Batches) -> None:

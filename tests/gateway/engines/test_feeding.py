@@ -224,7 +224,7 @@ async def test_engine_that_sends_each_token_is_asked_for_whole_answers_from_then
         assert sum("stream" in call for call in served.engine.calls) == n_streams > 0
 
 
-async def test_list_of_v1_counts_for_the_batch_share_and_chats_for_the_rest(serve: Serve) -> None:
+async def test_list_of_v1_takes_the_batch_share_and_chats_the_rest(serve: Serve) -> None:
     async with serve(engine_sequences=32) as served:
         served.engine.delay_s = 60
         calls = [
@@ -232,7 +232,7 @@ async def test_list_of_v1_counts_for_the_batch_share_and_chats_for_the_rest(serv
                 served.client.post("/v1/completions", json={"model": "fake", "prompt": ["a"] * 100})
             )
         ]
-        await until(lambda: served.app[MODELS].count("batch") == (30, 0))
+        await until(lambda: served.app[MODELS].count("batch") == (30, 70))
         calls += [asyncio.create_task(served.chat(f"{n}")) for n in range(7)]
 
         await until(lambda: served.app[MODELS].count("interactive") == (6, 1))  # 32 and an eighth

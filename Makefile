@@ -9,7 +9,7 @@ UP    := $(if $(MODEL),--model $(MODEL)) $(if $(PROFILE),--profile $(PROFILE)) $
          $(if $(ENGINE_PORT),--engine-port $(ENGINE_PORT)) $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast page-test stack-test check fix grade judge selftest bench docs dashboards lock
+.PHONY: help setup serve test test-fast page-test stack-test check fix grade judge selftest bench docs dashboards lock sbom audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,3 +67,13 @@ dashboards: setup-dev ## deploy/grafana/dashboards/*.json, from scripts/panels.p
 
 lock: setup-dev ## resolve uv.lock anew, from the public index: it names where each file is
 	@$(VENV)/bin/uv lock $(or $(ARGS),--upgrade)
+
+sbom: setup-dev ## what the images are made of, as CycloneDX: out/sbom/
+	@mkdir -p out/sbom
+	@$(VENV)/bin/uv export --frozen --quiet --format cyclonedx1.5 -o out/sbom/gateway.json >/dev/null
+	@$(VENV)/bin/uv export --frozen --quiet --format cyclonedx1.5 --extra cpu -o out/sbom/engine-cpu.json >/dev/null
+	@$(VENV)/bin/uv export --frozen --quiet --format cyclonedx1.5 --extra cuda --extra modelscope --extra otel \
+	  -o out/sbom/engine-cuda.json >/dev/null
+
+audit: setup-dev ## known vulnerabilities of what uv.lock pins, from osv.dev; needs the network
+	@$(VENV)/bin/uv audit --frozen $(ARGS)

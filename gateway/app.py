@@ -25,12 +25,12 @@ from gateway.batches.access import BATCHES
 from gateway.config import PREFIX, SETTINGS, Settings, SettingsError, load_settings
 from gateway.discovery.engine_list import EngineList
 from gateway.discovery.settings_reload import SettingsReload
-from gateway.engines.batch import BatchGenerator
 from gateway.engines.capacity import EngineCapacity
 from gateway.engines.client import EngineClient
 from gateway.engines.connections import build_connector, build_session
-from gateway.engines.deduplication import Deduplicator
 from gateway.engines.engine import Engine
+from gateway.engines.lists.batch import BatchGenerator
+from gateway.engines.lists.deduplication import Deduplicator
 from gateway.engines.pool import POOL, EnginePool, ModelPool
 from gateway.engines.warmup import Warmup
 from gateway.errors import GatewayError
@@ -103,7 +103,7 @@ def build_app(
     if settings.responses_database:
         app[RESPONSES] = build_responses(settings, app[METRICS])
         app.cleanup_ctx.append(run_responses)
-    if settings.batch_folder is not None:
+    if settings.keeps_batches:
         app[BATCHES] = build_batches(settings, app[METRICS])
         app.cleanup_ctx.append(run_batches)
     if settings.grade_record:

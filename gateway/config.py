@@ -42,6 +42,7 @@ AT_ONCE: JsonDict = {"x-taken-at-once": True}
 CONSTRAINTS = ("json", "choice", "regex", "tools", "grammar", "structural_tag")
 # What stands before the address of a place where engines are found.
 SOURCE = re.compile(r"(dns|srv|kubernetes)\+(?=https?://)")
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?")
 _SYSTEM_PROMPTS = Path(__file__).parent / "prompts" / "system_prompts"
 
 
@@ -528,9 +529,9 @@ class Settings(ProgramSettings):
 
     batch_folder: Path | None = Field(
         None,
-        description="Folder for what /v1/files and /v1/batches keep; empty: these routes are off. "
-        "Several gateways may share one: on one host, or on a shared file system with "
-        "GATEWAY_BATCH_DATABASE.",
+        description="Folder for what /v1/files and /v1/batches keep; empty, and without "
+        "GATEWAY_BATCH_BUCKET: these routes are off. Several gateways may share one: on one host, "
+        "or on a shared file system with GATEWAY_BATCH_DATABASE.",
     )
     batch_database: str = Field(
         "",
@@ -538,6 +539,24 @@ class Settings(ProgramSettings):
         description="PostgreSQL for the state of files and batches, as "
         "`postgresql://user:password@host/name`; needs the extra `postgres`. Empty: a SQLite file "
         "in GATEWAY_BATCH_FOLDER, which then has to be on a local disk.",
+    )
+    batch_bucket: str = Field(
+        "",
+        description="Bucket for the bytes of files, as `s3://bucket/prefix`, in S3 or what speaks "
+        "its protocol; needs the extra `s3`, and GATEWAY_BATCH_DATABASE or a folder for SQLite. "
+        "Empty: they are in GATEWAY_BATCH_FOLDER.",
+    )
+    batch_s3_endpoint: OptionalAddress = Field(
+        "", description="Address of the bucket's storage; empty: AWS, or AWS_ENDPOINT_URL."
+    )
+    batch_s3_region: str = Field(
+        "", description="Region of the bucket; empty: AWS_REGION, or us-east-1."
+    )
+    batch_s3_key: str = Field(
+        "",
+        repr=False,
+        description="Key for the bucket, as `access key:secret`; empty: what AWS's own variables "
+        "say (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of the pod).",
     )
     batch_max_file_bytes: int = Field(
         2**30, ge=1024, description="Largest file that can be uploaded for a batch."
@@ -720,6 +739,20 @@ class Settings(ProgramSettings):
             raise ValueError("give postgresql://user:password@host/name, or nothing for SQLite")
         return value
 
+    @field_validator("batch_bucket")
+    @classmethod
+    def _check_bucket(cls, value: str) -> str:
+        if value and not _BUCKET.fullmatch(value):
+            raise ValueError(f"{value!r} is not s3://bucket/prefix")
+        return value
+
+    @field_validator("batch_s3_key")
+    @classmethod
+    def _check_s3_key(cls, value: str) -> str:
+        if value and not all(value.partition(":")):
+            raise ValueError("give access key:secret")
+        return value
+
     @field_validator("responses_database", "usage_database")
     @classmethod
     def _check_place(cls, value: str) -> str:
@@ -782,8 +815,7 @@ class Settings(ProgramSettings):
     def _check_files(self) -> Settings:
         if self.metrics_port and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another than port, which everybody can reach")
-        if self.batch_database and self.batch_folder is None:
-            raise ValueError("batch_database needs batch_folder too: files are kept there")
+        self._check_batches()
         if self.audit and not self.usage_database:
             raise ValueError("audit needs usage_database too: its rows are kept there")
         if self.system_prompt and self.system_prompt_file:
@@ -813,6 +845,25 @@ class Settings(ProgramSettings):
         for name in list_taken_at_once():
             self.__dict__[name] = getattr(other, name)
         self.__dict__.pop("alias_map", None)  # which is made of another one
+
+    def _check_batches(self) -> None:
+        if self.batch_database and not self.keeps_batches:
+            raise ValueError(
+                "batch_database needs batch_folder or batch_bucket too: files are kept there"
+            )
+        if self.batch_bucket and not self.batch_database and self.batch_folder is None:
+            raise ValueError(
+                "batch_bucket needs batch_database too, or batch_folder for SQLite: what is known "
+                "of the files is kept there"
+            )
+        if not self.batch_bucket and (
+            self.batch_s3_endpoint or self.batch_s3_region or self.batch_s3_key
+        ):
+            raise ValueError("batch_s3_… is for a bucket: name it with batch_bucket")
+
+    @property
+    def keeps_batches(self) -> bool:
+        return self.batch_folder is not None or bool(self.batch_bucket)
 
     def read_system_prompt(self) -> str:
         """The system prompt of /predict, from whichever setting holds it."""

@@ -17,11 +17,11 @@ from aiohttp import web
 
 from gateway.config import SETTINGS
 from gateway.engines.client import EngineAnswer
+from gateway.engines.event_stream import EVENT_ENDS, UnfinishedEvent
 from gateway.errors import EngineError, EngineTimeout, GatewayError
 from gateway.observability.request_record import RequestRecord, StreamTiming
 from gateway.records.ledger import Entry
 from gateway.request_context import CONTEXT
-from gateway.responses.event_pieces import EVENT_ENDS, UnfinishedEvent
 from gateway.responses.events import sign_events
 from gateway.responses.follower import Follower
 from gateway.responses.shapes import Told

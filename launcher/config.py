@@ -91,8 +91,17 @@ class LauncherSettings(ProgramSettings):
     )
     takes_turns: bool = Field(
         False,
-        description="Of several engines: stop it while another of its device that takes turns is "
-        "wanted, and start it again when it is. Each is planned with all that is left to them.",
+        description="Of several engines: stop it, or have it sleep, while another of its device "
+        "that takes turns is wanted, and bring it back when it is. Each is planned with all that "
+        "is left to them.",
+    )
+    sleep_level: int = Field(
+        0,
+        ge=0,
+        le=2,
+        description="What an engine on a GPU does when its turn is over, by vLLM's sleep mode: 0, "
+        "it stops; 1, it keeps its weights in the host's memory; 2, it reads them again when it "
+        "wakes. Asleep it keeps one to two GiB of the GPU. On a CPU it stops.",
     )
     shortest_turn_s: float = Field(
         30.0,

@@ -18,6 +18,7 @@ from launcher.engine.vllm_server import VllmServer
 from launcher.plan.compile_cache import note_start
 from launcher.plan.fingerprint import read_versions
 from launcher.plan.prepare import Prepared
+from launcher.plan.sharing import sleeps
 
 log = structlog.get_logger("launcher")
 
@@ -47,7 +48,14 @@ class EngineUnit:
             folder / "crashes", prepared.command, server, versions, self._fingerprint
         )
         self.supervisor = Supervisor(
-            server, policy, terminal, folder, self.cards.add, label=label, peers=peers
+            server,
+            policy,
+            terminal,
+            folder,
+            self.cards.add,
+            label=label,
+            peers=peers,
+            sleeper=server if sleeps(settings, prepared.plan.device) else None,
         )
         server.lines = self.supervisor.lines
         self._facts = describe_launch(prepared, versions, self._fingerprint)

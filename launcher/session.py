@@ -206,7 +206,9 @@ class Session:
         first, *others = self._engines
         if not others:
             source = first.status_source(gateway, self._policy, self._count_dropped)
-            return replace(source, hosts=self._head.describe) if self._head else source
+            if self._head is None:
+                return source
+            return replace(source, hosts=self._head.describe, count_hosts=self._head.count)
         host = first.status_source(gateway, self._policy, self._count_dropped)
         engines = (
             one.status_source(None, self._policy, self._count_dropped) for one in self._engines

@@ -156,4 +156,5 @@ class Turns:
 
 
 async def _have_ended(engines: Sequence[EngineUnit]) -> bool:
-    return all(one.supervisor.status.state in {"parked", "stopped"} for one in engines)
+    gone = {"parked", "sleeping", "stopped"}
+    return all(one.supervisor.status.state in gone for one in engines)

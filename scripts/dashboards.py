@@ -51,7 +51,10 @@ spec:
 
 _SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GREEN, _RED, _GREY = "green", "red", "#8e8e8e"
-_STATE_COLOURS = (_GREY, "blue", "light-blue", _GREEN, "yellow", "orange", "purple", "dark-yellow")
+_STATE_COLOURS = (
+    *(_GREY, "blue", "light-blue", _GREEN, "yellow"),
+    *("orange", "purple", "dark-yellow", "light-purple"),
+)
 _SMALL, _TALL = 4, 8
 _SLO = "1"
 _STRINGS = re.compile(r'"[^"]*"')

@@ -10,7 +10,10 @@ from typing import Literal
 
 Kind = Literal["chart", "number", "states", "heatmap", "table"]
 # In the order of their numbers on a time line.
-STATES = ("stopped", "starting", "warming", "ready", "draining", "waiting", "parked", "joining")
+STATES = (
+    *("stopped", "starting", "warming", "ready", "draining"),
+    *("waiting", "parked", "joining", "sleeping"),
+)
 _GENERATING = 'route=~"/predict|/v1/.*"'
 _PREDICT = 'route="/predict"'
 # What the choices at a board's top leave over: of launchers and recorded figures, of vLLM's, of the
@@ -778,18 +781,29 @@ _ENGINE_LIFE = Row(
             (Query(_number_states(_ENGINE), "{{instance}}"),),
             kind="states",
             about="As its launcher sees it. waiting: a pause before a restart.",
+            width=6,
+        ),
+        Panel(
+            "Hosts of the engine",
+            (Query(f"launcher_engine_hosts{{{_ENGINE}}}", "{{instance}} {{state}}"),),
+            about="Of an engine that runs on several: how many it is to have, how many are there. "
+            "It runs only with all of them; the launcher's /status names the missing.",
+            empty="each engine runs on one host",
+            width=6,
         ),
         Panel(
             "Front end memory",
             (Query(f'process_resident_memory_bytes{{job="engine", {_ENGINE}}}', "{{instance}}"),),
             "bytes",
             about="Resident memory of the process that answers HTTP. What grows without end leaks.",
+            width=6,
         ),
         Panel(
             "What runs",
             (Query(f"launcher_engine_info{{{_ENGINE}}}"),),
             kind="table",
             about="fingerprint: of everything that decides its speed.",
+            width=6,
         ),
     ),
 )

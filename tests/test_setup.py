@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -41,6 +42,20 @@ def test_every_pin_has_a_hash(extra: str) -> None:
     for pin in pins:
         assert pin.hashes, pin.name
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", one) for one in pin.hashes), pin.name
+
+
+@pytest.mark.parametrize(
+    ("image", "extras"),
+    [("gateway", []), ("engine-cpu", ["cpu"]), ("engine-cuda", ["cuda", "modelscope", "otel"])],
+)
+def test_bill_of_materials_has_every_pin_of_its_image(image: str, extras: list[str]) -> None:
+    venv, make = Path(PYTHON).parent.parent, shutil.which("make")
+    assert make is not None
+    subprocess.run([make, "-o", "setup-dev", f"VENV={venv}", "sbom"], cwd=ROOT, check=True)
+    bill = json.loads((ROOT / "out" / "sbom" / f"{image}.json").read_text(encoding="utf-8"))
+    listed = {(row["name"], row["version"]) for row in bill["components"]}
+    pins = {(pin.name, pin.version) for pin in select_pins(read_lock(), extras)}
+    assert {pin for pin in pins if pin not in listed} == set()
 
 
 def test_lock_is_that_of_the_project_file() -> None:

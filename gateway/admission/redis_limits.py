@@ -84,6 +84,7 @@ class RedisLimits:
         self._left: set[asyncio.Task[list[Any] | None]] = set()
         self._is_away = False
         self._wake = asyncio.Event()
+        self._telling = asyncio.Lock()
         self._decided_alone = metrics.limits_without_redis
         metrics.redis_away.read = lambda: [((), self._is_away)]
 
@@ -100,7 +101,10 @@ class RedisLimits:
             if claim.may_reserve and self._has_room(claim):
                 return None
             claim.owed_requests = 0
-            reply = await self._ask(claim, requests=1)
+            if self._settlements or self._telling.locked():
+                # Redis would let it in for what it has not been told of.
+                await self._look(is_due=False)
+            reply = None if self._is_away else await self._ask(claim, requests=1)
             if reply is not None:
                 return _judge(claim, reply, 0)
         return await self._count_alone(claim)
@@ -279,11 +283,12 @@ class RedisLimits:
             async with asyncio.timeout(self._timeout_s):
                 if is_due:
                     await self._tell([(_PROBE, 0, 0), *self._list_held()])
-            while self._settlements:
-                count = min(_MOST_AT_ONCE, len(self._settlements))
-                batch = [self._settlements.popleft() for _ in range(count)]
-                async with asyncio.timeout(self._timeout_s):
-                    await self._tell(batch)
+            async with self._telling:
+                while self._settlements:
+                    count = min(_MOST_AT_ONCE, len(self._settlements))
+                    batch = [self._settlements.popleft() for _ in range(count)]
+                    async with asyncio.timeout(self._timeout_s):
+                        await self._tell(batch)
         except Exception as error:  # noqa: BLE001 — whatever it is, one day Redis is asked again
             self._note_away(error)
         else:

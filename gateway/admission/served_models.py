@@ -17,7 +17,7 @@ from gateway.admission.queue import AdmissionQueue
 from gateway.admission.throughput import FirstTokens
 from gateway.admission.tickets import LANES, LaneName
 from gateway.config import Settings
-from gateway.engines.deduplication import Deduplicator
+from gateway.engines.lists.deduplication import Deduplicator
 from gateway.engines.pool import EnginePool, ModelPool
 from gateway.engines.timeouts import Deadline
 from gateway.errors import InvalidRequest, NotFound, Unavailable

@@ -30,7 +30,7 @@ from gateway.config import Settings
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import BUSY_STATUSES
-from gateway.engines.long_lists import LongListCall
+from gateway.engines.lists.long_lists import LongListCall
 from gateway.errors import (
     EngineBusy,
     EngineError,
@@ -192,8 +192,8 @@ class UnattendedCaller:
                 return await self._send_patiently(line, places)
             except (asyncio.CancelledError, EngineTimeout):
                 if context.is_running:  # else what breaks off in the middle would be free
-                    given = line.stream.told_tokens if line.stream is not None else 0
                     n_inside = call.sequences if prompts is None else places.count_inside()
+                    given = line.stream.told_tokens if line.stream is not None else 0
                     left = Spent(taken, given, context.running_s(), n_inside, line.served.name)
                     ended, claim = context.told_tokens[1], line.claim
                     await self._accounts.charge_left(caller, left, bound, ended, claim)

@@ -19,7 +19,7 @@ def find_batches(app: web.Application) -> BatchService:
     if service is None:
         raise NotFound(
             "this gateway keeps no files and batches: its operator can turn them on with "
-            "GATEWAY_BATCH_FOLDER",
+            "GATEWAY_BATCH_FOLDER or GATEWAY_BATCH_BUCKET",
             code="batches_off",
         )
     return service

@@ -1,5 +1,5 @@
 """The bytes of files. `Blobs` is all that is asked of whoever keeps them; `DiskBlobs` keeps them in
-a folder. What they mean stands in the database.
+a folder, `s3_blobs.py` in a bucket. What they mean stands in the database.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import asyncio
 import errno
 import os
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from io import BufferedReader
@@ -27,6 +26,10 @@ class BlobWriter(Protocol):
 
     async def write(self, data: bytes) -> None: ...
 
+    @property
+    def held_bytes(self) -> int:
+        """What of it is in memory, beyond a small and constant part."""
+
 
 class Blobs(Protocol):
     """Names are of this program's making."""
@@ -39,7 +42,7 @@ class Blobs(Protocol):
 
     async def delete(self, name: str) -> None: ...
 
-    async def list_older(self, age_s: float) -> list[str]: ...
+    async def list_older_than(self, moment: float) -> list[str]: ...
 
 
 class DiskBlobs:
@@ -95,11 +98,10 @@ class DiskBlobs:
         except OSError as error:
             raise _translate(error) from error
 
-    async def list_older(self, age_s: float) -> list[str]:
-        """Those, and what was left of some, that have been as they are for so long."""
-        before = time.time() - age_s
+    async def list_older_than(self, moment: float) -> list[str]:
+        """Those, and what was left of some, that have been as they are since before it."""
         try:
-            return await asyncio.to_thread(self._list, before)
+            return await asyncio.to_thread(self._list, moment)
         except OSError as error:
             raise _translate(error) from error
 
@@ -131,6 +133,10 @@ class _DiskWriter:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._held = bytearray()
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
 
     async def write(self, data: bytes) -> None:
         self._held += data

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from gateway.batches.store import Store
 from gateway.config import Settings
 from gateway.errors import Conflict, GatewayError, NotFound
 from gateway.observability.metrics import Metrics
+from gateway.storage.clock import SteadyClock
 from gateway.storage.leases import LeaseWatch
 from gateway.storage.rows import DAY_S
 
@@ -47,14 +47,16 @@ class Coordinator:
         blobs: Blobs,
         build_runner: Callable[[JobRecord], JobRunner],
         metrics: Metrics,
+        clock: SteadyClock,
     ) -> None:
         self._ownership, self._store, self._blobs = ownership, store, blobs
-        self._build_runner, self._metrics = build_runner, metrics
+        self._build_runner, self._metrics, self._clock = build_runner, metrics, clock
         lease_s = settings.batch_lease_s
         self._leases = LeaseWatch(lease_s)
         self._kept_s = settings.batch_retention_days * DAY_S
         self._poll_s = min(_LONGEST_POLL_S, lease_s / _BEATS_A_LEASE)
         self._running: dict[str, tuple[JobRunner, asyncio.Task[None]]] = {}
+        self._orphans: frozenset[str] = frozenset()
         self._wake = asyncio.Event()
         self._is_stopping = False
         metrics.batch_jobs.read = lambda: [((), len(self._running))]
@@ -127,7 +129,7 @@ class Coordinator:
         waiting: defaultdict[str, deque[tuple[int, JobRecord]]] = defaultdict(deque)
         for place, job in enumerate(free):
             # What only has to be ended costs little, and is waited for.
-            if job.ending is not None or job.expires_at <= time.time():
+            if job.ending is not None or job.expires_at <= self._clock.now():
                 await self._take(job)
             else:
                 waiting[job.owner].append((place, job))
@@ -147,7 +149,7 @@ class Coordinator:
             self._running[job.id][1].cancel()
         elif job.status == "cancelling":
             runner.end("cancelled")
-        elif job.expires_at <= time.time():
+        elif job.expires_at <= self._clock.now():
             runner.end("expired")
         else:
             runner.check_owner()
@@ -182,13 +184,17 @@ class Coordinator:
 
     async def _sweep(self) -> None:
         """Files whose time is over, and bytes that no file has: of uploads and of files that were
-        begun by a gateway that is no more.
+        begun by a gateway that is no more. Those only when they were seen before, too: by a clock
+        that jumps, what has just been written and is still to become a file is old as well.
         """
         for file in await self._store.list_expired_files():
             # Another gateway, or its owner, was first; or a batch has just been made of it.
             with suppress(NotFound, Conflict):
                 await self._store.delete_file(file.owner, file.id)
                 await self._blobs.delete(file.blob)
-        for name in await self._store.find_orphans(await self._blobs.list_older(_ORPHAN_AGE_S)):
+        old = await self._blobs.list_older_than(self._clock.now() - _ORPHAN_AGE_S)
+        orphans = frozenset(await self._store.find_orphans(old))
+        for name in orphans & self._orphans:
             await self._blobs.delete(name)
+        self._orphans = orphans
         await self._store.delete_old_jobs(self._kept_s)

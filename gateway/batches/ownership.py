@@ -8,7 +8,6 @@ on clocks of their own: what clocks say, and how they jump, decides nothing here
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import OPEN, StoredLine, insert_file, read_job
+from gateway.storage.clock import SteadyClock
 from gateway.storage.database import Database
 from gateway.storage.tables import FILES, JOBS, LINES, RESULTS
 
@@ -40,8 +40,8 @@ class Result:
 class Ownership:
     """The batches of one gateway, which is known by its name."""
 
-    def __init__(self, database: Database, worker: str) -> None:
-        self._database, self.worker = database, worker
+    def __init__(self, database: Database, worker: str, clock: SteadyClock) -> None:
+        self._database, self.worker, self._clock = database, worker, clock
 
     async def list_open(self) -> list[JobRecord]:
         """First those that have least time left."""
@@ -51,7 +51,7 @@ class Ownership:
 
     async def claim(self, job: JobRecord) -> JobRecord | None:
         """It is ours, unless somebody has taken it, or its owner has moved, since it was read."""
-        now = int(time.time())
+        now = int(self._clock.now())
         values: dict[str, Any] = {"worker": self.worker, "epoch": job.epoch + 1, "beat": 0}
         change = (
             update(JOBS)
@@ -138,7 +138,7 @@ class Ownership:
         self, job: JobRecord, ending: str, error: tuple[str, str] | None = None
     ) -> JobRecord:
         """From here on nothing is run; a successor goes on with the same end."""
-        now = int(time.time())
+        now = int(self._clock.now())
         code, message = error or (None, None)
         async with self._database.write() as connection:
             current = await _ensure_ours(connection, job)
@@ -171,7 +171,7 @@ class Ownership:
         counts: tuple[int, int],
     ) -> None:
         """The files are there, the counts are theirs, and the batch has ended: all in one."""
-        now = int(time.time())
+        now = int(self._clock.now())
         ending = job.ending or "completed"
         values = {
             "status": ending,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,9 +21,10 @@ from gateway.batches.shapes import PURPOSE, BatchRequest, FileRecord, JobRecord
 from gateway.batches.store import Store, find_kept_s
 from gateway.batches.uploads import Room, Upload
 from gateway.batches.window import Windows
-from gateway.config import Settings, SettingsError
+from gateway.config import PREFIX, Settings, SettingsError
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.observability.metrics import Metrics
+from gateway.storage.clock import SteadyClock
 from gateway.storage.database import Database
 from gateway.storage.rows import make_id
 
@@ -46,18 +47,18 @@ class BatchService:
     """Files and batches of this gateway's callers."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        folder = _ensure_folder(settings)
         self._settings, self._metrics = settings, metrics
-        self._blobs: Blobs = DiskBlobs(folder / _BLOBS)
+        self.clock = SteadyClock()
+        self._blobs = open_blobs(settings)
         self._database = open_database(settings)
-        self.store = Store(self._database)
+        self.store = Store(self._database, self.clock)
         self._coordinator: Coordinator | None = None
         self._rooms: dict[str, Room] = {}  # of callers who are sending files
 
     @asynccontextmanager
     async def run(self, parts: Parts) -> AsyncIterator[None]:
         """Batches are run inside of this; their database is opened when it is needed."""
-        ownership = Ownership(self._database, secrets.token_hex(8))
+        ownership = Ownership(self._database, secrets.token_hex(8), self.clock)
         caller = parts.caller
         windows = Windows(
             self._settings.batch_max_running, caller.count_interactive, caller.find_first_tokens
@@ -79,6 +80,7 @@ class BatchService:
                 is_draining=parts.is_draining,
                 settings=self._settings,
                 metrics=self._metrics,
+                now=self.clock.now,
             )
 
         coordinator = self._coordinator = Coordinator(
@@ -88,6 +90,7 @@ class BatchService:
             blobs=self._blobs,
             build_runner=build_runner,
             metrics=self._metrics,
+            clock=self.clock,
         )
         looking = asyncio.create_task(coordinator.run())
         try:
@@ -133,7 +136,7 @@ class BatchService:
     async def _keep(
         self, caller: Caller, file_id: str, upload: Upload, end: UploadEnd
     ) -> FileRecord:
-        now = int(time.time())
+        now = int(self.clock.now())
         file = FileRecord(
             id=file_id,
             owner=caller.name,
@@ -180,7 +183,7 @@ class BatchService:
             )
         for model in file.models if caller.models else ():
             caller.check_model(self._settings.alias_map.get(model, model))
-        now = int(time.time())
+        now = int(self.clock.now())
         job = JobRecord(
             id=make_id("batch_"),
             owner=caller.name,
@@ -220,21 +223,34 @@ class UploadEnd:
 
 def open_database(settings: Settings) -> Database:
     """PostgreSQL where it is named, else a file in the folder."""
-    assert settings.batch_folder is not None  # noqa: S101 — nobody comes here without
-    address = settings.batch_database or settings.batch_folder / _FILE
+    address: str | Path = settings.batch_database
+    if not address:
+        assert settings.batch_folder is not None  # noqa: S101 — the settings see to it
+        address = _ensure_folder(settings.batch_folder) / _FILE
     return Database(address, setting="BATCH_DATABASE", keeps="files and batches")
 
 
-def _ensure_folder(settings: Settings) -> Path:
-    folder = settings.batch_folder
-    assert folder is not None  # noqa: S101 — else nobody comes here
+def open_blobs(settings: Settings) -> Blobs:
+    """A bucket where one is named, else the folder."""
+    if not settings.batch_bucket:
+        assert settings.batch_folder is not None  # noqa: S101 — the settings see to it
+        return DiskBlobs(_ensure_folder(_ensure_folder(settings.batch_folder) / _BLOBS))
+    if importlib.util.find_spec("obstore") is None:
+        raise SettingsError(
+            f"{PREFIX}BATCH_BUCKET needs the extra `s3`: pip install vllm-gateway[s3]"
+        )
+    from gateway.batches.s3_blobs import open_bucket  # noqa: PLC0415 — it is an extra
+
+    return open_bucket(settings)
+
+
+def _ensure_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / _BLOBS).mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise SettingsError(
-            f"GATEWAY_BATCH_FOLDER: cannot make {folder} ({error.strerror})"
+            f"{PREFIX}BATCH_FOLDER: cannot make {folder} ({error.strerror})"
         ) from None
-    if not os.access(folder / _BLOBS, os.W_OK | os.X_OK):
-        raise SettingsError(f"GATEWAY_BATCH_FOLDER: {folder} may not be written")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SettingsError(f"{PREFIX}BATCH_FOLDER: {folder} may not be written")
     return folder

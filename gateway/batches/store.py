@@ -5,7 +5,6 @@ is in `ownership.py`.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.config import Settings
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited
 from gateway.schemas.fields import is_storable
+from gateway.storage.clock import SteadyClock
 from gateway.storage.database import Database
 from gateway.storage.rows import DAY_S, lock_owner
 from gateway.storage.tables import FILES, JOBS, LINES, RESULTS
@@ -52,8 +52,8 @@ def find_kept_s(settings: Settings, owner: Caller | None, asked_s: int | None) -
 class Store:
     """Files and batches by their owner: who asks for another's is told that there is none."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, clock: SteadyClock) -> None:
+        self._database, self._clock = database, clock
 
     async def add_file(
         self, file: FileRecord, lines: Sequence[StoredLine] = (), max_bytes: int | None = None
@@ -117,7 +117,9 @@ class Store:
     async def list_expired_files(self) -> list[FileRecord]:
         """Those whose time is over and which no batch needs any more."""
         in_use = exists().where(JOBS.c.input_file_id == FILES.c.id, JOBS.c.status.in_(OPEN))
-        query = select(FILES).where(FILES.c.expires_at <= int(time.time()), ~in_use).limit(100)
+        query = (
+            select(FILES).where(FILES.c.expires_at <= int(self._clock.now()), ~in_use).limit(100)
+        )
         async with self._database.read() as connection:
             return [_read_file(row) for row in (await connection.execute(query)).mappings()]
 
@@ -133,7 +135,7 @@ class Store:
 
     async def delete_old_jobs(self, kept_s: float) -> None:
         """So long after their end; their files go by a time of their own."""
-        before = int(time.time() - kept_s)
+        before = int(self._clock.now() - kept_s)
         times = (JOBS.c.completed_at, JOBS.c.failed_at, JOBS.c.expired_at, JOBS.c.cancelled_at)
         ended_at = func.coalesce(*times, JOBS.c.created_at)
         query = delete(JOBS).where(JOBS.c.status.in_(ENDED), ended_at < before)
@@ -179,7 +181,9 @@ class Store:
             change = (
                 update(JOBS)
                 .where(JOBS.c.id == job_id, JOBS.c.status.in_(_CANCELLABLE))
-                .values(status="cancelling", cancelling_at=int(time.time()), ending="cancelled")
+                .values(
+                    status="cancelling", cancelling_at=int(self._clock.now()), ending="cancelled"
+                )
             )
             changed = (await connection.execute(change)).rowcount
             job = read_job(await _find(connection, JOBS, owner, job_id))

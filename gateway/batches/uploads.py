@@ -58,7 +58,7 @@ class Upload:
 
     @property
     def held_bytes(self) -> int:
-        return len(self._rest)
+        return len(self._rest) + self._writer.held_bytes
 
     async def add(self, data: bytes) -> None:
         self.bytes += len(data)

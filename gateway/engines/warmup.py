@@ -18,9 +18,9 @@ import structlog
 from common.questions import BadQuestions, read_questions
 from gateway.config import Settings, SettingsError
 from gateway.engines.attempt import EngineCall
-from gateway.engines.batch import BatchGenerator
 from gateway.engines.capacity import EngineCapacity
 from gateway.engines.engine import Engine, EngineState
+from gateway.engines.lists.batch import BatchGenerator
 from gateway.engines.pool import EnginePool
 from gateway.errors import (
     EngineError,

@@ -8,11 +8,11 @@ from typing import Any
 
 from gateway.config import Settings
 from gateway.engines.client import EngineAnswer
+from gateway.engines.event_stream import UnfinishedEvent
 from gateway.errors import EngineError, EngineTimeout, InvalidRequest
 from gateway.records.ledger import Entry
 from gateway.request_context import RequestContext
 from gateway.responses.event_log import EventLog
-from gateway.responses.event_pieces import UnfinishedEvent
 from gateway.responses.events import CREATED, cut_events, read_kind, sign_event
 from gateway.responses.shapes import Told, copy_members
 from gateway.schemas.openai import parse_usage

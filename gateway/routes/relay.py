@@ -31,7 +31,7 @@ from gateway.admission.unattended import UnattendedCall
 from gateway.config import SETTINGS
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
-from gateway.engines.long_lists import LongListCall
+from gateway.engines.lists.long_lists import LongListCall
 from gateway.errors import DeadlinePassed, EngineError, EngineTimeout, GatewayError
 from gateway.forms import read_form
 from gateway.observability.request_record import RequestRecord

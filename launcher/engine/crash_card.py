@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from common.files import PART, write_file
 from launcher.engine.supervisor import ExitReport, ProgramStatus
 from launcher.engine.terminal import best_effort
+from launcher.engine.vllm_log import find_lost_actor
 from launcher.engine.vllm_server import VllmProcess
 from launcher.plan.command import EngineCommand
 from launcher.plan.hardware import query_gpus
@@ -36,11 +37,14 @@ class CrashCards:
     async def add(self, report: ExitReport, status: ProgramStatus) -> None:
         now = datetime.now(UTC)
         gpus = await query_gpus("name,memory.used,memory.total", timeout_s=_GPU_PATIENCE_S)
+        actor = find_lost_actor(report.tail)
+        lost_with_ray = actor.host if actor and actor.has_lost_host else ""
         self.last = {
             "time": now.isoformat(timespec="seconds"),
             **describe_end(report, self.engine.killed_children),
             "cause": report.cause,
-            "lost_host": report.lost_host or None,
+            "lost_host": report.lost_host or lost_with_ray or None,
+            "lost_actor": asdict(actor) if actor else None,
             "uptime_s": round(report.uptime_s, 1),
             "was_ready": report.was_ready,
             "restarts": sum(status.restarts.values()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -73,6 +74,37 @@ class EngineProbe:
         except httpx.HTTPError:
             return None
         return parse_activity(response.text) if response.status_code == httpx.codes.OK else None
+
+    async def fall_asleep(self, level: int, timeout_s: float) -> str:
+        """Empty, or why it does not: what it had of the device may be another's then."""
+        try:
+            await self._order("/sleep", timeout_s, level=level)
+            told = await self._client.get("/is_sleeping")
+            is_asleep = told.raise_for_status().json() == {"is_sleeping": True}
+        except (httpx.HTTPError, ValueError) as error:
+            return str(error) or type(error).__name__
+        return "" if is_asleep else "it says that it is awake"
+
+    async def wake_up(self, level: int, timeout_s: float) -> str:
+        """Empty, or why it does not."""
+        try:
+            if level == 2:  # its weights are nowhere
+                await self._order("/wake_up", timeout_s, tags="weights")
+                reload = {"method": "reload_weights"}
+                await self._order("/collective_rpc", timeout_s, body=reload)
+                await self._order("/wake_up", timeout_s, tags="kv_cache")
+            else:
+                await self._order("/wake_up", timeout_s)
+        except httpx.HTTPError as error:
+            return str(error) or type(error).__name__
+        is_answered = await self.ask_one_token(timeout_s)
+        return "" if is_answered else "it answers no request"
+
+    async def _order(
+        self, path: str, timeout_s: float, body: Mapping[str, str] | None = None, **query: str | int
+    ) -> None:
+        response = await self._client.post(path, params=query, json=body, timeout=timeout_s)
+        response.raise_for_status()
 
     async def wait_idle(self, timeout_s: float) -> None:
         """Until nothing is in flight, the time is over, or the engine is gone."""

@@ -26,7 +26,11 @@ from launcher.engine.supervisor import CRASH_REASONS, ProgramStatus, RestartPoli
 from launcher.plan.fingerprint import read_version
 from launcher.plan.hardware import query_gpus
 
-_STATES = ("joining", "starting", "warming", "ready", "draining", "waiting", "parked", "stopped")
+_STATES = (
+    *("joining", "starting", "warming", "ready", "draining"),
+    *("waiting", "parked", "sleeping", "stopped"),
+)
+_WELL = {"ready", "parked", "sleeping"}  # nobody waits for it
 _PROGRAMS = ("engine", "gateway")
 _GPU_QUERY = (
     "index,name,utilization.gpu,memory.used,memory.total,power.draw,temperature.gpu,clocks.sm"
@@ -84,6 +88,12 @@ def _declare_metrics() -> Iterator[MetricDeclaration]:
         "(standard error) or the name of a file in the state folder."
     )
     yield metric("launcher_log_lines_dropped_total", lost, ("log",), "counter")
+    yield metric(
+        "launcher_engine_hosts",
+        "Hosts of an engine that runs on several: state is wanted, joined (the head among them) or "
+        "lost, those that were there and are not.",
+        ("state",),
+    )
     limit = "Recent crashes after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
     yield metric("launcher_restart_limit", limit)
     window = (
@@ -133,6 +143,7 @@ class StatusSource:
     has_gpu: bool = False
     engines: tuple[StatusSource, ...] = ()  # where there are several, each with its own
     hosts: Callable[[], list[dict[str, Any]]] | None = None  # of an engine that runs on several
+    count_hosts: Callable[[], dict[str, int]] | None = None
 
     def describe(self) -> dict[str, Any]:
         programs = {name: describe_program(status) for name, status in self.programs.items()}
@@ -211,6 +222,9 @@ def _collect_engine(source: StatusSource) -> Iterator[Metric]:
     yield METRICS["launcher_engine_own_scheduler"].build([((), scheduler.state == "on")])
     fallbacks = METRICS["launcher_engine_scheduler_fallbacks_total"]
     yield fallbacks.build([((), scheduler.fallbacks)])
+    if source.count_hosts:
+        hosts = source.count_hosts().items()
+        yield METRICS["launcher_engine_hosts"].build(((state,), number) for state, number in hosts)
 
 
 def _collect_engines(sources: Iterable[StatusSource]) -> Iterator[Metric]:
@@ -340,7 +354,7 @@ def build_status_app(source: StatusSource, guard: PageGuard) -> web.Application:
 
     async def readyz(_request: web.Request) -> web.Response:
         states = source.list_states()
-        is_ready = all(state in {"ready", "parked"} for state in states.values())
+        is_ready = all(state in _WELL for state in states.values())
         return _json(states, status=200 if is_ready else 503)
 
     async def metrics(request: web.Request) -> web.Response:

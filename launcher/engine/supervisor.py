@@ -11,10 +11,10 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
@@ -27,6 +27,7 @@ from launcher.errors import CrashLoop, NeverReady
 log = structlog.get_logger("launcher")
 _POLL_S = 0.2
 _ARGPARSE_EXIT = 2
+Result = TypeVar("Result")
 CRASH_REASONS = ("exit", "signal", "start_timeout", "hang", "host")
 
 
@@ -63,6 +64,16 @@ class Program(Protocol):
 
     def clean_up(self) -> None:
         """Called when none of its processes is left."""
+
+
+class Sleepable(Protocol):
+    """A program that can give up what it holds of a device, and come back to it."""
+
+    async def fall_asleep(self) -> str:
+        """Empty, or why it is still awake."""
+
+    async def wake_up(self) -> str:
+        """Empty when it has really answered, or why it does not."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class ProgramStatus:
 
     state: str = (
         # starting > warming > ready > draining > stopped; waiting: for a restart; parked: until it
-        # is wanted; joining: for its other hosts
+        # is wanted; sleeping: the same, with its processes there; joining: for its other hosts
         "stopped"
     )
     since: float = field(default_factory=time.monotonic)
@@ -149,6 +160,7 @@ class Supervisor:
         *,
         label: str = "",
         peers: Peers | None = None,
+        sleeper: Sleepable | None = None,
     ) -> None:
         """With a label its lines and events say which one of several it is. Without a policy its
         peers decide whether and when it is started again.
@@ -172,6 +184,7 @@ class Supervisor:
         self._wanted.set()
         self._members: dict[int, str] = {}
         self._peers = peers
+        self._sleeper = sleeper
         self._loss = Loss("")  # of a peer, or, of a hang, what was seen
         self._drain_until = 0.0
 
@@ -179,7 +192,7 @@ class Supervisor:
         self._stop.set()
 
     def park(self) -> None:
-        """It drains and stops, and is started again when it is wanted: no crash, no end."""
+        """It drains and sleeps, or stops, until it is wanted: no crash, no end."""
         self._wanted.clear()
         self._parked.set()
 
@@ -267,7 +280,16 @@ class Supervisor:
                 if stopping in done or parking in done:
                     if self.ready.is_set():
                         await self._drain(exited)
-                    return "asked" if stopping in done else "parked"
+                    if stopping in done or self._sleeper is None or not self.ready.is_set():
+                        return "asked" if stopping in done else "parked"
+                    await _cancel(step)
+                    tasks -= {parking, step}
+                    if verdict := await self._sleep(self._sleeper, exited, stopping):
+                        return verdict
+                    parking = asyncio.create_task(self._parked.wait())
+                    step = asyncio.create_task(self._watch(child))
+                    tasks |= {parking, step}
+                    continue
                 if exited in done:
                     return await self._explain_exit(exited.result())
                 if lost and lost in done:
@@ -281,6 +303,32 @@ class Supervisor:
                 tasks.add(step)
         finally:
             await _cancel(*tasks, members)
+
+    async def _sleep(
+        self, sleeper: Sleepable, exited: asyncio.Task[int], stopping: asyncio.Task[bool]
+    ) -> str:
+        """Until it is awake again; or why this run of it ends."""
+        if why := await _first(sleeper.fall_asleep(), exited, stopping):
+            self._log.warning(f"{self._program.name}_not_asleep", why=why, note="it stops instead")
+            return "parked"
+        self.ready.clear()
+        if not (stopping.done() or exited.done()):
+            self._set_state("sleeping")
+            await _first(self._wanted.wait(), exited, stopping)
+        why = None
+        if not (stopping.done() or exited.done()):
+            self._set_state("warming")
+            why = await _first(sleeper.wake_up(), exited, stopping)
+        if stopping.done():
+            return "asked"
+        if exited.done():
+            return await self._explain_exit(exited.result())
+        if why:
+            self._loss = Loss("hang", f"it does not wake up: {why}")
+            return "hang"
+        self._set_state("ready")
+        self.ready.set()
+        return ""
 
     async def _explain_exit(self, code: int) -> str:
         """One whose other hosts are gone may end by itself, before that is seen from here."""
@@ -440,6 +488,16 @@ def describe_exit(report: ExitReport) -> str:
 def _summary(report: ExitReport) -> dict[str, Any]:
     row = {"reason": report.reason, "returncode": report.returncode, "cause": report.cause}
     return {**row, "uptime_s": round(report.uptime_s, 1)}
+
+
+async def _first(work: Coroutine[Any, Any, Result], *ends: asyncio.Task[Any]) -> Result | None:
+    """What it returns, or None where one of the ends comes before."""
+    working = asyncio.create_task(work)
+    await asyncio.wait({working, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    if working.done():
+        return working.result()
+    await _cancel(working)
+    return None
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -67,6 +67,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CORE_DEAD = re.compile(
     r"EngineCore (?:failed to start|encountered a fatal error|encountered an issue)\."
 )
+_ACTOR_DIED = re.compile(r"The actor died unexpectedly before finishing this task")
+_ACTOR_FACT = re.compile(r"(?P<name>class_name|actor_id|pid|name|namespace|ip): (?P<value>\S++)")
 _CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
 _CAUSE = re.compile(
     r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*|\s*Value error, .*"
@@ -163,6 +165,38 @@ def is_core_dead(line: str) -> bool:
 def find_killed_child(line: str) -> tuple[int, str] | None:
     match = _CHILD_KILLED.match(line)
     return (int(match["pid"]), match["signal"]) if match else None
+
+
+@dataclass(frozen=True)
+class LostActor:
+    """A worker of Ray's that is no more, in Ray's own words."""
+
+    host: str
+    pid: int | None
+    name: str
+    why: str
+    has_lost_host: bool
+
+
+def find_lost_actor(lines: Iterable[str]) -> LostActor | None:
+    """The last of which Ray says where it was."""
+    found: LostActor | None = None
+    facts: dict[str, str] | None = None
+    for line in lines:
+        bare = _STAMP.sub("", _ORIGIN.sub("", clean(line))).strip()
+        if _ACTOR_DIED.search(bare):
+            facts = {}
+        elif facts is not None and (fact := _ACTOR_FACT.fullmatch(bare)):
+            facts[fact["name"]] = fact["value"]
+        elif facts is not None and bare:
+            if "ip" in facts:
+                pid = facts.get("pid", "")
+                has_lost_host = "its node has died" in bare
+                name = facts.get("class_name", "")
+                where = facts["ip"], int(pid) if pid.isdecimal() else None, name
+                found = LostActor(*where, bare[:400], has_lost_host)
+            facts = None
+    return found
 
 
 def find_cause(lines: Iterable[str]) -> str:

@@ -145,6 +145,14 @@ class VllmServer(VllmProcess):
         await poll(partial(self._probe.ask_one_token, self.start_timeout_s), pause_s=_RETRY_S)
         self._first_activity = await self._probe.read_activity()
 
+    async def fall_asleep(self) -> str:
+        return await self._probe.fall_asleep(self._settings.sleep_level, self.start_timeout_s)
+
+    async def wake_up(self) -> str:
+        why = await self._probe.wake_up(self._settings.sleep_level, self.start_timeout_s)
+        self._first_activity = await self._probe.read_activity()
+        return why
+
     async def watch(self, child: ChildProcess) -> str:
         limit_s = self._settings.hang_timeout_s
         if not limit_s:

@@ -174,7 +174,7 @@ class Head:
             row: dict[str, Any] = {"node": rank, "state": "missing"}
             if member:
                 row |= {
-                    "state": member.report.state,
+                    "state": self._describe_state(member),
                     "host": member.report.host,
                     "address": member.report.address,
                     "heard_s": round(now - member.heard_at, 1),
@@ -185,6 +185,20 @@ class Head:
         for row in rows:
             row["runs"] = self._layout.describe(row["node"])
         return rows
+
+    def count(self) -> dict[str, int]:
+        """Hosts that the engine is to have, those that are there, those that were there."""
+        lost = self._last_seen.keys() - self._members.keys()
+        present = 1 + len(self._members)
+        return {"wanted": self._layout.nodes, "joined": present, "lost": len(lost)}
+
+    def _has_agreed(self, member: Member) -> bool:
+        """To this plan, and not to that of the head before."""
+        return member.report.plan == self._part.digest
+
+    def _describe_state(self, member: Member) -> str:
+        is_waiting = member.report.state == "waiting"
+        return "agreeing" if is_waiting and not self._has_agreed(member) else member.report.state
 
     def _list(self) -> list[Member]:
         return [self._members[rank] for rank in sorted(self._members)]
@@ -229,6 +243,8 @@ class Head:
                 rows.append(f"node {rank}" + (f", last {last.title}" if last else ""))
             elif member.report.state != "waiting":
                 rows.append(f"{member.title}, which still ends its part")
+            elif not self._has_agreed(member):
+                rows.append(f"{member.title}, which still fetches and compares what is to run")
         refused = [f"{host} does not fit: {why}" for host, why in self._refused.items()]
         return "; ".join([*rows, *refused]) if rows else ""
 

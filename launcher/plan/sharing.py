@@ -1,4 +1,6 @@
-"""Several engines on one host: which GPUs each gets, and what share of their memory."""
+"""Several engines on one host: which GPUs each gets, what share of their memory, and which of those
+that take turns sleep instead of being stopped.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import SettingsError
+from launcher.config import LauncherSettings
+from launcher.plan.hardware import Device
 
 _CPU = "cpu"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ROUNDING = 1e-6
 
 
@@ -91,3 +96,32 @@ def _choose(
     if one.n_gpus > len(load):
         raise SettingsError(f"engine {number + 1} wants {one.n_gpus} GPUs; here are {len(load)}")
     return sorted(load, key=lambda gpu: len(load[gpu]))[: one.n_gpus]
+
+
+def sleeps(settings: LauncherSettings, device: Device) -> bool:
+    """Whether the end of its turn is sleep. vLLM's build for a CPU answers that it sleeps, and
+    frees nothing.
+    """
+    return bool(settings.sleep_level) and settings.takes_turns and device.is_gpu
+
+
+def check_sleep(settings: LauncherSettings, device: Device) -> list[str]:
+    """Refuses what can never be; tells of what is not done."""
+    if not settings.sleep_level:
+        return []
+    if not settings.takes_turns:
+        raise SettingsError("sleep_level is for engines that take turns: set takes_turns, too")
+    if settings.nodes > 1:
+        raise SettingsError("an engine over several hosts does not sleep: set sleep_level to 0")
+    if device.is_gpu and settings.engine_host not in _LOOPBACK:
+        raise SettingsError(
+            f"sleep_level opens the engine's developer routes, by which anybody who reaches them "
+            f"may run what they like in it: set engine_host to 127.0.0.1, not "
+            f"{settings.engine_host}, or sleep_level to 0"
+        )
+    if not device.is_gpu:
+        return [
+            f"sleep_level is {settings.sleep_level}: on a CPU vLLM frees nothing when it sleeps, "
+            "so the engine stops when its turn is over"
+        ]
+    return []

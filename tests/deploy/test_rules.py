@@ -23,6 +23,7 @@ WATCHED = {
     "TargetDown": {"up"},
     "EngineDown": {"launcher_engine_state"},
     "EngineCrashLoop": {"launcher_engine_restarts"},
+    "HostMissing": {"launcher_engine_hosts"},
     "WarmupFailed": {"gateway_warmups"},
     "NoTokens": {"engine:generation_tokens:rate1m"},
     "ErrorRate": {"gateway_errors"},

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.engines.event_stream import UnfinishedEvent
 from gateway.engines.pool import POOL
 from gateway.errors import EngineError
-from gateway.responses.event_pieces import UnfinishedEvent
 from gateway.schemas.openai import build_stream_error, name_stream_errors, parse_usage
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until

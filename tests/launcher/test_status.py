@@ -13,12 +13,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from common.web.foreign_pages import PageGuard
 from launcher.engine.status import (
+    _STATES,
     SchedulerStatus,
     StatusSource,
     build_status_app,
     list_metrics,
 )
 from launcher.engine.supervisor import ProgramStatus, RestartPolicy
+from tests.launcher.programs import ROOT
 
 LABELS = {
     "vllm": "0.32.0",
@@ -29,6 +31,7 @@ LABELS = {
 }
 GUARD = PageGuard("127.0.0.1", (), "LAUNCHER_STATUS_ALLOWED_HOSTS")
 CRASH = {"time": "2026-01-02T03:04:05+00:00", "reason": "signal", "exit_code": None}
+HOSTS = {"wanted": 3, "joined": 2, "lost": 1}
 NVIDIA_SMI = """#!/bin/sh
 echo '0, NVIDIA H200, 87, 120000, 143771, 512.40, 54, 1980'
 echo '1, NVIDIA H200, 3, 900, 143771, [N/A], 31, 345'
@@ -74,7 +77,9 @@ async def test_metrics_are_those_declared_with_type_labels_and_meaning(
     program.write_text(NVIDIA_SMI)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    source = make_source("ready", "ready", crash=lambda: CRASH, has_gpu=True)
+    source = make_source(
+        "ready", "ready", crash=lambda: CRASH, has_gpu=True, count_hosts=lambda: HOSTS
+    )
     for status in source.programs.values():
         status.start_seconds = 12.5
 
@@ -88,6 +93,13 @@ async def test_metrics_are_those_declared_with_type_labels_and_meaning(
     assert exported == {
         one.name: (one.kind, {tuple(sorted(one.labels))}, one.meaning) for one in list_metrics()
     }
+
+
+@pytest.mark.parametrize("state", _STATES)
+def test_state_has_a_word_on_the_gateways_page(state: str) -> None:
+    words = (ROOT / "gateway/page/static/common/translations.js").read_text(encoding="utf-8")
+
+    assert f'"state.{state}": [' in words
 
 
 async def test_metrics_tell_of_gpus_what_they_can(

@@ -89,6 +89,31 @@ def test_engine_killed_itself_card_names_the_signal(launcher: Launcher) -> None:
         assert members_of(pid) == []
 
 
+def test_card_names_the_worker_that_ray_lost_and_its_host(launcher: Launcher) -> None:
+    lines = [
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
+        "\tclass_name: RayWorkerWrapper",
+        "\tpid: 6845",
+        "\tip: 192.0.2.2",
+        "The actor died because its node has died. Node Id: 6771fd6fc2ce",
+    ]
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(say="\n".join(f"(EngineCore pid=7) {line}" for line in lines))
+        launcher.order(exit=1)
+        launcher.wait_state("ready", restarts=1)
+        card, status = launcher.crash_card(), launcher.status()
+
+    assert card["lost_host"] == status["last_crash"]["lost_host"] == "192.0.2.2"
+    assert card["lost_actor"] == {
+        "host": "192.0.2.2",
+        "pid": 6845,
+        "name": "RayWorkerWrapper",
+        "why": lines[-1],
+        "has_lost_host": True,
+    }
+
+
 def test_crash_card_of_a_host_whose_gpu_is_ill_holds_nothing_up(launcher: Launcher) -> None:
     """nvidia-smi answers the start and hangs when the card asks: as after a GPU's fall."""
     launcher.folder.mkdir(exist_ok=True)

@@ -136,13 +136,15 @@ def test_tune_over_the_fake_keeps_the_fast_refuses_the_wrong(tmp_path: Path) -> 
     # On a noisy machine another one gains its 2 % by chance: both are then tried together, beside
     # the shipped one once more.
     is_combined = rows[-1]["candidate"]["name"] == "together"
+    winner = tuned["summary"].partition(",")[0]
+    assert winner == "small-steps" or (is_combined and winner == "together")
     assert [len(row["speeds"]) for row in rows] == [6 + 6 * is_combined] + [6] * (len(rows) - 1)
     launcher.fake = ""
     with running(launcher):
         status = launcher.wait_state("ready")
         argv = status["argv"]
         assert argv[argv.index("--max-num-batched-tokens") + 1] == "4096"
-        assert "small-steps" in launcher.err
+        assert winner in launcher.err
     assert launcher.processes() == []
 
 

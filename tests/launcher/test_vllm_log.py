@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from launcher.engine.vllm_log import (
+    LostActor,
     Progress,
     SchedulerState,
     find_cause,
     find_killed_child,
+    find_lost_actor,
     is_noise,
     is_request,
     level_of,
@@ -181,3 +183,46 @@ def test_scheduler_line_is_read(line: str, expected: SchedulerState | None) -> N
 def test_scheduler_that_gives_up_is_shown_and_vllms_warning_is_not() -> None:
     assert not is_noise(STAMP.format("WARNING") + "Decode scheduler: gave up, vLLM's own runs: x")
     assert is_noise(STAMP.format("WARNING") + "Using custom scheduler class a.b. This scheduler")
+
+
+def tell_of_ray(*lines: str) -> list[str]:
+    return [STAMP.format("ERROR") + line for line in lines]
+
+
+# As Ray tells it of an actor that was killed, and of one whose node was taken away.
+NODE_DIED = (
+    "The actor died because its node has died. Node Id: 6771fd6fc2ce767620b9306490b2b9bfdb1373"
+)
+WORKER_DIED = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
+)
+ACTOR = (
+    "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
+    "\tclass_name: RayWorkerWrapper",
+    "\tactor_id: fd344a8f46661c985487049401000000",
+    "\tpid: 6845",
+    "\tnamespace: 0f51af2c-da72-4bcc-84fd-68d88dc7f595",
+    "\tip: 192.0.2.2",
+)
+
+
+@pytest.mark.parametrize(("why", "has_lost_host"), [(NODE_DIED, True), (WORKER_DIED, False)])
+def test_worker_that_ray_lost_is_named_with_its_host(why: str, *, has_lost_host: bool) -> None:
+    lines = tell_of_ray("Traceback (most recent call last):", *ACTOR, why, "another line")
+
+    found = find_lost_actor(lines)
+
+    assert found == LostActor("192.0.2.2", 6845, "RayWorkerWrapper", why, has_lost_host)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        ("RuntimeError: something else",),
+        (ACTOR[0], "and no more of it"),  # where it was, Ray does not say
+        ACTOR,  # why, it does not say
+    ],
+)
+def test_worker_of_which_ray_says_too_little_is_not_named(lines: tuple[str, ...]) -> None:
+    assert find_lost_actor(tell_of_ray(*lines)) is None

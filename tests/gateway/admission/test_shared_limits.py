@@ -306,11 +306,16 @@ async def test_gateway_that_is_killed_leaves_what_it_holds_for_seconds(
         assert float(expires) <= now + 16
 
 
+@pytest.mark.parametrize("is_told_late", [False, True])
 async def test_refused_bodies_are_counted_though_nothing_is_reserved_for_them(
-    redis: RedisServer, tmp_path: Path
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told_late: bool
 ) -> None:
     limits = "requests_per_minute = 5\nmax_concurrency = 100"
     async with _serve_gateways(redis, tmp_path, 1, entries={"a": limits}) as gateways:
+        if is_told_late:
+            # Redis hears of the ends of requests when the next one has to be asked for.
+            shared = gateways.all[0].app[LIMITS]
+            monkeypatch.setattr(shared, "_wake", asyncio.Event())
         began = await gateways.now()
         statuses = [(await gateways.ask(0, "a", max_tokens="many")).status_code for _ in range(12)]
         most = int(5 * (1 + (await gateways.now() - began) / 60))

@@ -16,6 +16,7 @@ from gateway.batches.ownership import Ownership
 from gateway.batches.service import open_database
 from gateway.batches.shapes import FileRecord, JobRecord
 from gateway.batches.store import Store
+from gateway.storage.clock import SteadyClock
 from gateway.storage.database import Database
 from tests.gateway import conftest as gateway
 from tests.gateway.conftest import Served, make_settings, serve_gateway
@@ -25,6 +26,7 @@ from tests.postgres_server import Postgres, postgres
 __all__ = ["Postgres", "postgres"]  # the fixture is found here
 
 CHAT = "/v1/chat/completions"
+CLOCK = SteadyClock()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -128,7 +130,7 @@ JOB = JobRecord(
 async def database(storage: dict[str, Any]) -> AsyncIterator[Database]:
     storage["batch_folder"].mkdir()
     opened = open_database(make_settings(**storage))
-    store = Store(opened)
+    store = Store(opened, CLOCK)
     file = FileRecord("file-1", "alice", "in.jsonl", "batch", 9, 1, "file-1", lines=3, url=CHAT)
     await store.add_file(file, [(n, f"line-{n}", n * 3, 3, "p") for n in range(3)])
     await store.add_job(JOB, 100)

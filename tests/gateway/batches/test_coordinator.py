@@ -17,16 +17,16 @@ from gateway.batches.shapes import JobRecord
 from gateway.batches.store import Store
 from gateway.observability.metrics import Metrics
 from gateway.storage.database import Database
-from tests.gateway.batches.conftest import JOB, until
+from tests.gateway.batches.conftest import CLOCK, JOB, until
 from tests.gateway.conftest import make_settings
 
 
 class HangingBlobs(DiskBlobs):
     """In a folder that does not answer, as one over a network may."""
 
-    async def list_older(self, age_s: float) -> list[str]:
+    async def list_older_than(self, moment: float) -> list[str]:
         await asyncio.Event().wait()
-        return await super().list_older(age_s)
+        return await super().list_older_than(moment)
 
 
 def build_endless_runner(job: JobRecord) -> Any:
@@ -39,11 +39,12 @@ def build_endless_runner(job: JobRecord) -> Any:
 async def run_coordinator(database: Database, folder: Path) -> AsyncIterator[None]:
     coordinator = Coordinator(
         settings=make_settings(batch_folder=folder),
-        ownership=Ownership(database, "worker"),
-        store=Store(database),
+        ownership=Ownership(database, "worker", CLOCK),
+        store=Store(database, CLOCK),
         blobs=HangingBlobs(folder),
         build_runner=build_endless_runner,
         metrics=Metrics(),
+        clock=CLOCK,
     )
     running = asyncio.create_task(coordinator.run())
     try:
@@ -57,7 +58,7 @@ async def run_coordinator(database: Database, folder: Path) -> AsyncIterator[Non
 async def test_gateway_shows_that_it_lives_while_it_throws_away(
     database: Database, tmp_path: Path
 ) -> None:
-    watching = Ownership(database, "other")
+    watching = Ownership(database, "other", CLOCK)
 
     async def has_moved() -> bool:
         [job] = await watching.list_open()
@@ -73,7 +74,7 @@ async def test_gateway_shows_that_it_lives_while_it_throws_away(
 async def test_many_batches_of_one_key_keep_those_of_others_not_out(
     database: Database, tmp_path: Path
 ) -> None:
-    store, watching = Store(database), Ownership(database, "other")
+    store, watching = Store(database, CLOCK), Ownership(database, "other", CLOCK)
     for number in range(2, 25):
         await store.add_job(dataclasses.replace(JOB, id=f"batch_{number}"), 100)
     async with run_coordinator(database, tmp_path):

@@ -270,6 +270,8 @@ async def test_files_that_come_in_at_once_share_what_room_their_key_has(tmp_path
 
 async def test_file_of_line_breaks_keeps_nobody_waiting() -> None:
     class Nowhere:
+        held_bytes = 0
+
         async def write(self, data: bytes) -> None: ...
 
     turns = 0

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, text
 from gateway.admission.accounts import ACCOUNTS
 from gateway.admission.keys import make_key
 from gateway.admission.served_models import MODELS
+from gateway.batches import coordinator
 from tests.fake_engine import Behaviour
 from tests.gateway.batches.conftest import CHAT, Batches, ask, open_batches, until
 from tests.gateway.conftest import serve_gateway
@@ -392,7 +393,11 @@ async def test_drain_waits_for_lines_and_starts_no_more(tmp_path: Path) -> None:
     assert count_results(folder, batch_id) == calls
 
 
-async def test_expired_files_and_orphaned_bytes_are_swept(tmp_path: Path) -> None:
+async def test_expired_files_and_orphaned_bytes_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes when they have been seen twice."""
+    monkeypatch.setattr(coordinator, "_SWEEP_S", 0.05)
     folder = tmp_path / "batches"
     async with serve_gateway(batch_folder=folder) as served, open_batches(served) as batches:
         kept, expired = await batches.upload([ask(0)]), await batches.upload([ask(1)])

@@ -8,11 +8,11 @@ import pytest
 
 from gateway.batches.ownership import Ownership, OwnershipLost, Result
 from gateway.storage.database import Database
-from tests.gateway.batches.conftest import claim
+from tests.gateway.batches.conftest import CLOCK, claim
 
 
 async def test_who_has_lost_a_batch_writes_nothing(database: Database) -> None:
-    first, second = Ownership(database, "first"), Ownership(database, "second")
+    first, second = Ownership(database, "first", CLOCK), Ownership(database, "second", CLOCK)
     old = await claim(first)
     await first.add_results(old, [Result(0, is_good=True, line=b"by first\n")])
     new = await claim(second)
@@ -34,7 +34,7 @@ async def test_who_has_lost_a_batch_writes_nothing(database: Database) -> None:
 
 
 async def test_batch_that_two_want_at_once_is_claimed_by_one(database: Database) -> None:
-    first, second = Ownership(database, "first"), Ownership(database, "second")
+    first, second = Ownership(database, "first", CLOCK), Ownership(database, "second", CLOCK)
     [job] = await first.list_open()
 
     claims = await asyncio.gather(first.claim(job), second.claim(job))
@@ -43,7 +43,7 @@ async def test_batch_that_two_want_at_once_is_claimed_by_one(database: Database)
 
 
 async def test_batch_whose_owner_has_moved_is_not_claimed(database: Database) -> None:
-    first, second = Ownership(database, "first"), Ownership(database, "second")
+    first, second = Ownership(database, "first", CLOCK), Ownership(database, "second", CLOCK)
     await claim(first)
     [seen] = await second.list_open()
     await first.beat([seen.id])
@@ -54,7 +54,7 @@ async def test_batch_whose_owner_has_moved_is_not_claimed(database: Database) ->
 async def test_results_of_a_commit_whose_answer_was_lost_are_there_once(
     database: Database,
 ) -> None:
-    owner = Ownership(database, "first")
+    owner = Ownership(database, "first", CLOCK)
     job = await claim(owner)
     results = [Result(n, is_good=n == 0, line=b"x\n") for n in range(2)]
 

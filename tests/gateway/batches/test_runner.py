@@ -20,7 +20,7 @@ from gateway.errors import StorageUnavailable
 from gateway.observability.metrics import Metrics
 from gateway.storage.database import Database
 from gateway.storage.tables import LINES
-from tests.gateway.batches.conftest import JOB, claim
+from tests.gateway.batches.conftest import CLOCK, JOB, claim
 from tests.gateway.conftest import make_settings
 
 ANSWERS = [Result(0, True, b"good 0\n"), Result(1, True, b"good 1\n"), Result(2, False, b"bad 2\n")]
@@ -30,7 +30,7 @@ class LossyOwnership(Ownership):
     """Whose first end fails: before its commit, or only in what is told of it."""
 
     def __init__(self, database: Database, *, commits: bool) -> None:
-        super().__init__(database, "worker")
+        super().__init__(database, "worker", CLOCK)
         self._commits = commits
         self._ends = 0
 
@@ -55,6 +55,7 @@ def build_runner(job: JobRecord, ownership: Ownership, folder: Path) -> JobRunne
         is_draining=lambda: False,
         settings=make_settings(batch_folder=folder),
         metrics=Metrics(),
+        now=CLOCK.now,
     )
 
 
@@ -75,7 +76,7 @@ async def test_end_whose_answer_is_lost_leaves_the_files_that_are_told(
     else:
         await running
 
-    store = Store(database)
+    store = Store(database, CLOCK)
     ended = await store.find_job(JOB.owner, job.id)
     contents = {}
     for name in (ended.output_file_id, ended.error_file_id):
@@ -89,12 +90,12 @@ async def test_end_whose_answer_is_lost_leaves_the_files_that_are_told(
 async def test_batch_whose_lines_are_gone_fails(database: Database, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    ownership = Ownership(database, "worker")
+    ownership = Ownership(database, "worker", CLOCK)
     job = await claim(ownership)
     async with database.write() as connection:
         await connection.execute(delete(LINES))
 
     await build_runner(job, ownership, folder).run()
 
-    ended = await Store(database).find_job(JOB.owner, job.id)
+    ended = await Store(database, CLOCK).find_job(JOB.owner, job.id)
     assert (ended.status, ended.error_code) == ("failed", "input_file_lost")

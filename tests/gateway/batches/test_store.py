@@ -14,13 +14,13 @@ from gateway.batches.store import Store
 from gateway.errors import Conflict, Forbidden, NotFound, RateLimited
 from gateway.storage.database import Database
 from gateway.storage.tables import FILES, JOBS
-from tests.gateway.batches.conftest import CHAT, JOB, until
+from tests.gateway.batches.conftest import CHAT, CLOCK, JOB, until
 
 FILE = FileRecord("file-2", JOB.owner, "in.jsonl", "batch", 9, 1, "file-2", lines=3, url=CHAT)
 
 
 async def test_batches_that_are_made_at_once_keep_to_their_keys_limit(database: Database) -> None:
-    store = Store(database)
+    store = Store(database, CLOCK)
     jobs = [dataclasses.replace(JOB, id=f"batch_{number}") for number in range(2, 6)]
 
     made = await asyncio.gather(*(store.add_job(job, 2) for job in jobs), return_exceptions=True)
@@ -29,7 +29,7 @@ async def test_batches_that_are_made_at_once_keep_to_their_keys_limit(database: 
 
 
 async def test_files_that_are_added_at_once_keep_to_their_keys_room(database: Database) -> None:
-    store = Store(database)
+    store = Store(database, CLOCK)
     files = [dataclasses.replace(FILE, id=f"file-{n}", blob=f"file-{n}") for n in range(2, 6)]
 
     added = await asyncio.gather(
@@ -43,7 +43,7 @@ async def test_files_that_are_added_at_once_keep_to_their_keys_room(database: Da
 async def test_file_is_not_deleted_below_a_batch_that_is_just_made_of_it(
     database: Database,
 ) -> None:
-    store = Store(database)
+    store = Store(database, CLOCK)
     await store.add_file(FILE)
     row = dataclasses.asdict(JOB) | {"id": "batch_2", "input_file_id": FILE.id, "metadata": None}
 
@@ -75,7 +75,7 @@ async def test_batch_that_has_just_ended_is_kept_however_old_it_is(database: Dat
     async with database.write() as connection:
         for one in rows:
             await connection.execute(insert(JOBS), one)
-    store = Store(database)
+    store = Store(database, CLOCK)
 
     await store.delete_old_jobs(30 * day_s)
 

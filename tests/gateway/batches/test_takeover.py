@@ -30,22 +30,22 @@ pytestmark = pytest.mark.slow
 
 @contextlib.asynccontextmanager
 async def serve_batches(
-    folder: Path, engine_url: str, storage: dict[str, Any]
+    folder: Path, engine_url: str, storage: dict[str, Any], *, lease_s: float = 1
 ) -> AsyncIterator[tuple[GatewayProcess, Any]]:
     await asyncio.to_thread(folder.mkdir, exist_ok=True)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in storage.items()]
     async with (
-        serve_process(folder, engine_url, *flags, "--batch-lease-s=1") as gateway,
+        serve_process(folder, engine_url, *flags, f"--batch-lease-s={lease_s}") as gateway,
         open_sdk(gateway.url) as sdk,
     ):
         yield gateway, sdk
 
 
-async def start(sdk: Any, lines: int) -> str:
+async def start(sdk: Any, lines: int, **fields: Any) -> str:
     data = dump([ask(n) for n in range(lines)])
     file = await sdk.files.create(file=("in.jsonl", data), purpose="batch")
-    batch = await sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-    return str(batch.id)
+    options: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h"} | fields
+    return str((await sdk.batches.create(input_file_id=file.id, **options)).id)
 
 
 async def wait_completed(sdk: Any, batch_id: str) -> Any:

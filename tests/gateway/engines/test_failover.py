@@ -20,8 +20,8 @@ from common.ports import find_free_ports
 from gateway.admission.accounts import ACCOUNTS
 from gateway.app import build_app
 from gateway.config import SETTINGS, Settings, load_settings
-from gateway.engines.batch import cut
 from gateway.engines.engine import Engine, EngineState
+from gateway.engines.lists.batch import cut
 from gateway.engines.pool import POOL, EnginePool
 from gateway.observability.metrics import METRICS
 from gateway.schemas.predict import default_sampling

@@ -52,6 +52,7 @@ class Town:
     async def report(self, host: str, **what: Any) -> Answer:
         """As a host of that name does; what it says stays said."""
         told = {"id": f"life of {host}", "host": host, "address": "10.0.0.9", "state": "waiting"}
+        told |= {"plan": PART.digest}
         told |= self.hosts.get(host, {}) | what
         self.hosts[host] = told
         return await HeadClient(self.settings, self.client).report(Report(**told))
@@ -241,6 +242,37 @@ async def test_hosts_are_described_with_what_runs_there() -> None:
     assert (head["is_head"], head["runs"]) == (True, "process 0 of 2: tensor 0 of 2")
     expected = {"node": 1, "state": "waiting", "host": "a", "address": "10.0.0.9", "heard_s": 3.0}
     assert other == expected | {"runs": "process 1 of 2: tensor 1 of 2"}
+
+
+async def test_host_that_has_not_agreed_to_the_plan_is_waited_for() -> None:
+    """It had joined a head with another one, and fetches the model of this one."""
+    async with a_town() as town:
+        await town.report("a", plan="of the head before")
+        gathering = asyncio.create_task(town.head.gather())
+        await town.report("a")
+        state = town.head.describe()[1]["state"]
+        missing = town.head._find_missing()
+        assert not gathering.done()
+        await town.report("a", plan=PART.digest)
+        await gathering
+        later = town.head.describe()[1]["state"]
+
+    assert (state, later) == ("agreeing", "waiting")
+    assert missing == "a (10.0.0.9, node 1), which still fetches and compares what is to run"
+
+
+async def test_hosts_are_counted_as_wanted_joined_and_lost() -> None:
+    async with a_town(3) as town:
+        none = town.head.count()
+        await town.report("a")
+        await town.report("b")
+        all_of_them = town.head.count()
+        await town.report("b", state="left")
+        without = town.head.count()
+
+    assert none == {"wanted": 3, "joined": 1, "lost": 0}
+    assert all_of_them == {"wanted": 3, "joined": 3, "lost": 0}
+    assert without == {"wanted": 3, "joined": 2, "lost": 1}
 
 
 @pytest.mark.parametrize("token", ["nothing", "another", "wörd"])

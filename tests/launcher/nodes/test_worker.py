@@ -12,6 +12,7 @@ import pytest
 
 from common.project import DEMO_MODEL
 from launcher.config import LauncherSettings
+from launcher.engine.polling import poll
 from launcher.engine.terminal import Terminal
 from launcher.models.model import find_model
 from launcher.nodes.agreement import Host
@@ -58,19 +59,23 @@ async def test_part_of_another_plan_starts_only_when_the_host_has_agreed_to_it(
         watching = asyncio.create_task(worker._watch_plan(link, part))
         gathering = asyncio.create_task(link.gather())
         try:
-            await link.beat()
-            await town.head.gather()
+            of_head = asyncio.create_task(town.head.gather())
             for _ in range(3):
                 await link.beat()
-            assert link.answer.run != ""
-            assert not gathering.done()
+            assert town.head.describe()[1]["state"] == "agreeing"
+            assert (of_head.done(), gathering.done()) == (False, False)
             may_go_on.set()
+            await poll(lambda: asyncio.to_thread(lambda: link.agreed == PART), pause_s=0.02)
+            await link.beat()
+            await of_head
+            await link.beat()
             await gathering
         finally:
             may_go_on.set()
             watching.cancel()
             gathering.cancel()
-            await asyncio.gather(watching, gathering, return_exceptions=True)
+            of_head.cancel()
+            await asyncio.gather(watching, gathering, of_head, return_exceptions=True)
 
     argv = part.command()[0]
     assert argv[argv.index("serve") + 1] == f"/{PART.model}"

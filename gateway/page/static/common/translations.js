@@ -157,6 +157,8 @@ const WORDS = {
   "state.restarting": ["Restarting", "重启中"],
   "state.waiting": ["Waiting to restart", "等待重启"],
   "state.parked": ["Stopped until it is wanted", "已停止，有请求时启动"],
+  "state.sleeping": ["Asleep until it is wanted", "休眠中，有请求时唤醒"],
+  "state.joining": ["Waiting for its other hosts", "等待其他主机加入"],
   "state.draining": ["Finishing", "收尾中"],
   "state.stopped": ["Stopped", "已停止"],
   "state.stopping": ["Stopping", "停止中"],

@@ -1,7 +1,8 @@
 """Starts as `vllm serve` does, prints what it prints, has a core process, and misbehaves on demand.
 
 How it starts is in the variable FAKE_VLLM (`hang_loading`, `dead_core`, `exit_loading=3`,
-`ignore_term`, `fork`, `flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`, and
+`ignore_term`, `fork`, `flood`, `no_metrics`, `late_metrics=2`, `echo`, `exit_after=1.5`,
+`no_sleep`, `no_waking`, and
 `fast_with=WORD`, `wrong_with=WORD`, `dies_with=WORD`, `never_with=WORD` for a word of its argv);
 once it runs, POST /fake tells it what to do.
 """
@@ -42,6 +43,9 @@ class Server:
         self.running = 0
         self.tokens = 0
         self.looks = 0  # at the counters
+        self.is_awake = asyncio.Event()
+        self.is_awake.set()
+        self.orders: list[str] = []  # to sleep, and to wake
         self.stopping = asyncio.Event()
         self.core: subprocess.Popen[bytes] | None = None
 
@@ -70,6 +74,7 @@ class Server:
         try:
             while self.is_stalled:
                 await asyncio.sleep(0.05)
+            await self.is_awake.wait()  # vLLM keeps what comes in its sleep
             for _ in range(10):
                 await asyncio.sleep(self.delay_s / 10)
                 self.tokens += len(prompts)
@@ -106,6 +111,31 @@ class Server:
     async def reset_prefix_cache(self, _request: web.Request) -> web.Response:
         return web.json_response({"success": not self.running})
 
+    async def sleep(self, request: web.Request) -> web.Response:
+        self.orders.append(str(request.rel_url))
+        if "no_sleep" in self.words:
+            return web.Response(status=500)
+        self.is_awake.clear()
+        level = int(request.query.get("level", 1))
+        return web.json_response({"status": "sleeping", "level": level})
+
+    async def wake_up(self, request: web.Request) -> web.Response:
+        self.orders.append(str(request.rel_url))
+        if "no_waking" in self.words:
+            return web.Response(status=500)
+        tags = request.query.getall("tags", None)
+        if tags in (None, ["kv_cache"]):
+            self.is_awake.set()
+        status = "awake" if self.is_awake.is_set() else "sleeping"
+        return web.json_response({"status": status, "tags": tags})
+
+    async def is_sleeping(self, _request: web.Request) -> web.Response:
+        return web.json_response({"is_sleeping": not self.is_awake.is_set()})
+
+    async def collective_rpc(self, request: web.Request) -> web.Response:
+        self.orders.append((await request.json())["method"])
+        return web.json_response({"results": [None]})
+
     async def tokenize(self, _request: web.Request) -> web.Response:
         return web.json_response({"tokens": [1, 2, 3]})
 
@@ -139,7 +169,8 @@ class Server:
         self.lost = order.get("lost", self.lost)
         self.is_stalled = order.get("stall", self.is_stalled)
         core = self.core.pid if self.core else None
-        return web.json_response({"core": core, "running": self.running})
+        told = {"core": core, "running": self.running, "orders": self.orders}
+        return web.json_response(told)
 
     def watch_core(self) -> None:
         """As vLLM does it: the core's death ends the server, with code 0."""
@@ -160,6 +191,10 @@ class Server:
         app.router.add_post("/tokenize", self.tokenize)
         if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
             app.router.add_post("/reset_prefix_cache", self.reset_prefix_cache)
+            app.router.add_post("/collective_rpc", self.collective_rpc)
+            app.router.add_post("/sleep", self.sleep)
+            app.router.add_post("/wake_up", self.wake_up)
+            app.router.add_get("/is_sleeping", self.is_sleeping)
         app.router.add_post("/fake", self.fake)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=10)
         await runner.setup()

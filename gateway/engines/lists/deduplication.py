@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Self, TypeAlias
 
 from gateway.config import Settings
-from gateway.engines.batch import BatchGenerator
-from gateway.engines.feeding import Gate
+from gateway.engines.lists.batch import BatchGenerator
+from gateway.engines.lists.feeding import Gate
 from gateway.engines.timeouts import Deadline
 from gateway.errors import EngineError, Unavailable
 from gateway.observability.metrics import Metrics

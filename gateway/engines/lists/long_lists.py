@@ -18,7 +18,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.engines.attempt import EngineCall
 from gateway.engines.client import EngineAnswer
-from gateway.engines.feeding import Gate, Piece, open_group, take_places
+from gateway.engines.lists.feeding import Gate, Piece, open_group, take_places
 from gateway.engines.pool import ModelPool
 from gateway.errors import EngineError, EngineTimeout
 from gateway.schemas.prompt_lists.answers import (

@@ -11,9 +11,9 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.engines.batch import BatchGenerator
 from gateway.engines.connections import build_connector
 from gateway.engines.engine import Engine, EngineState
+from gateway.engines.lists.batch import BatchGenerator
 from gateway.engines.pool import EnginePool
 from gateway.errors import GatewayError
 from gateway.observability.metrics import Metrics

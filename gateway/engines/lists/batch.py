@@ -17,7 +17,7 @@ from gateway.config import Settings
 from gateway.engines.attempt import Attempt, EngineCall, may_run_again
 from gateway.engines.client import EngineAnswer
 from gateway.engines.engine import Engine
-from gateway.engines.feeding import Gate, Piece, open_group, take_places
+from gateway.engines.lists.feeding import Gate, Piece, open_group, take_places
 from gateway.engines.pool import ModelPool
 from gateway.errors import (
     EngineError,

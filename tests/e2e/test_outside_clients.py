@@ -190,7 +190,7 @@ async def test_response_in_the_background_is_polled(stack: Stack) -> None:
 
 async def test_stream_in_the_background_goes_on_without_its_caller(stack: Stack) -> None:
     """As OpenAI's SDK takes one up again: by the number of the last event that it has seen."""
-    asked: dict[str, Any] = {"model": "demo", "input": QUESTION, "max_output_tokens": 40}
+    asked: dict[str, Any] = {"model": "demo", "input": QUESTION, "max_output_tokens": 12}
     async with openai.AsyncOpenAI(
         base_url=f"{stack.gateway}/v1", api_key=KEY, max_retries=0
     ) as client:

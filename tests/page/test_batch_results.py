@@ -20,6 +20,9 @@ _SCORE = """async (pairs) => {
   return pairs.map(([answer, reference]) => scoreRougeL(answer, reference));
 }"""
 FOCUSED = "document.activeElement.id"
+_COPYING_IS_REFUSED = """() => {
+  navigator.clipboard.writeText = async () => { throw new Error("no"); };
+}"""
 
 
 def run_batch(page: Page, items: list[dict[str, str]]) -> None:
@@ -185,7 +188,7 @@ def test_batch_answer_is_copied_from_the_keyboard_and_said_aloud(visitor: Visito
         expect(page.locator(".result .plain").nth(1)).to_have_text("Copied")
         assert page.evaluate("navigator.clipboard.readText()") == "answer:a **bold** word"
         expect(second).to_be_focused()  # under its own name again, after a moment
-        page.evaluate("navigator.clipboard.writeText = async () => { throw new Error('no'); }")
+        page.evaluate(_COPYING_IS_REFUSED)
         page.keyboard.press("Enter")
         expect(page.locator("#announce")).to_contain_text("the browser does not allow it")
 

@@ -114,11 +114,11 @@ def build_images(docker: Docker, pythons: Pythons, step: Step) -> None:
         docker.start(can_build=True)
         load_bases(docker, tar)
     with step("Dockerfile.gateway"):
-        docker.compose("build", "gateway", timeout_s=300)
+        docker.compose("build", "gateway", timeout_s=600)
     with step("Dockerfile.engine, target engine"):
-        docker.compose("build", "engine", timeout_s=300)
+        docker.compose("build", "engine", timeout_s=600)
     with step("Dockerfile.engine, target course"):
-        docker.compose("build", "course", timeout_s=300)
+        docker.compose("build", "course", timeout_s=600)
     docker.stop()
 
 
@@ -127,7 +127,7 @@ def stack(docker: Docker, step: Step) -> Iterator[Docker]:
     """`docker compose up --wait`; what the services said is kept when something fails."""
     with step("docker compose up --wait (without Grafana's server: there is no registry)"):
         try:
-            docker.compose("up", "--detach", "--no-build", "--wait", timeout_s=240)
+            docker.compose("up", "--detach", "--no-build", "--wait", timeout_s=600)
         except Exception:
             save_logs(docker)
             raise

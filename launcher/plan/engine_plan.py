@@ -26,6 +26,7 @@ from launcher.plan.hardware import Device, read_cpu
 _FOLDER = Path(__file__).parent / "profiles"
 # Named in the order they are offered.
 NAMES = ("course", "throughput", "balanced", "latency", "quality", "development", "cpu")
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
 _OWNED = {
     "model": "LAUNCHER_MODEL",
     "host": "LAUNCHER_ENGINE_HOST",
@@ -84,6 +85,11 @@ class EnginePlan:
         return int(each) * int(copies) if str(each).isdigit() else None
 
 
+def _is_own(option: EngineOption | None) -> bool:
+    """A profile's, not the user's."""
+    return option is not None and option.origin != "--set"
+
+
 def choose_profile(wanted: str, device: Device) -> str:
     """`auto` is the course's with a GPU, because that is what the gateway serves first of all."""
     if wanted == "auto":
@@ -132,6 +138,8 @@ def build_plan(
     options, budget = _fit(options, device, model, workload)
     check_sizing(Sizing(device, model, workload, _plain(options)))  # rules have chosen, too
     environment, _ = _fit(environment, device, model, workload)
+    if not _plain(options).get("enforce-eager") and _is_own(environment.get(_NO_COMPILER)):
+        del environment[_NO_COMPILER]  # the model itself is to be compiled
     kept = tuple(option for option in options.values() if not option.omit)
     for option in kept:
         head = option.name.partition(".")[0]

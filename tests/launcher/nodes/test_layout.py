@@ -139,10 +139,12 @@ def test_stages_on_a_cpu_must_be_compiled() -> None:
     with pytest.raises(SettingsError, match="add --set enforce-eager="):
         plan("pipeline-parallel-size=2", gpu="cpu")
 
-    assert (
-        "--enforce-eager"
-        not in plan("pipeline-parallel-size=2", "enforce-eager=", gpu="cpu").command.arguments
-    )
+    eager = plan("tensor-parallel-size=2", gpu="cpu").command
+    compiled = plan("pipeline-parallel-size=2", "enforce-eager=", gpu="cpu").command
+    assert "--enforce-eager" not in compiled.arguments
+    # What keeps an eager engine from compiling would end this one's start.
+    assert eager.environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in compiled.environment
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""What a machine runs out of: disks, file handles, memory; and a clock that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lab.faults.experiment import Experiment
+from lab.faults.fault import Fault, NotHere, Signs, Strike
+from lab.faults.service import poll_until
+from lab.faults.stores import DISK, Disk
+
+_LASTS_S = 5.0
+_SPARE_FILES = 2
+_SLOW_US = 400_000
+_DISK_CALLS = "fsync,fdatasync,openat,pwrite64,rename,unlink"
+_CGROUP = Path("/sys/fs/cgroup/memory")
+
+
+async def fill_batch_disk(at: Experiment) -> None:
+    await _fill(at, at.stores.batch_disk)
+
+
+async def fill_state_disk(at: Experiment) -> None:
+    await _fill(at, at.stores.state_disk)
+
+
+async def _fill(at: Experiment, disk: Disk | None) -> None:
+    disk = _find(disk)
+    disk.fill()
+    try:
+        await asyncio.sleep(_LASTS_S)
+    finally:
+        disk.empty()
+    at.lift()
+
+
+async def make_batch_disk_read_only(at: Experiment) -> None:
+    disk = _find(at.stores.batch_disk)
+
+    async def is_read_only() -> bool:
+        return disk.refuse_writes()
+
+    if not await poll_until(is_read_only, 20.0, pause_s=0.01):
+        raise NotHere("somebody always has a file of it open for writing")
+    try:
+        await asyncio.sleep(_LASTS_S)
+    finally:
+        disk.take_writes()
+    at.lift()
+
+
+async def slow_disk(at: Experiment) -> None:
+    """The gateway's calls of the kernel that touch a disk return late."""
+    pid = await at.service.find("gateway")
+    inject = f"inject={_DISK_CALLS}:delay_enter={_SLOW_US}"
+    words = ("strace", "-f", "-qq", "-o", os.devnull, "-e", inject, "-p", str(pid))
+    tracer = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
+    try:
+        await asyncio.sleep(_LASTS_S)
+        if tracer.returncode is not None and tracer.stderr:
+            said = (await tracer.stderr.read()).decode(errors="replace")
+            raise NotHere(f"strace may not attach: {said.strip()}")
+    finally:
+        if tracer.returncode is None:
+            tracer.send_signal(signal.SIGINT)
+            await tracer.wait()
+    at.lift()
+
+
+def use_up_files(program: str) -> Strike:
+    """It may open a few more than it has open; what it has is left to it."""
+
+    async def strike(at: Experiment) -> None:
+        pid = await at.service.find(program)
+        number = _count_files(pid) + _SPARE_FILES
+        with _limit(pid, resource.RLIMIT_NOFILE, number):
+            await asyncio.sleep(_LASTS_S)
+        at.lift()
+
+    return strike
+
+
+def _count_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+@contextmanager
+def _limit(pid: int, kind: int, number: int) -> Iterator[None]:
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (number, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, kind, before)
+
+
+async def use_up_memory(at: Experiment) -> None:
+    """The engine's core is in a group of its own that may take no more than it has."""
+    pid = await at.service.find("core")
+    group = _CGROUP / f"faults-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NotHere(f"no control group of memory can be made here: {error.strerror}") from None
+    at.exits.callback(_remove, group)
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(2**20))
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        raise NotHere(f"a control group takes no limit here: {error.strerror}") from None
+
+
+def _remove(group: Path) -> None:
+    for pid in (group / "cgroup.procs").read_text().split():
+        (_CGROUP / "cgroup.procs").write_text(pid)
+    group.rmdir()
+
+
+def _find(disk: Disk | None) -> Disk:
+    if disk is None:
+        raise NotHere("the service has no disk of its own")
+    return disk
+
+
+_DISK_FULL = Signs("request_done status=507", "BatchStorageAway")
+
+FAULTS = (
+    Fault(
+        "disk-full",
+        "the disk of files and batches is full for 5 s",
+        fill_batch_disk,
+        _DISK_FULL,
+        needs=(DISK,),
+    ),
+    Fault(
+        "disk-read-only",
+        "the disk of files and batches takes no writes for 5 s",
+        make_batch_disk_read_only,
+        Signs("storage_failed", "BatchStorageAway"),
+        needs=(DISK,),
+    ),
+    Fault(
+        "disk-slow",
+        "each call of the disk of files and batches takes 0.4 s longer",
+        slow_disk,
+        Signs("", "BatchStorageAway"),
+        needs=(DISK, "strace"),
+    ),
+    Fault(
+        "log-disk-full",
+        "the disk of the launcher's logs and records is full for 5 s",
+        fill_state_disk,
+        Signs(),
+        needs=(DISK,),
+    ),
+    Fault(
+        "files-of-gateway",
+        "the gateway has as many files open as it may",
+        use_up_files("gateway"),
+        Signs("", "ErrorRate"),
+    ),
+    Fault(
+        "files-of-engine",
+        "the engine's API server has as many files open as it may",
+        use_up_files("engine"),
+        Signs("", "ErrorRate"),
+    ),
+    Fault(
+        "memory-of-core",
+        "the engine's core reaches the memory limit of its control group",
+        use_up_memory,
+        Signs("engine_crashed", "EngineDown"),
+    ),
+)

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from lab.faults.experiment import Experiment
 from lab.load.answers import NOT_TRUE
 
-if TYPE_CHECKING:
-    from lab.faults.experiment import Experiment
-
-Strike = Callable[["Experiment"], Awaitable[None]]
+Strike = Callable[[Experiment], Awaitable[None]]
 # What may be told to a caller whom a fault met: they may come again, or somebody else failed.
 HONEST = frozenset((200, 429, 502, 503, 504, 507))
 GONE = ("refused", "cut")
-
-
-class NotHere(Exception):
-    """What this machine does not let us inject; says why."""
 
 
 @dataclass(frozen=True)

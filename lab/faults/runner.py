@@ -18,9 +18,10 @@ from common.processes import read_resident_bytes
 from common.prometheus_text import Samples
 from lab.faults.callers import MixedLoad
 from lab.faults.experiment import Experiment, read_status, wait_ready
-from lab.faults.fault import Fault, FaultResult, NotHere, judge_result
+from lab.faults.fault import Fault, FaultResult, judge_result
 from lab.faults.service import (
     GivenService,
+    NotHere,
     NotStarted,
     Program,
     Service,

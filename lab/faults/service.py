@@ -20,12 +20,15 @@ import psutil
 from common.ports import find_free_row
 from common.processes import find_session, read_command
 from lab.failures import LabFailure
-from lab.faults.fault import NotHere
 from lab.launched_server import LaunchedServer, launch_program
 from lab.load.process_faults import find_pid
 
 _POLL_S = 0.1
 _MARK = "LAB_FAULTS_FOLDER"
+
+
+class NotHere(Exception):
+    """What this machine does not let us inject; says why."""
 
 
 class NotStarted(LabFailure):

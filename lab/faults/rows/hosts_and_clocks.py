@@ -8,8 +8,9 @@ import signal
 from pathlib import Path
 
 from lab.faults.experiment import Experiment
-from lab.faults.fault import GONE, Fault, NotHere, Signs, Strike
+from lab.faults.fault import GONE, Fault, Signs, Strike
 from lab.faults.rows.starts_and_ends import NEVER_READY
+from lab.faults.service import NotHere
 
 _LIBRARY = "libfaketimeMT.so.1"
 _JUMP_LASTS_S = 5.0

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lab.faults.experiment import Experiment
-from lab.faults.fault import Fault, NotHere, Signs, Strike
-from lab.faults.service import poll_until
+from lab.faults.fault import Fault, Signs, Strike
+from lab.faults.service import NotHere, poll_until
 from lab.faults.stores import DISK, Disk
 
 _LASTS_S = 5.0

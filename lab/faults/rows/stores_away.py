@@ -10,11 +10,12 @@ import dns.rcode
 
 from common.prometheus_text import sum_samples
 from lab.faults.experiment import Experiment
-from lab.faults.fault import Fault, NotHere, Signs, Strike
+from lab.faults.fault import Fault, Signs, Strike
 from lab.faults.servers.link import Link
 from lab.faults.servers.name_server import NameServer, run_name_server
 from lab.faults.servers.postgres_server import Postgres
 from lab.faults.servers.redis_server import RedisServer
+from lab.faults.service import NotHere
 from lab.faults.stores import POSTGRES, REDIS
 
 _LASTS_S = 5.0

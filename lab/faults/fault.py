@@ -65,6 +65,7 @@ class FaultResult:
     memory_mb: float | None = None
     grown_mb: float | None = None
     signs: Signs = field(default_factory=Signs)
+    fired: list[str] | None = None  # alerts, should it last; None where nobody can say
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     not_here: str = ""
@@ -83,6 +84,10 @@ def judge_result(fault: Fault, result: FaultResult) -> Iterator[str]:
     """What is not as it should be."""
     yield from _judge_answers(fault, result)
     yield from _judge_end(fault, result)
+    alert = result.signs.alert
+    if alert and result.fired is not None and alert not in result.fired:
+        others = ", ".join(result.fired) or "none"
+        yield f"{alert} would not fire should it last; these would: {others}"
 
 
 def _judge_answers(fault: Fault, result: FaultResult) -> Iterator[str]:

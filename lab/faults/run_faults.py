@@ -141,6 +141,8 @@ def describe_row(row: FaultResult) -> list[str]:
     facts += [describe_ending(row), describe_memory(row)]
     lines = ["  ".join(filter(None, facts))]
     lines += [f"    {kind:20} {describe_got(got)}" for kind, got in sorted(row.got.items())]
+    if row.fired is not None:
+        lines.append(f"    fires should it last: {', '.join(row.fired) or 'no alert'}")
     lines += [f"    {note}" for note in row.notes]
     return [*lines, *(f"    NOT HELD  {problem}" for problem in row.problems)]
 

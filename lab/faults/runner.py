@@ -16,6 +16,7 @@ import psutil
 
 from common.processes import read_resident_bytes
 from common.prometheus_text import Samples
+from lab.faults.alerts import Scraper, Target, find_fired
 from lab.faults.callers import MixedLoad
 from lab.faults.experiment import Experiment, read_status, wait_ready
 from lab.faults.fault import Fault, FaultResult, judge_result
@@ -162,13 +163,14 @@ class ExperimentRunner:
             await fault.prepare(at)
         before = await self._look_before(at)
         at.load.start()
-        await at.wait_at_work()
-        async with asyncio.timeout(fault.limit_s):
-            await fault.strike(at)
-        since = at.lifted_at or at.began_at
-        if fault.ends_with is None and await self._is_well_again(fault, at):
-            result.recovered_s = time.monotonic() - since
-            await asyncio.sleep(_AFTERMATH_S)
+        scraper = Scraper(self._session, list_targets(at))
+        scraping = asyncio.create_task(scraper.run())
+        try:
+            await self._strike(fault, at, result)
+        finally:
+            scraping.cancel()
+        ended_at = at.lifted_at or at.began_at + (result.recovered_s or 0.0)
+        result.fired = await find_fired(scraper.scrapes, at.began_at, ended_at)
         async with asyncio.timeout(_FINISH_S):
             await at.load.finish()
         logged = [
@@ -179,6 +181,15 @@ class ExperimentRunner:
         has_log = all(one.has_log for one in at.programs)
         result.problems += self._signboard.find_missing(result.signs, logged if has_log else None)
         await self._look_after(fault, at, result, before)
+
+    async def _strike(self, fault: Fault, at: Experiment, result: FaultResult) -> None:
+        await at.wait_at_work()
+        async with asyncio.timeout(fault.limit_s):
+            await fault.strike(at)
+        since = at.lifted_at or at.began_at
+        if fault.ends_with is None and await self._is_well_again(fault, at):
+            result.recovered_s = time.monotonic() - since
+            await asyncio.sleep(_AFTERMATH_S)
 
     async def _look_before(self, at: Experiment) -> Before:
         gateway = await self._find_gateway(at)
@@ -241,6 +252,13 @@ class ExperimentRunner:
         if not await poll_until(are_all_out, _SETTLE_S):
             return [f"{count_inside(samples)} sequences are still counted as running or waiting"]
         return list(find_mismatches(at.load.tally, before.samples, samples))
+
+
+def list_targets(at: Experiment) -> list[Target]:
+    """As the stack's Prometheus knows them: an engine and its launcher have one name."""
+    gateways = [Target("gateway", f"gateway-{n}", url) for n, url in enumerate(at.load.urls, 1)]
+    engine, launcher = at.service.engine_url, at.service.status_url
+    return [*gateways, Target("engine", "engine", engine), Target("launcher", "engine", launcher)]
 
 
 def count_processes(programs: Sequence[Program]) -> Counter[str]:

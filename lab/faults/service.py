@@ -105,8 +105,15 @@ class Program:
         return events
 
     def list_processes(self) -> list[psutil.Process]:
-        """Whatever it has started and not ended."""
-        return [one for one in psutil.process_iter() if _is_marked(one, self.folder)]
+        """Itself and whatever it has started, but for who ends it should this process die."""
+        found = [one for one in psutil.process_iter() if _is_marked(one, self.folder)]
+        return [one for one in found if not self._is_watcher(one)]
+
+    def _is_watcher(self, process: psutil.Process) -> bool:
+        try:
+            return process.name() == "parent_death" and os.getsid(process.pid) == self.pid
+        except (psutil.Error, OSError):
+            return True  # it has just ended
 
     def _get(self) -> LaunchedServer:
         if self._launched is None:

@@ -25,7 +25,8 @@ FAULT = Fault("nothing", "nothing happens", _nothing, Signs(alert="EngineDown"))
 
 
 def _judge(got: Mapping[str, int], fault: Fault = FAULT, **facts: object) -> list[str]:
-    result = FaultResult("nothing", "", got={"chat": {"right": 3, **got}}, recovered_s=1.0)
+    row = {"chat": {"right": 3, **got}}
+    result = FaultResult("nothing", "", got=row, recovered_s=1.0, signs=fault.signs)
     return list(judge_result(fault, replace(result, **facts)))  # type: ignore[arg-type]
 
 
@@ -54,6 +55,13 @@ def test_row_of_a_fault_that_shows_nowhere_must_harm_nobody() -> None:
     hidden = replace(FAULT, signs=Signs())
     assert _judge({}, hidden) == []
     assert _judge({"told 503": 1}, hidden) == ["it costs callers something, and shows nowhere"]
+
+
+def test_row_whose_alert_would_not_fire_does_not_hold() -> None:
+    assert _judge({}, fired=["EngineDown", "TargetDown"]) == []
+    assert _judge({}, fired=["TargetDown"]) == [
+        "EngineDown would not fire should it last; these would: TargetDown"
+    ]
 
 
 def test_row_without_a_recovery_does_not_hold() -> None:

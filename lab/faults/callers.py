@@ -73,8 +73,8 @@ class MixedLoad:
 
     async def try_each(self, url: str) -> bool:
         """Whether a question of each kind is answered right, now."""
-        client = self._build_client(url)
-        verdicts = [await self._ask(one, client.kinds()[one][1]) for one in ASKING]
+        kinds = self._build_client(url).kinds()
+        verdicts = await asyncio.gather(*(self._ask(one, kinds[one][1]) for one in ASKING))
         return all(one.outcome == "right" for one in verdicts)
 
     def _build_client(self, url: str) -> SoakClient:

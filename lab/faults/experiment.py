@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +48,19 @@ class Experiment:
     def get(self, kind: type[Part]) -> Part:
         return next(one for one in self._kept if isinstance(one, kind))
 
-    async def start_beside(self, engines: str, *options: str, **variables: str) -> BesideGateway:
+    async def start_beside(
+        self,
+        engines: str,
+        *options: str,
+        variables: Mapping[str, str] | None = None,
+        clock: Path | None = None,
+    ) -> BesideGateway:
         """A gateway of its own, which the callers turn to; several, if this is called again."""
         folder = self.folder / f"gateway-{len(self.beside) + 1}"
         tokenizer = ("--tokenizer", str(DEMO_MODEL), "--warmup-prompts", "4")
-        environment = {**self.stores.key_environment(), **variables}
-        gateway = BesideGateway(folder, engines, environment, *tokenizer, *options)
+        environment = {**self.stores.key_environment(), **(variables or {})}
+        words = (*tokenizer, *options)
+        gateway = BesideGateway(folder, engines, environment, *words, clock=clock)
         self.exits.callback(gateway.close)
         gateway.start()
         await self.wait_ready(gateway, gateway.url)

@@ -104,7 +104,7 @@ class ExperimentRunner:
             said = f"{type(error).__name__}: {error}"
             result.problems.append(f"it was not carried out to its end: {said}")
         result.problems += judge_result(fault, result)
-        if fault.site != "own" and (result.problems or fault.ends_with is not None):
+        if fault.site == "shared" and (result.recovered_s is None or result.left_over):
             self._service.close()  # what it left is not the next one's
             self._is_started = False
         return result

@@ -25,6 +25,7 @@ from lab.load.process_faults import find_pid
 
 _POLL_S = 0.1
 _MARK = "LAB_FAULTS_FOLDER"
+_CLOCK = "lab.faults.servers.jumping_clock"
 
 
 class NotHere(Exception):
@@ -189,12 +190,21 @@ class BesideGateway(Program):
     """`python -m gateway` before engines that others have started."""
 
     def __init__(
-        self, folder: Path, engines: str, environment: Mapping[str, str], *options: str
+        self,
+        folder: Path,
+        engines: str,
+        environment: Mapping[str, str],
+        *options: str,
+        clock: Path | None = None,
     ) -> None:
+        """`clock`: a file that says by how much its clock is wrong."""
         port = find_free_row(1)
         self.url = f"http://127.0.0.1:{port}"
         words = ["--port", str(port), "--engines", engines, "--log-format", "json", *options]
-        super().__init__("gateway", folder, words, environment)
+        if clock is None:
+            super().__init__("gateway", folder, words, environment)
+        else:
+            super().__init__(_CLOCK, folder, [str(clock), "gateway", *words], environment)
 
 
 async def poll_until(

@@ -17,14 +17,10 @@ from lab.faults.servers.link import Link
 from lab.faults.servers.postgres_server import Postgres, find_postgres, run_postgres
 from lab.faults.servers.redis_server import RedisServer
 
-REDIS, POSTGRES, DISK = "redis", "postgres", "disk"
+REDIS, POSTGRES, DISK, GPU_TOOL = "redis", "postgres", "disk", "gpu-tool"
 _DISK_MIB = 24
 _NOT_OURS = "the service was given by its address: what it keeps things in is not ours to hurt"
-_PROGRAMS = {
-    "strace": "no strace here; your distribution's package has it",
-    "faketime": "no faketime here; your distribution's package has it",
-    "prlimit": "no prlimit here; util-linux has it",
-}
+_PROGRAMS = {"strace": "no strace here; your distribution's package has it"}
 
 
 class Disk:
@@ -61,6 +57,26 @@ class Disk:
         _run("mount", "-o", "remount,rw", str(self.folder))
 
 
+class GpuTool:
+    """A stand-in for nvidia-smi: it finds no GPU, and hangs when it is told to."""
+
+    def __init__(self, folder: Path, *, is_used: bool) -> None:
+        self.folder, self.is_used = folder, is_used
+        self._flag = folder / "hangs"
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        program = self.folder / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n[ -e {self._flag} ] && exec sleep 600\nexit 9\n")
+        program.chmod(0o755)
+
+    def hang(self) -> None:
+        self._flag.touch()
+
+    def answer(self) -> None:
+        self._flag.unlink(missing_ok=True)
+
+
 class Stores:
     """While entered; `environment` is what the service is told of them."""
 
@@ -74,10 +90,13 @@ class Stores:
         self.postgres_link: Link | None = None
         self.batch_disk: Disk | None = None
         self.state_disk: Disk | None = None
+        self.gpu_tool = GpuTool(folder / "bin", is_used=GPU_TOOL in needs)
         self._database = ""
 
     async def __aenter__(self) -> Stores:
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self.gpu_tool.is_used:
+            self.gpu_tool.write()
         limits = "requests_per_minute = 1000000\n"
         (self._folder / "keys.toml").write_text(self._entry + limits, encoding="utf-8")
         if REDIS in self._needs:
@@ -101,6 +120,8 @@ class Stores:
     def environment(self) -> dict[str, str]:
         batches = self.batch_disk.folder if self.batch_disk else self._folder
         told = {"GATEWAY_BATCH_FOLDER": str(batches / "batches"), "GATEWAY_BATCH_LEASE_S": "3"}
+        if self.gpu_tool.is_used:
+            told["PATH"] = f"{self.gpu_tool.folder}:{os.environ['PATH']}"
         if self.state_disk:
             told["LAUNCHER_STATE_DIR"] = str(self.state_disk.folder / "state")
         if self.redis:
@@ -151,7 +172,7 @@ class OthersStores(Stores):
     """Of a service that was given by its address: what it keeps is not ours to hurt."""
 
     def __init__(self, folder: Path, needs: Collection[str], key: str) -> None:
-        super().__init__(folder, needs)
+        super().__init__(folder, [one for one in needs if one != GPU_TOOL])
         self.key = key
 
     def key_environment(self) -> dict[str, str]:

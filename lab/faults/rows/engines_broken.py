@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from lab.faults.experiment import Experiment
 from lab.faults.fault import Fault, Signs, Strike
@@ -11,7 +10,7 @@ from lab.faults.servers import broken_engine
 from lab.faults.servers.broken_engine import BrokenEngine, Spoil
 
 _LASTS_S = 4.0
-_SOON = ("--engine-timeout-s", "3", "--stream-idle-timeout-s", "2")
+_PANEL = "overview: Failed engine calls and retries"
 
 
 def spoil(how: Spoil) -> Strike:
@@ -28,34 +27,50 @@ def spoil(how: Spoil) -> Strike:
     return strike
 
 
-async def start_gateway(at: Experiment) -> None:
+def start_gateway(*options: str) -> Strike:
     """Before the good engine, and before the same with something between."""
-    broken = await at.exits.enter_async_context(BrokenEngine(at.service.engine_url).serve())
-    at.keep(broken)
-    await at.start_beside(f"{at.service.engine_url},{broken.url}", *_SOON)
+
+    async def prepare(at: Experiment) -> None:
+        broken = await at.exits.enter_async_context(BrokenEngine(at.service.engine_url).serve())
+        at.keep(broken)
+        await at.start_beside(f"{at.service.engine_url},{broken.url}", *options)
+
+    return prepare
 
 
-def _list_faults() -> Sequence[Fault]:
-    panel = "overview: Failed engine calls and retries"
-    garbled = Signs("", "BreakerOpen", panel=panel)
-    rows = (
-        ("too-few", "an engine leaves out an answer", broken_engine.leave_out, garbled),
-        ("doubled", "an engine gives one answer twice", broken_engine.double, garbled),
-        ("misplaced", "an engine answers in another order", broken_engine.misplace, garbled),
-        ("cut-off", "an engine's answers break off", broken_engine.cut_off, garbled),
-        ("html", "an engine answers with a page of HTML", broken_engine.answer_html, garbled),
-        ("drip", "an engine's answers come in drops", broken_engine.drip, garbled),
-        (
-            "for-ever",
-            "an engine takes calls and never answers",
-            broken_engine.never_answer,
-            Signs("request_done error_code=engine_timeout", "BreakerOpen", panel=panel),
-        ),
-    )
-    return [
-        Fault(f"engine-{name}", what, spoil(how), signs, "beside", prepare=start_gateway)
-        for name, what, how, signs in rows
-    ]
+# The good engine is asked again, so nobody is harmed and nobody called.
+_ASKED_AGAIN = Signs(runbook="ErrorRate", panel=_PANEL)
 
+_ROWS = (
+    ("too-few", "an engine leaves out an answer", broken_engine.leave_out, _ASKED_AGAIN),
+    ("doubled", "an engine gives one answer twice", broken_engine.double, _ASKED_AGAIN),
+    ("misplaced", "an engine answers in another order", broken_engine.misplace, Signs()),
+    (
+        "cut-off",
+        "an engine's answers break off",
+        broken_engine.cut_off,
+        Signs(alert="BreakerOpen", panel=_PANEL),
+    ),
+    (
+        "html",
+        "an engine answers with a page of HTML",
+        broken_engine.answer_html,
+        Signs(alert="BreakerOpen", panel=_PANEL),
+    ),
+    ("drip", "an engine's answers come in drops", broken_engine.drip, Signs()),
+)
 
-FAULTS = (*_list_faults(),)
+FAULTS = (
+    *(
+        Fault(f"engine-{name}", what, spoil(how), signs, "beside", prepare=start_gateway())
+        for name, what, how, signs in _ROWS
+    ),
+    Fault(
+        "engine-for-ever",
+        "an engine takes calls and never answers (GATEWAY_ENGINE_TIMEOUT_S=6)",
+        spoil(broken_engine.never_answer),
+        Signs("request_done error_code=engine_timeout", "ErrorRate"),
+        "beside",
+        prepare=start_gateway("--engine-timeout-s", "6", "--stream-idle-timeout-s", "3"),
+    ),
+)

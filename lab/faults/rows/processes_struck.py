@@ -115,7 +115,7 @@ FAULTS = (
         "kill-launcher",
         "the launcher is killed, and started again when nothing is left of it",
         kill_launcher,
-        Signs("gateway_draining", "TargetDown"),
+        Signs("launcher_started", "TargetDown"),
         allows=GONE,
         limit_s=240.0,
     ),

@@ -14,13 +14,18 @@ from pathlib import Path
 from lab.faults.experiment import Experiment
 from lab.faults.fault import Fault, Signs, Strike
 from lab.faults.service import NotHere, poll_until
-from lab.faults.stores import DISK, Disk
+from lab.faults.stores import DISK, POSTGRES, Disk
 
 _LASTS_S = 5.0
 _SPARE_FILES = 2
 _SLOW_US = 400_000
 _DISK_CALLS = "fsync,fdatasync,openat,pwrite64,rename,unlink"
-_CGROUP = Path("/sys/fs/cgroup/memory")
+# Where control groups of memory are made, and the file with a group's limit: version 1 and 2.
+_GROUPS = {
+    Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
+    Path("/sys/fs/cgroup"): "memory.max",
+}
+_MORE_BYTES = 2**20
 
 
 async def fill_batch_disk(at: Experiment) -> None:
@@ -102,24 +107,36 @@ def _limit(pid: int, kind: int, number: int) -> Iterator[None]:
 
 
 async def use_up_memory(at: Experiment) -> None:
-    """The engine's core is in a group of its own that may take no more than it has."""
+    """The engine's core is in a group of its own that may take hardly more than it has."""
     pid = await at.service.find("core")
-    group = _CGROUP / f"faults-{os.getpid()}"
+    group = _make_group()
+    at.exits.callback(_remove_group, group)
     try:
-        group.mkdir()
-    except OSError as error:
-        raise NotHere(f"no control group of memory can be made here: {error.strerror}") from None
-    at.exits.callback(_remove, group)
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(2**20))
+        (group / _GROUPS[group.parent]).write_text(str(_MORE_BYTES))
         (group / "cgroup.procs").write_text(str(pid))
     except OSError as error:
         raise NotHere(f"a control group takes no limit here: {error.strerror}") from None
 
 
-def _remove(group: Path) -> None:
+def _make_group() -> Path:
+    """What a process has when it comes is not counted in it."""
+    why = "no control groups"
+    for folder in _GROUPS:
+        group = folder / f"faults-{os.getpid()}"
+        if not (folder / "cgroup.procs").exists():
+            continue
+        try:
+            group.mkdir()
+        except OSError as error:
+            why = error.strerror or str(error)
+        else:
+            return group
+    raise NotHere(f"no control group of memory can be made here: {why}")
+
+
+def _remove_group(group: Path) -> None:
     for pid in (group / "cgroup.procs").read_text().split():
-        (_CGROUP / "cgroup.procs").write_text(pid)
+        (group.parent / "cgroup.procs").write_text(pid)
     group.rmdir()
 
 
@@ -129,28 +146,29 @@ def _find(disk: Disk | None) -> Disk:
     return disk
 
 
-_DISK_FULL = Signs("request_done status=507", "BatchStorageAway")
+_BATCHES_WAIT = Signs("batch_waits", "BatchStorageAway")
 
 FAULTS = (
     Fault(
         "disk-full",
         "the disk of files and batches is full for 5 s",
         fill_batch_disk,
-        _DISK_FULL,
+        _BATCHES_WAIT,
         needs=(DISK,),
     ),
     Fault(
         "disk-read-only",
         "the disk of files and batches takes no writes for 5 s",
         make_batch_disk_read_only,
-        Signs("storage_failed", "BatchStorageAway"),
-        needs=(DISK,),
+        _BATCHES_WAIT,
+        # SQLite has files open for writing at all times.
+        needs=(DISK, POSTGRES),
     ),
     Fault(
         "disk-slow",
         "each call of the disk of files and batches takes 0.4 s longer",
         slow_disk,
-        Signs("", "BatchStorageAway"),
+        Signs(),
         needs=(DISK, "strace"),
     ),
     Fault(
@@ -164,7 +182,7 @@ FAULTS = (
         "files-of-gateway",
         "the gateway has as many files open as it may",
         use_up_files("gateway"),
-        Signs("", "ErrorRate"),
+        Signs("", "BatchStorageAway"),
     ),
     Fault(
         "files-of-engine",

@@ -14,7 +14,7 @@ from lab.faults.experiment import Experiment
 from lab.faults.fault import GONE, Fault, Signs, Strike
 from lab.faults.service import Service, poll_until
 
-_ASKED, _BAD_SETTINGS, NEVER_READY, _CRASH_LOOP = 0, 2, 3, 4
+_ASKED, _BAD_SETTINGS, _CRASH_LOOP = 0, 2, 4
 _REFUSAL_S = 60.0
 _START_S = 150.0
 
@@ -129,7 +129,7 @@ FAULTS = (
         "second-launcher",
         "a second launcher is started on the ports and the folder of the one that serves",
         start_second_launcher,
-        Signs("", "TargetDown"),
+        Signs(),
     ),
     Fault(
         "term-in-download",

@@ -78,7 +78,7 @@ async def start_refusing_gateway(at: Experiment) -> None:
     """One that limits nobody by itself."""
     redis = find_redis(at)
     variables = {"GATEWAY_REDIS_URL": redis.url, "GATEWAY_REDIS_AWAY": "refuse"}
-    await at.start_beside(at.service.engine_url, **variables)
+    await at.start_beside(at.service.engine_url, variables=variables)
 
 
 async def start_gateway_by_name(at: Experiment) -> None:
@@ -117,8 +117,8 @@ def speed_up(link: Link) -> None:
 
 _REDIS_AWAY = Signs("redis_away", "RedisAway")
 _DATABASE_AWAY = Signs("records_away", "RecordsAway")
-_BATCHES_WAIT = Signs("batch_waits", "BatchStorageAway")
-_NAME_GONE = Signs("engines_not_found", "EngineDown")
+# Engines that were found stay, so nobody is harmed and nobody called.
+_NAME_GONE = Signs("engines_not_found", "", "EngineDown", "overview: Engines ready")
 
 
 def _list_redis() -> tuple[Fault, ...]:
@@ -162,13 +162,23 @@ def _list_redis() -> tuple[Fault, ...]:
 def _list_postgres() -> tuple[Fault, ...]:
     server = Postgres
     rows = (
-        ("postgres-away", "PostgreSQL is stopped, and back after 5 s", server.stop, server.start),
-        ("postgres-stopped", "PostgreSQL stands still for 5 s", server.freeze, server.thaw),
+        (
+            "postgres-away",
+            "PostgreSQL is stopped, and back after 5 s",
+            (server.stop, server.start),
+            _DATABASE_AWAY,
+        ),
+        (
+            "postgres-stopped",
+            "PostgreSQL stands still for 5 s",
+            (server.freeze, server.thaw),
+            Signs(),
+        ),
         (
             "postgres-read-only",
             "PostgreSQL takes no writes for 5 s",
-            server.refuse_writes,
-            server.take_writes,
+            (server.refuse_writes, server.take_writes),
+            _DATABASE_AWAY,
         ),
     )
     needs = (POSTGRES,)
@@ -176,12 +186,12 @@ def _list_postgres() -> tuple[Fault, ...]:
         Fault(
             name,
             what,
-            lasting(find_postgres, hurt, heal),
-            _DATABASE_AWAY,
+            lasting(find_postgres, *ways),
+            signs,
             is_over=are_records_back,
             needs=needs,
         )
-        for name, what, hurt, heal in rows
+        for name, what, ways, signs in rows
     ]
     restarted = Fault(
         "postgres-restarted",
@@ -195,7 +205,7 @@ def _list_postgres() -> tuple[Fault, ...]:
         "postgres-slow",
         "PostgreSQL is 0.6 s away, there and back",
         lasting(find_link, slow_down, speed_up),
-        Signs("", "BatchStorageAway"),
+        Signs(),
         is_over=are_records_back,
         needs=needs,
     )

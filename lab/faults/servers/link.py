@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 _PIECE_BYTES = 2**16
+_MOST_LOOKS, _LOOK_EVERY_S = 50, 0.02
 
 
 class Link:
@@ -16,6 +17,7 @@ class Link:
         self._there = port
         self.port = 0
         self.delay_s = 0.0
+        self._open: set[asyncio.StreamWriter] = set()
 
     @contextlib.asynccontextmanager
     async def serve(self) -> AsyncIterator[Link]:
@@ -25,14 +27,29 @@ class Link:
             yield self
         finally:
             server.close()
+            for writer in self._open:
+                writer.close()
+            for _ in range(_MOST_LOOKS):
+                if not self._open:
+                    break
+                await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
+        self._open.add(writer)
+        try:
             there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._there)
-            with contextlib.closing(there_writer):
-                await asyncio.gather(
-                    self._pass(reader, there_writer), self._pass(there_reader, writer)
-                )
+            self._open.add(there_writer)
+            try:
+                ways = (self._pass(reader, there_writer), self._pass(there_reader, writer))
+                await asyncio.gather(*ways)
+            finally:
+                there_writer.close()
+                self._open.discard(there_writer)
+        except OSError:
+            pass  # nobody is there, or one of both has gone
+        finally:
+            writer.close()
+            self._open.discard(writer)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while piece := await reader.read(_PIECE_BYTES):

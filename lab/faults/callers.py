@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -47,7 +49,9 @@ class MixedLoad:
         self._seeds = itertools.count(seed * 1000)
         self.has_jobs, self._job_limit_s = has_jobs, job_limit_s
         self._tasks: list[asyncio.Task[None]] = []
+        self._jobs: list[asyncio.Task[None]] = []
         self._is_over = False
+        self.closing_from = math.inf  # who comes later may find the door closing
 
     def start(self) -> None:
         for place, kind in enumerate(_MIX):
@@ -55,17 +59,22 @@ class MixedLoad:
             self._tasks.append(asyncio.create_task(self._call(kind, client.kinds()[kind][1])))
         if self.has_jobs:
             job = JobCaller(self.session, self.urls, self.model, self._job_limit_s)
-            self._tasks.append(asyncio.create_task(self._call(JOB, job.run)))
+            self._jobs.append(asyncio.create_task(self._call(JOB, job.run)))
 
-    async def finish(self) -> None:
-        """Everybody has the answer to what they have asked."""
+    async def finish(self, *, are_jobs_kept: bool = False) -> None:
+        """Everybody has the answer to what they have asked; a job may be kept for a later start."""
         self._is_over = True
-        await asyncio.gather(*self._tasks)
+        if are_jobs_kept:
+            await self._cancel(self._jobs)
+        await asyncio.gather(*self._tasks, *self._jobs, return_exceptions=are_jobs_kept)
 
     async def cancel(self) -> None:
-        for task in self._tasks:
+        await self._cancel([*self._tasks, *self._jobs])
+
+    async def _cancel(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def kinds(self) -> set[str]:
@@ -88,11 +97,14 @@ class MixedLoad:
 
     async def _ask(self, kind: str, make: Callable[[], Awaitable[None]]) -> Verdict:
         self.in_flight[kind] += 1
+        began_at = time.monotonic()
         try:
             verdict = await judge(make())
         finally:
             self.in_flight[kind] -= 1
         word = f"told {verdict.status}" if verdict.outcome == "told" else verdict.outcome
+        if word == "cut" and began_at > self.closing_from:
+            word = "refused"
         if verdict.outcome != "right":
             self.examples.setdefault(word, f"{kind}: {word}: {verdict.detail[:200]}")
         self.got[kind][word] += 1

@@ -172,7 +172,7 @@ class ExperimentRunner:
         ended_at = at.lifted_at or at.began_at + (result.recovered_s or 0.0)
         result.fired = await find_fired(scraper.scrapes, at.began_at, ended_at)
         async with asyncio.timeout(_FINISH_S):
-            await at.load.finish()
+            await at.load.finish(are_jobs_kept=fault.ends_with is not None)
         logged = [
             event
             for one in at.programs

@@ -188,7 +188,8 @@ FAULTS = (
         "files-of-engine",
         "the engine's API server has as many files open as it may",
         use_up_files("engine"),
-        Signs("", "ErrorRate"),
+        # Connections that are open are enough; only new ones would fail.
+        Signs(runbook="BreakerOpen", panel="overview: Failed engine calls and retries"),
     ),
     Fault(
         "memory-of-core",

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from contextlib import closing
 
 from aiohttp import web
@@ -96,7 +97,8 @@ async def crash_in_loop(at: Experiment) -> None:
 
 
 async def terminate_at_work(at: Experiment) -> None:
-    """Once: what runs is finished first."""
+    """Once: what runs is finished first, and nobody else is let in."""
+    at.load.closing_from = time.monotonic()
     at.service.send(signal.SIGTERM)
     at.exit_code = await at.service.wait_ended()
 

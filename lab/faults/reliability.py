@@ -10,9 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from lab.failures import BadFile
 from lab.faults.fault import FaultResult, Signs
+from lab.paths import ROOT
 from lab.records.record import take_facts
 from lab.reports.output_files import write_file, write_json
 from lab.reports.pages import render_page
+
+RECORD = ROOT / "docs" / "reliability.json"
+PAGE = ROOT / "docs" / "reliability.md"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ def read_record(path: Path) -> FaultsRecord:
 
 
 def write_page(record: FaultsRecord, path: Path) -> None:
+    write_file(path, render(record))
+
+
+def render(record: FaultsRecord) -> str:
     rows = record.rows
     away = sum(bool(one.not_here) for one in rows)
     facts = {
@@ -55,7 +63,7 @@ def write_page(record: FaultsRecord, path: Path) -> None:
         "minutes": round(record.took_s / 60),
         "remarks": [one for one in rows if one.not_here or one.problems],
     }
-    write_file(path, render_page("reliability.md", record=record, **facts, **_FORMS))
+    return render_page("reliability.md", record=record, **facts, **_FORMS)
 
 
 def describe_got(got: dict[str, int]) -> str:

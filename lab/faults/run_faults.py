@@ -18,7 +18,7 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -28,11 +28,13 @@ from lab import options
 from lab.failures import BadOptions
 from lab.faults.fault import Fault, FaultResult
 from lab.faults.reliability import (
+    PAGE,
     build_record,
     describe_ending,
     describe_got,
     describe_memory,
     describe_verdict,
+    read_record,
     write_page,
     write_record,
 )
@@ -68,6 +70,9 @@ def main(words: Sequence[str]) -> int:
     for path in (arguments.record, arguments.page):
         if path:
             ensure_writable(Path(path))
+    if arguments.from_record:
+        write_page(read_record(Path(arguments.from_record)), Path(arguments.page or PAGE))
+        return 0
     return asyncio.run(run_faults(arguments, choose_faults(arguments.only)))
 
 
@@ -81,17 +86,23 @@ def choose_faults(names: Sequence[str]) -> list[Fault]:
 async def run_faults(arguments: argparse.Namespace, faults: Sequence[Fault]) -> int:
     began = time.monotonic()
     progress = ProgressLine()
-    # Not below the folders of one user: a database does not run as root.
+    rows: list[FaultResult] = []
+
+    def keep(row: FaultResult) -> None:
+        """At once: half an hour's work is not lost with its last minute."""
+        rows.append(row)
+        print("\n".join(describe_row(row)), flush=True)
+        record = build_record(rows, time.monotonic() - began, arguments.machine)
+        if arguments.record:
+            write_record(record, Path(arguments.record))
+        if arguments.page:
+            write_page(record, Path(arguments.page))
+
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         try:
-            rows = await run_all(arguments, faults, Path(folder), progress)
+            await run_all(arguments, faults, Path(folder), progress, keep)
         finally:
             progress.close()
-    record = build_record(rows, time.monotonic() - began, arguments.machine)
-    if arguments.record:
-        write_record(record, Path(arguments.record))
-    if arguments.page:
-        write_page(record, Path(arguments.page))
     red = [one for one in rows if one.problems]
     away = [one for one in rows if one.not_here]
     print(f"{count(len(rows), 'fault')}: {len(red)} not held, {len(away)} not here")
@@ -99,12 +110,15 @@ async def run_faults(arguments: argparse.Namespace, faults: Sequence[Fault]) -> 
 
 
 async def run_all(
-    arguments: argparse.Namespace, faults: Sequence[Fault], folder: Path, progress: ProgressLine
-) -> list[FaultResult]:
+    arguments: argparse.Namespace,
+    faults: Sequence[Fault],
+    folder: Path,
+    progress: ProgressLine,
+    keep: Callable[[FaultResult], None],
+) -> None:
     pairs = read_questions(Path(arguments.questions)).pairs
     timeout = aiohttp.ClientTimeout(total=_CALL_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
-    rows = []
     needs = {need for fault in faults for need in fault.needs}
     place = folder / "stores"
     given = (arguments.url, arguments.status_url) if arguments.url else None
@@ -129,9 +143,7 @@ async def run_all(
             ) as runner:
                 for number, fault in enumerate(faults, start=1):
                     progress.say(f"{number} of {len(faults)}: {fault.name}: {fault.what}")
-                    rows.append(await runner.run(fault))
-                    print("\n".join(describe_row(rows[-1])), flush=True)
-    return rows
+                    keep(await runner.run(fault))
 
 
 def describe_row(row: FaultResult) -> list[str]:
@@ -153,8 +165,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--list", action="store_true", help="name the faults and end")
     names = "of the faults to inject, separated by commas (default: all)"
     add("--only", type=split_names, default=[], metavar="NAMES", help=names)
-    add("--record", metavar="FILE", help="the table as JSON")
+    add("--record", metavar="FILE", help="the table as JSON, row by row")
     add("--page", metavar="FILE", help="the table as a page, such as docs/reliability.md")
+    again = "inject nothing: write the page (default: docs/reliability.md) of this record"
+    add("--from", dest="from_record", metavar="FILE", help=again)
     options.add_service(parser, "faults", ["--url", "--server-url"])
     options.add_questions(parser)
     arguments = options.parse_options(parser, words)

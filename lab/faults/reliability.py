@@ -85,6 +85,15 @@ def describe_verdict(row: FaultResult) -> str:
     return "not held" if row.problems else "held"
 
 
+def describe_left(row: FaultResult) -> str:
+    """Processes that should not be there any more, and the gateway's memory."""
+    if row.not_here:
+        return ""
+    number = f"{len(row.left_over) or 'no'} process{'es' if len(row.left_over) > 1 else ''}"
+    memory = describe_memory(row)
+    return f"{number}, {memory}" if memory else number
+
+
 def describe_memory(row: FaultResult) -> str:
     if row.memory_mb is None:
         return ""
@@ -125,7 +134,7 @@ _FORMS = {
     "flight": describe_flight,
     "ending": describe_ending,
     "verdict": describe_verdict,
-    "memory": describe_memory,
+    "left": describe_left,
     "alert": describe_alert,
     "said": describe_remarks,
     "cell": fit_cell,

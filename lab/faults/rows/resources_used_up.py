@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from lab.faults.experiment import Experiment
 from lab.faults.fault import Fault, Signs, Strike
 from lab.faults.service import NotHere, poll_until
@@ -25,7 +27,8 @@ _GROUPS = {
     Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
     Path("/sys/fs/cgroup"): "memory.max",
 }
-_MORE_BYTES = 2**20
+_MORE_BYTES = 2**12
+_DEATH_S = 30.0
 
 
 async def fill_batch_disk(at: Experiment) -> None:
@@ -116,6 +119,12 @@ async def use_up_memory(at: Experiment) -> None:
         (group / "cgroup.procs").write_text(str(pid))
     except OSError as error:
         raise NotHere(f"a control group takes no limit here: {error.strerror}") from None
+
+    async def has_died() -> bool:
+        return not psutil.pid_exists(pid)
+
+    if not await poll_until(has_died, _DEATH_S):
+        raise NotHere("the core takes no more memory than it has")
 
 
 def _make_group() -> Path:

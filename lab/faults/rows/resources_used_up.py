@@ -121,7 +121,10 @@ async def use_up_memory(at: Experiment) -> None:
         raise NotHere(f"a control group takes no limit here: {error.strerror}") from None
 
     async def has_died() -> bool:
-        return not psutil.pid_exists(pid)
+        try:
+            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
 
     if not await poll_until(has_died, _DEATH_S):
         raise NotHere("the core takes no more memory than it has")

@@ -61,7 +61,9 @@ def test_page_shows_a_row_with_what_callers_got_and_where_it_shows(tmp_path: Pat
     assert main(["--from", str(tmp_path / "faults.json"), "--page", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "| `kill-core`: the core \\| is killed | 2 chat stream | " in text
-    assert "| chat stream: 7 right, 1 told 503 | 12.3 s | no process, 101 MB (-0.3) | held |" in text
+    assert (
+        "| chat stream: 7 right, 1 told 503 | 12.3 s | no process, 101 MB (-0.3) | held |" in text
+    )
     assert "| `kill-core` | [EngineDown](runbook.md#enginedown) | overview: Engine states |" in text
     assert "## Remarks" not in text
 

@@ -86,6 +86,7 @@ class Stores:
         self._missing: dict[str, str] = {}
         self.key, self._entry = make_key("faults")
         self.redis: RedisServer | None = None
+        self.redis_link: Link | None = None
         self.postgres: Postgres | None = None
         self.postgres_link: Link | None = None
         self.batch_disk: Disk | None = None
@@ -100,7 +101,7 @@ class Stores:
         limits = "requests_per_minute = 1000000\n"
         (self._folder / "keys.toml").write_text(self._entry + limits, encoding="utf-8")
         if REDIS in self._needs:
-            self._start_redis()
+            await self._start_redis()
         if POSTGRES in self._needs:
             await self._start_postgres()
         if DISK in self._needs:
@@ -124,8 +125,8 @@ class Stores:
             told["PATH"] = f"{self.gpu_tool.folder}:{os.environ['PATH']}"
         if self.state_disk:
             told["LAUNCHER_STATE_DIR"] = str(self.state_disk.folder / "state")
-        if self.redis:
-            told["GATEWAY_REDIS_URL"] = self.redis.url
+        if self.redis_link:
+            told["GATEWAY_REDIS_URL"] = f"redis://127.0.0.1:{self.redis_link.port}/0"
         if self._database:
             told |= dict.fromkeys(
                 ("GATEWAY_BATCH_DATABASE", "GATEWAY_USAGE_DATABASE"), self._database
@@ -135,7 +136,7 @@ class Stores:
     def find_missing(self, needs: Sequence[str]) -> str:
         return "; ".join(self._missing[one] for one in needs if one in self._missing)
 
-    def _start_redis(self) -> None:
+    async def _start_redis(self) -> None:
         program = shutil.which("redis-server")
         if program is None:
             self._missing[REDIS] = "no redis-server here; `scripts/system.sh redis` gets it"
@@ -143,6 +144,7 @@ class Stores:
         self.redis = RedisServer(program, self._folder)
         self.redis.start()
         self._exits.callback(self.redis.kill)
+        self.redis_link = await self._exits.enter_async_context(Link(self.redis.port).serve())
 
     async def _start_postgres(self) -> None:
         if find_postgres() is None:
@@ -178,7 +180,7 @@ class OthersStores(Stores):
     def key_environment(self) -> dict[str, str]:
         return {"GATEWAY_API_KEYS": self.key} if self.key else {}
 
-    def _start_redis(self) -> None:
+    async def _start_redis(self) -> None:
         self._missing[REDIS] = _NOT_OURS
 
     async def _start_postgres(self) -> None:

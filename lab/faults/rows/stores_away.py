@@ -56,7 +56,13 @@ def find_postgres(at: Experiment) -> Postgres:
     return at.stores.postgres
 
 
-def find_link(at: Experiment) -> Link:
+def find_redis_link(at: Experiment) -> Link:
+    if at.stores.redis_link is None:
+        raise NotHere("the service has no Redis")
+    return at.stores.redis_link
+
+
+def find_postgres_link(at: Experiment) -> Link:
     if at.stores.postgres_link is None:
         raise NotHere("the service has no PostgreSQL")
     return at.stores.postgres_link
@@ -146,6 +152,14 @@ def _list_redis() -> tuple[Fault, ...]:
         )
         for name, what, hurt, heal, lasts_s in rows
     ]
+    slow = Fault(
+        "redis-slow",
+        "Redis is 0.6 s away, there and back (GATEWAY_REDIS_TIMEOUT_S=0.5)",
+        lasting(find_redis_link, slow_down, speed_up),
+        _REDIS_AWAY,
+        is_over=is_redis_back,
+        needs=needs,
+    )
     refusing = Fault(
         "redis-killed-and-refused",
         "Redis is killed before a gateway that limits nobody by itself (GATEWAY_REDIS_AWAY=refuse)",
@@ -156,7 +170,7 @@ def _list_redis() -> tuple[Fault, ...]:
         is_over=is_redis_back,
         needs=needs,
     )
-    return (*faults, refusing)
+    return (*faults, slow, refusing)
 
 
 def _list_postgres() -> tuple[Fault, ...]:
@@ -204,7 +218,7 @@ def _list_postgres() -> tuple[Fault, ...]:
     slow = Fault(
         "postgres-slow",
         "PostgreSQL is 0.6 s away, there and back",
-        lasting(find_link, slow_down, speed_up),
+        lasting(find_postgres_link, slow_down, speed_up),
         Signs(),
         is_over=are_records_back,
         needs=needs,

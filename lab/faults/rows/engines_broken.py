@@ -10,16 +10,17 @@ from lab.faults.servers import broken_engine
 from lab.faults.servers.broken_engine import BrokenEngine, Spoil
 
 _LASTS_S = 4.0
+_FOR_EVER_S = 10.0  # twice as long as such a call is waited for
 _PANEL = "overview: Failed engine calls and retries"
 
 
-def spoil(how: Spoil) -> Strike:
+def spoil(how: Spoil, lasts_s: float = _LASTS_S) -> Strike:
     """For some seconds."""
 
     async def strike(at: Experiment) -> None:
         broken = at.get(BrokenEngine)
         broken.spoil = how
-        await asyncio.sleep(_LASTS_S)
+        await asyncio.sleep(lasts_s)
         broken.spoil = None
         at.notes.append(f"{broken.spoilt} answers were spoilt")
         at.lift()
@@ -67,10 +68,10 @@ FAULTS = (
     ),
     Fault(
         "engine-for-ever",
-        "an engine takes calls and never answers (GATEWAY_ENGINE_TIMEOUT_S=6)",
-        spoil(broken_engine.never_answer),
+        "an engine takes calls and never answers (GATEWAY_ENGINE_TIMEOUT_S=5)",
+        spoil(broken_engine.never_answer, _FOR_EVER_S),
         Signs("request_done error_code=engine_timeout", "ErrorRate"),
         "beside",
-        prepare=start_gateway("--engine-timeout-s", "6", "--stream-idle-timeout-s", "3"),
+        prepare=start_gateway("--engine-timeout-s", "5", "--stream-idle-timeout-s", "3"),
     ),
 )

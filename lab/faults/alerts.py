@@ -27,6 +27,8 @@ from lab.paths import ROOT
 _RULES = ROOT / "deploy" / "prometheus" / "rules"
 _SCRAPE_EVERY_S = 0.5
 _TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+_EARLY_S = 1.0
+_LEAST_SHARE = 0.75  # of the scrapes
 _STEP_S = 15
 _PAST_STEPS, _FAULT_STEPS = 120, 80
 _NAME = re.compile(r"\b(?:up|(?:gateway|launcher)_\w+|vllm:\w+)\b")
@@ -86,7 +88,9 @@ async def find_fired(
     """Alerts by name; None where nobody can say."""
     program = shutil.which("promtool")
     past = [one for one in scrapes if one[0] < began_at]
-    during = [one for one in scrapes if began_at <= one[0] < ended_at]
+    # What was under way when it struck still comes in.
+    first_at = began_at + (_EARLY_S if ended_at - began_at > 3 * _EARLY_S else 0.0)
+    during = [one for one in scrapes if first_at <= one[0] < ended_at]
     if program is None or not past or not during:
         return None
     series = _lengthen(past, during)
@@ -126,11 +130,15 @@ def _lengthen(
 
 
 def _measure(name: str, scrapes: Sequence[tuple[float, Scrape]]) -> tuple[float | None, float]:
-    """What it mostly is, and by what a counter grows in a step."""
+    """What it mostly is, and by what a counter grows in a step. A target that is away for a while is
+    away.
+    """
     rows = [(at, one[name]) for at, one in scrapes if name in one]
-    if 2 * len(rows) < len(scrapes):
+    if len(rows) < _LEAST_SHARE * len(scrapes):
         return None, 0.0
     values = [value for _, value in rows]
+    if name.startswith("up{"):
+        return float(sum(values) >= _LEAST_SHARE * len(values)), 0.0
     if not _is_counter(name):
         return statistics.median_low(values), 0.0
     grown = sum(max(0.0, after - before) for before, after in pairwise(values))

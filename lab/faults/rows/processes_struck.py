@@ -62,8 +62,11 @@ async def kill_launcher(experiment: Experiment) -> None:
 
 _KILL, _STOP = signal.SIGKILL, signal.SIGSTOP
 _CRASHED = Signs("engine_crashed", "EngineDown")
-_HUNG = Signs("engine_hung", "NoTokens")
+# The launcher ends a hang by a restart, before an alert for one could fire.
+_HUNG = Signs("engine_hung", "EngineDown", "NoTokens", "engine: Generation throughput")
 _GATEWAY_GONE = Signs("gateway_crashed", "TargetDown")
+# The gateway is back long before the engine.
+_BOTH_GONE = Signs("gateway_crashed", "EngineDown")
 
 FAULTS = (
     Fault("kill-core", "the engine's core is killed", send(_KILL, "core"), _CRASHED),
@@ -95,14 +98,14 @@ FAULTS = (
         "kill-engine-and-gateway",
         "API server and gateway are killed at once",
         send(_KILL, "engine", "gateway"),
-        Signs("gateway_crashed", "TargetDown"),
+        _BOTH_GONE,
         allows=GONE,
     ),
     Fault(
         "kill-gateway-in-start",
         "the core is killed, and the gateway while the next engine starts",
         kill_gateway_in_start,
-        _GATEWAY_GONE,
+        _BOTH_GONE,
         allows=GONE,
     ),
     Fault(

@@ -130,9 +130,7 @@ def _lengthen(
 
 
 def _measure(name: str, scrapes: Sequence[tuple[float, Scrape]]) -> tuple[float | None, float]:
-    """What it mostly is, and by what a counter grows in a step. A target that is away for a while is
-    away.
-    """
+    """What it mostly is; by what a counter grows in a step. A target away for a while is away."""
     rows = [(at, one[name]) for at, one in scrapes if name in one]
     if len(rows) < _LEAST_SHARE * len(scrapes):
         return None, 0.0

@@ -61,7 +61,7 @@ class Experiment:
         environment = {**self.stores.key_environment(), **(variables or {})}
         words = (*tokenizer, *options)
         gateway = BesideGateway(folder, engines, environment, *words, clock=clock)
-        self.exits.callback(gateway.close)
+        self.exits.push_async_callback(gateway.close)
         gateway.start()
         await self.wait_ready(gateway, gateway.url)
         self.beside.append(gateway)

@@ -85,7 +85,7 @@ class ExperimentRunner:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._service.close()
+        await self._service.close()
 
     async def run(self, fault: Fault) -> FaultResult:
         result = FaultResult(fault.name, fault.what, signs=self._signboard.complete(fault.signs))
@@ -105,7 +105,7 @@ class ExperimentRunner:
             result.problems.append(f"it was not carried out to its end: {said}")
         result.problems += judge_result(fault, result)
         if fault.site == "shared" and (result.recovered_s is None or result.left_over):
-            self._service.close()  # what it left is not the next one's
+            await self._service.close()  # what it left is not the next one's
             self._is_started = False
         return result
 
@@ -141,7 +141,7 @@ class ExperimentRunner:
         service = self._service
         if fault.site == "own":
             service = Service(folder, self._environment)
-            exits.callback(service.close)
+            exits.push_async_callback(service.close)
         has_jobs = fault.site == "shared" and self._has_batches
         load = MixedLoad(
             self._session, [service.url], self._model, has_jobs=has_jobs, seed=self._number

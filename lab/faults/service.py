@@ -59,8 +59,9 @@ class Program:
         program = launch_program(self.name, self.words, self.environment, self.logs[-1])
         self._launched = self._exits.enter_context(program)
 
-    def close(self) -> None:
-        self._exits.close()
+    async def close(self) -> None:
+        """In a thread: what it stops may still need servers of this process."""
+        await asyncio.to_thread(self._exits.close)
 
     @property
     def pid(self) -> int:

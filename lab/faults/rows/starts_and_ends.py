@@ -33,7 +33,7 @@ async def take_port(at: Experiment) -> None:
 async def start_second_launcher(at: Experiment) -> None:
     """With the same ports and folder as the one that serves."""
     second = Service(at.folder, at.service.environment, port=at.service.port)
-    at.exits.callback(second.close)
+    at.exits.push_async_callback(second.close)
     second.start()
     code = await second.wait_ended(_REFUSAL_S)
     at.notes.append(f"it ended with {code}: {second.read_tail(1)}")

@@ -120,7 +120,7 @@ class JobCaller:
         urls: Sequence[str],
         model: KnownModel,
         limit_s: float,
-        lines: int = 24,
+        lines: int = 12,
     ) -> None:
         self._session, self._urls, self._model = session, itertools.cycle(urls), model
         self._limit_s, self._lines = limit_s, lines

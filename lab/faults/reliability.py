@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from lab.failures import BadFile
 from lab.faults.fault import FaultResult, Signs
+from lab.faults.table import list_faults
 from lab.paths import ROOT
 from lab.records.record import take_facts
 from lab.reports.output_files import write_file, write_json
@@ -36,6 +37,15 @@ _RECORD = TypeAdapter(FaultsRecord)
 
 def build_record(rows: Sequence[FaultResult], took_s: float, machine: str = "") -> FaultsRecord:
     return FaultsRecord(rows=tuple(rows), took_s=round(took_s, 1), **take_facts(machine))
+
+
+def add_rows(earlier: FaultsRecord, record: FaultsRecord) -> FaultsRecord:
+    """Rows of the earlier one stay unless they were injected again, and name the run they are of."""
+    of = f"{earlier.date}, commit {earlier.commit}"
+    rows = {one.name: replace(one, run=one.run or of) for one in earlier.rows}
+    rows |= {one.name: one for one in record.rows}
+    names = [one.name for one in list_faults()]
+    return replace(record, rows=tuple(rows[name] for name in names if name in rows))
 
 
 def write_record(record: FaultsRecord, path: Path) -> None:
@@ -82,7 +92,8 @@ def describe_ending(row: FaultResult) -> str:
 def describe_verdict(row: FaultResult) -> str:
     if row.not_here:
         return "not here"
-    return "not held" if row.problems else "held"
+    verdict = "not held" if row.problems else "held"
+    return f"{verdict} (run of {row.run})" if row.run else verdict
 
 
 def describe_left(row: FaultResult) -> str:

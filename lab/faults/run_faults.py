@@ -29,6 +29,7 @@ from lab.failures import BadOptions
 from lab.faults.fault import Fault, FaultResult
 from lab.faults.reliability import (
     PAGE,
+    add_rows,
     build_record,
     describe_ending,
     describe_got,
@@ -87,12 +88,14 @@ async def run_faults(arguments: argparse.Namespace, faults: Sequence[Fault]) -> 
     began = time.monotonic()
     progress = ProgressLine()
     rows: list[FaultResult] = []
+    earlier = read_record(Path(arguments.record)) if arguments.add else None
 
     def keep(row: FaultResult) -> None:
         """At once: half an hour's work is not lost with its last minute."""
         rows.append(row)
         print("\n".join(describe_row(row)), flush=True)
         record = build_record(rows, time.monotonic() - began, arguments.machine)
+        record = add_rows(earlier, record) if earlier else record
         if arguments.record:
             write_record(record, Path(arguments.record))
         if arguments.page:
@@ -166,12 +169,16 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     names = "of the faults to inject, separated by commas (default: all)"
     add("--only", type=split_names, default=[], metavar="NAMES", help=names)
     add("--record", metavar="FILE", help="the table as JSON, row by row")
+    kept = "rows of the record that are not injected now stay, with their own date and commit"
+    add("--add", action="store_true", help=kept)
     add("--page", metavar="FILE", help="the table as a page, such as docs/reliability.md")
     again = "inject nothing: write the page (default: docs/reliability.md) of this record"
     add("--from", dest="from_record", metavar="FILE", help=again)
     options.add_service(parser, "faults", ["--url", "--server-url"])
     options.add_questions(parser)
     arguments = options.parse_options(parser, words)
+    if arguments.add and not arguments.record:
+        parser.error("--add: to which record? name it with --record")
     if arguments.url:
         arguments.status_url = arguments.status_url or options.find_neighbour(arguments.url)
     return arguments

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import psutil
 
+from common.prometheus_text import sum_samples
 from lab.faults.experiment import Experiment
 from lab.faults.fault import Fault, Signs, Strike
 from lab.faults.service import NotHere, poll_until
 from lab.faults.stores import DISK, POSTGRES, Disk
 
 _LASTS_S = 5.0
+_NEEDED_S = 40.0
 _SPARE_FILES = 2
 _SLOW_US = 400_000
 _DISK_CALLS = "fsync,fdatasync,openat,pwrite64,rename,unlink"
@@ -32,21 +34,38 @@ _DEATH_S = 30.0
 
 
 async def fill_batch_disk(at: Experiment) -> None:
-    await _fill(at, at.stores.batch_disk)
+    disk = _find(at.stores.batch_disk)
+    disk.fill()
+    try:
+        await _wait_needed(at)
+    finally:
+        disk.empty()
+    at.lift()
 
 
 async def fill_state_disk(at: Experiment) -> None:
-    await _fill(at, at.stores.state_disk)
-
-
-async def _fill(at: Experiment, disk: Disk | None) -> None:
-    disk = _find(disk)
+    disk = _find(at.stores.state_disk)
     disk.fill()
     try:
         await asyncio.sleep(_LASTS_S)
     finally:
         disk.empty()
     at.lift()
+
+
+async def _wait_needed(at: Experiment) -> None:
+    """Until a batch has wanted to write, and some seconds more."""
+    before = await _count_failures(at)
+
+    async def was_needed() -> bool:
+        return await _count_failures(at) > before
+
+    await at.wait(was_needed, _NEEDED_S)
+    await asyncio.sleep(_LASTS_S)
+
+
+async def _count_failures(at: Experiment) -> float:
+    return sum_samples(await at.read_samples(), "gateway_batch_storage_failures_total")
 
 
 async def make_batch_disk_read_only(at: Experiment) -> None:
@@ -58,7 +77,7 @@ async def make_batch_disk_read_only(at: Experiment) -> None:
     if not await poll_until(is_read_only, 20.0, pause_s=0.01):
         raise NotHere("somebody always has a file of it open for writing")
     try:
-        await asyncio.sleep(_LASTS_S)
+        await _wait_needed(at)
     finally:
         disk.take_writes()
     at.lift()
@@ -163,14 +182,14 @@ _BATCHES_WAIT = Signs("batch_waits", "BatchStorageAway")
 FAULTS = (
     Fault(
         "disk-full",
-        "the disk of files and batches is full for 5 s",
+        "the disk of files and batches is full until a batch needs it, and 5 s more",
         fill_batch_disk,
         _BATCHES_WAIT,
         needs=(DISK,),
     ),
     Fault(
         "disk-read-only",
-        "the disk of files and batches takes no writes for 5 s",
+        "the disk of files and batches takes no writes until a batch needs it, and 5 s more",
         make_batch_disk_read_only,
         _BATCHES_WAIT,
         # SQLite has files open for writing at all times.
@@ -194,7 +213,8 @@ FAULTS = (
         "files-of-gateway",
         "the gateway has as many files open as it may",
         use_up_files("gateway"),
-        Signs("", "BatchStorageAway"),
+        # Who comes to new connections waits; too few calls fail to call anybody.
+        Signs(runbook="ErrorRate", panel="overview: Errors by code"),
     ),
     Fault(
         "files-of-engine",

@@ -13,6 +13,7 @@ from lab.faults.reliability import (
     PAGE,
     RECORD,
     FaultsRecord,
+    add_rows,
     read_record,
     render,
     write_record,
@@ -45,6 +46,20 @@ def test_page_in_the_docs_has_a_row_for_each_fault() -> None:
 def test_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_record(MADE, tmp_path / "faults.json")
     assert read_record(tmp_path / "faults.json") == MADE
+
+
+def test_rows_of_an_earlier_run_stay_and_say_so() -> None:
+    again = replace(ROW, recovered_s=1.0)
+    other = FaultResult("disk-full", "the disk is full", recovered_s=2.0)
+    earlier = replace(MADE, rows=(ROW, other), date="2025-12-31", commit="abc")
+    both = add_rows(earlier, replace(MADE, rows=(again,)))
+
+    assert [(row.name, row.run) for row in both.rows] == [
+        ("disk-full", "2025-12-31, commit abc"),
+        ("kill-core", ""),
+    ]
+    assert both.rows[1] == again
+    assert "| held (run of 2025-12-31, commit abc) |" in render(both)
 
 
 def test_record_of_something_else_is_refused(tmp_path: Path) -> None:

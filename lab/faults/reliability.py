@@ -40,7 +40,7 @@ def build_record(rows: Sequence[FaultResult], took_s: float, machine: str = "") 
 
 
 def add_rows(earlier: FaultsRecord, record: FaultsRecord) -> FaultsRecord:
-    """Rows of the earlier one stay unless they were injected again, and name the run they are of."""
+    """Rows of the earlier one stay unless they were injected again, and name their own run."""
     of = f"{earlier.date}, commit {earlier.commit}"
     rows = {one.name: replace(one, run=one.run or of) for one in earlier.rows}
     rows |= {one.name: one for one in record.rows}

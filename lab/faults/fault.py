@@ -44,7 +44,6 @@ class Fault:
     prepare: Strike | None = None  # before the callers begin
     # Who is connected to what dies is told by their connection alone: `refused`, `cut`.
     allows: tuple[str, ...] = ()
-    told: frozenset[int] = frozenset()  # statuses beside the honest ones
     is_over: Callable[[Experiment], Awaitable[bool]] | None = None
     limit_s: float = 90.0
     ends_with: int | None = None
@@ -102,7 +101,7 @@ def _judge_answers(fault: Fault, result: FaultResult) -> Iterator[str]:
     told = {int(word.partition(" ")[2]) for word in words}
     if fault.signs == Signs() and any(set(got) - {"right"} for got in result.got.values()):
         yield "it costs callers something, and shows nowhere"
-    if odd := sorted(told - HONEST - fault.told):
+    if odd := sorted(told - HONEST):
         yield f"told {', '.join(map(str, odd))}, which says something else than that it failed"
 
 

@@ -68,7 +68,7 @@ class FaultResult:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     not_here: str = ""
-    run: str = ""  # date and commit, of a row that an earlier run has left
+    run: str = ""  # date and commit, of a row that a later run has put in
 
     def count(self, word: str) -> int:
         """Of a verdict, with whatever status."""

@@ -40,12 +40,12 @@ def build_record(rows: Sequence[FaultResult], took_s: float, machine: str = "") 
 
 
 def add_rows(earlier: FaultsRecord, record: FaultsRecord) -> FaultsRecord:
-    """Rows of the earlier one stay unless they were injected again, and name their own run."""
-    of = f"{earlier.date}, commit {earlier.commit}"
-    rows = {one.name: replace(one, run=one.run or of) for one in earlier.rows}
-    rows |= {one.name: one for one in record.rows}
+    """In the places of those that have been injected again; they name their own run."""
+    of = f"{record.date}, commit {record.commit}"
+    rows = {one.name: one for one in earlier.rows}
+    rows |= {one.name: replace(one, run=of) for one in record.rows}
     names = [one.name for one in list_faults()]
-    return replace(record, rows=tuple(rows[name] for name in names if name in rows))
+    return replace(earlier, rows=tuple(rows[name] for name in names if name in rows))
 
 
 def write_record(record: FaultsRecord, path: Path) -> None:

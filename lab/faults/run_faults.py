@@ -169,7 +169,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     names = "of the faults to inject, separated by commas (default: all)"
     add("--only", type=split_names, default=[], metavar="NAMES", help=names)
     add("--record", metavar="FILE", help="the table as JSON, row by row")
-    kept = "rows of the record that are not injected now stay, with their own date and commit"
+    kept = "put the rows into the record that is there, each with its own date and commit"
     add("--add", action="store_true", help=kept)
     add("--page", metavar="FILE", help="the table as a page, such as docs/reliability.md")
     again = "inject nothing: write the page (default: docs/reliability.md) of this record"

@@ -129,7 +129,8 @@ class ExperimentRunner:
                 await self._run_under_load(fault, at, result)
         finally:
             result.got = {kind: dict(words) for kind, words in at.load.got.items()}
-            result.notes += [*at.notes, *at.load.examples.values()]
+            notes = [*at.notes, *at.load.examples.values()]
+            result.notes += [one.replace(str(self._folder), "…") for one in notes]
             result.problems += at.problems
             result.in_flight, result.exit_code = at.in_flight, at.exit_code
 

@@ -20,6 +20,7 @@ from lab.faults.stores import POSTGRES, REDIS
 
 _LASTS_S = 5.0
 _MOMENT_S = 0.0
+_SILENT_S = 12.0  # a look at a name is given up after five
 _SLOW_S = 0.3
 _NAME = "engines.test"
 _NOBODYS_ADDRESS = "127.0.0.99"
@@ -228,25 +229,26 @@ def _list_postgres() -> tuple[Fault, ...]:
 
 def _list_names() -> tuple[Fault, ...]:
     rows = (
-        ("dns-silent", "the name server answers nothing", fall_silent, _NAME_GONE),
-        ("dns-gone", "the engines' name is gone", forget_name, _NAME_GONE),
+        ("dns-silent", "the name server answers nothing", fall_silent, _NAME_GONE, _SILENT_S),
+        ("dns-gone", "the engines' name is gone", forget_name, _NAME_GONE, _LASTS_S),
         (
             "dns-wrong",
             "the engines' name leads to where nobody listens",
             mislead,
             Signs("engine_removed", "EngineDown"),
+            _LASTS_S,
         ),
     )
     return tuple(
         Fault(
             name,
             what,
-            lasting(find_name_server, hurt, come_right),
+            lasting(find_name_server, hurt, come_right, lasts_s),
             signs,
             "beside",
             prepare=start_gateway_by_name,
         )
-        for name, what, hurt, signs in rows
+        for name, what, hurt, signs, lasts_s in rows
     )
 
 

@@ -48,18 +48,17 @@ def test_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_record(tmp_path / "faults.json") == MADE
 
 
-def test_rows_of_an_earlier_run_stay_and_say_so() -> None:
-    again = replace(ROW, recovered_s=1.0)
+def test_rows_of_a_later_run_say_so() -> None:
     other = FaultResult("disk-full", "the disk is full", recovered_s=2.0)
-    earlier = replace(MADE, rows=(ROW, other), date="2025-12-31", commit="abc")
-    both = add_rows(earlier, replace(MADE, rows=(again,)))
+    later = replace(MADE, rows=(replace(ROW, recovered_s=1.0),), date="2026-02-03", commit="abc")
+    both = add_rows(replace(MADE, rows=(ROW, other)), later)
 
-    assert [(row.name, row.run) for row in both.rows] == [
-        ("disk-full", "2025-12-31, commit abc"),
-        ("kill-core", ""),
+    assert [(row.name, row.recovered_s, row.run) for row in both.rows] == [
+        ("disk-full", 2.0, ""),
+        ("kill-core", 1.0, "2026-02-03, commit abc"),
     ]
-    assert both.rows[1] == again
-    assert "| held (run of 2025-12-31, commit abc) |" in render(both)
+    assert (both.date, both.commit) == (MADE.date, MADE.commit)
+    assert "| held (run of 2026-02-03, commit abc) |" in render(both)
 
 
 def test_record_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Each is there only if a chosen fault needs it, and says so if this machine lacks
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -38,13 +39,10 @@ class Disk:
         _run("umount", "--lazy", str(self.folder))
 
     def fill(self) -> None:
-        with self._filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"\0" * 2**16)
-                    file.flush()
-            except OSError:
-                return  # full
+        """To its last byte."""
+        with self._filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"\0" * 2**12):
+                pass
 
     def empty(self) -> None:
         self._filler.unlink(missing_ok=True)

@@ -35,8 +35,8 @@ _DEATH_S = 30.0
 
 async def fill_batch_disk(at: Experiment) -> None:
     disk = _find(at.stores.batch_disk)
-    disk.fill()
     try:
+        disk.fill()
         await _wait_needed(at)
     finally:
         disk.empty()
@@ -45,8 +45,8 @@ async def fill_batch_disk(at: Experiment) -> None:
 
 async def fill_state_disk(at: Experiment) -> None:
     disk = _find(at.stores.state_disk)
-    disk.fill()
     try:
+        disk.fill()
         await asyncio.sleep(_LASTS_S)
     finally:
         disk.empty()

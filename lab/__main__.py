@@ -31,6 +31,7 @@ COMMANDS = {
     "selftest": ("lab.selftest.run_selftest", "fourteen checks of a running gateway"),
     "gpu": ("lab.gpu.run_gpu", "profiles, schedulers and others side by side on this host's GPUs"),
     "load": ("lab.load.run_load", "a soak: mixed traffic and faults, every answer checked"),
+    "faults": ("lab.faults.run_faults", "the fault table: each injected for real, under load"),
     "lanes": ("lab.load.run_lanes", "what a batch job costs callers who wait"),
     "attack": ("lab.load.run_attack", "what a hostile caller costs the others"),
     "scale": ("lab.scale.run_scale", "hundreds of engines behind one gateway, simulated and real"),

@@ -194,6 +194,8 @@ class Attempt:
         if answer.status >= 500 and not lacks_route(answer.status, answer.body):
             message, _ = parse_engine_error(answer.body)
             failure = EngineError(f"the engine answered {answer.status}: {message}")
+        elif answer.status == 200 and answer.is_page:
+            failure = EngineError("the engine answered with a page of HTML", code="engine_garbled")
         elif self._call.parse is not None:
             try:
                 answer.value = self._call.parse(answer.status, answer.body)

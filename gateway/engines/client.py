@@ -49,6 +49,11 @@ class EngineAnswer:
         # Of a stream, by what it says itself: None, as far as is known it is good.
         self.is_at_fault: bool | None = None
 
+    @property
+    def is_page(self) -> bool:
+        """For people: no engine answers so, but what stands between may, as if all were well."""
+        return self.headers.get("Content-Type", "").startswith("text/html")
+
     async def read_chunk(self) -> bytes:
         """What has come of a stream, as it came; empty at its end."""
         try:

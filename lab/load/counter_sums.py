@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.prometheus_text import Samples, sum_by_labels, sum_samples
-from lab.load.traffic import PREDICT, Tally
+from lab.load.answers import PREDICT
+from lab.load.traffic import Tally
 
 
 def count_inside(samples: Samples) -> int:

@@ -12,24 +12,18 @@ import aiohttp
 
 from common.prometheus_text import Samples, parse_samples
 from common.questions import QuestionPair
-from lab.failures import LabFailure, NoService
+from lab.failures import NoService
+from lab.load.answers import MISSHAPEN, learn_model
 from lab.load.counter_sums import count_inside, find_mismatches
 from lab.load.process_faults import FAULTS, ProcessSample, find_pid, strike, take_sample
-from lab.load.traffic import MISSHAPEN, PREDICT, KnownModel, SoakClient, Tally
+from lab.load.traffic import SoakClient, Tally
 
 _SAMPLE_EVERY_S = 2.0
 _SHOW_EVERY_S = 10.0
 _MOST_GROWTH_MB = 16.0
-_FEWEST_KNOWN = 10
 _SETTLE_TIMEOUT_S = 60.0
 # The engine's own noticing of a fault, and what was under way in it ending in an error.
 _NOTICE_S, _AFTERMATH_S = 1.0, 2.0
-
-
-class TooFewKnown(LabFailure):
-    """A model whose answers nobody can hold against anything."""
-
-    exit_code = 1
 
 
 class Soak:
@@ -48,7 +42,7 @@ class Soak:
 
     async def run(self, pairs: list[QuestionPair]) -> None:
         try:
-            model = await self._learn(pairs)
+            model = await learn_model(self._session, self._url, pairs)
             before = await self._read_samples()
         except aiohttp.ClientConnectorError as error:
             raise NoService(f"{error}; is the gateway running? `make serve`") from None
@@ -72,27 +66,6 @@ class Soak:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             self.problems.append(f"the gateway's counters cannot be read at the end: {error!r}")
         self._judge()
-
-    async def _learn(self, pairs: list[QuestionPair]) -> KnownModel:
-        """The questions that the model answers word for word when nothing else runs."""
-        async with self._session.get(self._url + "/v1/models") as answer:
-            model: str = (await answer.json())["data"][0]["id"]
-        body = {"prompt": [pair.question for pair in pairs]}
-        async with self._session.post(self._url + PREDICT, json=body) as answer:
-            replies = (await answer.json())["response"]
-        known = [
-            (pair.question, pair.reference)
-            for pair, got in zip(pairs, replies, strict=True)
-            if got.strip() == pair.reference.strip()
-        ]
-        shown = f"{len(known)} of the {len(pairs)} answers in {self._arguments.questions}"
-        if len(known) < _FEWEST_KNOWN:
-            raise TooFewKnown(
-                f"the model knows {shown}; a soak needs {_FEWEST_KNOWN} that it knows by heart, or "
-                "nobody could tell a wrong answer"
-            )
-        print(f"{model}: {shown} known by heart", flush=True)
-        return KnownModel(model, known)
 
     async def _read_samples(self) -> Samples:
         async with self._session.get(self._url + "/metrics") as answer:

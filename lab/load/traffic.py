@@ -17,12 +17,20 @@ from typing import Any
 
 import aiohttp
 
-PREDICT, CHAT, COMPLETIONS = "/predict", "/v1/chat/completions", "/v1/completions"
+from lab.load.answers import (
+    NOT_TRUE,
+    PREDICT,
+    KnownModel,
+    LostAnswer,
+    ToldSo,
+    WrongAnswer,
+    judge,
+)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What a fault may cost those who meet it: an honest error, or their connection.
 _FAULT_STATUSES = frozenset((502, 503, 504))
 _MOST_EXAMPLES = 20
-# What comes of reading an answer that has another shape than it should.
-MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 _BAD_REQUESTS = (
     (PREDICT, b"{", 400),
     (PREDICT, b'{"prompt": 7}', 400),
@@ -31,14 +39,6 @@ _BAD_REQUESTS = (
     (COMPLETIONS, b'{"model": "nobody", "prompt": "x", "n": 10000}', 400),
     ("/v1/nothing", b"{}", 404),
 )
-
-
-class WrongAnswer(Exception):
-    """An answer that is not the one to what was asked."""
-
-
-class LostAnswer(Exception):
-    """No answer, or an error where there should be none."""
 
 
 @dataclass
@@ -64,14 +64,6 @@ class Tally:
         return sum(number for (_, one), number in self.outcomes.items() if one == outcome)
 
 
-@dataclass(frozen=True)
-class KnownModel:
-    """Its name, and the questions whose answers it knows by heart."""
-
-    name: str
-    pairs: list[tuple[str, str]]
-
-
 class SoakClient:
     """One client's requests, one after another."""
 
@@ -79,7 +71,8 @@ class SoakClient:
         self, session: aiohttp.ClientSession, url: str, model: KnownModel, tally: Tally, seed: int
     ) -> None:
         self._session, self._url = session, url
-        self._model, self._known, self._tally = model.name, model.pairs, tally
+        self._known_model, self._tally = model, tally
+        self._model, self._known = model.name, model.pairs
         self._random = random.Random(seed)
         self._number = seed * 1_000_000
 
@@ -104,21 +97,15 @@ class SoakClient:
         while time.monotonic() < until:
             name = self._random.choices(names, weights)[0]
             began_in_fault = is_fault_time()
-            try:
-                await kinds[name][1]()
-            except WrongAnswer as error:
-                self._tally.note(name, "wrong", str(error))
-            except MISSHAPEN as error:
-                # A client's errors that are ValueErrors too are no answers at all.
-                outcome = "failed" if isinstance(error, aiohttp.ClientError) else "wrong"
-                self._tally.note(name, outcome, f"{type(error).__name__}: {error}")
-            except (LostAnswer, aiohttp.ClientError, TimeoutError) as error:
-                excused = began_in_fault or is_fault_time()
-                text = f"{type(error).__name__}: {error}"
-                self._tally.note(name, "lost to a fault" if excused else "failed", text)
-                await asyncio.sleep(0.2 if excused else 0)
-            else:
+            verdict = await judge(kinds[name][1]())
+            if verdict.outcome == "right":
                 self._tally.note(name, "good")
+            elif verdict.outcome in NOT_TRUE:
+                self._tally.note(name, "wrong", verdict.detail)
+            else:
+                excused = began_in_fault or is_fault_time()
+                self._tally.note(name, "lost to a fault" if excused else "failed", verdict.detail)
+                await asyncio.sleep(0.2 if excused else 0)
 
     # --- the kinds of traffic ---
 
@@ -126,28 +113,28 @@ class SoakClient:
         question, answer = self._random.choice(self._known)
         reply = await self._post(PREDICT, {"prompt": question})
         self._tally.characters += len(reply["response"])
-        _ensure_same(reply["response"], answer, question)
+        self._known_model.check(reply["response"], answer, question)
 
     async def predict_batch(self) -> None:
         pairs = self._random.choices(self._known, k=self._random.randint(2, 24))
         reply = await self._post(PREDICT, {"prompt": [question for question, _ in pairs]})
         self._tally.characters += sum(map(len, reply["response"]))
         if "errors" in reply:
-            raise LostAnswer(json.dumps(reply["errors"])[:200])
+            raise ToldSo(200, json.dumps(reply["errors"])[:200])
         for (question, answer), got in zip(pairs, reply["response"], strict=True):
-            _ensure_same(got, answer, question)
+            self._known_model.check(got, answer, question)
 
     async def chat_whole(self) -> None:
         question, answer = self._random.choice(self._known)
         reply = await self._post(CHAT, self._chat(question))
-        _ensure_same(reply["choices"][0]["message"]["content"], answer, question)
+        self._known_model.check(reply["choices"][0]["message"]["content"], answer, question)
 
     async def chat_stream(self, pause_s: float = 0.0) -> None:
         question, answer = self._random.choice(self._known)
         pieces = []
         async for event in self._stream(self._chat(question, stream=True), pause_s):
             pieces += [choice["delta"].get("content") or "" for choice in event["choices"]]
-        _ensure_same("".join(pieces), answer, question)
+        self._known_model.check("".join(pieces), answer, question)
 
     async def slow_reader(self) -> None:
         await self.chat_stream(pause_s=0.1)
@@ -164,7 +151,7 @@ class SoakClient:
         known = {"model": self._model, "add_special_tokens": False}
         ids = (await self._post("/tokenize", {**known, "prompt": text}))["tokens"]
         back = await self._post("/detokenize", {"model": self._model, "tokens": ids})
-        _ensure_same(back["prompt"], text, text)
+        self._known_model.check(back["prompt"], text, text)
 
     async def hang_up_stream(self) -> None:
         question, _ = self._random.choice(self._known)
@@ -191,7 +178,7 @@ class SoakClient:
             got = await answer.json()
             self._tally.note_status(path, answer.status)
             if answer.status in _FAULT_STATUSES:
-                raise LostAnswer(f"{answer.status}: {got}")
+                raise ToldSo(answer.status, f"{answer.status}: {got}")
             if answer.status not in {400, 404} or not got["error"]["message"]:
                 said = f"{answer.status} instead of {status}: {got}"
                 raise WrongAnswer(f"{path} {body!r}: {said}")
@@ -212,30 +199,32 @@ class SoakClient:
             text = await answer.text()
             self._tally.note_status(path, answer.status)
         if answer.status != 200:
-            raise LostAnswer(f"{answer.status}: {text[:200]}")
+            raise ToldSo(answer.status, f"{answer.status}: {text[:200]}")
         reply: dict[str, Any] = json.loads(text)
         return reply
 
     async def _stream(
         self, body: dict[str, object], pause_s: float
     ) -> AsyncIterator[dict[str, Any]]:
-        is_done = False
+        is_done, told = False, ""
         async with self._open(CHAT, body) as answer:
             if answer.status != 200:
                 text = await answer.text()
                 self._tally.note_status(CHAT, answer.status)
-                raise LostAnswer(f"{answer.status}: {text[:200]}")
+                raise ToldSo(answer.status, f"{answer.status}: {text[:200]}")
             async for line in answer.content:
                 if pause_s:
                     await asyncio.sleep(pause_s)
                 if line.startswith(b"data: {"):
                     event = json.loads(line[6:])
                     if "error" in event:
-                        self._tally.note_status(CHAT, 200)
-                        raise LostAnswer(f"in the stream: {event['error']}")
+                        told = f"in the stream: {event['error']}"
+                        continue  # who leaves before its end has hung up
                     yield event
                 is_done = is_done or line.startswith(b"data: [DONE]")
             self._tally.note_status(CHAT, 200)
+        if told:
+            raise ToldSo(200, told)
         if not is_done:
             raise LostAnswer("a stream without its end")
 
@@ -249,8 +238,3 @@ class SoakClient:
         except (aiohttp.ClientError, TimeoutError):
             self._tally.unanswered[path] += 1
             raise
-
-
-def _ensure_same(got: str, wanted: str, asked: str) -> None:
-    if got.strip() != wanted.strip():
-        raise WrongAnswer(f"asked {asked!r}: {got!r} instead of {wanted!r}")

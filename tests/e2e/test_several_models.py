@@ -24,12 +24,12 @@ from tokenizers import Tokenizer
 
 from common.project import DEMO_MODEL
 from gateway.admission.keys import make_key
+from lab.faults.servers.name_server import NameServer, run_name_server
 from launcher.engine.process import list_group
 from launcher.engine.temporary_folder import find_temporary_folder
 from tests.e2e.conftest import Stack
 from tests.gateway.process import serve_process
 from tests.launcher.programs import Launcher, ask_in_background, running, wait_for
-from tests.name_server import NameServer, run_name_server
 from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

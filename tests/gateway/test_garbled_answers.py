@@ -208,3 +208,35 @@ def _read_error(answer: RawAnswer) -> dict[str, Any]:
     data = orjson.loads(lines[-1].removeprefix("data: "))
     found: dict[str, Any] = data.get("error") or data
     return found
+
+
+def _page() -> Fault:
+    """As of a proxy between, which thinks that all is well."""
+    page = b"<html>502 Bad Gateway</html>"
+    head = "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: "
+
+    async def answer(call: Call) -> None:
+        await call.send(head.encode() + b"%d\r\n\r\n" % len(page) + page)
+
+    return answer
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+async def test_page_of_html_is_no_answer(tmp_path: Path, path: str, fields: dict[str, Any]) -> None:
+    async with serve_scripted(tmp_path, ScriptedEngine(usual=_page())) as served:
+        got = await _ask(served, path, temperature=0.5, **fields)
+
+    assert (got.status, orjson.loads(got.body)["error"]["code"]) == (502, "engine_garbled")
+
+
+async def test_page_of_html_is_asked_again_where_the_answer_would_be_the_same(
+    tmp_path: Path,
+) -> None:
+    engine = ScriptedEngine(faults=[_page()])
+    async with serve_scripted(tmp_path, engine) as served:
+        got = await _ask(served, "/v1/chat/completions", temperature=0)
+
+    assert got.status == 200
+    assert orjson.loads(got.body)["choices"]
+    assert len(engine.calls) == 2

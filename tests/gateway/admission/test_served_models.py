@@ -18,9 +18,9 @@ from gateway.engines.engine import Engine, EngineState
 from gateway.engines.pool import POOL
 from gateway.observability.metrics import METRICS
 from gateway.schemas.vllm import ModelCard
+from lab.faults.servers.name_server import NameServer, run_name_server
 from tests.fake_engine import MODEL_FOLDER, Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
-from tests.name_server import NameServer, run_name_server
 
 NAME = "_http._tcp.vllm.test"
 LONG_S = 60.0  # longer than any test takes

@@ -17,10 +17,10 @@ from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
 from gateway.discovery import dns_names
 from gateway.engines.pool import POOL
+from lab.faults.servers.name_server import NameServer, run_name_server
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, until
 from tests.gateway.discovery.conftest import list_ready, run_pods
-from tests.name_server import NameServer, run_name_server
 
 NAME = "vllm.models.test"
 A, B, C = "127.0.0.11", "127.0.0.12", "127.0.0.13"

@@ -1,4 +1,4 @@
-"""A small DNS server on a port of the loopback, whose records a test changes while it runs."""
+"""A small DNS server on a port of the loopback, whose records can be changed while it runs."""
 
 from __future__ import annotations
 

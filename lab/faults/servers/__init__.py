@@ -1,0 +1,1 @@
+"""Real servers that a gateway leans on, on ports of the loopback, each to be hurt while it runs."""

@@ -154,8 +154,8 @@ const trimCode = (code) => (/^ .*\S.* $/.test(code) ? code.slice(1, -1) : code);
 export function copyButton(read, place = "") {
   const name = () => (place ? say("copy.answer", { place }) : say("copy"));
   const copy = button("plain", say("copy"), async () => {
-    const told = await write(read());
-    tell(say(told), place ? say(`${told}.answer`, { place }) : say(told));
+    const [told, toldOfOne] = await write(read());
+    tell(say(told), place ? say(toldOfOne, { place }) : say(told));
     announce(copy.ariaLabel);
     setTimeout(() => tell(say("copy"), name()), COPIED_MS);
   });
@@ -169,12 +169,12 @@ export function copyButton(read, place = "") {
   return copy;
 }
 
-/** The word for what came of it. */
+/** The words for what came of it: alone, and with the answer's number. */
 async function write(text) {
   try {
     await navigator.clipboard.writeText(text);
-    return "copied";
+    return ["copied", "copied.answer"];
   } catch {
-    return "notCopied"; // the browser asks its user, who may say no
+    return ["notCopied", "notCopied.answer"]; // the browser asks its user, who may say no
   }
 }

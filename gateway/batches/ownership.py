@@ -51,7 +51,7 @@ class Ownership:
 
     async def claim(self, job: JobRecord) -> JobRecord | None:
         """It is ours, unless somebody has taken it, or its owner has moved, since it was read."""
-        now = int(self._clock.now())
+        now = self._clock.stamp()
         values: dict[str, Any] = {"worker": self.worker, "epoch": job.epoch + 1, "beat": 0}
         change = (
             update(JOBS)
@@ -138,7 +138,7 @@ class Ownership:
         self, job: JobRecord, ending: str, error: tuple[str, str] | None = None
     ) -> JobRecord:
         """From here on nothing is run; a successor goes on with the same end."""
-        now = int(self._clock.now())
+        now = self._clock.stamp()
         code, message = error or (None, None)
         async with self._database.write() as connection:
             current = await _ensure_ours(connection, job)
@@ -171,7 +171,7 @@ class Ownership:
         counts: tuple[int, int],
     ) -> None:
         """The files are there, the counts are theirs, and the batch has ended: all in one."""
-        now = int(self._clock.now())
+        now = self._clock.stamp()
         ending = job.ending or "completed"
         values = {
             "status": ending,

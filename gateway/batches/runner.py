@@ -38,6 +38,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.observability.metrics import Metrics
+from gateway.storage.clock import SteadyClock
 
 log = structlog.get_logger("gateway")
 
@@ -76,14 +77,14 @@ class JobRunner:
         is_draining: Callable[[], bool],
         settings: Settings,
         metrics: Metrics,
-        now: Callable[[], float],
+        time: SteadyClock,
     ) -> None:
         self.job = job
         self._ownership, self._blobs, self._caller = ownership, blobs, caller
         self._find_caller, self._window = find_caller, window
         self._settings, self._metrics = settings, metrics
         self._open_requests, self._is_draining = open_requests, is_draining
-        self._clock, self._now = window.clock, now
+        self._clock, self._time = window.clock, time
         self._ending: tuple[str, tuple[str, str] | None] | None = None
         self._is_ending = asyncio.Event()
         self._results: list[tuple[Result, asyncio.Future[None]]] = []
@@ -183,7 +184,7 @@ class JobRunner:
         if self._is_draining():
             await asyncio.Event().wait()  # until this is cancelled: another gateway goes on
         whole_s = max(1, self.job.expires_at - self.job.created_at)
-        share_left = max(0.0, self.job.expires_at - self._now()) / whole_s
+        share_left = max(0.0, self.job.expires_at - self._time.now()) / whole_s
         step = min(1.0, max(1 / _MOST_WEIGHT, share_left))
         self._clock = max(self._clock, self._window.clock) + step
         return await self._window.enter(self._clock)
@@ -356,7 +357,7 @@ class JobRunner:
         return build_unanswered_line(custom_id, request_id, f"batch_{ending}", _UNANSWERED[ending])
 
     def _build_file(self, good: bool, blob: str, size: int) -> FileRecord:
-        now = int(self._now())
+        now = self._time.stamp()
         owner = self._find_caller(self.job.owner)
         kept_s = find_kept_s(self._settings, owner, self.job.output_expires_s)
         suffix = self.job.id.removeprefix("batch_")

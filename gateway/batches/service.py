@@ -80,7 +80,7 @@ class BatchService:
                 is_draining=parts.is_draining,
                 settings=self._settings,
                 metrics=self._metrics,
-                now=self.clock.now,
+                time=self.clock,
             )
 
         coordinator = self._coordinator = Coordinator(
@@ -136,7 +136,7 @@ class BatchService:
     async def _keep(
         self, caller: Caller, file_id: str, upload: Upload, end: UploadEnd
     ) -> FileRecord:
-        now = int(self.clock.now())
+        now = self.clock.stamp()
         file = FileRecord(
             id=file_id,
             owner=caller.name,
@@ -183,7 +183,7 @@ class BatchService:
             )
         for model in file.models if caller.models else ():
             caller.check_model(self._settings.alias_map.get(model, model))
-        now = int(self.clock.now())
+        now = self.clock.stamp()
         job = JobRecord(
             id=make_id("batch_"),
             owner=caller.name,

@@ -181,9 +181,7 @@ class Store:
             change = (
                 update(JOBS)
                 .where(JOBS.c.id == job_id, JOBS.c.status.in_(_CANCELLABLE))
-                .values(
-                    status="cancelling", cancelling_at=int(self._clock.now()), ending="cancelled"
-                )
+                .values(status="cancelling", cancelling_at=self._clock.stamp(), ending="cancelled")
             )
             changed = (await connection.execute(change)).rowcount
             job = read_job(await _find(connection, JOBS, owner, job_id))

@@ -103,6 +103,34 @@ async def test_batch_and_files_outlive_a_jump(
     assert batch.created_at <= batch.in_progress_at <= batch.completed_at
 
 
+def test_clock_that_nobody_had_set_is_left_behind_at_once() -> None:
+    host = Host()
+    host.wall_s = 60.0  # since 1970
+    clock = host.open()
+    host.wall_s = 2e9
+    host.pass_by(1)
+
+    assert clock.now() == pytest.approx(2e9 + 1)
+
+
+async def test_batch_made_after_a_jump_has_its_whole_time_for_whoever_starts_later(
+    tmp_path: Path,
+) -> None:
+    """The slow clock is a day behind: a machine was asleep."""
+    options: dict[str, Any] = {"batch_folder": tmp_path / "kept"}
+    async with serve_gateway(**options) as served, open_batches(served) as batches:
+        served.app[BATCHES].clock.wall = lambda: time.time() + 90_000
+        batch = await batches.wait(await batches.create([ask(n) for n in range(3)]))
+        kept = await batches.sdk.files.retrieve(batch.input_file_id)
+
+    now = time.time() + 90_000
+    assert batch.created_at == pytest.approx(now, abs=60)
+    assert batch.expires_at is not None
+    assert batch.expires_at > now + 86_000
+    assert kept.expires_at is not None
+    assert kept.expires_at > now
+
+
 def count_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     sweeps: list[None] = []
     sweep: Callable[..., Any] = coordinator.Coordinator._sweep

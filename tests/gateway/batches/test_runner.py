@@ -55,7 +55,7 @@ def build_runner(job: JobRecord, ownership: Ownership, folder: Path) -> JobRunne
         is_draining=lambda: False,
         settings=make_settings(batch_folder=folder),
         metrics=Metrics(),
-        now=CLOCK.now,
+        time=CLOCK,
     )
 
 

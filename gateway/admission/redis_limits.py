@@ -81,7 +81,7 @@ class RedisLimits:
         self._seen: dict[str, _Seen] = {}
         self._settlements: deque[tuple[Claim, int, int]] = deque()
         # Questions whose callers have hung up.
-        self._left: set[asyncio.Task[list[Any] | None]] = set()
+        self._left: set[asyncio.Task[Any]] = set()
         self._is_away = False
         self._wake = asyncio.Event()
         self._telling = asyncio.Lock()
@@ -103,7 +103,7 @@ class RedisLimits:
             claim.owed_requests = 0
             if self._settlements or self._telling.locked():
                 # Redis would let it in for what it has not been told of.
-                await self._look(is_due=False)
+                await self._tell_ended()
             reply = None if self._is_away else await self._ask(claim, requests=1)
             if reply is not None:
                 return _judge(claim, reply, 0)
@@ -295,6 +295,13 @@ class RedisLimits:
             if is_due and self._is_away:
                 self._is_away = False
                 log.info("redis_back")
+
+    async def _tell_ended(self) -> None:
+        """To the end though the caller hangs up: they are other callers' ends."""
+        telling = asyncio.create_task(self._look(is_due=False))
+        self._left.add(telling)
+        telling.add_done_callback(self._left.discard)
+        await asyncio.shield(telling)
 
     def _list_held(self) -> list[tuple[Claim, int, int]]:
         """So that Redis knows that they are held still, or again."""

@@ -325,6 +325,37 @@ async def test_refused_bodies_are_counted_though_nothing_is_reserved_for_them(
         assert statuses.count(400) + statuses.count(429) == 12
 
 
+async def test_caller_who_hangs_up_takes_no_other_callers_ends_along(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = "requests_per_minute = 100\ntokens_per_minute = 100000\nmax_concurrency = 9"
+    async with _serve_gateways(redis, tmp_path, 1, entries={"a": limits}) as gateways:
+        shared = gateways.all[0].app[LIMITS]
+        assert isinstance(shared, RedisLimits)
+        claim = Claim("a", 100, 100_000, 9)
+        assert await shared.reserve(claim, 10, 1) is None
+        monkeypatch.setattr(shared, "_wake", asyncio.Event())  # the worker tells nothing
+        claim.used_tokens = 50_000
+        shared.settle(claim)
+        is_telling, may_tell, tell = asyncio.Event(), asyncio.Event(), shared._tell
+
+        async def tell_late(settlements: Any) -> None:
+            is_telling.set()
+            await may_tell.wait()
+            await tell(settlements)
+
+        monkeypatch.setattr(shared, "_tell", tell_late)
+        hung_up = asyncio.create_task(shared.count(Claim("a", 100, 100_000, 9)))
+        await is_telling.wait()
+        hung_up.cancel()
+        await asyncio.gather(hung_up, return_exceptions=True)
+        may_tell.set()
+        another = Claim("a", 100, 100_000, 9)
+        await shared.count(another)
+
+        assert another.tokens_left < 60_000
+
+
 async def test_answer_does_not_wait_until_redis_has_been_told_of_its_end(
     redis: RedisServer, tmp_path: Path
 ) -> None:

@@ -453,7 +453,7 @@ def build_stream_error(error: GatewayError, path: str, number: int) -> bytes:
     """
     if path == "/v1/messages":
         return b"event: error\ndata: " + build_error(error, path) + b"\n\n"
-    if path == "/v1/responses":
+    if path.startswith("/v1/responses"):
         data = orjson.dumps({**describe_error(error), "type": "error", "sequence_number": number})
         return b"event: error\ndata: " + data + b"\n\n"
     return b"data: " + build_error(error) + b"\n\ndata: [DONE]\n\n"

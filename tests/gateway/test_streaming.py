@@ -336,8 +336,9 @@ def test_stream_error_of_the_engine_itself_is_named() -> None:
     assert name_stream_errors(b"data: {}\n\n") == (b"data: {}\n\n", False)
 
 
-def test_stream_error_of_a_response_is_of_the_type_that_its_sdk_knows() -> None:
-    event = build_stream_error(EngineError("it broke"), "/v1/responses", 7)
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/responses/{id}"])
+def test_stream_error_of_a_response_is_of_the_type_that_its_sdk_knows(route: str) -> None:
+    event = build_stream_error(EngineError("it broke"), route, 7)
 
     data = orjson.loads(event.partition(b"data: ")[2])
     assert (data["type"], data["sequence_number"]) == ("error", 7)

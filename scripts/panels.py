@@ -786,9 +786,8 @@ _ENGINE_LIFE = Row(
         Panel(
             "Hosts of the engine",
             (Query(f"launcher_engine_hosts{{{_ENGINE}}}", "{{instance}} {{state}}"),),
-            about="Of an engine that runs on several: how many it is to have, how many are there. "
+            about="How many it is to have, how many are there; one for most. "
             "It runs only with all of them; the launcher's /status names the missing.",
-            empty="each engine runs on one host",
             width=6,
         ),
         Panel(

@@ -39,6 +39,7 @@ _GPU_FRESH_S = 5.0
 _GPU_PATIENCE_S = 1.0  # of a scrape, which has five seconds for everything
 _GPU_STALE_S = 30.0
 _GPU_END_S = 2.0
+_ONE_HOST = {"wanted": 1, "joined": 1, "lost": 0}
 _MIB = 2**20
 _MHZ = 1e6
 
@@ -90,8 +91,8 @@ def _declare_metrics() -> Iterator[MetricDeclaration]:
     yield metric("launcher_log_lines_dropped_total", lost, ("log",), "counter")
     yield metric(
         "launcher_engine_hosts",
-        "Hosts of an engine that runs on several: state is wanted, joined (the head among them) or "
-        "lost, those that were there and are not.",
+        "Hosts of the engine, one for most: state is wanted, joined (the head among them) or lost, "
+        "those that were there and are not.",
         ("state",),
     )
     limit = "Recent crashes after which the launcher gives up (LAUNCHER_RESTART_LIMIT)."
@@ -222,9 +223,9 @@ def _collect_engine(source: StatusSource) -> Iterator[Metric]:
     yield METRICS["launcher_engine_own_scheduler"].build([((), scheduler.state == "on")])
     fallbacks = METRICS["launcher_engine_scheduler_fallbacks_total"]
     yield fallbacks.build([((), scheduler.fallbacks)])
-    if source.count_hosts:
-        hosts = source.count_hosts().items()
-        yield METRICS["launcher_engine_hosts"].build(((state,), number) for state, number in hosts)
+    hosts = source.count_hosts() if source.count_hosts else _ONE_HOST
+    hosts_metric = METRICS["launcher_engine_hosts"]
+    yield hosts_metric.build(((state,), number) for state, number in hosts.items())
 
 
 def _collect_engines(sources: Iterable[StatusSource]) -> Iterator[Metric]:

@@ -65,6 +65,7 @@ class EngineCall:
     is_stream: bool = False  # what is good comes as one; `parse` is for the rest
     is_relayed: bool = False  # an engine's refusals and errors are passed on in its own words
     n_prompts: int = 0  # of /predict, for the count of those that ran again
+    sent_at: float = 0.0  # when an engine got it, by `time.perf_counter`; 0 while none has it
 
 
 class EngineChooser(Protocol):
@@ -115,7 +116,7 @@ class Attempt:
                 if failure is None or not self._goes_on(engine, failure):
                     break
                 self._close(failure)
-                call.context.is_running = False
+                call.context.is_running, call.sent_at = False, 0.0
                 await self._pool.wait_looked_at(engine)
                 failed_in.add((engine, engine.starts))
                 call.avoid, early = engine, None
@@ -156,7 +157,7 @@ class Attempt:
         call = self._call
         call.tries_left -= 1
         call.context.is_running = True
-        call.context.sent_at = time.perf_counter()
+        call.context.sent_at = call.sent_at = time.perf_counter()
         self._engine = call.asked = engine
         engine.running += call.sequences
         headers, self._span = call.context.open_call(engine.url, call.sequences)

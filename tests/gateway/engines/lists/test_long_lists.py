@@ -20,7 +20,14 @@ from gateway.engines.pool import POOL
 from gateway.request_body import BODIES
 from tests.fake_engine import TOKENIZER, Behaviour, build_fake_engine
 from tests.gateway.conftest import Serve, Served, until
-from tests.gateway.scripted_engine import Call, ScriptedEngine, serve_scripted, whole_answer
+from tests.gateway.scripted_engine import (
+    Call,
+    ScriptedEngine,
+    chunk,
+    serve_scripted,
+    stream_head,
+    whole_answer,
+)
 
 # Of an engine that runs sixteen: fifteen are the batch lane's.
 SHARE = 15
@@ -298,6 +305,104 @@ async def test_hang_up_in_the_middle_is_charged_for_what_ended_and_what_ran(serv
         given = 30 * 2 + SHARE * 10
         await until(lambda: served.app[ACCOUNTS].sum_usage().completion_tokens == given)
         await asyncio.wait({asking})
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_list_that_a_bad_piece_ends_is_charged_like_one_that_is_left(
+    serve: Serve, is_stream: bool, status: int
+) -> None:
+    """Fourteen run on beside the short ones, of which the last is refused."""
+
+    def delay(prompt: str) -> float:
+        number = _number(prompt)
+        return 60 if 30 <= number < 44 else 0.2 if number == 59 else 0
+
+    engine = Behaviour(delays=delay, statuses=lambda one: status if one == "60" else 200)
+    async with serve(engine, engine_sequences=16) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        before = await _read_usage(served)
+        answer = await _complete(served, _numbers(100), max_tokens=10, stream=is_stream)
+
+        assert "error" in answer.text
+        assert _sent(engine) == 61
+        await until(lambda: _is_empty(served) and engine.running == 0)
+        taken, given = await _read_usage(served)
+        assert taken - before[0] >= 46
+        assert given - before[1] == 46 * 2 + 14 * 10
+
+
+async def test_list_that_loses_its_engine_is_charged_for_what_ran_elsewhere(serve: Serve) -> None:
+    steady = Behaviour(delays=lambda one: 60 if one.isdigit() else 0)
+    lost = Behaviour(delays=lambda one: 0.2 if one.isdigit() else 0)
+    async with serve(steady, lost, engine_sequences=16) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        lost.cuts_connection = True
+        answer = await _complete(served, _numbers(100), max_tokens=10, temperature=1)
+
+        assert answer.status_code == 502
+        await until(lambda: _is_empty(served) and steady.running == 0)
+        # Not by the clock for the piece that its engine has lost.
+        given = (await _read_usage(served))[1]
+        assert 10 * _sent(steady) <= given < 10 * _sent(steady, lost)
+
+
+@pytest.mark.parametrize("fault", ["refusal", "event"])
+async def test_refused_stream_is_charged_for_all_that_was_told(tmp_path: Path, fault: str) -> None:
+    """No pace is known here: a token for each event."""
+    told = asyncio.Event()
+    open_calls = 0
+
+    async def answer(call: Call) -> None:
+        nonlocal open_calls
+        if call.prompts == ["14"]:
+            await told.wait()
+            error = orjson.dumps(
+                {"error": {"message": "no", "type": "BadRequestError", "code": 400}}
+            )
+            if fault == "refusal":
+                await call.send(whole_answer(error, "400 Bad Request"))
+            else:
+                await call.send(stream_head() + chunk(b"data: " + error + b"\n\n") + chunk(b""))
+            return
+        event = {"choices": [{"index": 0, "text": "t", "finish_reason": None}]}
+        await call.send(stream_head())
+        for _ in range(10):
+            await call.send(chunk(b"data: " + orjson.dumps(event) + b"\n\n"))
+        open_calls += 1
+        await call.wait_closed()
+
+    async with serve_scripted(tmp_path, ScriptedEngine(answer), engine_sequences=16) as served:
+        before = await _read_usage(served)
+        body = {"model": "fake", "prompt": _numbers(20), "stream": True}
+        async with served.client.stream("POST", "/v1/completions", json=body) as stream:
+            seen = b""
+            async for data in stream.aiter_bytes():
+                seen += data
+                if seen.count(b'"text":"t"') == 140:
+                    told.set()
+        assert b'"error"' in seen
+        await until(lambda: _is_empty(served))
+        assert (await _read_usage(served))[1] - before[1] == 140
+
+
+async def test_list_left_in_the_middle_is_charged_by_the_start_of_each_piece(serve: Serve) -> None:
+    """Short ones that come and go beside the long ones do not begin their time anew."""
+    engine = Behaviour(delays=lambda one: 0 if not one.isdigit() else 60 if int(one) < 14 else 0.01)
+    async with serve(engine, engine_sequences=16) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        before = await _read_usage(served)
+        asking = asyncio.create_task(_complete(served, _numbers(900), max_tokens=10))
+        await until(lambda: engine.running >= 14)
+        enough = time.perf_counter() + 0.2
+        await until(lambda: time.perf_counter() > enough and _sent(engine) > 20)
+        asking.cancel()
+
+        await until(lambda: _is_empty(served) and engine.running == 0)
+        await asyncio.wait({asking})
+        ended = _sent(engine) - 15
+        given = (await _read_usage(served))[1] - before[1]
+        assert 14 * 10 + 2 * ended <= given <= 15 * 10 + 2 * (ended + 1)
 
 
 async def test_deadline_in_the_middle_leaves_nothing_behind(serve: Serve) -> None:

@@ -409,7 +409,8 @@ class _ListRelay(_Relay):
         self._list: LongListCall | None = None
 
     def _ask(self, call: EngineCall, places: Admission | None) -> AsyncContext[EngineAnswer]:
-        call.is_stream = self._call.is_stream
+        # Engines answer conversations in one call whole, whatever is asked.
+        call.is_stream = self._call.is_stream and self._path in STREAMING
         self._list = LongListCall(
             self._served.pool,
             places.gate if places else None,

@@ -529,6 +529,22 @@ async def test_conversations_in_one_call_come_in_by_pieces_too(tmp_path: Path) -
         assert len(engine.calls) == 50
 
 
+async def test_conversations_in_one_call_are_no_stream_whatever_is_asked(tmp_path: Path) -> None:
+    """The engine leaves `stream` aside on that path."""
+
+    async def answer(call: Call) -> None:
+        del call.fields["stream"]
+        await call.send(call.good_answer())
+
+    async with serve_scripted(tmp_path, ScriptedEngine(answer), engine_sequences=16) as served:
+        turns = [[{"role": "user", "content": f"{n}"}] for n in range(50)]
+        body = {"model": "fake", "messages": turns, "stream": True}
+        answered = await served.client.post("/v1/chat/completions/batch", json=body)
+
+        assert answered.status_code == 200
+        assert [one["index"] for one in answered.json()["choices"]] == list(range(50))
+
+
 def _read_events(text: str) -> list[dict[str, Any]]:
     *events, done, rest = text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")

@@ -80,6 +80,7 @@ class _MergedStream(_WholeAnswer):
     def __init__(self, headers: CIMultiDictProxy[str], fail: Callable[[EngineError], None]) -> None:
         super().__init__(headers, None)
         self._fail = fail
+        self.calls: dict[int, EngineCall] = {}  # of pieces that have not ended
         self._chunks: asyncio.Queue[bytes | Exception] = asyncio.Queue(_MOST_CHUNKS_AHEAD)
 
     async def put(self, chunk: bytes | Exception) -> None:
@@ -90,6 +91,15 @@ class _MergedStream(_WholeAnswer):
         if isinstance(chunk, Exception):
             raise chunk
         return chunk
+
+    @property
+    def is_in_pieces(self) -> bool:
+        return True
+
+    def find_quiet_since(self, moved_at: float, now: float) -> float:
+        """A list of which no engine has anything waits for its turn."""
+        sent_at = min((call.sent_at for call in self.calls.values() if call.sent_at), default=now)
+        return max(moved_at, sent_at)
 
     def fail(self, error: EngineError) -> None:
         self._fail(error)
@@ -196,6 +206,7 @@ class LongListCall:
         self, call: EngineCall, size: int, stream: PieceStream | None = None
     ) -> Iterator[None]:
         """Notes what was running of this call where it is cut off."""
+        self._merged.calls[id(call)] = call
         try:
             yield
         except _Refused:
@@ -213,6 +224,8 @@ class LongListCall:
             seconds = 0.0 if is_lost else time.perf_counter() - call.sent_at
             self.cut_pieces.append(CutPiece(told, seconds, call.sequences))
             raise
+        finally:
+            del self._merged.calls[id(call)]
         self.sent_bytes += size
 
     def _note_first(self, call: EngineCall, answer: EngineAnswer) -> None:

@@ -667,3 +667,40 @@ async def test_silent_engine_ends_a_streamed_list(serve: Serve) -> None:
         *_, last = _read_events(text)
         assert last["error"]["code"] == "engine_timeout"
         await until(lambda: _is_empty(served) and engine.running == 0)
+
+
+async def test_streamed_list_that_waits_for_its_turn_has_no_silent_engine(serve: Serve) -> None:
+    """Others have the engine for longer than one may be silent."""
+    engine = Behaviour(
+        delays=lambda one: 0.2 if one.isdigit() else 0.9 if one.startswith("slow") else 0
+    )
+    async with serve(engine, engine_sequences=16, stream_idle_timeout_s=0.5) as served:
+        asking = asyncio.create_task(_complete(served, _numbers(45), stream=True))
+        await until(lambda: engine.running >= SHARE)
+        slow = [
+            asyncio.create_task(_complete(served, [f"slow {n}" for n in range(SHARE)]))
+            for _ in range(2)
+        ]
+
+        assert _read_texts((await asking).text) == {n: f"answer:{n}" for n in range(45)}
+        for one in slow:
+            assert (await one).status_code == 200
+
+
+async def test_time_of_a_streamed_list_is_that_of_each_piece(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 0.1 if one.isdigit() else 0)
+    async with serve(engine, engine_sequences=16, engine_timeout_s=0.5) as served:
+        began = time.perf_counter()
+        answer = await _complete(served, _numbers(SHARE * 8), stream=True)
+
+        assert time.perf_counter() - began > 0.5
+        assert len(_read_texts(answer.text)) == SHARE * 8
+
+
+async def test_streamed_piece_that_takes_too_long_ends_its_list(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 60 if _number(one) >= 30 else 0)
+    async with serve(engine, engine_sequences=16, engine_timeout_s=0.5) as served:
+        text = (await _complete(served, _numbers(100), stream=True)).text
+
+        assert _read_events(text)[-1]["error"]["code"] == "engine_timeout"
+        await until(lambda: _is_empty(served) and engine.running == 0)

@@ -94,6 +94,8 @@ class BodyCount(Protocol):
 
     def hold(self, context: RequestContext, size: int) -> None: ...
 
+    def add(self, context: RequestContext, size: int) -> None: ...
+
     def release(self, context: RequestContext, size: int | None = None) -> None: ...
 
 
@@ -226,6 +228,7 @@ class UnattendedCaller:
             prompts,
             _build_call(line),
             copies=line.call.copies,
+            hold=partial(self._bodies.add, context),
             release=partial(self._bodies.release, context),
             timeout_s=self._settings.engine_timeout_s,
         )

@@ -411,13 +411,15 @@ class _ListRelay(_Relay):
     def _ask(self, call: EngineCall, places: Admission | None) -> AsyncContext[EngineAnswer]:
         # Engines answer conversations in one call whole, whatever is asked.
         call.is_stream = self._call.is_stream and self._path in STREAMING
+        bodies = self._request.app[BODIES]
         self._list = LongListCall(
             self._served.pool,
             places.gate if places else None,
             self._prompts,
             call,
             copies=self._call.copies,
-            release=partial(self._request.app[BODIES].release, self._context),
+            hold=partial(bodies.add, self._context),
+            release=partial(bodies.release, self._context),
             timeout_s=self._settings.engine_timeout_s,
         )
         return self._list

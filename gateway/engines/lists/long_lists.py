@@ -116,12 +116,16 @@ class LongListCall:
         call: EngineCall,
         *,
         copies: int,
+        hold: Callable[[int], None],
         release: Callable[[int], None],
         timeout_s: float,
     ) -> None:
-        """`call` is what each piece is like; `release` is told of the bytes that are let go."""
+        """`call` is what each piece is like; `hold` is told of the bytes that are copied for each,
+        `release` of those that are let go.
+        """
         self._pool, self._gate, self._prompts, self._call = pool, gate, prompts, call
-        self._copies, self._release, self._timeout_s = copies, release, timeout_s
+        self._copies, self._timeout_s = copies, timeout_s
+        self._hold, self._release = hold, release
         self._answers: dict[int, PieceAnswer] = {}
         self._headers: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
         self._head, self._merged = StreamHead(), _MergedStream(self._headers, self._fail)
@@ -179,6 +183,7 @@ class LongListCall:
         """Of this piece; the bytes of its prompts, and which choices will answer them."""
         first, stop = piece.places[0], piece.places[-1] + 1
         size = sum(map(len, self._prompts.prompts[first:stop]))
+        self._hold(self._prompts.size_beside)
         call = replace(
             self._call,
             body=self._prompts.take(range(first, stop)),
@@ -193,7 +198,7 @@ class LongListCall:
         with self._watch(call, size):
             async with self._pool.attempt(call) as answer:
                 call.body = None
-                self._release(size)
+                self._release(size + self._prompts.size_beside)
                 if answer.status != 200:
                     raise _Refused(answer)
                 told: PieceAnswer = answer.value
@@ -282,7 +287,7 @@ class LongListCall:
         with self._watch(call, size, stream):
             async with attempt as answer:
                 call.body = None
-                self._release(size)
+                self._release(size + self._prompts.size_beside)
                 if answer.body is not None and answer.status != 200:
                     raise _Refused(answer)
                 if answer.body is not None or answer.status != 200:

@@ -430,6 +430,28 @@ async def test_bytes_are_held_no_longer_than_their_pieces(serve: Serve) -> None:
         await until(lambda: served.app[BODIES]._held == 0)
 
 
+async def test_what_stands_beside_the_prompts_is_held_once_for_each_call(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 60 if one.isdigit() else 0)
+    async with serve(engine, engine_sequences=16, max_bytes_per_token=10_000) as served:
+        asking = asyncio.create_task(_complete(served, _numbers(100), user="u" * 10_000))
+        await until(lambda: engine.running == SHARE)
+
+        assert SHARE * 10_000 <= served.app[BODIES]._held < (SHARE + 2) * 11_000
+        asking.cancel()
+        await until(lambda: _is_empty(served) and served.app[BODIES]._held == 0)
+
+
+async def test_what_goes_with_each_of_many_prompts_is_bounded_by_their_number(serve: Serve) -> None:
+    async with serve(engine_sequences=16, max_bytes_per_token=10_000) as served:
+        refused = await _complete(served, _numbers(1024), user="u" * 2**16)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"], error["source"]) == (400, "prompt", "gateway")
+        assert f"at most {2**15} bytes" in error["message"]
+        assert served.engine.calls == []
+        fewer = await _complete(served, _numbers(100), user="u" * 2**16)
+        assert fewer.status_code == 200
+
+
 def _drop(choices: list[dict[str, Any]]) -> None:
     choices.pop()
 

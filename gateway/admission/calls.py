@@ -68,8 +68,9 @@ async def cut_long_list(
         return None
     if path in LISTS and call.copies <= share:
         prompts = await cut_prompts(path, call.body, settings.max_prompts)
-        if prompts is not None and len(prompts.prompts) * call.copies == call.sequences:
-            call.body = b""
+        if prompts is not None and len(prompts.prompts) * call.copies <= call.sequences:
+            # Fewer, where a list that the path does not read is longer.
+            call.body, call.sequences = b"", len(prompts.prompts) * call.copies
             return prompts
     if call.copies > share:
         raise InvalidRequest(

@@ -174,13 +174,13 @@ class UnattendedCaller:
     async def run(self, line: UnattendedCall) -> Answer:
         """What has been parsed and checked, and counted as a request; its claim stays open."""
         caller, call, context = line.caller, line.call, line.context
+        prompts = await cut_long_list(line.path, call, line.served.queue, self._settings)
         ticket = Ticket(call.sequences, line.lane, line.claim, on_waiting=line.on_waiting)
         is_writing = line.path != "/v1/embeddings"
         bound = bound_answer(call, self._settings, line.served.pool) if is_writing else 0
         taken = call.size // BYTES_A_TOKEN
         if caller.counts_tokens:
             ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
-        prompts = await cut_long_list(line.path, call, line.served.queue, self._settings)
         if prompts is not None:
             ticket.is_divisible, ticket.step = True, call.copies
         context.record.note_queued()

@@ -45,6 +45,12 @@ async def cut_prompts(path: str, body: bytes, most: int) -> PromptList | None:
     has_embeds = embeds is not None and body[embeds.start : embeds.end] != b"null"
     if prompts is None or not prompts.items or has_embeds:
         return None
+    if len({body[start : start + 1] for start, _ in prompts.items}) > 1:
+        raise InvalidRequest(
+            f"the items of {LISTS[path]} must be of one kind",
+            param=LISTS[path],
+            code="invalid_type",
+        )
     start, end = prompts.items[0][0], prompts.items[-1][1]
     most_beside = min(_MOST_BESIDE_BYTES, _MOST_REPEATED_BYTES // len(prompts.items))
     if len(body) - (end - start) > most_beside:

@@ -232,6 +232,35 @@ async def test_what_cannot_be_cut_and_is_more_than_the_share_is_refused(
         assert fitting.status_code == (400 if "prompt_embeds" in fields else 200)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_texts_and_token_ids_in_one_list_are_refused_as_engines_do(
+    serve: Serve, is_stream: bool
+) -> None:
+    """By pieces each of them would be a good list."""
+    async with serve(engine_sequences=16) as served:
+        refused = await _complete(served, ["a"] * 20 + [[1, 2]] * 20, stream=is_stream)
+
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"], error["code"]) == (
+            400,
+            "prompt",
+            "invalid_type",
+        )
+        assert "of one kind" in error["message"]
+        assert served.engine.calls == []
+
+
+@pytest.mark.parametrize("count", [8, 20])
+async def test_another_list_that_its_path_does_not_read_changes_nothing(
+    serve: Serve, count: int
+) -> None:
+    async with serve(engine_sequences=16) as served:
+        answer = await _complete(served, _numbers(count), input=["x"] * 30)
+
+        _check_answer(answer, _numbers(count))
+        await until(lambda: _is_empty(served))
+
+
 async def test_nothing_is_cut_or_refused_while_nobody_knows_what_the_engine_runs(
     serve: Serve,
 ) -> None:

@@ -295,7 +295,7 @@ class LongListCall:
                 self._begin(call, answer)
                 await self._read_stream(piece, attempt, answer, stream)
             taken, given = read_counts(stream.usage)
-            self._note_tokens(taken, max(given, stream.ended_tokens))
+            self._note_tokens(taken, given if stream.usage else stream.ended_tokens)
 
     async def _read_stream(
         self, piece: Piece, attempt: Attempt, answer: EngineAnswer, stream: PieceStream

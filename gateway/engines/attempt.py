@@ -5,7 +5,8 @@ and the retry policy; foreign exceptions are translated below it (`client.py`). 
 
 - What an engine did not accept (no connection, no file left for one): it did not run.
 - What an engine refused with 429 or 503 did not run either; it goes to another engine. Where there
-  is none the caller is told at once: asking the same one again would only add to its load.
+  is none the caller is told at once: asking the same one again would only add to its load. Only a
+  piece of a long list is asked again after a moment (`lists/long_lists.py`).
 - What was lost on the way, or answered with nonsense, only if the same answer would come again
   (`is_repeatable`), on whichever engine is usable then: one that has just failed is looked at
   first, and one that restarts is waited for.

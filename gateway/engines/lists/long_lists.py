@@ -19,6 +19,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.engines.attempt import Attempt, EngineCall
 from gateway.engines.client import EngineAnswer
+from gateway.engines.engine import BUSY_STATUSES
 from gateway.engines.lists.feeding import Gate, Piece, open_group, take_places
 from gateway.engines.pool import ModelPool
 from gateway.errors import EngineError, EngineTimeout
@@ -42,6 +43,7 @@ from gateway.schemas.prompt_lists.streams import (
 _CALLS_A_PIECE = 4
 # Chunks that wait for a caller who takes them slowly; more wait in the engines.
 _MOST_CHUNKS_AHEAD = 4
+_BUSY_PAUSE_S = 1.0  # until an engine that had no room for a piece is asked again
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ class LongListCall:
         call, size, first, count = self._build_call(piece)
         call.parse_large = partial(parse_piece, first=first, count=count)
         with self._watch(call, size):
-            async with self._pool.attempt(call) as answer:
+            async with self._attempt(call) as (_, answer):
                 call.body = None
                 self._release(size + self._prompts.size_beside)
                 if answer.status != 200:
@@ -205,6 +207,21 @@ class LongListCall:
                 self._answers[first] = told
                 self._note_tokens(*read_counts(told.usage or {}))
                 self._note_first(call, answer)
+
+    @contextlib.asynccontextmanager
+    async def _attempt(self, call: EngineCall) -> AsyncIterator[tuple[Attempt, EngineAnswer]]:
+        """A list is not lost for a moment in which the engines have no room for one piece: that is
+        asked again, as often as a call may be.
+        """
+        while True:
+            attempt = self._pool.attempt(call)
+            async with attempt as answer:
+                is_busy = answer.status in BUSY_STATUSES and answer.body is not None
+                if not is_busy or call.tries_left <= 0:
+                    yield attempt, answer
+                    return
+            call.sent_at = 0.0
+            await asyncio.sleep(_BUSY_PAUSE_S)
 
     @contextlib.contextmanager
     def _watch(
@@ -282,10 +299,9 @@ class LongListCall:
 
     async def _stream(self, piece: Piece) -> None:
         call, size, first, count = self._build_call(piece)
-        attempt = self._pool.attempt(call)
         stream = PieceStream(self._head, first, count)
         with self._watch(call, size, stream):
-            async with attempt as answer:
+            async with self._attempt(call) as (attempt, answer):
                 call.body = None
                 self._release(size + self._prompts.size_beside)
                 if answer.body is not None and answer.status != 200:

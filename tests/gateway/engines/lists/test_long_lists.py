@@ -348,7 +348,7 @@ async def test_list_that_a_bad_piece_ends_is_charged_like_one_that_is_left(
         return 60 if 30 <= number < 44 else 0.2 if number == 59 else 0
 
     engine = Behaviour(delays=delay, statuses=lambda one: status if one == "60" else 200)
-    async with serve(engine, engine_sequences=16) as served:
+    async with serve(engine, engine_sequences=16, max_attempts=1) as served:
         served.app[ACCOUNTS]._pace.learn(100, 1)
         before = await _read_usage(served)
         answer = await _complete(served, _numbers(100), max_tokens=10, stream=is_stream)
@@ -359,6 +359,35 @@ async def test_list_that_a_bad_piece_ends_is_charged_like_one_that_is_left(
         taken, given = await _read_usage(served)
         assert taken - before[0] >= 46
         assert given - before[1] == 46 * 2 + 14 * 10
+
+
+@pytest.mark.parametrize("refusals", [2, 3])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_piece_for_which_an_engine_has_no_room_is_asked_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, is_stream: bool, refusals: int
+) -> None:
+    monkeypatch.setattr("gateway.engines.lists.long_lists._BUSY_PAUSE_S", 0.01)
+    left = refusals
+
+    def choose(prompt: str) -> int:
+        nonlocal left
+        if prompt != "20" or not left:
+            return 200
+        left -= 1
+        return 503
+
+    engine = Behaviour(statuses=choose)
+    async with serve(engine, engine_sequences=16, max_attempts=3) as served:
+        answer = await _complete(served, _numbers(40), stream=is_stream, temperature=1)
+
+        assert sum(call["prompt"] == ["20"] for call in engine.calls) == 3
+        if refusals == 3:
+            assert "error" in answer.text
+        elif is_stream:
+            assert _read_texts(answer.text) == {n: f"answer:{n}" for n in range(40)}
+        else:
+            _check_answer(answer, _numbers(40))
+        await until(lambda: _is_empty(served) and served.app[BODIES]._held == 0)
 
 
 async def test_list_that_loses_its_engine_is_charged_for_what_ran_elsewhere(serve: Serve) -> None:

@@ -54,6 +54,10 @@ class HeldBodies:
     def hold(self, context: RequestContext, size: int) -> None:
         """So many bytes more; `Overloaded` where that is too much. One body alone always fits."""
         self.check(context, size)
+        self.add(context, size)
+
+    def add(self, context: RequestContext, size: int) -> None:
+        """The same for what is inside already: it is not turned away for its copies."""
         context.held_bytes += size
         self._held += size
         self._most_held = max(self._most_held, self._held)

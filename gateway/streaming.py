@@ -282,8 +282,11 @@ class IdleTimer:
 
     def _look_at_engine(self, now: float, moved_at: float) -> None:
         settings = self._settings
-        idle_left_s = moved_at + settings.stream_idle_timeout_s - now
+        quiet_since = self._answer.find_quiet_since(moved_at, now)
+        idle_left_s = quiet_since + settings.stream_idle_timeout_s - now
         left_s = self._started + settings.engine_timeout_s - now
+        if self._answer.is_in_pieces:
+            left_s = idle_left_s
         if idle_left_s <= 0 or left_s <= 0:
             reason = "fell silent" if idle_left_s <= 0 else "took too long"
             self._answer.fail(EngineTimeout(f"the engine's stream {reason}"))

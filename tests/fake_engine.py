@@ -56,6 +56,7 @@ class Behaviour:
     aborts: Callable[[str], bool] = lambda question: False
     fails: Callable[[str], bool] = lambda question: False  # 500 to these, in streams after the 200
     status: int = 200
+    statuses: Callable[[str], int] = lambda question: 200  # of completions, by prompt
     retry_after_s: int | None = None
     body: bytes | None = None
     cuts_connection: bool = False
@@ -298,7 +299,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
 
 def _choose_status(behaviour: Behaviour, call: dict[str, Any], questions: Sequence[str]) -> int:
     fails = any(behaviour.fails(question) for question in questions) and not call.get("stream")
-    return 500 if fails else behaviour.status
+    return max(500 if fails else behaviour.status, *map(behaviour.statuses, questions))
 
 
 async def _stream(request: web.Request, call: dict[str, Any], question: str) -> web.StreamResponse:

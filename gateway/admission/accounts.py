@@ -104,9 +104,26 @@ class Accounts:
         """What a request used whose caller left in the middle: what the engine has told of it, and
         not less than it makes in that time; beside that, what sequences have that ended before.
         """
-        made = min(most_each, self._pace.count_tokens(told.seconds)) * told.sequences
-        given = ended_tokens + max(told.completion_tokens, made)
+        given = ended_tokens + self._bound_given(told, most_each)
         self._charge(caller, claim, told, given)
+
+    async def charge_pieces(
+        self,
+        caller: Caller,
+        told: Spent,
+        pieces: Iterable[Spent],
+        most_each: int,
+        claim: Claim | None = None,
+    ) -> None:
+        """The same of a list that broke off: `told` of what has ended, or of all that was passed
+        on, where that is more; of each piece that ran then, as long as it had run.
+        """
+        given = told.completion_tokens + sum(self._bound_given(one, most_each) for one in pieces)
+        self._charge(caller, claim, told, given)
+
+    def _bound_given(self, left: Spent, most_each: int) -> int:
+        made = min(most_each, self._pace.count_tokens(left.seconds)) * left.sequences
+        return max(left.completion_tokens, made)
 
     def expect_answer(self, caller: Caller) -> int:
         """Tokens that are set aside for an answer whose length nobody has bounded."""

@@ -4,12 +4,14 @@ hosts of its media, and what is set aside for it. Whose turn it is, is `queue.py
 
 from __future__ import annotations
 
-from gateway.admission.accounts import Accounts
+from gateway.admission.accounts import Accounts, Spent
 from gateway.admission.keys import Caller
+from gateway.admission.limits import Claim
 from gateway.admission.media_hosts import MediaHosts
 from gateway.admission.queue import AdmissionQueue
 from gateway.admission.served_models import ServedModels
 from gateway.config import Settings
+from gateway.engines.lists.long_lists import LongListCall
 from gateway.engines.pool import ModelPool
 from gateway.errors import InvalidRequest
 from gateway.schemas.large_json import SMALL_BYTES
@@ -66,8 +68,9 @@ async def cut_long_list(
         return None
     if path in LISTS and call.copies <= share:
         prompts = await cut_prompts(path, call.body, settings.max_prompts)
-        if prompts is not None and len(prompts.prompts) * call.copies == call.sequences:
-            call.body = b""
+        if prompts is not None and len(prompts.prompts) * call.copies <= call.sequences:
+            # Fewer, where a list that the path does not read is longer.
+            call.body, call.sequences = b"", len(prompts.prompts) * call.copies
             return prompts
     if call.copies > share:
         raise InvalidRequest(
@@ -81,6 +84,24 @@ async def cut_long_list(
         param=LISTS.get(path),
         code="too_many_prompts",
     )
+
+
+async def charge_cut_list(
+    accounts: Accounts,
+    caller: Caller,
+    cut: LongListCall,
+    told: Spent,
+    *,
+    most_each: int,
+    claim: Claim | None,
+) -> None:
+    """What was told of a list that broke off, and for what ran in the middle the least that it can
+    have been. Else hanging up would be free, and a bad prompt behind a hundred good ones, too.
+    """
+    told.prompt_tokens = max(told.prompt_tokens, cut.sent_bytes // BYTES_A_TOKEN)
+    pieces = [Spent(0, one.told_tokens, one.seconds, one.sequences) for one in cut.cut_pieces]
+    if told.prompt_tokens or told.completion_tokens or pieces:
+        await accounts.charge_pieces(caller, told, pieces, most_each, claim)
 
 
 def bound_answer(call: OpenAIRequest, settings: Settings, pool: ModelPool) -> int:

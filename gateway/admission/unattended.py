@@ -14,6 +14,7 @@ from gateway.admission.accounts import Accounts, Spent
 from gateway.admission.calls import (
     BYTES_A_TOKEN,
     bound_answer,
+    charge_cut_list,
     check_call,
     cut_long_list,
     expect_tokens,
@@ -35,7 +36,6 @@ from gateway.errors import (
     EngineBusy,
     EngineError,
     EngineTimeout,
-    GatewayError,
     InvalidRequest,
     Unavailable,
 )
@@ -93,6 +93,8 @@ class BodyCount(Protocol):
     """The bytes of all bodies in memory."""
 
     def hold(self, context: RequestContext, size: int) -> None: ...
+
+    def add(self, context: RequestContext, size: int) -> None: ...
 
     def release(self, context: RequestContext, size: int | None = None) -> None: ...
 
@@ -172,13 +174,13 @@ class UnattendedCaller:
     async def run(self, line: UnattendedCall) -> Answer:
         """What has been parsed and checked, and counted as a request; its claim stays open."""
         caller, call, context = line.caller, line.call, line.context
+        prompts = await cut_long_list(line.path, call, line.served.queue, self._settings)
         ticket = Ticket(call.sequences, line.lane, line.claim, on_waiting=line.on_waiting)
         is_writing = line.path != "/v1/embeddings"
         bound = bound_answer(call, self._settings, line.served.pool) if is_writing else 0
         taken = call.size // BYTES_A_TOKEN
         if caller.counts_tokens:
             ticket.tokens = expect_tokens(call, taken, bound, caller, self._accounts)
-        prompts = await cut_long_list(line.path, call, line.served.queue, self._settings)
         if prompts is not None:
             ticket.is_divisible, ticket.step = True, call.copies
         context.record.note_queued()
@@ -188,15 +190,15 @@ class UnattendedCaller:
                 line.on_entered()
             try:
                 if prompts is not None:
-                    return await self._send_pieces(line, prompts, places)
+                    return await self._send_pieces(line, prompts, places, bound)
                 return await self._send_patiently(line, places)
             except (asyncio.CancelledError, EngineTimeout):
-                if context.is_running:  # else what breaks off in the middle would be free
-                    n_inside = call.sequences if prompts is None else places.count_inside()
+                # Else what breaks off in the middle would be free.
+                if context.is_running and prompts is None:
                     given = line.stream.told_tokens if line.stream is not None else 0
-                    left = Spent(taken, given, context.running_s(), n_inside, line.served.name)
-                    ended, claim = context.told_tokens[1], line.claim
-                    await self._accounts.charge_left(caller, left, bound, ended, claim)
+                    running_s, name = context.running_s(), line.served.name
+                    left = Spent(taken, given, running_s, call.sequences, name)
+                    await self._accounts.charge_left(caller, left, bound, claim=line.claim)
                 raise
 
     async def _send_patiently(self, line: UnattendedCall, places: Admission) -> Answer:
@@ -216,9 +218,9 @@ class UnattendedCaller:
             await places.take(line.call.sequences)
 
     async def _send_pieces(
-        self, line: UnattendedCall, prompts: PromptList, places: Admission
+        self, line: UnattendedCall, prompts: PromptList, places: Admission, most_each: int
     ) -> Answer:
-        """What has ended is charged, whatever becomes of the rest."""
+        """What has run is charged, whatever becomes of the rest."""
         context = line.context
         one_list = LongListCall(
             line.served.pool,
@@ -226,19 +228,20 @@ class UnattendedCaller:
             prompts,
             _build_call(line),
             copies=line.call.copies,
+            hold=partial(self._bodies.add, context),
             release=partial(self._bodies.release, context),
             timeout_s=self._settings.engine_timeout_s,
         )
         try:
             async with one_list as answer:
-                read = await self._read(line, answer)
-        except GatewayError as error:
-            if not isinstance(error, EngineTimeout):
-                await self._count(line, context.told_tokens)
-            raise
-        if read.status != 200:
-            await self._count(line, context.told_tokens)
-        return read
+                return await self._read(line, answer)
+        finally:
+            if one_list.has_failed:
+                told = Spent(*context.told_tokens, model=line.served.name)
+                accounts, caller, claim = self._accounts, line.caller, line.claim
+                await charge_cut_list(
+                    accounts, caller, one_list, told, most_each=most_each, claim=claim
+                )
 
     async def _send(self, line: UnattendedCall) -> Answer:
         engine_call = _build_call(line)

@@ -5,7 +5,8 @@ and the retry policy; foreign exceptions are translated below it (`client.py`). 
 
 - What an engine did not accept (no connection, no file left for one): it did not run.
 - What an engine refused with 429 or 503 did not run either; it goes to another engine. Where there
-  is none the caller is told at once: asking the same one again would only add to its load.
+  is none the caller is told at once: asking the same one again would only add to its load. Only a
+  piece of a long list is asked again after a moment (`lists/long_lists.py`).
 - What was lost on the way, or answered with nonsense, only if the same answer would come again
   (`is_repeatable`), on whichever engine is usable then: one that has just failed is looked at
   first, and one that restarts is waited for.
@@ -65,6 +66,7 @@ class EngineCall:
     is_stream: bool = False  # what is good comes as one; `parse` is for the rest
     is_relayed: bool = False  # an engine's refusals and errors are passed on in its own words
     n_prompts: int = 0  # of /predict, for the count of those that ran again
+    sent_at: float = 0.0  # when an engine got it, by `time.perf_counter`; 0 while none has it
 
 
 class EngineChooser(Protocol):
@@ -115,7 +117,7 @@ class Attempt:
                 if failure is None or not self._goes_on(engine, failure):
                     break
                 self._close(failure)
-                call.context.is_running = False
+                call.context.is_running, call.sent_at = False, 0.0
                 await self._pool.wait_looked_at(engine)
                 failed_in.add((engine, engine.starts))
                 call.avoid, early = engine, None
@@ -156,7 +158,7 @@ class Attempt:
         call = self._call
         call.tries_left -= 1
         call.context.is_running = True
-        call.context.sent_at = time.perf_counter()
+        call.context.sent_at = call.sent_at = time.perf_counter()
         self._engine = call.asked = engine
         engine.running += call.sequences
         headers, self._span = call.context.open_call(engine.url, call.sequences)

@@ -61,6 +61,15 @@ class EngineAnswer:
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             raise translate(error) from error
 
+    @property
+    def is_in_pieces(self) -> bool:
+        """Whether what is read are several calls' streams, each of which has a time of its own."""
+        return False
+
+    def find_quiet_since(self, moved_at: float, now: float) -> float:
+        """Since when the engine owes the next chunk; times are those of `time.perf_counter`."""
+        return moved_at
+
     def fail(self, error: EngineError) -> None:
         """Whoever reads the stream gets the error."""
         self._content.set_exception(error)

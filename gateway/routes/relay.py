@@ -16,6 +16,7 @@ from gateway.admission.accounts import ACCOUNTS, Spent
 from gateway.admission.calls import (
     BYTES_A_TOKEN,
     bound_answer,
+    charge_cut_list,
     check_call,
     cut_long_list,
     expect_tokens,
@@ -262,16 +263,15 @@ class _Relay:
                 raise
             return await stream.end(end)
         self._learn_first_token(stream, lines)
-        await self._count(self._read_stream_usage(stream))
+        await self._count_stream(stream)
         return await stream.end()
 
     def _ask(self, call: EngineCall, places: Admission | None) -> AsyncContext[EngineAnswer]:
         return self._served.pool.attempt(call)
 
-    def _read_stream_usage(self, stream: EventStream) -> Usage | None:
-        if stream.usage is None and self._path in FORMS:
-            return 0, stream.told_tokens
-        return stream.usage
+    async def _count_stream(self, stream: EventStream) -> None:
+        is_form = stream.usage is None and self._path in FORMS
+        await self._count((0, stream.told_tokens) if is_form else stream.usage)
 
     async def _count_lost(self, stream: EventStream | None, error: GatewayError) -> None:
         """What an engine has told before it failed."""
@@ -399,7 +399,7 @@ class _ListRelay(_Relay):
     once.
     """
 
-    __slots__ = ("_list", "_places", "_prompts")
+    __slots__ = ("_list", "_prompts")
 
     def __init__(
         self, request: web.Request, call: OpenAIRequest, served: ServedModel, prompts: PromptList
@@ -407,18 +407,19 @@ class _ListRelay(_Relay):
         super().__init__(request, call, served)
         self._prompts = prompts
         self._list: LongListCall | None = None
-        self._places: Admission | None = None
 
     def _ask(self, call: EngineCall, places: Admission | None) -> AsyncContext[EngineAnswer]:
-        call.is_stream = self._call.is_stream
-        self._places = places
+        # Engines answer conversations in one call whole, whatever is asked.
+        call.is_stream = self._call.is_stream and self._path in STREAMING
+        bodies = self._request.app[BODIES]
         self._list = LongListCall(
             self._served.pool,
             places.gate if places else None,
             self._prompts,
             call,
             copies=self._call.copies,
-            release=partial(self._request.app[BODIES].release, self._context),
+            hold=partial(bodies.add, self._context),
+            release=partial(bodies.release, self._context),
             timeout_s=self._settings.engine_timeout_s,
         )
         return self._list
@@ -429,29 +430,27 @@ class _ListRelay(_Relay):
     def _read_usage(self, answer: EngineAnswer, body: bytes) -> Usage | None:
         return self._context.told_tokens
 
-    def _read_stream_usage(self, stream: EventStream) -> Usage | None:
-        """By the pieces that have ended: where one was refused, others were left in the middle."""
-        return self._context.told_tokens
+    async def _count_stream(self, stream: EventStream) -> None:
+        """One that a piece's refusal ended was left in the middle."""
+        if self._list is not None and self._list.has_failed:
+            await self._charge(stream)
+        else:
+            await self._count(self._context.told_tokens)
 
     async def _count_lost(self, stream: EventStream | None, error: GatewayError) -> None:
-        taken, given = self._context.told_tokens
-        await self._count((taken, max(given, stream.told_tokens if stream else 0)))
+        await self._charge(stream)
 
     async def _count_refused(self) -> None:
-        await self._count(self._context.told_tokens)
+        await self._charge(None)
 
     async def _charge(self, stream: EventStream | None) -> None:
-        """What was told, and for what ran in the middle the least that it can have been."""
-        context, call = self._context, self._call
-        if self._list is None or not (context.is_running or any(context.told_tokens)):
+        """However it broke off."""
+        if self._list is None:
             return
-        taken, ended = context.told_tokens
-        taken = max(taken, self._list.sent_bytes // BYTES_A_TOKEN)
-        told = max(0, stream.told_tokens - ended) if stream else 0
-        n_inside = self._places.count_inside() if self._places else call.sequences
-        left = Spent(taken, told, context.running_s(), n_inside, self._served.name)
+        told = Spent(*self._context.told_tokens, model=self._served.name)
         most, claim = self._bound_answer(), self.claim
-        await self._accounts.charge_left(self._caller, left, most, ended, claim)
+        accounts, caller = self._accounts, self._caller
+        await charge_cut_list(accounts, caller, self._list, told, most_each=most, claim=claim)
 
     def _measure_running(self) -> float:
         return 0.0  # each piece has had a time of its own

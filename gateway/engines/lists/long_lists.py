@@ -8,16 +8,18 @@ engine's refusal of one piece is the call's answer; then the others are not need
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from gateway.engines.attempt import EngineCall
+from gateway.engines.attempt import Attempt, EngineCall
 from gateway.engines.client import EngineAnswer
+from gateway.engines.engine import BUSY_STATUSES
 from gateway.engines.lists.feeding import Gate, Piece, open_group, take_places
 from gateway.engines.pool import ModelPool
 from gateway.errors import EngineError, EngineTimeout
@@ -41,6 +43,18 @@ from gateway.schemas.prompt_lists.streams import (
 _CALLS_A_PIECE = 4
 # Chunks that wait for a caller who takes them slowly; more wait in the engines.
 _MOST_CHUNKS_AHEAD = 4
+_BUSY_PAUSE_S = 1.0  # until an engine that had no room for a piece is asked again
+
+
+@dataclass(frozen=True, slots=True)
+class CutPiece:
+    """What ran in the middle when the list broke off: what its engine has told of the sequences
+    that were running, and for how long so many of them had run.
+    """
+
+    told_tokens: int
+    seconds: float
+    sequences: int
 
 
 class _Refused(Exception):
@@ -68,6 +82,7 @@ class _MergedStream(_WholeAnswer):
     def __init__(self, headers: CIMultiDictProxy[str], fail: Callable[[EngineError], None]) -> None:
         super().__init__(headers, None)
         self._fail = fail
+        self.calls: dict[int, EngineCall] = {}  # of pieces that have not ended
         self._chunks: asyncio.Queue[bytes | Exception] = asyncio.Queue(_MOST_CHUNKS_AHEAD)
 
     async def put(self, chunk: bytes | Exception) -> None:
@@ -78,6 +93,15 @@ class _MergedStream(_WholeAnswer):
         if isinstance(chunk, Exception):
             raise chunk
         return chunk
+
+    @property
+    def is_in_pieces(self) -> bool:
+        return True
+
+    def find_quiet_since(self, moved_at: float, now: float) -> float:
+        """A list of which no engine has anything waits for its turn."""
+        sent_at = min((call.sent_at for call in self.calls.values() if call.sent_at), default=now)
+        return max(moved_at, sent_at)
 
     def fail(self, error: EngineError) -> None:
         self._fail(error)
@@ -94,12 +118,16 @@ class LongListCall:
         call: EngineCall,
         *,
         copies: int,
+        hold: Callable[[int], None],
         release: Callable[[int], None],
         timeout_s: float,
     ) -> None:
-        """`call` is what each piece is like; `release` is told of the bytes that are let go."""
+        """`call` is what each piece is like; `hold` is told of the bytes that are copied for each,
+        `release` of those that are let go.
+        """
         self._pool, self._gate, self._prompts, self._call = pool, gate, prompts, call
-        self._copies, self._release, self._timeout_s = copies, release, timeout_s
+        self._copies, self._timeout_s = copies, timeout_s
+        self._hold, self._release = hold, release
         self._answers: dict[int, PieceAnswer] = {}
         self._headers: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
         self._head, self._merged = StreamHead(), _MergedStream(self._headers, self._fail)
@@ -107,13 +135,16 @@ class LongListCall:
         self._first: asyncio.Future[EngineAnswer] | None = None
         self._failure: EngineError | None = None
         self._engine_s = 0.0
-        self.sent_bytes = 0  # of prompts
+        self.cut_pieces: list[CutPiece] = []  # where there is one, the list has not ended well
+        self.sent_bytes = 0  # of prompts that engines have run
+        self.has_failed = False
 
     async def __aenter__(self) -> EngineAnswer:
         began = time.perf_counter()
         try:
             return await (self._open() if self._call.is_stream else self._collect())
         except BaseException:
+            self.has_failed = True
             await self._stop()
             raise
         finally:
@@ -125,6 +156,7 @@ class LongListCall:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.has_failed = self.has_failed or error is not None
         await self._stop()
         self._call.context.record.engine_s = self._engine_s  # not that of the last piece
 
@@ -134,6 +166,7 @@ class LongListCall:
                 async for piece in self._cut():
                     group.create_task(self._ask(piece)).add_done_callback(piece.leave)
         except _Refused as refused:
+            self.has_failed = True
             return refused.answer
         pieces = [self._answers[place] for place in sorted(self._answers)]
         return _WholeAnswer(self._headers, put_together(pieces))
@@ -152,7 +185,7 @@ class LongListCall:
         """Of this piece; the bytes of its prompts, and which choices will answer them."""
         first, stop = piece.places[0], piece.places[-1] + 1
         size = sum(map(len, self._prompts.prompts[first:stop]))
-        self.sent_bytes += size
+        self._hold(self._prompts.size_beside)
         call = replace(
             self._call,
             body=self._prompts.take(range(first, stop)),
@@ -164,15 +197,58 @@ class LongListCall:
     async def _ask(self, piece: Piece) -> None:
         call, size, first, count = self._build_call(piece)
         call.parse_large = partial(parse_piece, first=first, count=count)
-        async with self._pool.attempt(call) as answer:
-            call.body = None
-            self._release(size)
-            if answer.status != 200:
-                raise _Refused(answer)
-            told: PieceAnswer = answer.value
-            self._answers[first] = told
-            self._note_tokens(*read_counts(told.usage or {}))
-            self._note_first(call, answer)
+        with self._watch(call, size):
+            async with self._attempt(call) as (_, answer):
+                call.body = None
+                self._release(size + self._prompts.size_beside)
+                if answer.status != 200:
+                    raise _Refused(answer)
+                told: PieceAnswer = answer.value
+                self._answers[first] = told
+                self._note_tokens(*read_counts(told.usage or {}))
+                self._note_first(call, answer)
+
+    @contextlib.asynccontextmanager
+    async def _attempt(self, call: EngineCall) -> AsyncIterator[tuple[Attempt, EngineAnswer]]:
+        """A list is not lost for a moment in which the engines have no room for one piece: that is
+        asked again, as often as a call may be.
+        """
+        while True:
+            attempt = self._pool.attempt(call)
+            async with attempt as answer:
+                is_busy = answer.status in BUSY_STATUSES and answer.body is not None
+                if not is_busy or call.tries_left <= 0:
+                    yield attempt, answer
+                    return
+            call.sent_at = 0.0
+            await asyncio.sleep(_BUSY_PAUSE_S)
+
+    @contextlib.contextmanager
+    def _watch(
+        self, call: EngineCall, size: int, stream: PieceStream | None = None
+    ) -> Iterator[None]:
+        """Notes what was running of this call where it is cut off."""
+        self._merged.calls[id(call)] = call
+        try:
+            yield
+        except _Refused:
+            raise  # nothing of it has run
+        except BaseException as error:
+            if not call.sent_at:
+                raise
+            self.sent_bytes += size
+            told = 0
+            if stream is not None:
+                told = stream.count_open_tokens()
+                self._note_tokens(0, stream.ended_tokens)
+            # An engine's own fault is not charged by the clock.
+            is_lost = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
+            seconds = 0.0 if is_lost else time.perf_counter() - call.sent_at
+            self.cut_pieces.append(CutPiece(told, seconds, call.sequences))
+            raise
+        finally:
+            del self._merged.calls[id(call)]
+        self.sent_bytes += size
 
     def _note_first(self, call: EngineCall, answer: EngineAnswer) -> None:
         if self._call.asked is None:
@@ -198,12 +274,14 @@ class LongListCall:
                     group.create_task(self._stream(piece)).add_done_callback(piece.leave)
             end = self._head.build_end()
         except _Refused as refused:
+            self.has_failed = True
             if not first.done():
                 first.set_result(refused.answer)
                 return
             answer = refused.answer
             end = build_refusal_event(answer.status, answer.body or b"", self._call.path)
         except StreamRefused as refused:
+            self.has_failed = True
             self._merged.is_at_fault = refused.is_fault
             end = refused.event + DONE
         except asyncio.CancelledError:
@@ -221,34 +299,40 @@ class LongListCall:
 
     async def _stream(self, piece: Piece) -> None:
         call, size, first, count = self._build_call(piece)
-        attempt = self._pool.attempt(call)
         stream = PieceStream(self._head, first, count)
-        async with attempt as answer:
-            call.body = None
-            self._release(size)
-            if answer.body is not None and answer.status != 200:
-                raise _Refused(answer)
-            if answer.body is not None or answer.status != 200:
-                raise EngineError("the engine answered with no stream", code="engine_garbled")
-            self._begin(call, answer)
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    while chunk := await answer.read_chunk():
-                        events, ended = stream.read(chunk)
-                        attempt.note_ended(ended)
-                        piece.give_back(ended)
-                        if events:
-                            await self._merged.put(events)
-                stream.check_end()
-            except TimeoutError:
-                raise EngineTimeout("the engine's stream took too long") from None
-            except EngineError:
-                answer.is_at_fault = stream.is_at_fault or None
-                raise
-            except StreamRefused as refused:
-                answer.is_at_fault = refused.is_fault
-                raise
-            self._note_tokens(*read_counts(stream.usage))
+        with self._watch(call, size, stream):
+            async with self._attempt(call) as (attempt, answer):
+                call.body = None
+                self._release(size + self._prompts.size_beside)
+                if answer.body is not None and answer.status != 200:
+                    raise _Refused(answer)
+                if answer.body is not None or answer.status != 200:
+                    raise EngineError("the engine answered with no stream", code="engine_garbled")
+                self._begin(call, answer)
+                await self._read_stream(piece, attempt, answer, stream)
+            taken, given = read_counts(stream.usage)
+            self._note_tokens(taken, given if stream.usage else stream.ended_tokens)
+
+    async def _read_stream(
+        self, piece: Piece, attempt: Attempt, answer: EngineAnswer, stream: PieceStream
+    ) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while chunk := await answer.read_chunk():
+                    events, ended = stream.read(chunk)
+                    attempt.note_ended(ended)
+                    piece.give_back(ended)
+                    if events:
+                        await self._merged.put(events)
+            stream.check_end()
+        except TimeoutError:
+            raise EngineTimeout("the engine's stream took too long") from None
+        except EngineError:
+            answer.is_at_fault = stream.is_at_fault or None
+            raise
+        except StreamRefused as refused:
+            answer.is_at_fault = refused.is_fault
+            raise
 
     def _begin(self, call: EngineCall, answer: EngineAnswer) -> None:
         self._note_first(call, answer)

@@ -12,8 +12,9 @@ from gateway.schemas.openai import CHAT_BATCH
 
 # Where the list lies whose items are answered one by one.
 LISTS: Mapping[str, str] = {"/v1/completions": "prompt", CHAT_BATCH: "messages"}
-# What every call carries along with its prompts.
+# What every call carries along with its prompts, and what that may come to if each goes alone.
 _MOST_BESIDE_BYTES = 2**18
+_MOST_REPEATED_BYTES = 2**25
 
 
 @dataclass(slots=True)
@@ -24,6 +25,10 @@ class PromptList:
     after: bytes
     prompts: list[bytes]
     answers: int  # to each prompt
+
+    @property
+    def size_beside(self) -> int:
+        return len(self.before) + len(self.after)
 
     def take(self, places: range) -> bytes:
         """The body of a call with these alone. Here they are let go."""
@@ -40,12 +45,19 @@ async def cut_prompts(path: str, body: bytes, most: int) -> PromptList | None:
     has_embeds = embeds is not None and body[embeds.start : embeds.end] != b"null"
     if prompts is None or not prompts.items or has_embeds:
         return None
+    if len({body[start : start + 1] for start, _ in prompts.items}) > 1:
+        raise InvalidRequest(
+            f"the items of {LISTS[path]} must be of one kind",
+            param=LISTS[path],
+            code="invalid_type",
+        )
     start, end = prompts.items[0][0], prompts.items[-1][1]
-    if len(body) - (end - start) > _MOST_BESIDE_BYTES:
+    most_beside = min(_MOST_BESIDE_BYTES, _MOST_REPEATED_BYTES // len(prompts.items))
+    if len(body) - (end - start) > most_beside:
         raise InvalidRequest(
             f"a list of {len(prompts.items)} prompts goes to the engines by pieces, with each what "
-            f"stands beside it in the body: at most {_MOST_BESIDE_BYTES} bytes; send fewer prompts "
-            "at once, or less beside them",
+            f"stands beside it in the body: at most {most_beside} bytes of so many; send fewer "
+            "prompts at once, or less beside them",
             param=LISTS[path],
         )
     answers = 1

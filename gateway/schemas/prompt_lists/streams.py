@@ -10,7 +10,7 @@ import orjson
 
 from gateway.errors import EngineError
 from gateway.schemas.openai import name_engine_error, name_stream_errors
-from gateway.schemas.prompt_lists.answers import add_usage, check_number
+from gateway.schemas.prompt_lists.answers import add_usage, check_number, read_counts
 from gateway.schemas.vllm import UNREADABLE, garbled_answer
 
 DONE = b"data: [DONE]\n\n"
@@ -64,7 +64,9 @@ class PieceStream:
 
     def __init__(self, head: StreamHead, first: int, count: int) -> None:
         self._head, self._first, self._count = head, first, count
-        self._open = set(range(count))
+        # At least a token for each event, of the choices that are still running.
+        self._open = dict.fromkeys(range(count), 0)
+        self.ended_tokens = 0  # the same of those that have ended
         self._rest = bytearray()
         self._is_done = False
         self.usage: Mapping[str, Any] = {}
@@ -95,6 +97,9 @@ class PieceStream:
         else:
             raise EngineError("the engine's stream ended without its end")
 
+    def count_open_tokens(self) -> int:
+        return sum(self._open.values())
+
     def _read_event(self, event: bytes) -> bytes:
         if not event.startswith(_DATA):  # a comment, or nothing
             return b""
@@ -111,11 +116,14 @@ class PieceStream:
         if not choices:
             self.usage = self._head.note_end(data)
             return b""
+        # Where it is asked for, each event tells how far its choice has come.
+        _, told = read_counts(data.get("usage") or {})
         for choice in choices:
             place = choice["index"]
             if place not in self._open:  # of no prompt, or after its end
                 raise IndexError(place)
             choice["index"] = place + self._first
+            self._open[place] = told or self._open[place] + 1
             if choice.get("finish_reason") is not None:
-                self._open.discard(place)
+                self.ended_tokens += self._open.pop(place)
         return b"data: " + orjson.dumps(data) + b"\n\n"

@@ -103,6 +103,37 @@ async def test_line_with_a_long_list_comes_in_by_pieces(tmp_path: Path) -> None:
     assert bad["response"]["body"]["error"]["message"].startswith("n must be at most 15")
 
 
+@pytest.mark.parametrize("ending", ["refused", "cancelled"])
+async def test_long_list_of_a_line_that_breaks_off_is_charged_for_what_ran(
+    tmp_path: Path, ending: str
+) -> None:
+    """Fourteen run on beside the short ones."""
+
+    def delay(prompt: str) -> float:
+        number = int(prompt) if prompt.isdigit() else 0
+        return 60 if 30 <= number < 44 else 0.2 if number == 59 else 0
+
+    url = "/v1/completions"
+    body = {"model": "fake", "prompt": [f"{n}" for n in range(100)], "max_tokens": 10}
+    line = {"custom_id": "long", "method": "POST", "url": url, "body": body}
+    engine = Behaviour(delays=delay)
+    if ending == "refused":
+        engine.refuses = lambda prompt: prompt == "60"
+    else:
+        engine.delays = lambda prompt: 60 if prompt == "60" else delay(prompt)
+    settings: dict[str, Any] = {"batch_folder": tmp_path / "batches", "engine_sequences": 16}
+    async with serve_gateway(engine, **settings) as served, open_batches(served) as batches:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        batch_id = await batches.create([line], endpoint=url)
+        if ending == "cancelled":
+            await until(lambda: any(call.get("prompt") == ["60"] for call in engine.calls))
+            await batches.sdk.batches.cancel(batch_id)
+        await batches.wait(batch_id)
+        used = served.app[ACCOUNTS].sum_usage()
+
+    assert 46 * 2 + 14 * 10 <= used.completion_tokens <= 46 * 2 + 15 * 10
+
+
 async def test_lines_that_are_refused_stand_in_the_error_file(batches: Batches) -> None:
     lines = [ask(0), ask(1, model="gone"), ask(2, n=1000), ask(3)]
 

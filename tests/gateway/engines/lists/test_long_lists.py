@@ -20,7 +20,14 @@ from gateway.engines.pool import POOL
 from gateway.request_body import BODIES
 from tests.fake_engine import TOKENIZER, Behaviour, build_fake_engine
 from tests.gateway.conftest import Serve, Served, until
-from tests.gateway.scripted_engine import Call, ScriptedEngine, serve_scripted, whole_answer
+from tests.gateway.scripted_engine import (
+    Call,
+    ScriptedEngine,
+    chunk,
+    serve_scripted,
+    stream_head,
+    whole_answer,
+)
 
 # Of an engine that runs sixteen: fifteen are the batch lane's.
 SHARE = 15
@@ -225,6 +232,35 @@ async def test_what_cannot_be_cut_and_is_more_than_the_share_is_refused(
         assert fitting.status_code == (400 if "prompt_embeds" in fields else 200)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_texts_and_token_ids_in_one_list_are_refused_as_engines_do(
+    serve: Serve, is_stream: bool
+) -> None:
+    """By pieces each of them would be a good list."""
+    async with serve(engine_sequences=16) as served:
+        refused = await _complete(served, ["a"] * 20 + [[1, 2]] * 20, stream=is_stream)
+
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"], error["code"]) == (
+            400,
+            "prompt",
+            "invalid_type",
+        )
+        assert "of one kind" in error["message"]
+        assert served.engine.calls == []
+
+
+@pytest.mark.parametrize("count", [8, 20])
+async def test_another_list_that_its_path_does_not_read_changes_nothing(
+    serve: Serve, count: int
+) -> None:
+    async with serve(engine_sequences=16) as served:
+        answer = await _complete(served, _numbers(count), input=["x"] * 30)
+
+        _check_answer(answer, _numbers(count))
+        await until(lambda: _is_empty(served))
+
+
 async def test_nothing_is_cut_or_refused_while_nobody_knows_what_the_engine_runs(
     serve: Serve,
 ) -> None:
@@ -300,6 +336,133 @@ async def test_hang_up_in_the_middle_is_charged_for_what_ended_and_what_ran(serv
         await asyncio.wait({asking})
 
 
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_list_that_a_bad_piece_ends_is_charged_like_one_that_is_left(
+    serve: Serve, is_stream: bool, status: int
+) -> None:
+    """Fourteen run on beside the short ones, of which the last is refused."""
+
+    def delay(prompt: str) -> float:
+        number = _number(prompt)
+        return 60 if 30 <= number < 44 else 0.2 if number == 59 else 0
+
+    engine = Behaviour(delays=delay, statuses=lambda one: status if one == "60" else 200)
+    async with serve(engine, engine_sequences=16, max_attempts=1) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        before = await _read_usage(served)
+        answer = await _complete(served, _numbers(100), max_tokens=10, stream=is_stream)
+
+        assert "error" in answer.text
+        assert _sent(engine) == 61
+        await until(lambda: _is_empty(served) and engine.running == 0)
+        taken, given = await _read_usage(served)
+        assert taken - before[0] >= 46
+        assert given - before[1] == 46 * 2 + 14 * 10
+
+
+@pytest.mark.parametrize("refusals", [2, 3])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_piece_for_which_an_engine_has_no_room_is_asked_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, is_stream: bool, refusals: int
+) -> None:
+    monkeypatch.setattr("gateway.engines.lists.long_lists._BUSY_PAUSE_S", 0.01)
+    left = refusals
+
+    def choose(prompt: str) -> int:
+        nonlocal left
+        if prompt != "20" or not left:
+            return 200
+        left -= 1
+        return 503
+
+    engine = Behaviour(statuses=choose)
+    async with serve(engine, engine_sequences=16, max_attempts=3) as served:
+        answer = await _complete(served, _numbers(40), stream=is_stream, temperature=1)
+
+        assert sum(call["prompt"] == ["20"] for call in engine.calls) == 3
+        if refusals == 3:
+            assert "error" in answer.text
+        elif is_stream:
+            assert _read_texts(answer.text) == {n: f"answer:{n}" for n in range(40)}
+        else:
+            _check_answer(answer, _numbers(40))
+        await until(lambda: _is_empty(served) and served.app[BODIES]._held == 0)
+
+
+async def test_list_that_loses_its_engine_is_charged_for_what_ran_elsewhere(serve: Serve) -> None:
+    steady = Behaviour(delays=lambda one: 60 if one.isdigit() else 0)
+    lost = Behaviour(delays=lambda one: 0.2 if one.isdigit() else 0)
+    async with serve(steady, lost, engine_sequences=16) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        lost.cuts_connection = True
+        answer = await _complete(served, _numbers(100), max_tokens=10, temperature=1)
+
+        assert answer.status_code == 502
+        await until(lambda: _is_empty(served) and steady.running == 0)
+        # Not by the clock for the piece that its engine has lost.
+        given = (await _read_usage(served))[1]
+        assert 10 * _sent(steady) <= given < 10 * _sent(steady, lost)
+
+
+@pytest.mark.parametrize("fault", ["refusal", "event"])
+async def test_refused_stream_is_charged_for_all_that_was_told(tmp_path: Path, fault: str) -> None:
+    """No pace is known here: a token for each event."""
+    told = asyncio.Event()
+    open_calls = 0
+
+    async def answer(call: Call) -> None:
+        nonlocal open_calls
+        if call.prompts == ["14"]:
+            await told.wait()
+            error = orjson.dumps(
+                {"error": {"message": "no", "type": "BadRequestError", "code": 400}}
+            )
+            if fault == "refusal":
+                await call.send(whole_answer(error, "400 Bad Request"))
+            else:
+                await call.send(stream_head() + chunk(b"data: " + error + b"\n\n") + chunk(b""))
+            return
+        event = {"choices": [{"index": 0, "text": "t", "finish_reason": None}]}
+        await call.send(stream_head())
+        for _ in range(10):
+            await call.send(chunk(b"data: " + orjson.dumps(event) + b"\n\n"))
+        open_calls += 1
+        await call.wait_closed()
+
+    async with serve_scripted(tmp_path, ScriptedEngine(answer), engine_sequences=16) as served:
+        before = await _read_usage(served)
+        body = {"model": "fake", "prompt": _numbers(20), "stream": True}
+        async with served.client.stream("POST", "/v1/completions", json=body) as stream:
+            seen = b""
+            async for data in stream.aiter_bytes():
+                seen += data
+                if seen.count(b'"text":"t"') == 140:
+                    told.set()
+        assert b'"error"' in seen
+        await until(lambda: _is_empty(served))
+        assert (await _read_usage(served))[1] - before[1] == 140
+
+
+async def test_list_left_in_the_middle_is_charged_by_the_start_of_each_piece(serve: Serve) -> None:
+    """Short ones that come and go beside the long ones do not begin their time anew."""
+    engine = Behaviour(delays=lambda one: 0 if not one.isdigit() else 60 if int(one) < 14 else 0.01)
+    async with serve(engine, engine_sequences=16) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        before = await _read_usage(served)
+        asking = asyncio.create_task(_complete(served, _numbers(900), max_tokens=10))
+        await until(lambda: engine.running >= 14)
+        enough = time.perf_counter() + 0.2
+        await until(lambda: time.perf_counter() > enough and _sent(engine) > 20)
+        asking.cancel()
+
+        await until(lambda: _is_empty(served) and engine.running == 0)
+        await asyncio.wait({asking})
+        ended = _sent(engine) - 15
+        given = (await _read_usage(served))[1] - before[1]
+        assert 14 * 10 + 2 * ended <= given <= 15 * 10 + 2 * (ended + 1)
+
+
 async def test_deadline_in_the_middle_leaves_nothing_behind(serve: Serve) -> None:
     async with serve(engine_sequences=16) as served:
         served.engine.delay_s = 60
@@ -323,6 +486,28 @@ async def test_bytes_are_held_no_longer_than_their_pieces(serve: Serve) -> None:
         await until(lambda: served.app[BODIES]._held < 2000)
         asking.cancel()
         await until(lambda: served.app[BODIES]._held == 0)
+
+
+async def test_what_stands_beside_the_prompts_is_held_once_for_each_call(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 60 if one.isdigit() else 0)
+    async with serve(engine, engine_sequences=16, max_bytes_per_token=10_000) as served:
+        asking = asyncio.create_task(_complete(served, _numbers(100), user="u" * 10_000))
+        await until(lambda: engine.running == SHARE)
+
+        assert SHARE * 10_000 <= served.app[BODIES]._held < (SHARE + 2) * 11_000
+        asking.cancel()
+        await until(lambda: _is_empty(served) and served.app[BODIES]._held == 0)
+
+
+async def test_what_goes_with_each_of_many_prompts_is_bounded_by_their_number(serve: Serve) -> None:
+    async with serve(engine_sequences=16, max_bytes_per_token=10_000) as served:
+        refused = await _complete(served, _numbers(1024), user="u" * 2**16)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"], error["source"]) == (400, "prompt", "gateway")
+        assert f"at most {2**15} bytes" in error["message"]
+        assert served.engine.calls == []
+        fewer = await _complete(served, _numbers(100), user="u" * 2**16)
+        assert fewer.status_code == 200
 
 
 def _drop(choices: list[dict[str, Any]]) -> None:
@@ -422,6 +607,22 @@ async def test_conversations_in_one_call_come_in_by_pieces_too(tmp_path: Path) -
         assert [one["index"] for one in choices] == list(range(50))
         assert [one["message"]["content"] for one in choices] == [f"answer:{n}" for n in range(50)]
         assert len(engine.calls) == 50
+
+
+async def test_conversations_in_one_call_are_no_stream_whatever_is_asked(tmp_path: Path) -> None:
+    """The engine leaves `stream` aside on that path."""
+
+    async def answer(call: Call) -> None:
+        del call.fields["stream"]
+        await call.send(call.good_answer())
+
+    async with serve_scripted(tmp_path, ScriptedEngine(answer), engine_sequences=16) as served:
+        turns = [[{"role": "user", "content": f"{n}"}] for n in range(50)]
+        body = {"model": "fake", "messages": turns, "stream": True}
+        answered = await served.client.post("/v1/chat/completions/batch", json=body)
+
+        assert answered.status_code == 200
+        assert [one["index"] for one in answered.json()["choices"]] == list(range(50))
 
 
 def _read_events(text: str) -> list[dict[str, Any]]:
@@ -545,4 +746,41 @@ async def test_silent_engine_ends_a_streamed_list(serve: Serve) -> None:
 
         *_, last = _read_events(text)
         assert last["error"]["code"] == "engine_timeout"
+        await until(lambda: _is_empty(served) and engine.running == 0)
+
+
+async def test_streamed_list_that_waits_for_its_turn_has_no_silent_engine(serve: Serve) -> None:
+    """Others have the engine for longer than one may be silent."""
+    engine = Behaviour(
+        delays=lambda one: 0.2 if one.isdigit() else 0.9 if one.startswith("slow") else 0
+    )
+    async with serve(engine, engine_sequences=16, stream_idle_timeout_s=0.5) as served:
+        asking = asyncio.create_task(_complete(served, _numbers(45), stream=True))
+        await until(lambda: engine.running >= SHARE)
+        slow = [
+            asyncio.create_task(_complete(served, [f"slow {n}" for n in range(SHARE)]))
+            for _ in range(2)
+        ]
+
+        assert _read_texts((await asking).text) == {n: f"answer:{n}" for n in range(45)}
+        for one in slow:
+            assert (await one).status_code == 200
+
+
+async def test_time_of_a_streamed_list_is_that_of_each_piece(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 0.1 if one.isdigit() else 0)
+    async with serve(engine, engine_sequences=16, engine_timeout_s=0.5) as served:
+        began = time.perf_counter()
+        answer = await _complete(served, _numbers(SHARE * 8), stream=True)
+
+        assert time.perf_counter() - began > 0.5
+        assert len(_read_texts(answer.text)) == SHARE * 8
+
+
+async def test_streamed_piece_that_takes_too_long_ends_its_list(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 60 if _number(one) >= 30 else 0)
+    async with serve(engine, engine_sequences=16, engine_timeout_s=0.5) as served:
+        text = (await _complete(served, _numbers(100), stream=True)).text
+
+        assert _read_events(text)[-1]["error"]["code"] == "engine_timeout"
         await until(lambda: _is_empty(served) and engine.running == 0)

@@ -26,4 +26,4 @@ cd "$scratch/checkout"
 git init --quiet && git add --all # some tests ask what belongs to the repository
 # What is about the repository itself is not about the wheel.
 "$python" -m pytest --ignore-glob="tests/test_*.py" --ignore=tests/stack --ignore=tests/page --ignore=tests/e2e \
-  --ignore=tests/lab/records/test_results_page.py "$@"
+  --ignore=tests/lab/records/test_results_page.py --ignore=tests/lab/faults "$@"

@@ -44,6 +44,7 @@ from lab.faults.signs import Signboard
 from lab.faults.stores import OthersStores, Stores
 from lab.faults.table import list_faults
 from lab.load.answers import KnownModel, learn_model
+from lab.paths import ROOT
 from lab.reports.console import ProgressLine, count
 from lab.reports.output_files import ensure_writable
 
@@ -74,6 +75,11 @@ def main(words: Sequence[str]) -> int:
     if arguments.from_record:
         write_page(read_record(Path(arguments.from_record)), Path(arguments.page or PAGE))
         return 0
+    if not (ROOT / "deploy").is_dir():
+        raise BadOptions(
+            "the alerts, panels and runbook that a fault is looked for in are not in the package; "
+            "run this in a checkout of the project"
+        )
     return asyncio.run(run_faults(arguments, choose_faults(arguments.only)))
 
 

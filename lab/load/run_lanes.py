@@ -42,6 +42,7 @@ from lab.service import open_http
 
 ALONE, CONTROL, BESIDE = "alone", "control", "beside a batch"
 ARMS = (ALONE, CONTROL, BESIDE)
+_ENDED = 409  # of a batch that is to be cancelled
 _POLL_S = 0.2
 _READY_S, _IDLE_S = 600.0, 120.0
 _HOST = "127.0.0.1"
@@ -221,13 +222,15 @@ class Lanes:
             await asyncio.sleep(self._arguments.lead)
             yield self._count_lines
         finally:
-            await self._post(f"/v1/batches/{batch['id']}/cancel")
+            await self._post(f"/v1/batches/{batch['id']}/cancel", accepted=(200, _ENDED))
             await self._wait_running(False)
 
-    async def _post(self, path: str, **content: object) -> dict[str, str]:
+    async def _post(
+        self, path: str, accepted: Sequence[int] = (200,), **content: object
+    ) -> dict[str, str]:
         async with self._session.post(path, **content) as answer:  # type: ignore[arg-type]
             told: dict[str, str] = await answer.json()
-        if answer.status != 200:
+        if answer.status not in accepted:
             raise NoService(f"POST {path} answers {answer.status}: {told}")
         return told
 

@@ -11,6 +11,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
+import gateway.page
 from common.web.foreign_pages import PageGuard
 from launcher.engine.status import (
     _STATES,
@@ -20,7 +21,6 @@ from launcher.engine.status import (
     list_metrics,
 )
 from launcher.engine.supervisor import ProgramStatus, RestartPolicy
-from tests.launcher.programs import ROOT
 
 LABELS = {
     "vllm": "0.32.0",
@@ -97,7 +97,8 @@ async def test_metrics_are_those_declared_with_type_labels_and_meaning(
 
 @pytest.mark.parametrize("state", _STATES)
 def test_state_has_a_word_on_the_gateways_page(state: str) -> None:
-    words = (ROOT / "gateway/page/static/common/translations.js").read_text(encoding="utf-8")
+    page = Path(gateway.page.__path__[0])
+    words = (page / "static/common/translations.js").read_text(encoding="utf-8")
 
     assert f'"state.{state}": [' in words
 

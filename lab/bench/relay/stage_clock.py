@@ -33,13 +33,13 @@ PROBES: Mapping[str, str] = {
     "prompts": "routes.predict:_build_prompts",
     "admit": "routes.relay:build_ticket routes.predict:build_ticket"
     " admission.queue:Admission.__aenter__ admission.queue:Admission.__aexit__",
-    "share": "engines.deduplication:Deduplicator.generate",
+    "share": "engines.lists.deduplication:Deduplicator.generate",
     "choose": "engines.pool:ModelPool.acquire",
     "send": "engines.client:EngineClient._build_head engines.client:_write"
-    " engines.connections:EngineConnector.connect engines.batch:build_completion_call",
+    " engines.connections:EngineConnector.connect engines.lists.batch:build_completion_call",
     "read": "engines.connections:_OneAnswerProtocol.data_received engines.client:_read_head"
     " engines.client:EngineAnswer.read_chunk engines.client:EngineAnswer.close"
-    " engines.batch:parse_completion_answer",
+    " engines.lists.batch:parse_completion_answer",
     "answer": "routes.relay:_Relay._answer_whole routes.predict:_build_answer"
     " middleware:_end_head server:Connection.finish_response"
     " streaming:EventStream.start streaming:EventStream.write",

@@ -26,7 +26,7 @@ def test_interrupted_table_leaves_no_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lab", "faults", "--only", "kill-core,redis-killed"]
     table = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
     try:
-        wait_for(lambda: _is_starting(tmp_path), "the engine starts")
+        wait_for(lambda: _is_starting(tmp_path), "the engine starts", within_s=300)
         assert _list_started(tmp_path)
         table.send_signal(signal.SIGINT)
         _, said = table.communicate(timeout=60)

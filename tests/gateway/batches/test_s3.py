@@ -219,6 +219,7 @@ async def test_gateway_killed_in_an_upload_leaves_parts_alone(
             await until(lambda: s3.count_unfinished(bucket))
             gateway.process.kill()
             await gateway.process.wait()
+            sending.cancel()  # once all is sent that there is, nothing else ends it
             await asyncio.gather(sending, return_exceptions=True)
         async with (
             serve_process(tmp_path, engine_url, *flags) as gateway,

@@ -16,6 +16,7 @@ from gateway.engines.pool import POOL
 from gateway.middleware import OPEN_REQUESTS
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.conftest import Serve, Served, until
+from tests.gateway.engines.lists.peak import watch_peak
 
 
 def _sent(engine: Behaviour) -> int:
@@ -39,21 +40,12 @@ async def test_batch_that_fits_is_one_whole_call(serve: Serve) -> None:
 
 async def test_large_batch_never_has_more_in_the_engine_than_it_runs(serve: Serve) -> None:
     engine = Behaviour(delays=lambda one: 0.001 * (len(one) * 3 % 7))
-    most = 0
-
-    async def watch() -> None:
-        nonlocal most
-        while True:
-            most = max(most, engine.running)
-            await asyncio.sleep(0)
-
     async with serve(engine, engine_sequences=32) as served:
-        watching = asyncio.create_task(watch())
-        answer = await served.predict([f"{n}" for n in range(400)])
-        watching.cancel()
+        async with watch_peak(engine) as peak:
+            answer = await served.predict([f"{n}" for n in range(400)])
 
         assert answer.json() == {"response": [f"answer:{n}" for n in range(400)]}
-        assert 16 < most <= 30  # a share stays free
+        assert 16 < peak.most <= 30  # a share stays free
         assert _sent(engine) == 400
         usage = served.app[POOL].engines[0].running
         assert usage == 0

@@ -20,6 +20,7 @@ from gateway.engines.pool import POOL
 from gateway.request_body import BODIES
 from tests.fake_engine import TOKENIZER, Behaviour, build_fake_engine
 from tests.gateway.conftest import Serve, Served, until
+from tests.gateway.engines.lists.peak import watch_peak
 from tests.gateway.scripted_engine import (
     Call,
     ScriptedEngine,
@@ -93,21 +94,12 @@ async def _read_usage(served: Served) -> tuple[int, int]:
 
 async def test_long_list_never_has_more_in_the_engine_than_its_share(serve: Serve) -> None:
     engine = Behaviour(delays=lambda one: 0.001 * (_number(one) * 3 % 7))
-    most = 0
-
-    async def watch() -> None:
-        nonlocal most
-        while True:
-            most = max(most, engine.running)
-            await asyncio.sleep(0)
-
     async with serve(engine, engine_sequences=16) as served:
-        watching = asyncio.create_task(watch())
-        answer = await _complete(served, _numbers(150))
-        watching.cancel()
+        async with watch_peak(engine) as peak:
+            answer = await _complete(served, _numbers(150))
 
         _check_answer(answer, _numbers(150))
-        assert SHARE / 2 < most <= SHARE
+        assert SHARE / 2 < peak.most <= SHARE
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

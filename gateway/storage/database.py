@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,18 @@ _RETRY_AFTER_S = 2.0
 
 _VERSION = Table("gateway_schema", MetaData(), Column("version", Integer, nullable=False))
 _LOCK = 7_146_329_001  # any number that no other program takes
+
+
+class _SQLiteConnection(sqlite3.Connection):
+    """One whose transaction ends with it. SQLite closes a connection only once nobody holds a
+    statement of it any more; of one whose caller was cancelled a traceback does, until garbage is
+    collected, and its lock would keep out every other writer until then.
+    """
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):  # whatever is wrong with it: it is closed
+            self.rollback()
+        super().close()
 
 
 class NewerSchemaError(Exception):
@@ -191,7 +204,8 @@ def _describe(
     """The address, how to connect, and what can go wrong there."""
     if isinstance(address, Path):
         url = URL.create("sqlite+aiosqlite", database=str(address))
-        return url, {"pool_size": _CONNECTIONS}, (SQLAlchemyError, OSError, TimeoutError)
+        options = {"pool_size": _CONNECTIONS, "connect_args": {"factory": _SQLiteConnection}}
+        return url, options, (SQLAlchemyError, OSError, TimeoutError)
     if importlib.util.find_spec("asyncpg") is None:
         raise SettingsError(
             f"{variable} needs the extra `postgres`: pip install vllm-gateway[postgres]"

@@ -8,6 +8,9 @@ import asyncio
 import re
 import zlib
 from codecs import BOM_UTF8
+from collections import deque
+from contextlib import suppress
+from typing import NoReturn
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, PayloadEncodingError
@@ -32,6 +35,7 @@ _SLICE_BYTES = 2**16
 _SLICES_AT_ONCE = 4  # inflated and counted between two looks at the event loop
 # An object or a list costs whoever parses it as much as so many numbers.
 _VALUES_A_CONTAINER = 100
+_LONGEST_WAIT_S = 1.0
 _RETRY_AFTER_S = 1
 # After so many were held, memory is given back when their requests have ended.
 _MANY_BYTES = 2**25
@@ -48,12 +52,14 @@ class HeldBodies:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._most = settings.max_held_bytes
         self._held = self._most_held = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._is_returning = False
         metrics.held_body_bytes.read = lambda: [((), self._held)]
 
     def hold(self, context: RequestContext, size: int) -> None:
         """So many bytes more; `Overloaded` where that is too much. One body alone always fits."""
-        self.check(context, size)
+        if not self._has_room(context, size):
+            self._refuse(context)
         self.add(context, size)
 
     def add(self, context: RequestContext, size: int) -> None:
@@ -62,25 +68,46 @@ class HeldBodies:
         self._held += size
         self._most_held = max(self._most_held, self._held)
 
-    def check(self, context: RequestContext, size: int) -> None:
-        """Refuses like `hold` and holds nothing: a body that is announced need not be read."""
+    async def wait_for_room(self, context: RequestContext, size: int) -> None:
+        """Before a body that is announced is read, first come, first served. Unread it costs
+        nothing, and whoever is refused at once comes again at once.
+        """
+        loop = asyncio.get_running_loop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_WAIT_S):
+                while not self._has_room(context, size):
+                    turn = loop.create_future()
+                    self._waiting.append(turn)
+                    try:
+                        await turn
+                    finally:
+                        self._waiting.remove(turn)
+        if not self._has_room(context, size):
+            self._refuse(context)
+
+    def _has_room(self, context: RequestContext, size: int) -> bool:
         own, others = context.held_bytes + size, self._held - context.held_bytes
         most = self._most if own <= _SMALL_BYTES else self._most * _SHARE_OF_LARGE
-        if others and others + own > most:
-            # At once: it is given up, and others who arrive must not be refused for its sake, too.
-            self.release(context)
-            raise Overloaded(
-                f"the bodies of other requests take {others} bytes already; try again in "
-                f"{_RETRY_AFTER_S} s, or with a smaller one",
-                code="too_many_bodies",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+        return not others or others + own <= most
+
+    def _refuse(self, context: RequestContext) -> NoReturn:
+        """What it held is given up first: nobody who arrives is to be refused for its sake, too."""
+        others = self._held - context.held_bytes
+        self.release(context)
+        raise Overloaded(
+            f"the bodies of other requests take {others} bytes already; try again in "
+            f"{_RETRY_AFTER_S} s, or with a smaller one",
+            code="too_many_bodies",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
     def release(self, context: RequestContext, size: int | None = None) -> None:
         """All of the request's, or so many of them."""
         size = context.held_bytes if size is None else min(size, context.held_bytes)
         self._held -= size
         context.held_bytes -= size
+        if size and (turn := next((one for one in self._waiting if not one.done()), None)):
+            turn.set_result(None)
         if not self._held and self._most_held > _MANY_BYTES:
             # They arrived in pieces, with what small requests need between them.
             self._most_held = 0
@@ -146,7 +173,7 @@ async def _read(request: web.Request, *, counts_values: bool) -> bytes:
             if counts_values and len(whole) > _SMALL_BYTES:
                 _ValueCount(settings.max_body_values).add(whole)
             return whole
-        bodies.check(context, request.content_length or 0)
+        await bodies.wait_for_room(context, request.content_length or 0)
         values = _ValueCount(settings.max_body_values)
         body = bytearray()  # and no list of pieces, which may be of a byte each
         async with asyncio.timeout(settings.body_timeout_s):

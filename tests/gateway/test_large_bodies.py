@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 
 from gateway import request_body
+from gateway.middleware import OPEN_REQUESTS
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.request_body import HeldBodies
@@ -26,7 +27,7 @@ from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
 from tests.gateway.loop_watch import check_blocks
 from tests.gateway.process import GatewayProcess, serve_process
-from tests.gateway.raw import RawAnswer, ask, build_request
+from tests.gateway.raw import RawAnswer, ask, build_request, connect
 from tests.gateway.scripted_engine import whole_answer
 
 MEGABYTE = 10**6
@@ -331,6 +332,29 @@ async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_calle
         await until(lambda: _is_empty(client))
         await until(lambda: gateway.rss_bytes() - memory < 20 * MEGABYTE)
         assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_body_that_is_announced_waits_for_room_and_is_read_then(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_body, "_LONGEST_WAIT_S", 60.0)
+    body = orjson.dumps({"model": "fake", "prompt": "x" * 3 * MEGABYTE})
+    request = build_request("POST", "/v1/completions", body)
+    async with serve(max_held_bytes=4 * MEGABYTE, max_bytes_per_token=10_000) as served:
+        async with connect(served.url) as (_, writer):
+            writer.write(request[:-1])
+            await until(lambda: _is_held(served.client, len(body) - 1))
+            waiting = [asyncio.create_task(ask(served.url, request)) for _ in range(3)]
+            is_there = served.app[OPEN_REQUESTS]
+            await until(lambda: is_there.count == 4 or any(one.done() for one in waiting))
+        answers = await asyncio.gather(*waiting)
+
+    assert [one.status for one in answers] == [200, 200, 200]
+    assert len(served.engine.calls) == 3
+
+
+async def _is_held(client: httpx.AsyncClient, size: int) -> bool:
+    return await _held_bytes(client) == size
 
 
 async def _held_bytes(client: httpx.AsyncClient) -> float:

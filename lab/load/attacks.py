@@ -46,18 +46,25 @@ class Blow:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """Honest callers in the attack's place."""
+
+    build: Callable[[str], list[Blow]]
+    connections: int = 1
+
+
+@dataclass(frozen=True)
 class Attack:
     """`ending`: the answer is read; the caller leaves at its first bytes; or they never send the
-    last byte of their body. `rival` is what one honest caller sends in the windows without the
-    attack, where that costs the others something as well: an engine that is full takes longer for
-    each token, whoever filled it.
+    last byte of their body. `rival` asks in the windows without the attack, where the engine has as
+    much to do for honest callers: each of its steps takes longer the more it runs, for whomever.
     """
 
     meaning: str
     build: Callable[[str], list[Blow]]  # from the model's name
     connections: int = 4
     ending: Literal["read", "hang up", "hold back"] = "read"
-    rival: Callable[[str], list[Blow]] | None = None
+    rival: Rival | None = None
 
 
 def _chat(model: str, **fields: Any) -> Blow:
@@ -110,6 +117,11 @@ def _streams(model: str) -> list[Blow]:
     return [_chat(model, **long), _chat(model, stream_interval=1000, **long)]
 
 
+def _short_streams(model: str) -> list[Blow]:
+    """What those who leave at the first bytes are charged for."""
+    return [_chat(model, max_tokens=1, stream=True)]
+
+
 def _large_bodies(model: str) -> list[Blow]:
     return [_chat(model, user="x" * (30 * _MIB))]
 
@@ -132,10 +144,18 @@ ATTACKS = {
     "bad-parameters": Attack("parameters that the engine answers with 500", _bad_parameters),
     "long-texts": Attack("12 MB of text to be cut into tokens, packed", _long_texts),
     "many-values": Attack("10 million empty objects, packed", _many_values),
-    "hang-ups": Attack("long streams, left at their first bytes", _streams, 16, "hang up"),
+    "hang-ups": Attack(
+        "long streams, left at their first bytes, against streams of one token",
+        _streams,
+        connections=16,
+        ending="hang up",
+        rival=Rival(_short_streams, connections=16),
+    ),
     "held-bodies": Attack("30 MB bodies without their last byte", _large_bodies, 24, "hold back"),
     "large-batches": Attack(
-        "thousands of prompts a call, against one honest caller's", _large_batches, rival=_one_batch
+        "thousands of prompts a call, against one honest caller's",
+        _large_batches,
+        rival=Rival(_one_batch),
     ),
 }
 
@@ -159,12 +179,14 @@ class Attacker(PipedProcess):
 def _serve_attacks(pipe: Connection, name: str, url: str, model: str) -> None:
     """One window after another, until the pipe's other end is closed or gone."""
     attack = ATTACKS[name]
-    rival = replace(attack, connections=1, build=attack.rival or attack.build)
+    rival = attack.rival and replace(
+        attack, build=attack.rival.build, connections=attack.rival.connections, ending="read"
+    )
     try:
         pipe.send(None)
         while True:
             until, is_rival = pipe.recv()
-            one = rival if is_rival else attack
+            one = rival if is_rival and rival else attack
             pipe.send(asyncio.run(_attack(one, one.build(model), url, until)))
     except (EOFError, ConnectionError, KeyboardInterrupt):
         return

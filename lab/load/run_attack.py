@@ -1,9 +1,10 @@
 """Ordinary callers beside a hostile one: what the attack costs the others.
 
 Short windows with and without the attack take turns, so that whatever else the machine does falls
-on both, and each window under attack is held against the slower of its two neighbours (of
-large-batches, these have one honest caller whose batch fills the engine, too). What does not hold
-is tried as often again before it counts. Held is: the callers' p99 at most twice that of the
+on both, and each window under attack is held against the slower of its two neighbours. Where the
+attack is no dearer to the engine than honest callers would be (hang-ups, large-batches), these ask
+in the neighbours, and a first window has nobody. What does not hold is tried as often again before
+it counts. Held is: the callers' p99 at most twice that of the
 neighbours and no call of theirs failed, /healthz within 100 ms (on a machine that is busy: at most
 twice what it took without the attack), memory of gateway and engine within 200 MB of before.
 
@@ -44,13 +45,16 @@ _WARM_UP_S = 1.0
 
 @dataclass
 class Trial:
-    """One attack: a window without it, then by turns one with and one without."""
+    """One attack: a window without it, then by turns one with and one without; first of all one
+    with nobody where in those without it honest callers ask.
+    """
 
     name: str
     quiet: list[Window] = field(default_factory=list)
     attacked: list[Window] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     unsettled: int = 0
+    alone: Window | None = None
 
     def ratios(self) -> list[float]:
         neighbours = zip(self.quiet, self.quiet[1:], strict=False)
@@ -127,6 +131,8 @@ class AttackRun:
         try:
             await attacker.wait_ready()
             await self._observe(_WARM_UP_S)
+            if ATTACKS[name].rival is not None:
+                trial.alone = await self._observe(self._window_s)
             await self._take_quiet(trial, attacker)
             while not trial.unsettled and len(trial.attacked) < self._arguments.rounds:
                 await self._take_turn(trial, attacker)
@@ -196,7 +202,12 @@ def build_figures(trial: Trial) -> list[RecordFigure]:
     name, ratios = trial.name, trial.ratios()
     quiet = [latency for one in trial.quiet for latency in one.latencies_s]
     attacked = [latency for one in trial.attacked for latency in one.latencies_s]
+    alone = [trial.alone] if trial.alone else []
     figures = [
+        *(
+            RecordFigure(f"{name}: p99 of nobody else", round(one.p99_s * 1000), "ms")
+            for one in alone
+        ),
         RecordFigure(f"{name}: p99 without", round(find_quantile(quiet, 0.99) * 1000), "ms"),
         RecordFigure(
             f"{name}: p99 under attack", round(find_quantile(attacked, 0.99) * 1000), "ms"

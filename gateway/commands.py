@@ -25,7 +25,6 @@ from common.settings import build_schema
 from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
-from gateway.discovery.roll import roll
 from gateway.engines.warmup import read_warmup_questions
 from gateway.listening import listen
 from gateway.observability.metrics import METRICS
@@ -38,7 +37,7 @@ log = structlog.get_logger("gateway")
 def run_command(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "new-key": print_new_key,
-        "roll": partial(roll, say=partial(print, flush=True)),
+        "roll": roll,
     }
     try:
         if arguments and arguments[0] in commands:
@@ -61,6 +60,12 @@ def run_command(arguments: list[str]) -> int:
     except SettingsError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
+
+
+def roll(arguments: list[str]) -> int:
+    from gateway.discovery import roll  # noqa: PLC0415 — it needs httpx, and who serves does not
+
+    return roll.roll(arguments, say=partial(print, flush=True))
 
 
 def raise_file_limit() -> None:

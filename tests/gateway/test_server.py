@@ -193,3 +193,20 @@ async def test_answer_in_as_many_chunks_as_a_parser_takes_is_passed_on(
         engine.usual = answer
         answered = await served.client.post("/v1/chat/completions", content=_CHAT)
     assert len(answered.json()["pad"]) > chunks - 30
+
+
+# --- long header lines, as a sign-on service's cookies make them
+
+
+@pytest.mark.parametrize(("size", "status"), [(9_000, 200), (32_000, 200), (33_000, 400)])
+async def test_line_of_cookies_is_taken_up_to_its_bound(
+    served: Served, size: int, status: int
+) -> None:
+    cookie = "session=".ljust(size, "x")
+    headers = {"Cookie": cookie, "Content-Type": "application/json"}
+    answer = await served.client.post("/v1/chat/completions", content=_CHAT, headers=headers)
+
+    assert answer.status_code == status, answer.text
+    if status == 400:
+        assert answer.json()["error"]["code"] == "bad_http"
+        assert "32768" in answer.json()["error"]["message"]

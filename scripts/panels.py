@@ -385,6 +385,22 @@ _FULL = Row(
             alarm=0.05,
         ),
         Panel(
+            "Log lines lost",
+            (
+                Query(
+                    "sum by (instance) (rate(gateway_log_lines_dropped_total[$__rate_interval]))",
+                    "gateway, {{instance}}",
+                ),
+                Query(
+                    "sum by (instance, log) (rate(launcher_log_lines_dropped_total"
+                    f"{{{_ENGINE}}}[$__rate_interval]))",
+                    "launcher, {{log}}, {{instance}}",
+                ),
+            ),
+            _PER_S,
+            about="The disk is full, or nobody reads the pipe. Answers do not wait for the log.",
+        ),
+        Panel(
             "Deduplicated prompts",
             (Query("sum(rate(gateway_deduplicated_prompts_total[$__rate_interval]))", "prompts"),),
             _PER_S,

@@ -35,6 +35,7 @@ WATCHED = {
     "RecordsAway": {"gateway_records_away"},
     "BatchStorageAway": {"gateway_batch_storage_failures"},
     "ResponseStorageAway": {"gateway_response_storage_failures"},
+    "LogLinesLost": {"gateway_log_lines_dropped", "launcher_log_lines_dropped"},
 }
 ALERTS = re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text(encoding="utf-8"))
 

@@ -18,9 +18,11 @@ _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 
 
 class RelayConnection:
-    """One keep-alive connection that asks and checks; `headers` are sent with each request."""
+    """One keep-alive connection that asks and checks; `headers` are sent with each request, and
+    `fields` stand in each body of a chat.
+    """
 
-    headers = b""
+    headers = fields = b""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -35,29 +37,31 @@ class RelayConnection:
             await self._writer.wait_closed()
 
     def send(self, number: int, *, stream: bool, extra: bytes = b"") -> None:
-        body = b'{"model":"m","messages":[{"role":"user","content":"%snumber-%d."}]%s}'
-        self._post(
-            b"/v1/chat/completions", body % (extra, number, b',"stream":true' if stream else b"")
-        )
+        body = b'{"model":"m","messages":[{"role":"user","content":"%snumber-%d."}]%s%s}'
+        streamed = b',"stream":true' if stream else b""
+        self._post(b"/v1/chat/completions", body % (extra, number, self.fields, streamed))
 
     def _post(self, path: bytes, body: bytes) -> None:
         head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % path
         head += self.headers
         self._writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
-    async def ask(self, number: int) -> None:
-        self.send(number, stream=False)
+    async def ask(self, number: int, *, extra: bytes = b"") -> None:
+        self.send(number, stream=False, extra=extra)
         body = await self._read_answer()
         if find_number(body) != number:
             raise MixedUp(f"asked {number}, answered {body[:300]!r}")
 
-    async def ask_predict(self, number: int, prompts: int) -> None:
+    def send_predict(self, number: int, prompts: int, *, extra: bytes = b"") -> None:
         """So many questions, of which no two are the same."""
         questions = b",".join(
-            b'"What is the answer to question %d of number-%d.?"' % (place, number)
+            b'"What is the %sanswer to question %d of number-%d.?"' % (extra, place, number)
             for place in range(prompts)
         )
         self._post(b"/predict", b'{"prompt":[%s]}' % questions)
+
+    async def ask_predict(self, number: int, prompts: int, *, extra: bytes = b"") -> None:
+        self.send_predict(number, prompts, extra=extra)
         numbers = find_numbers(await self._read_answer())
         if numbers != [number] * prompts:
             raise MixedUp(f"asked {prompts} times {number}, answered {numbers[:300]}")
@@ -69,14 +73,17 @@ class RelayConnection:
             raise BenchFailed(f"an answer of unknown length: {head!r}")
         return await self._reader.readexactly(int(length[1]))
 
-    async def ask_stream(self, number: int) -> int:
-        self.send(number, stream=True)
-        data = await self._reader.readuntil(b"\r\n0\r\n\r\n")
+    async def ask_stream(self, number: int, *, extra: bytes = b"") -> int:
+        self.send(number, stream=True, extra=extra)
+        data = await self.read_stream()
         # A relay frames anew what it read, and may cut an event in the middle of its number.
         numbers = find_numbers(_CHUNK_FRAME.sub(b"", data))
         if len(numbers) != STREAM_CHUNKS or set(numbers) != {number}:
             raise MixedUp(f"stream {number} came back wrong: {data[:300]!r}")
         return len(numbers)
+
+    async def read_stream(self) -> bytes:
+        return await self._reader.readuntil(b"\r\n0\r\n\r\n")
 
     async def read_head(self) -> bytes:
         head = await self._reader.readuntil(b"\r\n\r\n")

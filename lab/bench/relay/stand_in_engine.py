@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-from typing import cast
+from typing import ClassVar, cast
 
 import aiohttp
 import orjson
@@ -15,7 +15,8 @@ import uvloop
 from aiohttp import web
 
 STREAM_CHUNKS = 100
-HOLD = b"hold "
+HOLD = b"hold "  # the answer takes for ever
+LOSE = b"lose "  # the first try of it is broken off
 _NUMBER = re.compile(rb"number-(\d+)\.")
 _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 
@@ -25,6 +26,8 @@ class EngineProtocol(asyncio.Protocol):
 
     Raw, so that it costs next to nothing.
     """
+
+    lost: ClassVar[set[int]] = set()
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -49,7 +52,12 @@ class EngineProtocol(asyncio.Protocol):
             self._answer(head, body)
 
     def _answer(self, head: bytes, body: bytes) -> None:
-        if head.startswith(b"GET /v1/models"):
+        if LOSE in body and (number := find_number(body)) not in self.lost:
+            self.lost.add(number)
+            self._transport.abort()
+        elif HOLD in body and b'"stream":true' not in body:
+            pass
+        elif head.startswith(b"GET /v1/models"):
             self._transport.write(_whole(b'{"data":[{"id":"m","max_model_len":4096}]}'))
         elif head.startswith(b"GET"):
             self._transport.write(_whole(b"{}"))

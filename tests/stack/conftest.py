@@ -30,6 +30,9 @@ from tests.stack.docker import (
 )
 
 GATEWAY = "http://127.0.0.1:8000"
+# A folder of one's own below models/, and the course's image with it.
+OWN_MODEL = "stack-test-own"
+OWN_IMAGE = f"vllm-gateway-course:{OWN_MODEL}"
 Step = Callable[[str], AbstractContextManager[None]]
 
 
@@ -119,7 +122,20 @@ def build_images(docker: Docker, pythons: Pythons, step: Step) -> None:
         docker.compose("build", "engine", timeout_s=600)
     with step("Dockerfile.engine, target course"):
         docker.compose("build", "course", timeout_s=600)
+    with step("Dockerfile.engine as the course's judge builds it, with a folder below models/"):
+        build_with_own_folder(docker)
     docker.stop()
+
+
+def build_with_own_folder(docker: Docker) -> None:
+    folder = ROOT / "models" / OWN_MODEL
+    shutil.rmtree(folder, ignore_errors=True)  # a killed test leaves it
+    shutil.copytree(ROOT / "demo" / "model", folder)
+    words = ("build", "--network=host", "--file=Dockerfile.engine", f"--tag={OWN_IMAGE}")
+    try:
+        docker.run(*words, "--build-arg", f"MODEL={OWN_MODEL}", ".", timeout_s=600)
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ class Docker:
     # --- the client ---
 
     def run(self, *words: str, timeout_s: float = 60, stdin: bytes | None = None) -> str:
-        return self._call(["docker", *words], timeout_s, stdin=stdin).out
+        return self.call(["docker", *words], timeout_s, stdin=stdin).out
 
     def compose(
         self,
@@ -133,13 +133,13 @@ class Docker:
         variables: Mapping[str, str] | None = None,
     ) -> Said:
         command = ["docker", "compose", *(part for file in files for part in ("-f", file))]
-        return self._call([*command, *words], timeout_s, variables=variables)
+        return self.call([*command, *words], timeout_s, variables=variables)
 
     def inspect(self, name: str) -> dict[str, Any]:
         found: list[dict[str, Any]] = json.loads(self.run("inspect", name))
         return found[0]
 
-    def _call(
+    def call(
         self,
         command: Sequence[str],
         timeout_s: float,
@@ -147,6 +147,7 @@ class Docker:
         stdin: bytes | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> Said:
+        """Any command that finds this daemon."""
         try:
             result = subprocess.run(
                 command,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +18,7 @@ from common.project import read_version
 from gateway.admission.keys import make_key
 from lab.records.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
-from tests.stack.conftest import GATEWAY, Step, answers, wait_until
+from tests.stack.conftest import GATEWAY, OWN_IMAGE, OWN_MODEL, Step, answers, wait_until
 from tests.stack.docker import (
     ROOT,
     TWO_ENGINES,
@@ -450,6 +452,31 @@ def test_course_container_answers_offline_alone(stack: Docker, step: Step) -> No
     with step("course's container: stopped"):
         stack.compose("stop", "course", timeout_s=120)
     assert stack.inspect(name_of("course"))["State"]["ExitCode"] == 0
+
+
+def test_judge_passes_an_image_with_a_folder_of_ones_own(
+    docker: Docker, step: Step, tmp_path: Path
+) -> None:
+    """Without a network, within the track's limits, and graded; the real vLLM for a CPU in it."""
+    model = docker.run("run", "--rm", "--entrypoint=printenv", OWN_IMAGE, "LAUNCHER_MODEL")
+    assert model.strip() == f"/models/{OWN_MODEL}"
+    config = docker.compose("--profile", "course", "config", "--format", "json")
+    course = json.loads(config)["services"]["course"]
+    given = [f"--env={name}={value}" for name, value in course["environment"].items()]
+    given += [f"--volume={one['source']}:{one['target']}:ro" for one in course["volumes"]]
+    judge = ["lab", "judge", "--image", OWN_IMAGE, "--out", str(tmp_path / "judge.json")]
+    with step("python -m lab judge"):
+        said = docker.call([sys.executable, "-m", *judge, "--", *given], timeout_s=900)
+
+    lines = said.out.splitlines()
+    assert lines[-1] == "PASS"
+    assert [line.split()[:2] for line in lines if line.startswith("ok")] == [
+        ["ok", "healthy"],
+        ["ok", "answers"],
+        ["ok", "grade"],
+    ]
+    grade = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
+    assert (grade["is_good"], len(grade["answers"])) == (True, 358)
 
 
 def log_of(stack: Docker) -> str:

@@ -6,17 +6,20 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # A median's 95 % interval by order statistics needs six values.
 FEWEST_ROUNDS = 6
 _RESAMPLES = 10_000
+_MOST_ALIKE = 0.95
 # Student's t, two-sided 95 %, by degrees of freedom; in between the row below holds.
 _T_95 = {
     1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
     10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980,
 }  # fmt: skip
+
+Point = tuple[float, float]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -75,6 +78,11 @@ def bootstrap(changes: Sequence[float]) -> tuple[float, float]:
     return quantile(means, 0.025), quantile(means, 0.975)
 
 
+def find_t(freedom: float) -> float:
+    """Student's t, two-sided, for an interval that holds the truth in 95 of 100 cases."""
+    return next((t for least, t in reversed(_T_95.items()) if freedom >= least), _T_95[1])
+
+
 def compare_speeds(old: Sequence[float], new: Sequence[float]) -> tuple[float, float, float]:
     """The relative change of the geometric means and its interval, by Welch on logarithms."""
     if min(*old, *new) <= 0:
@@ -90,5 +98,50 @@ def compare_speeds(old: Sequence[float], new: Sequence[float]) -> tuple[float, f
     freedom = sum(shares) ** 2 / (
         shares[0] ** 2 / (len(before) - 1) + shares[1] ** 2 / (len(after) - 1)
     )
-    t = next((t for least, t in reversed(_T_95.items()) if freedom >= least), _T_95[1])
+    t = find_t(freedom)
     return math.expm1(change), math.expm1(change - t * error), math.expm1(change + t * error)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of a straight line, and the interval that holds the true one in 95 of 100 cases."""
+
+    value: float
+    low: float
+    high: float
+    points: int
+
+
+def fit_slope(lines: Iterable[Sequence[Point]]) -> Slope | None:
+    """Lines with one slope, each at a level of its own; None where there is too little to say.
+
+    Points that follow one another are often alike, which makes a slope look surer than it is: the
+    interval is widened by how alike they are.
+    """
+    centred = [_centre(line) for line in lines if len(line) > 1]
+    number = sum(map(len, centred))
+    freedom = number - len(centred) - 1
+    if freedom < 1:
+        return None
+    points = list(itertools.chain.from_iterable(centred))
+    spread = sum(x * x for x, _ in points)
+    slope = sum(x * y for x, y in points) / spread
+    rests = [[y - slope * x for x, y in line] for line in centred]
+    variance = sum(rest * rest for line in rests for rest in line) / freedom
+    alike = _find_likeness(rests)
+    error = math.sqrt(variance / spread * (1 + alike) / (1 - alike)) * find_t(freedom)
+    return Slope(slope, slope - error, slope + error, number)
+
+
+def _centre(line: Sequence[Point]) -> list[Point]:
+    middle_x, middle_y = (statistics.fmean(values) for values in zip(*line, strict=True))
+    return [(x - middle_x, y - middle_y) for x, y in line]
+
+
+def _find_likeness(rests: Sequence[Sequence[float]]) -> float:
+    """How much of a point's distance from the line the next one has, too."""
+    whole = sum(rest * rest for line in rests for rest in line)
+    if not whole:
+        return 0.0
+    pairs = itertools.chain.from_iterable(map(itertools.pairwise, rests))
+    return min(_MOST_ALIKE, max(0.0, sum(one * next_ for one, next_ in pairs) / whole))

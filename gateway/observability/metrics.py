@@ -451,6 +451,10 @@ class Metrics:
             "How much later than asked the event loop woke up, measured twice a second.",
             buckets=LAG_SECONDS,
         )
+        self.event_loop_tasks = self._live_gauge(
+            "event_loop_tasks",
+            "Tasks on the event loop: one for each open connection, and a few dozen that stay.",
+        )
         self.log_lines_dropped = self._live_counter(
             "log_lines_dropped",
             "Log lines that were lost: the disk is full, or nobody reads the pipe.",

@@ -25,6 +25,7 @@ async def watch_event_loop(app: web.Application) -> AsyncIterator[None]:
     metrics.start_time_seconds.read = lambda: [((), began_at)]
     metrics.config_info.read = lambda: [(describe_settings(settings), 1)]
     metrics.build_info.read = lambda: [(build, 1)]
+    metrics.event_loop_tasks.read = lambda: [((), len(asyncio.all_tasks()))]
     measuring = asyncio.create_task(_measure_lag(metrics))
     yield
     measuring.cancel()

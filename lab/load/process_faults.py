@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
@@ -25,18 +26,34 @@ FAULTS: dict[str, tuple[str, signal.Signals, float]] = {
 
 @dataclass(frozen=True)
 class ProcessSample:
-    """What the gateway's process holds."""
+    """What a process holds."""
 
     memory_mb: float
     sockets: int
+    files: int
+    threads: int
 
 
 def take_sample(pid: int) -> ProcessSample | None:
     try:
-        memory_mb, sockets = processes.read_resident_bytes(pid) / _MIB, processes.count_sockets(pid)
+        process = psutil.Process(pid)
+        with process.oneshot():
+            memory_mb = processes.read_resident_bytes(pid) / _MIB
+            files, threads = process.num_fds(), process.num_threads()
+        return ProcessSample(memory_mb, processes.count_sockets(pid), files, threads)
     except psutil.Error:
         return None
-    return ProcessSample(memory_mb, sockets)
+
+
+async def find_programs(status_url: str) -> dict[str, int]:
+    """The processes of this machine that serve; the launcher is who started the gateway."""
+    found = {name: await find_pid(status_url, name) for name in ("gateway", "engine", "core")}
+    pids = {name: pid for name, pid in found.items() if pid}
+    with contextlib.suppress(psutil.Error, KeyError):
+        parent = psutil.Process(pids["gateway"]).ppid()
+        if "launcher" in processes.read_command(parent):
+            pids["launcher"] = parent
+    return pids
 
 
 async def find_pid(status_url: str, program: str) -> int | None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import statistics
 import time
 
 import aiohttp
 
-from common.prometheus_text import Samples, parse_samples
+from common.prometheus_text import Samples, parse_samples, sum_samples
 from common.questions import QuestionPair
 from lab.failures import NoService
 from lab.load.answers import MISSHAPEN, learn_model
 from lab.load.counter_sums import count_inside, find_mismatches
-from lab.load.process_faults import FAULTS, ProcessSample, find_pid, strike, take_sample
+from lab.load.process_faults import (
+    FAULTS,
+    ProcessSample,
+    find_pid,
+    find_programs,
+    strike,
+    take_sample,
+)
+from lab.load.soak_slices import Samples as HeldSamples
 from lab.load.traffic import SoakClient, Tally
 
 _SAMPLE_EVERY_S = 2.0
@@ -32,10 +41,11 @@ class Soak:
     def __init__(self, arguments: argparse.Namespace, session: aiohttp.ClientSession) -> None:
         self._arguments, self._session = arguments, session
         self._url: str = arguments.url
-        self._started = 0.0
+        self._started = self.lasted_s = 0.0
         self._until = 0.0
         self._in_fault = False
         self.samples: list[ProcessSample] = []
+        self.held = HeldSamples()
         self.recoveries: list[tuple[str, float]] = []
         self.tally = Tally()
         self.problems: list[str] = []
@@ -52,7 +62,11 @@ class Soak:
         self._started = time.monotonic()
         self._until = self._started + self._arguments.duration
         seeds = range(self._arguments.seed, self._arguments.seed + self._arguments.callers)
-        clients = [SoakClient(self._session, self._url, model, self.tally, seed) for seed in seeds]
+        pause_s = self._arguments.pause
+        clients = [
+            SoakClient(self._session, self._url, model, self.tally, seed, pause_s=pause_s)
+            for seed in seeds
+        ]
         beside = [asyncio.create_task(self._watch()), asyncio.create_task(self._disturb())]
         try:
             runs = (client.run(self._until, lambda: self._in_fault) for client in clients)
@@ -61,6 +75,7 @@ class Soak:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
+        self.lasted_s = time.monotonic() - self._started
         try:
             await self._add_up(before)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -74,14 +89,27 @@ class Soak:
     async def _watch(self) -> None:
         shown = 0.0
         while True:
-            pid = await find_pid(self._arguments.status_url, "gateway")
-            sample = take_sample(pid) if pid else None
+            samples = await self._sample()
+            sample = samples.get("gateway")
             if sample:
                 self.samples.append(sample)
             if time.monotonic() - shown > _SHOW_EVERY_S:
                 shown = time.monotonic()
                 self._show(shown, sample)
             await asyncio.sleep(_SAMPLE_EVERY_S)
+
+    async def _sample(self) -> dict[str, ProcessSample]:
+        pids = await find_programs(self._arguments.status_url)
+        taken = {name: take_sample(pid) for name, pid in pids.items()}
+        now = time.monotonic() - self._started
+        for name, one in taken.items():
+            for what in ("memory_mb", "sockets", "files", "threads") if one else ():
+                self.held.add(f"{name}: {what}", pids[name], now, getattr(one, what))
+        if "gateway" in pids:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+                tasks = sum_samples(await self._read_samples(), "gateway_event_loop_tasks")
+                self.held.add("gateway: tasks", pids["gateway"], now, tasks)
+        return {name: one for name, one in taken.items() if one}
 
     def _show(self, now: float, sample: ProcessSample | None) -> None:
         tally = self.tally
@@ -94,8 +122,11 @@ class Soak:
         )
 
     async def _disturb(self) -> None:
-        """One fault after another, each once the last one has been got over."""
-        for fault in self._arguments.fault:
+        """One fault after another, each once the last one has been got over; with `--endless` they
+        begin again after the last.
+        """
+        faults = self._arguments.fault
+        for fault in itertools.cycle(faults) if self._arguments.endless else faults:
             await asyncio.sleep(self._arguments.fault_pause)
             if time.monotonic() > self._until:
                 return

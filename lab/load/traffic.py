@@ -68,9 +68,17 @@ class SoakClient:
     """One client's requests, one after another."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, url: str, model: KnownModel, tally: Tally, seed: int
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        model: KnownModel,
+        tally: Tally,
+        seed: int,
+        *,
+        pause_s: float = 0.0,
     ) -> None:
-        self._session, self._url = session, url
+        """Between two requests there is up to twice the pause."""
+        self._session, self._url, self._pause_s = session, url, pause_s
         self._known_model, self._tally = model, tally
         self._model, self._known = model.name, model.pairs
         self._random = random.Random(seed)
@@ -95,6 +103,7 @@ class SoakClient:
         kinds = self.kinds()
         names, weights = list(kinds), [weight for weight, _ in kinds.values()]
         while time.monotonic() < until:
+            await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
             name = self._random.choices(names, weights)[0]
             began_in_fault = is_fault_time()
             verdict = await judge(kinds[name][1]())

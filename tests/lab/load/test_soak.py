@@ -75,6 +75,23 @@ async def test_soak_of_a_gateway_that_holds(
     assert (figures["wrong answers"], figures["sums that did not add up"]) == (0, 0)
 
 
+async def test_second_slice_counts_with_the_first(questions: Path, tmp_path: Path) -> None:
+    record, slices = tmp_path / "soak.json", tmp_path / "slices.json"
+    options = ("--slices", str(slices), "--record", str(record), "--pause", "0.02")
+    requests, hours = [], []
+    async with serve_gateway() as served:
+        for _ in range(2):
+            assert await soak(served.url, questions, *options) == 0
+            written = json.loads(record.read_text())
+            figures = {row["name"]: row["value"] for row in written["figures"]}
+            requests.append(figures["requests"])
+            hours.append(sum(one["seconds"] for one in json.loads(slices.read_text())))
+
+    assert requests[1] > 1.2 * requests[0]
+    assert hours[1] >= hours[0] + 1
+    assert "in 2 slices" in written["about"]
+
+
 async def test_soak_of_a_gateway_with_keys_brings_one_and_does_not_write_it_down(
     questions: Path, tmp_path: Path
 ) -> None:

@@ -14,14 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-
-from tokenizers import Encoding, Tokenizer
+from typing import TYPE_CHECKING
 
 from gateway.config import Settings, SettingsError
 from gateway.errors import InvalidRequest, PayloadTooLarge, PromptRefused
 from gateway.prompts.templates import STYLE_STOPS, compile_template
 from gateway.schemas.fields import MAX_STOPS, is_text
 from gateway.schemas.vllm import ID_TYPE, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 # No question contains it; a template that trims, quotes or escapes its question alters it.
 _MARKER = " \n\"'\\<&\ue000question\ue001 "
@@ -255,6 +257,8 @@ def _load_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, int]:
 @lru_cache(maxsize=4)
 def _read_tokenizer(file: Path, _mtime_ns: int, _size: int) -> tuple[Tokenizer, int]:
     """Once for each state of the file: a reload of settings would read megabytes anew."""
+    from tokenizers import Tokenizer  # noqa: PLC0415 — 4 MB, and who has no tokenizer needs none
+
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 — the library raises bare Exception

@@ -28,6 +28,19 @@ class Rates(Protocol):
     def put_headers(self, headers: MutableMapping[str, str]) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class CutPiece:
+    """What ran in the middle when a list of prompts broke off: what its engine has told of the
+    sequences that were running, and for how long so many of them had run. `prompt_tokens` where
+    nobody has told of them yet.
+    """
+
+    told_tokens: int
+    seconds: float
+    sequences: int
+    prompt_tokens: int = 0
+
+
 @dataclass(slots=True)
 class RequestContext:
     """Lives as long as its request."""
@@ -41,6 +54,7 @@ class RequestContext:
     is_running: bool = False  # an engine has it, or has had it last
     sent_at: float = 0.0  # when it got that, by `time.perf_counter`
     told_tokens: tuple[int, int] = (0, 0)  # in and out, of a batch's sequences that have ended
+    cut_pieces: tuple[CutPiece, ...] = ()  # where there is one, the list has not ended well
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
     held_bytes: int = 0  # of its body, see `request_body.py`
     rates: Rates | None = None  # of a key that has limits

@@ -20,7 +20,7 @@ from gateway.errors import DeadlinePassed, EngineTimeout, GatewayError, InvalidR
 from gateway.observability.metrics import METRICS
 from gateway.prompts.builder import PromptBuilder
 from gateway.request_body import read_body
-from gateway.request_context import CONTEXT, TRACE_HEADERS
+from gateway.request_context import CONTEXT, TRACE_HEADERS, CutPiece
 from gateway.schemas.fields import are_texts, wrong_type
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.predict import (
@@ -29,9 +29,15 @@ from gateway.schemas.predict import (
     parse_large_predict,
     parse_predict,
 )
-from gateway.schemas.vllm import Answer, Completion, Prompt, Sampling, find_errors
+from gateway.schemas.vllm import (
+    Answer,
+    Completion,
+    Prompt,
+    Sampling,
+    estimate_tokens,
+    find_errors,
+)
 
-_CHARACTERS_A_TOKEN = 4
 _ANSWERS_AT_ONCE = 1000  # between two looks at the event loop
 
 
@@ -58,7 +64,7 @@ async def handle_predict(request: web.Request) -> web.Response:
         ticket.sequences, ticket.is_divisible = len(good), True
         if caller.counts_tokens:
             most = sampling.max_tokens * len(good)
-            ticket.tokens = sum(map(_estimate_tokens, good)) + most
+            ticket.tokens = sum(map(estimate_tokens, good)) + most
         context.record.note_queued()
         async with served.queue.enter(ticket) as admission:
             context.record.note_entered()
@@ -148,12 +154,17 @@ async def _charge_left(
     request: web.Request, prompts: Sequence[Prompt], sampling: Sampling, n_inside: int
 ) -> None:
     """An engine tells of what has ended alone; hanging up is not free all the same."""
-    taken, given = request[CONTEXT].told_tokens
-    taken = max(taken, sum(map(_estimate_tokens, prompts)))
-    accounts, caller, claim = request.app[ACCOUNTS], request[CALLER], request.get(CLAIM)
-    running_s, name = request[CONTEXT].running_s(), request[SERVED_MODEL].name
-    inside = Spent(taken, 0, running_s, min(n_inside, len(prompts)), name)
-    await accounts.charge_left(caller, inside, sampling.max_tokens, given, claim)
+    context, accounts = request[CONTEXT], request.app[ACCOUNTS]
+    taken, given = context.told_tokens
+    cut = context.cut_pieces
+    if not cut and context.is_running:  # none was cut off: all of them took too long
+        all_tokens = sum(map(estimate_tokens, prompts))
+        cut = (CutPiece(0, context.running_s(), min(n_inside, len(prompts)), all_tokens),)
+    told = Spent(taken + sum(one.prompt_tokens for one in cut), given)
+    told.model = request[SERVED_MODEL].name
+    pieces = [Spent(0, 0, one.seconds, one.sequences) for one in cut]
+    most, claim = sampling.max_tokens, request.get(CLAIM)
+    await accounts.charge_pieces(request[CALLER], told, pieces, most, claim)
 
 
 async def _charge_late(
@@ -164,7 +175,7 @@ async def _charge_late(
     late = [prompts[place] for place, error in errors if isinstance(error, EngineTimeout)]
     if late:
         n_run = min(len(late), len(prompts) - done.shared)
-        taken, caller = sum(map(_estimate_tokens, late)) * n_run // len(late), request[CALLER]
+        taken, caller = sum(map(estimate_tokens, late)) * n_run // len(late), request[CALLER]
         name = request[SERVED_MODEL].name
         spent = Spent(taken, 0, request.app[SETTINGS].engine_timeout_s, n_run, name)
         most, claim = sampling.max_tokens, request.get(CLAIM)
@@ -218,7 +229,3 @@ def _put_in_order(
         return generated
     following = iter(generated)
     return [prompt if isinstance(prompt, GatewayError) else next(following) for prompt in prompts]
-
-
-def _estimate_tokens(prompt: Prompt) -> int:
-    return len(prompt) // _CHARACTERS_A_TOKEN if isinstance(prompt, str) else len(prompt)

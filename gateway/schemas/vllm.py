@@ -24,6 +24,7 @@ from gateway.schemas.fields import are_texts
 # Ids in four bytes each: as a list of numbers they take ten times as much while they wait.
 Prompt: TypeAlias = "str | array[int]"
 ID_TYPE = "I"
+_CHARACTERS_A_TOKEN = 4
 Answer: TypeAlias = "str | GatewayError"  # of one sequence: its text, or why there is none
 
 _LOAD_METRICS = {
@@ -43,6 +44,10 @@ _NO_ROUTE = "Not Found"
 _ENDED = ("stop", "length")
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)
 _LOAD_LINE = re.compile(rf"^(?:{'|'.join(_LOAD_METRICS)})[{{ ].*$", re.MULTILINE)
+
+
+def estimate_tokens(prompt: Prompt) -> int:
+    return len(prompt) // _CHARACTERS_A_TOKEN if isinstance(prompt, str) else len(prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ places come free: such calls are streams, since only these tell the end of each 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +30,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.observability.metrics import Metrics
-from gateway.request_context import RequestContext
+from gateway.request_context import CutPiece, RequestContext
 from gateway.schemas.fields import are_texts
 from gateway.schemas.predict import SAMPLING_FIELDS
 from gateway.schemas.vllm import (
@@ -38,6 +40,7 @@ from gateway.schemas.vllm import (
     Prompt,
     Sampling,
     build_completion_call,
+    estimate_tokens,
     parse_completion_answer,
 )
 
@@ -90,6 +93,21 @@ class _Batch:
         self.cost.completion_tokens += given
         before = self.context.told_tokens
         self.context.told_tokens = before[0] + taken, before[1] + given
+
+    @contextlib.contextmanager
+    def note_cut(self, call: EngineCall, places: Sequence[int]) -> Iterator[None]:
+        """What ran of this call where the batch breaks off: it is charged by its own start."""
+        try:
+            yield
+        except (InvalidRequest, EngineError, Unavailable):
+            raise  # the batch goes on without it
+        except BaseException:
+            if call.sent_at:
+                left = [place for place in places if self.answers[place] is None]
+                tokens = sum(map(estimate_tokens, self.take_prompts(left)))
+                seconds = time.perf_counter() - call.sent_at
+                self.context.cut_pieces += (CutPiece(0, seconds, call.sequences, tokens),)
+            raise
 
 
 class BatchGenerator:
@@ -175,12 +193,13 @@ class BatchGenerator:
         attempt = self._pool.attempt(call)
         has_begun = False
         try:
-            async with attempt as answer:
-                if answer.body is None:
-                    has_begun = True
-                    await self._read_stream(batch, piece, places, attempt, answer)
-                else:
-                    batch.put(places, answer.value)
+            with batch.note_cut(call, places):
+                async with attempt as answer:
+                    if answer.body is None:
+                        has_begun = True
+                        await self._read_stream(batch, piece, places, attempt, answer)
+                    else:
+                        batch.put(places, answer.value)
         except InvalidRequest as refusal:
             left = [place for place in places if batch.answers[place] is None]
             if left:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -23,6 +23,7 @@ from gateway.engines.engine import BUSY_STATUSES
 from gateway.engines.lists.feeding import Gate, Piece, open_group, take_places
 from gateway.engines.pool import ModelPool
 from gateway.errors import EngineError, EngineTimeout
+from gateway.request_context import CutPiece
 from gateway.schemas.prompt_lists.answers import (
     PieceAnswer,
     parse_piece,
@@ -44,17 +45,6 @@ _CALLS_A_PIECE = 4
 # Chunks that wait for a caller who takes them slowly; more wait in the engines.
 _MOST_CHUNKS_AHEAD = 4
 _BUSY_PAUSE_S = 1.0  # until an engine that had no room for a piece is asked again
-
-
-@dataclass(frozen=True, slots=True)
-class CutPiece:
-    """What ran in the middle when the list broke off: what its engine has told of the sequences
-    that were running, and for how long so many of them had run.
-    """
-
-    told_tokens: int
-    seconds: float
-    sequences: int
 
 
 class _Refused(Exception):
@@ -135,9 +125,12 @@ class LongListCall:
         self._first: asyncio.Future[EngineAnswer] | None = None
         self._failure: EngineError | None = None
         self._engine_s = 0.0
-        self.cut_pieces: list[CutPiece] = []  # where there is one, the list has not ended well
         self.sent_bytes = 0  # of prompts that engines have run
         self.has_failed = False
+
+    @property
+    def cut_pieces(self) -> tuple[CutPiece, ...]:
+        return self._call.context.cut_pieces
 
     async def __aenter__(self) -> EngineAnswer:
         began = time.perf_counter()
@@ -244,7 +237,7 @@ class LongListCall:
             # An engine's own fault is not charged by the clock.
             is_lost = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
             seconds = 0.0 if is_lost else time.perf_counter() - call.sent_at
-            self.cut_pieces.append(CutPiece(told, seconds, call.sequences))
+            call.context.cut_pieces += (CutPiece(told, seconds, call.sequences),)
             raise
         finally:
             del self._merged.calls[id(call)]

@@ -203,6 +203,31 @@ async def test_fed_batch_left_in_the_middle_is_charged_for_what_it_had_running(
         await asyncio.wait({asking})
 
 
+async def test_batch_left_in_the_middle_is_charged_by_the_start_of_each_piece(serve: Serve) -> None:
+    """Short ones that come and go beside the long ones do not begin their time anew, and what never
+    came in costs nothing.
+    """
+    prompts = [f"{number}" for number in range(900)]
+    engine = Behaviour(delays=lambda one: 0 if not one.isdigit() else 60 if int(one) < 14 else 0.01)
+    async with serve(engine, engine_sequences=16) as served:
+        accounts = served.app[ACCOUNTS]
+        accounts._pace.learn(100, 1)
+        taken, given = accounts.sum_usage().prompt_tokens, accounts.sum_usage().completion_tokens
+        body = {"prompt": prompts, "max_tokens": 10}
+        asking = asyncio.create_task(served.client.post("/predict", json=body))
+        await until(lambda: engine.running >= 14)
+        enough = time.perf_counter() + 0.2  # a token is made in 10 ms
+        await until(lambda: time.perf_counter() > enough and _sent(engine) > 20)
+        asking.cancel()
+
+        await until(lambda: _is_empty(served) and engine.running == 0)
+        await asyncio.wait({asking})
+        ended = _sent(engine) - 15
+        used = accounts.sum_usage()
+        assert 14 * 10 + 2 * ended <= used.completion_tokens - given <= 15 * 10 + 2 * (ended + 1)
+        assert used.prompt_tokens - taken < 40 * _sent(engine)
+
+
 async def test_engine_that_sends_each_token_is_asked_for_whole_answers_from_then_on(
     serve: Serve,
 ) -> None:

@@ -66,7 +66,7 @@ class RelayResult:
             _over("plain", chunks, Bound("at least", 0.9), is_more_better=True),
             _over("plain", cpu, None, is_more_better=False),
             _over("plain", by_measure[PREDICT_CPU], None, is_more_better=False),
-            self._build_memory("gateway", Bound("at most", 150.0)),
+            self._build_memory("gateway", Bound("at most", 80.0)),
         ]
         for arm in ("plain", *self.peers):
             label = "plain relay" if arm == "plain" else arm

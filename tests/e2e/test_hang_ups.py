@@ -18,9 +18,9 @@ import openai
 import orjson
 import pytest
 
+from lab.fuzz.raw_http import build_request, connect
 from tests.e2e.clients import KINDS, Kind, open_sdk
 from tests.e2e.conftest import Stack
-from tests.gateway.raw import build_request, connect
 from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

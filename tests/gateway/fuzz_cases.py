@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tests.gateway.raw import build_request
+from lab.fuzz.raw_http import build_request
 
 KEY = "fuzz-key"
 # served: 200 with its number. answered: one answer. torn: the framing itself is in doubt.

@@ -15,6 +15,7 @@ import httpx
 import orjson
 
 from common.ports import find_free_ports
+from lab.fuzz.loop_watch import describe_blocks
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import until
 from tests.plain_http import NO_TLS
@@ -63,7 +64,7 @@ async def serve_process(
     where its log goes instead of to a file. `blocks`: the file in which `loop_watch` notes what
     kept its event loop busy.
     """
-    program = ["gateway"] if blocks is None else ["tests.gateway.loop_watch", str(blocks)]
+    program = ["gateway"] if blocks is None else ["lab.fuzz.loop_watch", str(blocks)]
     port = 0 if stderr is None else find_free_ports(1)[0]
     command = ["--port", str(port), "--engines", engine_url, "--tokenizer", str(MODEL_FOLDER)]
     command += ["--warmup-prompts", "2", "--log-format", "json"]
@@ -86,6 +87,12 @@ async def serve_process(
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), 60)
+
+
+def check_blocks(path: Path) -> None:
+    """Of a gateway that was served with `blocks`."""
+    said = describe_blocks(path)
+    assert not said, said
 
 
 def _port(log: Path) -> int | None:

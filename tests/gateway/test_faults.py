@@ -24,8 +24,8 @@ from aiohttp import web
 
 from gateway.admission.served_models import MODELS
 from gateway.engines.pool import POOL
+from lab.fuzz.raw_http import RawAnswer, build_request, connect, read_answer
 from tests.gateway.conftest import Served, serve_gateway, until
-from tests.gateway.raw import RawAnswer, build_request, connect, read_answer
 from tests.gateway.scripted_engine import (
     Call,
     Fault,

@@ -19,12 +19,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lab.fuzz.raw_http import NotHTTP, RawAnswer, connect, read_answer
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.fuzz_cases import KEY, Case, make_cases, mark
-from tests.gateway.loop_watch import check_blocks
-from tests.gateway.process import serve_process
-from tests.gateway.raw import NotHTTP, RawAnswer, connect, read_answer
+from tests.gateway.process import check_blocks, serve_process
 
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 COUNT = int(os.environ.get("FUZZ_CASES", "10000"))

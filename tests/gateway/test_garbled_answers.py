@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from gateway.admission.accounts import ACCOUNTS
+from lab.fuzz.raw_http import RawAnswer, ask, build_request
 from tests.gateway.conftest import Served
-from tests.gateway.raw import RawAnswer, ask, build_request
 from tests.gateway.scripted_engine import (
     Call,
     Fault,

@@ -23,11 +23,10 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.request_body import HeldBodies
 from gateway.request_context import RequestContext
+from lab.fuzz.raw_http import RawAnswer, ask, build_request, connect
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
-from tests.gateway.loop_watch import check_blocks
-from tests.gateway.process import GatewayProcess, serve_process
-from tests.gateway.raw import RawAnswer, ask, build_request, connect
+from tests.gateway.process import GatewayProcess, check_blocks, serve_process
 from tests.gateway.scripted_engine import whole_answer
 
 MEGABYTE = 10**6

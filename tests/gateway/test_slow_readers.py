@@ -12,10 +12,10 @@ import httpx
 import orjson
 import pytest
 
+from lab.fuzz.raw_http import address, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.process import GatewayProcess, serve_process
-from tests.gateway.raw import address, build_request
 
 READERS = 200
 READING_S = 12

@@ -9,8 +9,8 @@ import pytest
 
 from common.ports import find_free_ports
 from gateway.config import SettingsError, load_settings
+from lab.fuzz.raw_http import ask, build_request
 from tests.gateway.conftest import Serve, Served
-from tests.gateway.raw import ask, build_request
 
 BODY = b'{"prompt": "hello"}'
 JSON = ("Content-Type", "application/json")

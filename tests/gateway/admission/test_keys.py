@@ -24,9 +24,9 @@ from gateway.admission.throughput import Pace
 from gateway.admission.tickets import LANES
 from gateway.config import SettingsError
 from gateway.engines.engine import hide_password
+from lab.fuzz.raw_http import address, build_request
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, make_settings, until
-from tests.gateway.raw import address, build_request
 
 
 def _keys_file(folder: Path, **extras: str) -> tuple[Path, dict[str, str]]:

@@ -9,8 +9,7 @@ import pytest
 
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.batches.conftest import CHAT, ask, dump, open_sdk, until
-from tests.gateway.loop_watch import check_blocks
-from tests.gateway.process import serve_process
+from tests.gateway.process import check_blocks, serve_process
 
 LINES = 8_000
 

@@ -25,9 +25,9 @@ from gateway.engines.lists.batch import cut
 from gateway.engines.pool import POOL, EnginePool
 from gateway.observability.metrics import METRICS
 from gateway.schemas.predict import default_sampling
+from lab.fuzz.raw_http import ask, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
-from tests.gateway.raw import ask, build_request
 
 QUESTIONS = [f"question {number}" for number in range(358)]
 ANSWERS = [f"answer:{question}" for question in QUESTIONS]

@@ -27,10 +27,10 @@ from gateway.observability.metrics import (
     list_metrics,
 )
 from gateway.observability.request_record import RequestRecord, StreamTiming
+from lab.fuzz.raw_http import ask, build_request
 from lab.records.record import RecordFigure, take_record, write_record
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, serve_gateway, until
-from tests.gateway.raw import ask, build_request
 from tests.plain_http import NO_TLS
 
 STREAM = {"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}

@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from gateway.admission.keys import make_key
+from lab.fuzz.raw_http import ask, build_request
 from tests.gateway.conftest import Serve, Served, until
-from tests.gateway.raw import ask, build_request
 
 PATH = "/v1/audio/transcriptions"
 SOUND = bytes(range(256)) * 40

@@ -14,10 +14,10 @@ import pytest
 from common.project import read_version
 from gateway.config import SettingsError
 from gateway.engines.warmup import read_warmup_questions
+from lab.fuzz.raw_http import address, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
 from tests.gateway.process import serve_process
-from tests.gateway.raw import address, build_request
 
 
 @pytest.mark.parametrize("status", ["batch", "ok"])

@@ -22,10 +22,10 @@ from gateway.engines.pool import POOL
 from gateway.errors import REFUSALS
 from gateway.page import launchers
 from gateway.page.launchers import hide_secrets
+from lab.fuzz.raw_http import ask, build_request
 from tests.fake_engine import Behaviour, serve_app
 from tests.gateway.admission.test_keys import _bearer, _keys_file
 from tests.gateway.conftest import Serve, Served, until
-from tests.gateway.raw import ask, build_request
 
 STATIC = Path(launchers.__file__).parent / "static"
 FIGURES = """\

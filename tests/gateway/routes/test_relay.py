@@ -9,9 +9,9 @@ import openai
 import pytest
 
 from gateway.engines.pool import POOL
+from lab.fuzz.raw_http import build_request, connect
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
-from tests.gateway.raw import build_request, connect
 
 
 def _sdk(served: Served) -> openai.AsyncOpenAI:

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,11 @@ class Database:
         self._keeps, self._answer_timeout_s = keeps, answer_timeout_s
         self._engine = create_async_engine(url, **options)
         self._writing = self._engine.execution_options(writes=True)
+        self._turn: AbstractAsyncContextManager[None] = nullcontext()
         if self._engine.dialect.name == "sqlite":
+            # It has one writer. Its own waiting gives up, and is not fair: one of many may never
+            # come in. That is left to writers of other processes.
+            self._turn = asyncio.Lock()
             self._busy_timeout_s = busy_timeout_s
             event.listen(self._engine.sync_engine, "connect", self._prepare_sqlite)
             event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
@@ -125,7 +129,7 @@ class Database:
         """All that is written inside is kept, or nothing is."""
         async with self._translate(), asyncio.timeout(self._answer_timeout_s):
             await self._ensure_migrated()
-            async with self._writing.begin() as connection:
+            async with self._turn, self._writing.begin() as connection:
                 yield connection
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A transaction whose caller is cancelled, at any of its steps."""
+"""Transactions of a SQLite file: those that are cancelled, and those that wait for others."""
 
 from __future__ import annotations
 
@@ -51,3 +51,24 @@ async def test_cancelled_transaction_keeps_no_other_writer_out(tmp_path: Path) -
             other.execute("begin immediate")
             other.execute("rollback")
     await database.close()
+
+
+async def test_writers_of_one_gateway_wait_their_turn_however_long_each_takes(
+    tmp_path: Path,
+) -> None:
+    """SQLite's own waiting gives up, and is not fair: of many writers one may never come in."""
+    database = Database(tmp_path / "kept.db", setting="X", keeps="x", busy_timeout_s=0.001)
+    async with database.write() as connection:
+        await connection.execute(text("create table t (a int)"))
+
+    async def write(number: int) -> None:
+        async with database.write() as connection:
+            await connection.execute(text("insert into t values (:a)"), [{"a": number}])
+            await asyncio.sleep(0.02)
+
+    await asyncio.gather(*map(write, range(20)))
+    async with database.read() as connection:
+        kept = (await connection.execute(text("select a from t"))).scalars().all()
+    await database.close()
+
+    assert kept == [*range(20)]  # as they came

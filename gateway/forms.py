@@ -20,6 +20,15 @@ _FORM = "multipart/form-data"
 _MOST_FIELDS = 64
 _CHUNK_BYTES = 2**16
 _ENCODINGS = ("Content-Encoding", "Content-Transfer-Encoding")
+# What aiohttp raises at forms that are none.
+UNREADABLE_FORM = (
+    ValueError,
+    AssertionError,
+    RuntimeError,  # its word for a `_charset_` that is too long to be one
+    HttpProcessingError,
+    aiohttp.ClientPayloadError,
+    web.RequestPayloadError,
+)
 
 
 async def read_form(request: web.Request) -> list[FormField]:
@@ -36,15 +45,12 @@ async def read_form(request: web.Request) -> list[FormField]:
         raise BodyTimeout(f"the body did not arrive within {limit_s:g} s") from None
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(request) from None
-    except (
-        ValueError,
-        AssertionError,
-        RuntimeError,  # aiohttp's word for a `_charset_` that is too long to be one
-        HttpProcessingError,
-        aiohttp.ClientPayloadError,
-        web.RequestPayloadError,
-    ) as error:
-        raise InvalidRequest(f"the form cannot be read: {error}", code="bad_form") from None
+    except UNREADABLE_FORM as error:
+        raise refuse_form(error) from None
+
+
+def refuse_form(error: Exception) -> InvalidRequest:
+    return InvalidRequest(f"the form cannot be read: {error}", code="bad_form")
 
 
 async def _read_fields(request: web.Request) -> list[FormField]:

@@ -25,6 +25,7 @@ from gateway.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
+from gateway.forms import UNREADABLE_FORM, refuse_form
 from gateway.request_body import BODIES
 from gateway.request_context import CONTEXT
 from gateway.schemas.pages import build_page, parse_page
@@ -137,14 +138,11 @@ async def _send(
 
 async def _read_parts(request: web.Request) -> Any:
     """The parts of the form, one after the other."""
-    try:
-        reader = await request.multipart()
-        while (part := await _wait(request, reader.next())) is not None:
-            if not isinstance(part, BodyPartReader):
-                raise InvalidRequest("the form has another form in it", code="bad_request")
-            yield part
-    except (ValueError, AssertionError) as error:
-        raise InvalidRequest(f"the form cannot be read: {error}", code="bad_request") from None
+    reader = await _wait(request, request.multipart())
+    while (part := await _wait(request, reader.next())) is not None:
+        if not isinstance(part, BodyPartReader):
+            raise InvalidRequest("the form has another form in it", code="bad_form")
+        yield part
 
 
 async def _read_file(request: web.Request, part: BodyPartReader, upload: Any) -> None:
@@ -176,6 +174,8 @@ async def _wait(request: web.Request, reading: Any) -> Any:
             return await reading
     except TimeoutError:
         raise BodyTimeout(f"nothing of the file came for {limit_s:g} s") from None
+    except UNREADABLE_FORM as error:
+        raise refuse_form(error) from None
 
 
 def _clean_name(name: str | None) -> str:

@@ -237,6 +237,18 @@ async def test_form_with_fields_without_end_is_refused(batches: Batches) -> None
     assert answer.json()["error"]["message"] == "the form has more than 16 fields"
 
 
+@pytest.mark.parametrize("head", [b"A\0: b", b"no colon", b"Content-Disposition:\0 form-data"])
+async def test_form_whose_part_has_an_unreadable_head_is_refused(
+    batches: Batches, head: bytes
+) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="file"\r\n%s\r\n\r\nx\r\n--b--\r\n' % head
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = await batches.served.client.post("/v1/files", content=form, headers=kind)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_form")
+    assert (await batches.sdk.files.list()).data == []
+
+
 async def test_files_that_come_in_at_once_share_what_room_their_key_has(tmp_path: Path) -> None:
     may_end = asyncio.Event()
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'

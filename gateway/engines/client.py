@@ -24,7 +24,13 @@ from yarl import URL
 
 from gateway.config import Settings
 from gateway.engines.timeouts import CallTimeouts
-from gateway.errors import EngineError, EngineTimeout, EngineUnreachable, OutOfFiles
+from gateway.errors import (
+    EngineError,
+    EngineTimeout,
+    EngineUnreachable,
+    EngineUntrusted,
+    OutOfFiles,
+)
 
 # aiohttp holds two of these before it lets the engine wait; its own would be 256 KiB.
 _READ_BYTES = 2**15
@@ -188,6 +194,9 @@ def translate(error: Exception) -> EngineError | OutOfFiles:
             "(ulimit -n) or lower GATEWAY_MAX_RUNNING",
             retry_after_s=1,
         )
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(error.certificate_error, "verify_message", error.certificate_error)
+        return EngineUntrusted(f"the engine's certificate is not valid: {reason}", retry_after_s=5)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return EngineUnreachable(
             "the engine does not accept connections; it may be starting", retry_after_s=5

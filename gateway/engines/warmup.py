@@ -85,9 +85,10 @@ class Warmup:
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.is_healthy():
+            reason = engine.distrust or "it does not answer GET /health"
             if engine.state is not EngineState.DOWN:
-                log.warning("engine_lost", engine=engine.url)
-            await self._pool.set_state(engine, EngineState.DOWN, "it does not answer GET /health")
+                log.warning("engine_lost", engine=engine.url, reason=reason)
+            await self._pool.set_state(engine, EngineState.DOWN, reason)
         elif engine.state is not EngineState.READY:
             await self._warm(engine)
         elif engine.suspect.is_set():

@@ -21,7 +21,9 @@ from lab.faults.servers.redis_server import RedisServer
 REDIS, POSTGRES, DISK, GPU_TOOL = "redis", "postgres", "disk", "gpu-tool"
 _DISK_MIB = 24
 _NOT_OURS = "the service was given by its address: what it keeps things in is not ours to hurt"
-_PROGRAMS = {"strace": "no strace here; your distribution's package has it"}
+_PROGRAMS = {
+    name: f"no {name} here; your distribution's package has it" for name in ("strace", "openssl")
+}
 
 
 class Disk:

@@ -1,4 +1,6 @@
-"""Engines that answer badly, behind a gateway that has a good one, too."""
+"""Engines that answer badly, behind a gateway that has a good one, too; and one whose certificate
+expires.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from lab.faults.experiment import Experiment
 from lab.faults.fault import Fault, Signs, Strike
 from lab.faults.servers import broken_engine
 from lab.faults.servers.broken_engine import BrokenEngine, Spoil
+from lab.faults.servers.certificates import Certificates
+from lab.faults.servers.link import Link
 
 _LASTS_S = 4.0
 _FOR_EVER_S = 10.0  # twice as long as such a call is waited for
+_EXPIRED_S = 6.0
 _PANEL = "overview: Failed engine calls and retries"
 
 
@@ -37,6 +42,28 @@ def start_gateway(*options: str) -> Strike:
         await at.start_beside(f"{at.service.engine_url},{broken.url}", *options)
 
     return prepare
+
+
+async def start_gateway_by_tls(at: Experiment) -> None:
+    """Before the engine alone, whose certificate it can check."""
+    certificates = Certificates(at.folder / "certificates")
+    certificates.make()
+    link = Link(int(at.service.engine_url.rpartition(":")[2]), certificates.serve())
+    await at.exits.enter_async_context(link.serve())
+    at.keep(certificates)
+    at.keep(link)
+    variables = {"SSL_CERT_FILE": str(certificates.authority)}
+    await at.start_beside(f"https://127.0.0.1:{link.port}", variables=variables)
+
+
+async def let_certificate_expire(at: Experiment) -> None:
+    """And the engine's proxy restart with it: connections that are there know no date."""
+    certificates, link = at.get(Certificates), at.get(Link)
+    certificates.serve(is_expired=True)
+    link.cut()
+    await asyncio.sleep(_EXPIRED_S)
+    certificates.serve()
+    at.lift()
 
 
 # The good engine is asked again, so nobody is harmed and nobody called.
@@ -73,5 +100,14 @@ FAULTS = (
         Signs("request_done error_code=engine_timeout", "ErrorRate"),
         "beside",
         prepare=start_gateway("--engine-timeout-s", "5", "--stream-idle-timeout-s", "3"),
+    ),
+    Fault(
+        "certificate-expired",
+        "the certificate of an engine behind TLS expires, and is renewed after 6 s",
+        let_certificate_expire,
+        Signs("engine_lost", "EngineDown"),
+        "beside",
+        prepare=start_gateway_by_tls,
+        needs=("openssl",),
     ),
 )

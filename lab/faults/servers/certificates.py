@@ -1,0 +1,45 @@
+"""An authority of the lab's own, and certificates by it: a good one, and one that has expired."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+from pathlib import Path
+
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+_NAME = ("-subj", "/CN=engine", "-addext", "subjectAltName=IP:127.0.0.1")
+_AUTHORITY = ("-subj", "/CN=lab", "-addext", "basicConstraints=critical,CA:TRUE")
+
+
+class Certificates:
+    """Files of a folder; `authority` is whom a client must trust."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = folder / "engine.key"
+        self.authority = folder / "authority.pem"
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    def make(self) -> None:
+        """By the program `openssl`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        key, request = self._folder / "authority.key", self._folder / "engine.csr"
+        authority = ("-keyout", key, "-out", self.authority, "-days", 2)
+        _run("req", "-x509", *_KEY, *authority, *_AUTHORITY)
+        _run("req", *_KEY, "-keyout", self._key, "-out", request, *_NAME)
+        for days in (2, -1):
+            signed = ("-in", request, "-CA", self.authority, "-CAkey", key, "-CAcreateserial")
+            made = ("-out", self._find(days), "-days", days, "-copy_extensions", "copy")
+            _run("x509", "-req", *signed, *made)
+
+    def serve(self, *, is_expired: bool = False) -> ssl.SSLContext:
+        """Always the same one: whoever serves by it goes on with this certificate."""
+        self._context.load_cert_chain(self._find(-1 if is_expired else 2), self._key)
+        return self._context
+
+    def _find(self, days: int) -> Path:
+        return self._folder / f"engine{days}.pem"
+
+
+def _run(*words: object) -> None:
+    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)  # noqa: S607

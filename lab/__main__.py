@@ -34,6 +34,7 @@ COMMANDS = {
     "faults": ("lab.faults.run_faults", "the fault table: each injected for real, under load"),
     "lanes": ("lab.load.run_lanes", "what a batch job costs callers who wait"),
     "attack": ("lab.load.run_attack", "what a hostile caller costs the others"),
+    "fuzz": ("lab.fuzz.run_fuzz", "hostile requests by the hundred thousand: what survives them"),
     "scale": ("lab.scale.run_scale", "hundreds of engines behind one gateway, simulated and real"),
     "scheduler": ("lab.scheduler.run_scheduler", "what a step costs vLLM's scheduler and ours"),
     "results": ("lab.records.results_page", "docs/results.md from the records of runs"),

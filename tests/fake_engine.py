@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import BodyPartReader, web
 from aiohttp.typedefs import Handler
 from tokenizers import Tokenizer
 
@@ -229,7 +229,8 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     copies = max(1, n) if isinstance(n := call.get("n"), int) else 1
     questions = [_question(prompt, request.app[TOKENIZER]) for prompt in prompts]
     questions = [question for question in questions for _ in range(copies)]
-    ends_one_by_one = bool(call.get("stream")) and isinstance(call["prompt"], list)
+    is_list = isinstance(call["prompt"], list) and not _is_ids(call["prompt"])
+    ends_one_by_one = bool(call.get("stream")) and is_list
     if not ends_one_by_one:
         async with _working(behaviour, len(questions)):
             await asyncio.gather(*(_run_sequence(behaviour, one) for one in questions))
@@ -568,14 +569,19 @@ async def _read_texts(request: web.Request, name: str) -> list[str] | web.Respon
 
 async def _transcribe(request: web.Request) -> web.StreamResponse:
     """Says how long the sound was."""
-    behaviour, form = request.app[BEHAVIOUR], await request.post()
-    sound = form.get("file")
-    if not isinstance(sound, web.FileField):
+    behaviour = request.app[BEHAVIOUR]
+    fields: dict[str, str] = {}
+    sound: tuple[str, bytes] | None = None
+    async for part in await request.multipart():
+        assert isinstance(part, BodyPartReader)
+        if part.filename is None:
+            fields[part.name or ""] = (await part.read()).decode("utf-8", "replace")
+        else:
+            sound = part.filename, bytes(await part.read())
+    if sound is None:
         return _refusal("send a file", "file")
-    with sound.file as file:
-        data = file.read()
-    fields = {name: value for name, value in form.items() if isinstance(value, str)}
-    behaviour.calls.append({**fields, "file": data, "filename": sound.filename})
+    filename, data = sound
+    behaviour.calls.append({**fields, "file": data, "filename": filename})
     behaviour.headers.append(dict(request.headers))
     async with _working(behaviour, 1):
         await _run_sequence(behaviour, "")

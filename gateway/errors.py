@@ -24,7 +24,6 @@ GatewayError
 ├── StorageFull 507           there is no room left for what is kept
 └── EngineError 502           the engine failed
     ├── EngineUnreachable 503 it did not accept the request, which therefore did not run
-    │   └── EngineUntrusted 503  its certificate is not valid
     ├── EngineAborted 502     it gave a sequence up
     └── EngineTimeout 504
 """
@@ -234,10 +233,6 @@ class EngineError(GatewayError):
 class EngineUnreachable(EngineError):
     status = 503
     code = "engine_unreachable"
-
-
-class EngineUntrusted(EngineUnreachable):
-    """Its certificate is not valid."""
 
 
 class EngineAborted(EngineError):

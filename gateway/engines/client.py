@@ -24,13 +24,7 @@ from yarl import URL
 
 from gateway.config import Settings
 from gateway.engines.timeouts import CallTimeouts
-from gateway.errors import (
-    EngineError,
-    EngineTimeout,
-    EngineUnreachable,
-    EngineUntrusted,
-    OutOfFiles,
-)
+from gateway.errors import EngineError, EngineTimeout, EngineUnreachable, OutOfFiles
 
 # aiohttp holds two of these before it lets the engine wait; its own would be 256 KiB.
 _READ_BYTES = 2**15
@@ -196,7 +190,8 @@ def translate(error: Exception) -> EngineError | OutOfFiles:
         )
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = getattr(error.certificate_error, "verify_message", error.certificate_error)
-        return EngineUntrusted(f"the engine's certificate is not valid: {reason}", retry_after_s=5)
+        said = f"the engine's certificate is not valid: {reason}"
+        return EngineUnreachable(said, retry_after_s=5)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return EngineUnreachable(
             "the engine does not accept connections; it may be starting", retry_after_s=5

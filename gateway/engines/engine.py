@@ -16,7 +16,7 @@ from yarl import URL
 
 from gateway.config import Settings
 from gateway.engines.client import EngineClient
-from gateway.errors import EngineBusy, EngineError, EngineUntrusted, OutOfFiles
+from gateway.errors import EngineBusy, EngineError, OutOfFiles
 from gateway.observability.metrics import Metrics
 from gateway.schemas.vllm import (
     EngineLoad,
@@ -67,7 +67,7 @@ class Engine:
         self.fingerprint = ""  # that it puts on its answers
         self.pools_at = ""  # the route by which it is warmed, where its model makes no text
         self.starts = 0  # times that it became ready
-        self.distrust = ""  # why its certificate is none
+        self.ailment = ""  # why it is not healthy, where it was found to be so
         self.down_since = time.monotonic()
         self.typical_start_s: float | None = None
         self.suspect = asyncio.Event()
@@ -204,9 +204,9 @@ class Engine:
         except OutOfFiles:
             return self.state is not EngineState.DOWN  # nobody could ask: all stays as it was
         except (EngineError, TimeoutError) as error:
-            self.distrust = error.message if isinstance(error, EngineUntrusted) else ""
+            self.ailment = str(error) or "no answer in time"
             return False
-        self.distrust = ""
+        self.ailment = f"it answered {status}"
         return status == 200
 
     async def read_model_cards(self) -> list[ModelCard]:

@@ -85,7 +85,7 @@ class Warmup:
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.is_healthy():
-            reason = engine.distrust or "it does not answer GET /health"
+            reason = f"it does not answer GET /health: {engine.ailment}"
             if engine.state is not EngineState.DOWN:
                 log.warning("engine_lost", engine=engine.url, reason=reason)
             await self._pool.set_state(engine, EngineState.DOWN, reason)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.errors import InvalidRequest
+from gateway.schemas.constraints.grammars import CONSTRAINING
 from gateway.schemas.fields import wrong_type
 
 _INT32 = 2**31 - 1
@@ -23,6 +24,11 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
 _CHECKED = frozenset((*_RANGES, *TOKEN_LISTS, "logit_bias", "vllm_xargs"))
 _MOST_TOKEN_DIGITS = 10
+# What vLLM hands on to its other processes as it came, whatever is in it.
+_HANDED_ON = CONSTRAINING | {
+    *("repetition_detection", "vllm_xargs", "kv_transfer_params", "ec_transfer_params")
+}
+_GREAT = 2.0**63
 # How engines hand work to each other; it names hosts that the engine would then speak to.
 _INTERNAL_ARGUMENTS = ("kv_transfer_params", "ec_transfer_params")
 
@@ -48,6 +54,25 @@ def check_sampling(data: Mapping[str, Any]) -> None:
                     f"vllm_xargs.{name} is no field for callers; leave it out",
                     param=f"vllm_xargs.{name}",
                 )
+
+
+def holds_great_number(data: Mapping[str, Any]) -> bool:
+    """Whether something that vLLM hands on holds a whole number of more than 64 bits, at which its
+    processes cannot be told of the call. Here it has been read as a float.
+    """
+    if _HANDED_ON.isdisjoint(data):
+        return False
+    pending: list[Any] = [data[name] for name in _HANDED_ON & data.keys()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, float):
+            if abs(value) >= _GREAT:
+                return True
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return False
 
 
 def _check_tokens(name: str, tokens: Any) -> None:

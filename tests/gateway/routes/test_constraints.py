@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gateway.admission.keys import make_key
-from tests.gateway.conftest import Serve, Served
+from gateway.schemas.openai import parse_openai_request
+from tests.gateway.conftest import Serve, Served, make_settings
 
 ORDINARY_REGEXES = [
     r"\d{4}-\d{2}-\d{2}",
@@ -207,6 +208,36 @@ async def test_schema_that_is_nothing_but_itself_is_refused(
         answer = await _post(served, path, fields)
         assert answer.status_code == 400, (path, fields)
         assert "leads back to itself" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1" + "0" * 30])
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"structured_outputs": {"json": {"enum": [%s]}}',
+        '"response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": %s}}}',
+        '"repetition_detection": {"max_pattern_size": %s, "min_count": 2}',
+        '"vllm_xargs": {"a": %s}',
+    ],
+)
+def test_number_of_more_than_64_bits_reaches_the_engine_as_one_that_it_can_hand_on(
+    field: str, number: str
+) -> None:
+    """vLLM's processes tell each other whole numbers of 64 bits; at others it says 500."""
+    body = '{"model": "fake", "messages": [], %s}' % (field % number)
+    call = parse_openai_request("/v1/chat/completions", body.encode(), make_settings())
+
+    assert number.encode() not in call.body
+    assert repr(float(number)).encode() in call.body
+
+
+def test_numbers_that_any_engine_takes_leave_the_body_as_it_is() -> None:
+    fields = '"structured_outputs": {"json": {"enum": [18446744073709551615, 1e3, -1.5]}}'
+    body = '{"model": "fake",  "messages": [], %s}' % fields  # noqa: UP031
+
+    assert parse_openai_request("/v1/chat/completions", body.encode(), make_settings()).body == (
+        body.encode()
+    )
 
 
 async def test_grammar_is_refused_where_nobody_has_allowed_it(serve: Serve) -> None:

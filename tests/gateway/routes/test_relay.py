@@ -227,3 +227,14 @@ async def test_messages_without_an_engine_are_overloaded(serve: Serve) -> None:
         answer = await served.client.post("/v1/messages", json={"messages": []})
 
     assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded_error")
+
+
+async def test_relay_error_without_a_word_says_who_failed(served: Served) -> None:
+    """As vLLM answers to some calls that it cannot hand on to its core."""
+    served.engine.status = 500
+    served.engine.body = b'{"error": {"message": "", "type": "InternalServerError", "code": 500}}'
+    answer = await _post(served.url, {"model": "fake", "prompt": "x"})
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["source"]) == (500, "engine")
+    assert error["message"] == "the engine answered 500 and said nothing"

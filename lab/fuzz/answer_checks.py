@@ -84,10 +84,11 @@ def _read_error(answer: RawAnswer) -> dict[str, Any]:
 
 def _read_text(answer: RawAnswer) -> str:
     """Head and body; a stream's pieces put together, for it comes letter by letter."""
-    text = f"{dict(answer.headers)} {answer.body.decode('utf-8', 'replace')}"
+    body = answer.body.decode("utf-8", "replace")
+    text = f"{dict(answer.headers)} {body}"
     if not answer.headers.get("content-type", "").startswith("text/event-stream"):
         return text
-    lines = (line.removeprefix("data: ") for line in text.split("\n"))
+    lines = (line.removeprefix("data: ") for line in body.split("\n"))
     events = [json.loads(line) for line in lines if line.startswith('{"')]
     choices = (one for event in events for one in event.get("choices", ()))
     return text + "".join(map(_read_piece, choices))

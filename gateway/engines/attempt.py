@@ -249,9 +249,7 @@ class Attempt:
         if answer is not None and answer.body is None:
             # One that takes too long may be as long as it was asked to be.
             is_broken = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
-            if is_broken and not answer.is_at_fault:
-                engine.note_failure()
-            elif answer.is_at_fault:
+            if is_broken or answer.is_at_fault:
                 engine.note_error()
             elif error is None and answer.is_at_fault is None:
                 engine.note_success()

@@ -167,9 +167,10 @@ class Engine:
             self._open_breaker()
 
     def note_error(self, *, is_silent: bool = False) -> None:
-        """It answered with an error of its own, or not in time, and either may be the request's
-        doing: vLLM says 500 to some that it cannot take. It is looked at, but others are still sent
-        to it, or one caller could keep them all waiting.
+        """It answered with an error of its own, not in time, or not to a stream's end, and each may
+        be the request's doing: vLLM says 500 to some that it cannot take, and breaks streams off at
+        others. It is looked at, but others are still sent to it, or one caller could keep them all
+        waiting.
         """
         self._errors += 1
         self._was_silent |= is_silent

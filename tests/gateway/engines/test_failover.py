@@ -117,10 +117,24 @@ async def test_refusals_do_not_open_the_breaker(serve: Serve) -> None:
         assert (await s.predict("good")).status_code == 200
 
 
-async def test_streams_cut_by_the_engine_open_the_breaker(serve: Serve) -> None:
+async def test_streams_cut_by_an_engine_that_answers_else_keep_nobody_out(serve: Serve) -> None:
+    """vLLM cuts a stream of /v1/responses off whose grammar it cannot build: one caller's doing."""
+    async with serve(Behaviour(), breaker_failures=3, breaker_pause_s=60) as served:
+        served.engine.stream_cut_after = 1
+        for _ in range(9):
+            assert "engine_failed" in (await served.chat("a", stream=True)).text
+        await until(lambda: not served.app[POOL].engines[0].suspect.is_set())
+
+        assert (await served.chat("b")).status_code == 200
+        metrics = (await served.client.get("/metrics")).text
+    assert re.search(r"gateway_breaker_trips_total\{[^}]*\} 0\.0", metrics)
+
+
+async def test_streams_cut_by_an_engine_that_fails_else_too_open_the_breaker(serve: Serve) -> None:
     """Each begins with a 200, which is no success yet."""
     async with serve(Behaviour(), breaker_failures=3, breaker_pause_s=60) as served:
         served.engine.stream_cut_after = 1
+        served.engine.fails = lambda question: question != "a"
         for _ in range(3):
             await until(lambda: served.app[POOL].engines[0].is_usable)
             assert "engine_failed" in (await served.chat("a", stream=True)).text

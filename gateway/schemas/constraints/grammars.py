@@ -19,6 +19,7 @@ import orjson
 from gateway.config import Settings
 from gateway.errors import InvalidRequest
 from gateway.schemas.constraints.regex_cost import TooCostly, check_regex
+from gateway.schemas.fields import wrong_type
 
 Kind = Literal["json", "choice", "regex", "grammar", "structural_tag", "tools"]
 
@@ -81,7 +82,9 @@ def read_constraints(data: Mapping[str, Any], settings: Settings) -> tuple[Const
 
 def _find_constraints(data: Mapping[str, Any]) -> Iterator[Constraint]:
     given = data.get("structured_outputs")
-    if isinstance(given, dict):
+    if given is not None:
+        if not isinstance(given, dict):
+            raise wrong_type("structured_outputs", "an object")
         for name, value in given.items():
             if name in _KINDS and value is not None:
                 yield Constraint(_KINDS[name], f"structured_outputs.{name}", value)

@@ -164,6 +164,17 @@ async def test_ordinary_constraints_pass(served: Served) -> None:
         assert answer.status_code == 200, (path, fields, answer.text)
 
 
+@pytest.mark.parametrize("value", [[1], "x", 0.5, True, []])
+async def test_constraints_that_are_no_object_are_refused(served: Served, value: object) -> None:
+    """vLLM says 500 to them."""
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        answer = await _post(served, path, {"structured_outputs": value})
+
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "structured_outputs"
+    assert served.engine.calls == []
+
+
 @pytest.mark.parametrize("regex", COSTLY_REGEXES, ids=lambda regex: regex[:40])
 async def test_costly_regex_is_refused_before_the_engine(served: Served, regex: str) -> None:
     for fields in (

@@ -27,20 +27,26 @@ class FuzzRun:
         self.survival = survival
         self.tally = Tally()
         self.slices = 0
+        self.last = 0  # the number of the last case that was sent
         self.took_s = 0.0
 
     def count_statuses(self, kind: str, hundreds: int) -> int:
         statuses = self.tally.statuses.items()
         return sum(n for (name, one), n in statuses if name == kind and one // 100 == hundreds)
 
-    async def run(self, numbers: Iterator[int], count: int, size: int) -> None:
-        """Ends early before a service that does not come back."""
+    async def run(
+        self, numbers: Iterator[int], count: int, size: int, keep: Callable[[FuzzRun], None]
+    ) -> None:
+        """Ends early before a service that does not come back. `keep` is called after each slice:
+        what was found is not lost with the last one.
+        """
         began = time.monotonic()
         is_well = True
         while is_well and (piece := tuple(itertools.islice(numbers, size))):
             is_well = await self._take_slice(piece)
-            self.took_s = time.monotonic() - began
+            self.took_s, self.last = time.monotonic() - began, piece[-1]
             self._show(count)
+            keep(self)
 
     async def _take_slice(self, numbers: Sequence[int]) -> bool:
         """Whether all is well again."""

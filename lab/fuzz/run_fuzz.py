@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,8 +59,6 @@ def main(words: Sequence[str]) -> int:
         watched = find_service(arguments, exits, progress)
         run = asyncio.run(run_cases(arguments, watched, progress))
     print("\n".join(describe_run(run, arguments.seed)))
-    if arguments.record:
-        keep_record(run, arguments)
     return 1 if run.tally.findings else 0
 
 
@@ -92,8 +90,8 @@ async def run_cases(
         if arguments.case is not None:
             await run.try_alone(arguments.case)
         else:
-            numbers = choose_numbers(arguments)
-            await run.run(numbers, arguments.cases, arguments.slice)
+            numbers, keep = choose_numbers(arguments), build_keeper(arguments)
+            await run.run(numbers, arguments.cases, arguments.slice, keep)
         return run
 
 
@@ -142,17 +140,26 @@ def choose_numbers(arguments: argparse.Namespace) -> Iterator[int]:
         number += 1
 
 
-def keep_record(run: FuzzRun, arguments: argparse.Namespace) -> None:
-    path, figures = Path(arguments.record), build_figures(run)
-    facts = take_facts(arguments.machine, arguments.api_key)
-    last = arguments.first + arguments.cases - 1
-    about = f"cases {arguments.first:,} to {last:,} of seed {arguments.seed}"
-    if arguments.only:
-        about = f"{arguments.cases:,} cases of seed {arguments.seed}: {', '.join(arguments.only)}"
-    if arguments.add and path.exists():
-        earlier = read_record(path)
-        figures, about = add_figures(earlier.figures, figures), f"{earlier.about}; {about}"
-    write_record(RunRecord(arguments.name, figures=tuple(figures), about=about, **facts), path)
+def build_keeper(arguments: argparse.Namespace) -> Callable[[FuzzRun], None]:
+    """Writes the record of what has been sent so far, if one is wanted."""
+    path = Path(arguments.record) if arguments.record else None
+    earlier = read_record(path) if path is not None and arguments.add and path.exists() else None
+
+    def keep(run: FuzzRun) -> None:
+        if path is None:
+            return
+        figures, about = build_figures(run), describe_cases(run, arguments)
+        if earlier is not None:
+            figures, about = add_figures(earlier.figures, figures), f"{earlier.about}; {about}"
+        facts = take_facts(arguments.machine, arguments.api_key)
+        write_record(RunRecord(arguments.name, figures=tuple(figures), about=about, **facts), path)
+
+    return keep
+
+
+def describe_cases(run: FuzzRun, arguments: argparse.Namespace) -> str:
+    kinds = f", of them {', '.join(arguments.only)}" if arguments.only else ""
+    return f"cases {arguments.first:,} to {run.last:,} of seed {arguments.seed}{kinds}"
 
 
 def describe_run(run: FuzzRun, seed: int) -> list[str]:

@@ -245,6 +245,7 @@ def configure_logging(
         )
     )
     logging.basicConfig(handlers=[libraries], force=True)
+    logging.captureWarnings(True)
     change_log_level(level)
     sys.excepthook = partial(_log_crash, program)
     return stream

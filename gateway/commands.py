@@ -26,6 +26,7 @@ from gateway.admission.keys import make_key
 from gateway.app import build_app
 from gateway.config import Settings, SettingsError, load_settings
 from gateway.engines.warmup import read_warmup_questions
+from gateway.forms import silence_form_warnings
 from gateway.listening import listen
 from gateway.observability.metrics import METRICS
 from gateway.server import Runner
@@ -52,6 +53,7 @@ def run_command(arguments: list[str]) -> int:
             return check(load_settings(arguments[1:]))
         settings = load_settings(arguments)
         stream = configure_logging("gateway", settings.log_format, settings.log_level)
+        silence_form_warnings()
         raise_file_limit()
         map_large_blocks()
         app = build_app(settings, lambda: load_settings(arguments))

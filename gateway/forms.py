@@ -5,10 +5,12 @@ are, and in the number of its fields. What a field means is the schemas' affair.
 from __future__ import annotations
 
 import asyncio
+import warnings
 
 import aiohttp
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.multipart import BadContentDispositionHeader, BadContentDispositionParam
 
 from gateway.config import SETTINGS
 from gateway.errors import BodyTimeout, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
@@ -47,6 +49,12 @@ async def read_form(request: web.Request) -> list[FormField]:
         raise _too_large(request) from None
     except UNREADABLE_FORM as error:
         raise refuse_form(error) from None
+
+
+def silence_form_warnings() -> None:
+    """For the whole process: aiohttp warns of heads that it cannot read, and quotes them."""
+    for category in (BadContentDispositionHeader, BadContentDispositionParam):
+        warnings.simplefilter("ignore", category)
 
 
 def refuse_form(error: Exception) -> InvalidRequest:

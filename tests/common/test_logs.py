@@ -54,6 +54,22 @@ def test_json_lines_share_their_keys_a_librarys_and_a_crash_too(form: str) -> No
     assert crash["exception"].endswith("RuntimeError: boom")
 
 
+def test_warning_of_a_library_is_a_line_as_others() -> None:
+    code = """
+import warnings
+from common.logs import configure_logging
+configure_logging("gateway", "json")
+warnings.warn("this is odd", RuntimeWarning)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    (row,) = (json.loads(line) for line in done.stderr.splitlines())
+    assert (row["event"], row["level"]) == ("library_line", "warning")
+    assert "this is odd" in row["message"]
+
+
 def test_json_line_takes_what_json_has_no_form_for() -> None:
     code = """
 import structlog

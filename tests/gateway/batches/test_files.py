@@ -438,3 +438,23 @@ async def upload_large(folder: Path, size: int) -> tuple[httpx.Response, int]:
 def _read_peak(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+async def test_what_is_in_a_forms_heads_is_in_no_log(tmp_path: Path) -> None:
+    """aiohttp quotes those that it cannot read."""
+    head = b'form-data; name="file"secret; filename="secret'
+    form = b"--b\r\nContent-Disposition: %s\r\n\r\nx\r\n--b--\r\n" % head
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    folder = str(tmp_path / "batches")
+    async with (
+        serve_app(build_fake_engine(Behaviour())) as engine_url,
+        serve_process(tmp_path, engine_url, "--batch-folder", folder) as gateway,
+        httpx.AsyncClient(base_url=gateway.url, verify=NO_TLS) as client,
+    ):
+        for path in ("/v1/files", "/v1/audio/transcriptions"):
+            answer = await client.post(path, content=form, headers=kind)
+            assert answer.status_code == 400, answer.text
+    log = gateway.read_log()
+
+    assert "secret" not in log
+    assert all(line.startswith("{") for line in log.splitlines())

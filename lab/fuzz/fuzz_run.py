@@ -27,6 +27,7 @@ class FuzzRun:
         self.survival = survival
         self.tally = Tally()
         self.slices = 0
+        self._told = 0  # findings
         self.last = 0  # the number of the last case that was sent
         self.took_s = 0.0
 
@@ -37,8 +38,8 @@ class FuzzRun:
     async def run(
         self, numbers: Iterator[int], count: int, size: int, keep: Callable[[FuzzRun], None]
     ) -> None:
-        """Ends early before a service that does not come back. `keep` is called after each slice:
-        what was found is not lost with the last one.
+        """Ends early before a service that does not come back. After each slice what it has shown
+        is told and kept, for an end may come at any time.
         """
         began = time.monotonic()
         is_well = True
@@ -46,6 +47,7 @@ class FuzzRun:
             is_well = await self._take_slice(piece)
             self.took_s, self.last = time.monotonic() - began, piece[-1]
             self._show(count)
+            self._tell_findings()
             keep(self)
 
     async def _take_slice(self, numbers: Sequence[int]) -> bool:
@@ -102,6 +104,7 @@ class FuzzRun:
         await self._send((number,), self.tally, tell=self._progress.say)
         for text in await self.survival.check():
             self.tally.findings.append(Finding(number, case.kind, text, case.sent))
+        self._tell_findings()
 
     async def _send(
         self, numbers: Sequence[int], tally: Tally, tell: Callable[[str], None] | None = None
@@ -109,6 +112,11 @@ class FuzzRun:
         cases: Iterator[Case] = (make_case(self._seed, one, self._target) for one in numbers)
         url = self.survival.watched.url
         await Callers(url, tally, silence_s=_SILENCE_S, tell=tell).send(cases)
+
+    def _tell_findings(self) -> None:
+        for one in self.tally.findings[self._told :]:
+            self._progress.say(f"NOT HELD  {one.describe(self._seed)}")
+        self._told = len(self.tally.findings)
 
     def _show(self, count: int) -> None:
         sent = sum(self.tally.cases.values())

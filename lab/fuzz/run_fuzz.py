@@ -41,7 +41,6 @@ from lab.reports.console import ProgressLine, count
 from lab.reports.output_files import ensure_writable
 
 _CALL_TIMEOUT_S = 180.0
-_MOST_SHOWN = 20
 
 
 def main(words: Sequence[str]) -> int:
@@ -58,7 +57,7 @@ def main(words: Sequence[str]) -> int:
         exits.callback(progress.close)
         watched = find_service(arguments, exits, progress)
         run = asyncio.run(run_cases(arguments, watched, progress))
-    print("\n".join(describe_run(run, arguments.seed)))
+    print("\n".join(describe_run(run)))
     return 1 if run.tally.findings else 0
 
 
@@ -162,7 +161,7 @@ def describe_cases(run: FuzzRun, arguments: argparse.Namespace) -> str:
     return f"cases {arguments.first:,} to {run.last:,} of seed {arguments.seed}{kinds}"
 
 
-def describe_run(run: FuzzRun, seed: int) -> list[str]:
+def describe_run(run: FuzzRun) -> list[str]:
     tally = run.tally
     lines = ["", f"{'':14}{'cases':>9}{'2xx':>9}{'4xx':>9}{'5xx':>9}"]
     for kind in sorted(tally.cases):
@@ -172,8 +171,6 @@ def describe_run(run: FuzzRun, seed: int) -> list[str]:
     lines += [f"{one.name:44}{one.value:>12,g} {one.unit}" for one in build_figures(run)]
     for text, number in tally.failures.most_common():
         lines.append(f"  {number} times {text}, as case {tally.failed_first[text]}")
-    found = [one.describe(seed) for one in tally.findings[:_MOST_SHOWN]]
-    lines += [f"NOT HELD  {text}" for text in found]
     number = len(tally.findings)
     return [*lines, f"{count(number, 'finding')}" if number else "all held"]
 

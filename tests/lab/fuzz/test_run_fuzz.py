@@ -108,7 +108,7 @@ async def test_fuzz_sees_an_answer_that_must_not_be(
     ):
         assert await fuzz(url, questions) == 1
 
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert fault in out
     found = re.search(r"again: --seed 1 --case (\d+)", out)
     assert found is not None
@@ -140,8 +140,8 @@ async def test_fuzz_finds_the_case_that_harms_whoever_comes_after(
     ):
         assert await fuzz(url, questions) == 1
 
-    out = capsys.readouterr().out
-    assert f"case {culprit} (sampling): an honest call got a wrong answer" in out
+    out, told = capsys.readouterr()
+    assert f"case {culprit} (sampling): an honest call got a wrong answer" in told
     assert "1 finding" in out
 
 
@@ -162,7 +162,7 @@ async def test_fuzz_ends_before_a_service_that_does_not_become_well_again(
     ):
         assert await fuzz(url, questions) == 1
 
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "it did not become well again, after the cases 0 to 29 together" in out
     assert "--first 0 --cases 30" in out
 

@@ -19,7 +19,7 @@ import pytest
 
 from common.ports import find_free_row
 from launcher.engine.process import list_group
-from tests.launcher.programs import WITHOUT_AMX, Launcher, running, wait_for
+from tests.launcher.programs import Launcher, running, wait_for
 from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -78,7 +78,7 @@ def hosts(network: Network, tmp_path: Path) -> Iterator[tuple[Launcher, Launcher
         "LAUNCHER_NODES": "2",
         "LAUNCHER_NODE_ADDRESS": network.head,
         "LAUNCHER_NODE_PORT": str(port),
-        "LAUNCHER_SET": f"tensor-parallel-size=2 max-num-seqs=32 {WITHOUT_AMX}",
+        "LAUNCHER_SET": "tensor-parallel-size=2 max-num-seqs=32",
     }
     second = common | {
         "LAUNCHER_JOIN": f"{network.head}:{port}",

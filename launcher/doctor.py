@@ -7,6 +7,8 @@ import importlib.util
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ _MIN_DISK_BYTES = 2 * GIB
 _MIN_SHM_BYTES = GIB
 # The oldest driver that runs programs built for this major version of CUDA.
 _MIN_DRIVER = {"12": 525, "13": 580}
+_AMX = Path(__file__).parent / "plugins" / "amx.py"
+_AMX_TIMEOUT_S = 60
 _ERASE = "\r\033[K"
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -129,6 +133,7 @@ class Doctor:
         self._device = find_device(self._settings.gpu, engine_build=build, gpus=self._settings.gpus)
         yield Finding("ok", "device", self._device.title)
         if not self._device.is_gpu:
+            yield from describe_amx(ask_for_amx() if build == "cpu" else "")
             return
         free = self._device.memory_bytes - self._device.used_bytes
         if self._device.used_bytes > self._device.memory_bytes // 20:
@@ -222,6 +227,30 @@ class Doctor:
         if parallel > 1 and shared.is_dir() and shutil.disk_usage(shared).total < _MIN_SHM_BYTES:
             text = f"{shared} is smaller than 1 GiB: GPUs talk through it (docker: --shm-size)"
             yield Finding("fail", "disk", text)
+
+
+def ask_for_amx() -> str:
+    """In a process of its own, as the engine's are; empty where torch does not answer."""
+    command = [sys.executable, "-P", str(_AMX)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_AMX_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip()
+
+
+def describe_amx(answer: str) -> Iterator[Finding]:
+    """Nothing of a CPU without it."""
+    if answer == "allowed":
+        yield Finding("ok", "device", "AMX: the kernel allows it")
+    elif answer == "refused":
+        text = (
+            "AMX: this CPU has it and the kernel refuses it (an old kernel, a sandbox); the engine "
+            "computes bfloat16 without it, and slower"
+        )
+        yield Finding("warn", "device", text)
 
 
 def examine(

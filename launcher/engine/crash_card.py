@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from common.files import PART, write_file
 from launcher.engine.supervisor import ExitReport, ProgramStatus
 from launcher.engine.terminal import best_effort
-from launcher.engine.vllm_log import find_lost_actor
+from launcher.engine.vllm_log import Killed, find_lost_actor
 from launcher.engine.vllm_server import VllmProcess
 from launcher.plan.command import EngineCommand
 from launcher.plan.hardware import query_gpus
@@ -41,7 +42,7 @@ class CrashCards:
         lost_with_ray = actor.host if actor and actor.has_lost_host else ""
         self.last = {
             "time": now.isoformat(timespec="seconds"),
-            **describe_end(report, self.engine.killed_children),
+            **describe_end(report, self.engine.killed),
             "cause": report.cause,
             "lost_host": report.lost_host or lost_with_ray or None,
             "lost_actor": asdict(actor) if actor else None,
@@ -73,7 +74,7 @@ class CrashCards:
             old.unlink(missing_ok=True)
 
 
-def describe_end(report: ExitReport, killed_children: list[tuple[int, str]]) -> dict[str, Any]:
+def describe_end(report: ExitReport, killed: Sequence[Killed]) -> dict[str, Any]:
     """Exit code or signal, of the server itself or of the worker whose death ended it. What was
     ended here because a host was lost tells nothing.
     """
@@ -82,8 +83,8 @@ def describe_end(report: ExitReport, killed_children: list[tuple[int, str]]) -> 
     code = report.returncode
     names = dict(line.split(" ", 1) for line in report.members)
     children = [
-        {"pid": pid, "name": names.get(str(pid), "?"), "signal": number}
-        for pid, number in killed_children
+        {"pid": one.pid, "name": one.name or names.get(str(one.pid), "?"), "signal": one.signal}
+        for one in killed
     ]
     own = signal.Signals(-code).name if code is not None and code < 0 else None
     first = children[0]["signal"] if children else None

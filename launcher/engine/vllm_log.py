@@ -7,6 +7,7 @@ faster (`tests/test_patterns.py`).
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,6 +71,15 @@ _CORE_DEAD = re.compile(
 _ACTOR_DIED = re.compile(r"The actor died unexpectedly before finishing this task")
 _ACTOR_FACT = re.compile(r"(?P<name>class_name|actor_id|pid|name|namespace|ip): (?P<value>\S++)")
 _CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
+_WORKER_KILLED = re.compile(
+    r"Worker proc (?P<name>[\w-]{1,99}+) died unexpectedly \(exit code: -(?P<number>\d{1,2})\)"
+)
+_SIGNAL_MEANS = {
+    "SIGILL": (
+        "it used an instruction that this CPU does not have or that its kernel refuses, as it may "
+        "refuse AMX; --set dtype=float32 does without AMX"
+    ),
+}
 _CAUSE = re.compile(
     r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*|\s*Value error, .*"
     r"|.*No space left.*|Killed|.*out of memory.*)$",
@@ -162,9 +172,30 @@ def is_core_dead(line: str) -> bool:
     return bool(_CORE_DEAD.search(line))
 
 
-def find_killed_child(line: str) -> tuple[int, str] | None:
-    match = _CHILD_KILLED.match(line)
-    return (int(match["pid"]), match["signal"]) if match else None
+@dataclass(frozen=True)
+class Killed:
+    """A process of the engine's that a signal has ended."""
+
+    signal: str
+    pid: int | None = None
+    name: str = ""  # a worker's, which its core knows by that alone
+
+    def __str__(self) -> str:
+        who = f"worker {self.name}" if self.name else f"process {self.pid}"
+        means = _SIGNAL_MEANS.get(self.signal)
+        return f"its {who} was killed by {self.signal}" + (f": {means}" if means else "")
+
+
+def find_killed(line: str) -> Killed | None:
+    """The server's own child, by the word of `parent_death.py`; its core's, by that of vLLM."""
+    if child := _CHILD_KILLED.match(line):
+        return Killed(child["signal"], int(child["pid"]))
+    worker = _WORKER_KILLED.search(line)
+    if worker is None:
+        return None
+    number = int(worker["number"])
+    known = number in set(signal.Signals)
+    return Killed(signal.Signals(number).name if known else f"signal {number}", name=worker["name"])
 
 
 @dataclass(frozen=True)

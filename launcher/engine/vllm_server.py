@@ -25,7 +25,7 @@ from launcher.engine.temporary_folder import (
     remove_temporary_folder,
 )
 from launcher.engine.terminal import LineLog, best_effort
-from launcher.engine.vllm_log import Progress, SchedulerState
+from launcher.engine.vllm_log import Killed, Progress, SchedulerState
 from launcher.plan.command import EngineCommand, engine_environment
 
 log = structlog.get_logger("launcher")
@@ -53,14 +53,14 @@ class VllmProcess:
         self.progress: Progress | None = None
         self.scheduler: SchedulerState | None = None
         self.scheduler_fallbacks = 0  # since the launcher's start
-        self.killed_children: list[tuple[int, str]] = []
+        self.killed: list[Killed] = []
         self.lines: LineLog | None = None
         self._progress_shown_at = 0.0
         self._core_dead_at = 0.0
 
     def command(self) -> tuple[Sequence[str], Mapping[str, str]]:
         self.progress = self.scheduler = None
-        self.killed_children = []
+        self.killed = []
         self._core_dead_at = 0.0
         command = self._command
         kill_s = self.drain_timeout_s + self.kill_timeout_s  # it drains by itself
@@ -78,8 +78,8 @@ class VllmProcess:
         remove_temporary_folder(self._temporary)
 
     def read_line(self, line: str) -> None:
-        if killed := vllm_log.find_killed_child(line):
-            self.killed_children.append(killed)
+        if killed := vllm_log.find_killed(line):
+            self.killed.append(killed)
         if not self._core_dead_at and vllm_log.is_core_dead(line):
             self._core_dead_at = time.monotonic()
         if scheduler := vllm_log.read_scheduler(line):
@@ -90,11 +90,7 @@ class VllmProcess:
             self._show(progress)
 
     def find_cause(self, lines: Sequence[str]) -> str:
-        cause = vllm_log.find_cause(lines)
-        if not self.killed_children:
-            return cause
-        pid, name = self.killed_children[0]
-        return f"its process {pid} was killed by {name}"
+        return str(self.killed[0]) if self.killed else vllm_log.find_cause(lines)
 
     async def dump(self, child: ChildProcess) -> list[str]:
         """State and stacks of every process; the stacks cost its life (faulthandler on SIGABRT)."""

@@ -27,6 +27,7 @@ from launcher.plan.tuned import read_carried, read_tuned
 
 # Of a whole GPU, as profiles/base.toml has it: the rest is for what vLLM does not count.
 _GPU_SHARE = 0.9
+_CPU_WORKER = "launcher.plugins.cpu_worker.AmxWorker"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,16 @@ def decide(
     plan = replace(plan, warnings=(*plan.warnings, *warnings))
     if settings.nodes == 1:
         plan = replace(plan, notes=(*plan.notes, *_note_idle_gpus(plan)))
-    return choose_scheduler(plan, vllm)
+    return drop_cpu_worker(choose_scheduler(plan, vllm), vllm)
+
+
+def drop_cpu_worker(plan: EnginePlan, vllm: InstalledVllm) -> EnginePlan:
+    """The launcher's own from a plan whose vLLM has no workers for a CPU: a build for GPUs may be
+    started with the profile for a CPU.
+    """
+    if vllm.build == "cpu" or plan.value("worker-cls") != _CPU_WORKER:
+        return plan
+    return replace(plan, options=tuple(one for one in plan.options if one.name != "worker-cls"))
 
 
 def _note_idle_gpus(plan: EnginePlan) -> Iterator[str]:

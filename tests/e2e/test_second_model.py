@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.ports import find_free_ports
 from tests.e2e.conftest import ROOT, Stack, start_stack
-from tests.launcher.programs import WITHOUT_AMX
 from tests.page.conftest import Visitor, open_chromium, shoot
 from tests.plain_http import NO_TLS
 
@@ -91,7 +90,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pairs: list[dict[str, str]]
 def second(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     place = tmp_path_factory.mktemp("second")
     variables = {
-        "LAUNCHER_SET": WITHOUT_AMX,
         "GATEWAY_PROMPT_STYLE": "qa",
         "GATEWAY_MAX_TOKENS": "16",
         "GATEWAY_WARMUP_PROMPTS": "8",

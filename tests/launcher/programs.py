@@ -26,9 +26,6 @@ from tests.plain_http import NO_TLS
 ROOT = Path(__file__).parents[2]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
 MODEL = DEMO_MODEL
-# vLLM 0.32's attention on a CPU uses AMX for bfloat16 where the CPU has it, and dies of
-# SIGILL where no one else in its process has asked the kernel for AMX.
-WITHOUT_AMX = "dtype=float32"
 _PLAIN: dict[str, Any] = {"trust_env": False, "verify": NO_TLS}
 
 

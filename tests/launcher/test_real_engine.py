@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -60,6 +61,11 @@ def test_core_computes_itself_and_no_worker_polls_beside_it(launcher: Launcher) 
     names = {member.name for member in list_group(launcher.status()["engine"]["pid"])}
     assert any(name.startswith("VLLM::EngineCor") for name in names)
     assert not any(name.startswith("VLLM::Worker") for name in names)
+
+
+def test_core_has_asked_for_amx_as_it_computes(launcher: Launcher) -> None:
+    log = (launcher.state / "engine.log").read_text()
+    assert re.search(r"\(EngineCore pid=\d+\) .*\] AMX: (?:none|allowed|refused)", log)
 
 
 def test_its_sockets_are_in_a_folder_of_its_own(launcher: Launcher) -> None:

@@ -89,6 +89,27 @@ def test_engine_killed_itself_card_names_the_signal(launcher: Launcher) -> None:
         assert members_of(pid) == []
 
 
+def test_worker_killed_for_an_instruction_card_says_what_to_do(launcher: Launcher) -> None:
+    died = (
+        "(EngineCore pid=7) ERROR 01-01 00:00:00 [multiproc_executor.py:315] Worker proc "
+        "VllmWorker-1 died unexpectedly (exit code: -4), shutting down executor."
+    )
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(say=died)
+        log = launcher.state / "engine.log"
+        wait_for(lambda: "VllmWorker-1" in log.read_text(), "the line has been read")
+        launcher.order(kill_core=True)
+        launcher.wait_state("ready", restarts=1)
+        card = launcher.crash_card()
+    worker, core = card["killed_children"]
+    assert worker == {"pid": None, "name": "VllmWorker-1", "signal": "SIGILL"}
+    assert core["signal"] == "SIGKILL"
+    assert card["signal"] == "SIGILL"
+    assert card["cause"].startswith("its worker VllmWorker-1 was killed by SIGILL: ")
+    assert "--set dtype=float32" in card["cause"]
+
+
 def test_card_names_the_worker_that_ray_lost_and_its_host(launcher: Launcher) -> None:
     lines = [
         "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from launcher.engine.vllm_log import (
+    Killed,
     LostActor,
     Progress,
     SchedulerState,
     find_cause,
-    find_killed_child,
+    find_killed,
     find_lost_actor,
     is_noise,
     is_request,
@@ -75,8 +76,32 @@ def test_cause_without_any_error_is_the_last_word() -> None:
 
 
 def test_killed_child_is_read_from_its_parents_word() -> None:
-    assert find_killed_child("parent_death: child 12 was killed by SIGKILL") == (12, "SIGKILL")
-    assert find_killed_child("child 12 was killed") is None
+    assert find_killed("parent_death: child 12 was killed by SIGKILL") == Killed("SIGKILL", 12)
+    assert find_killed("child 12 was killed") is None
+
+
+DIED = "Worker proc VllmWorker-1 died unexpectedly (exit code: {}), shutting down executor."
+
+
+@pytest.mark.parametrize(
+    ("code", "killed"),
+    [
+        (-4, Killed("SIGILL", name="VllmWorker-1")),
+        (-9, Killed("SIGKILL", name="VllmWorker-1")),
+        (-63, Killed("signal 63", name="VllmWorker-1")),
+        (1, None),
+    ],
+)
+def test_killed_worker_is_read_from_its_cores_word(code: int, killed: Killed | None) -> None:
+    assert find_killed(STAMP.format("ERROR") + DIED.format(code)) == killed
+
+
+def test_end_by_an_instruction_that_is_not_allowed_says_what_to_do() -> None:
+    told = str(Killed("SIGILL", name="VllmWorker-1"))
+
+    assert told.startswith("its worker VllmWorker-1 was killed by SIGILL: ")
+    assert told.endswith("--set dtype=float32 does without AMX")
+    assert str(Killed("SIGKILL", 12)) == "its process 12 was killed by SIGKILL"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ Where namespaces cannot be made (no root, no `ip`), the second is another addres
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,13 +15,14 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from common.ports import find_free_row
 from launcher.engine.process import list_group
-from tests.launcher.programs import WITHOUT_AMX, Launcher, running, wait_for
+from tests.launcher.programs import Launcher, list_sessions, running, wait_for
 from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -67,7 +70,10 @@ def _ip(*words: str) -> str:
 
 
 @pytest.fixture
-def hosts(network: Network, tmp_path: Path) -> Iterator[tuple[Launcher, Launcher]]:
+def hosts(
+    network: Network, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Launcher, Launcher]]:
+    """The parameter says how the engine is cut."""
     port = find_free_row(3)
     common = {
         "LAUNCHER_NODES_TOKEN": "the-word",
@@ -78,7 +84,7 @@ def hosts(network: Network, tmp_path: Path) -> Iterator[tuple[Launcher, Launcher
         "LAUNCHER_NODES": "2",
         "LAUNCHER_NODE_ADDRESS": network.head,
         "LAUNCHER_NODE_PORT": str(port),
-        "LAUNCHER_SET": f"tensor-parallel-size=2 max-num-seqs=32 {WITHOUT_AMX}",
+        "LAUNCHER_SET": f"max-num-seqs=32 {request.param}",
     }
     second = common | {
         "LAUNCHER_JOIN": f"{network.head}:{port}",
@@ -93,33 +99,88 @@ def hosts(network: Network, tmp_path: Path) -> Iterator[tuple[Launcher, Launcher
     assert head.processes() + worker.processes() == []
 
 
+@pytest.mark.parametrize("hosts", ["tensor-parallel-size=2"], indirect=True, ids=["tensor"])
 def test_engine_over_two_hosts_answers_and_nothing_of_it_is_left_at_the_loss_of_one(
     hosts: tuple[Launcher, Launcher], network: Network
 ) -> None:
-    """Its next start, as `test_two_launchers.py` shows it, finds the engine's ports free again."""
+    """Its next start, as the next test shows it, finds the engine's ports free again."""
     head, worker = hosts
     status = head.wait_state("ready", within_s=START_S)
     group = status["engine"]["pid"]
     assert ask(head)
-    assert [one["runs"] for one in status["hosts"]] == [
-        "process 0 of 2: tensor 0 of 2",
-        "process 1 of 2: tensor 1 of 2",
-    ]
-    assert status["hosts"][1]["address"] == network.worker
+    check_parts(hosts, network, "tensor")
 
-    worker.send(signal.SIGKILL)
-    worker.wait()
-    head.wait_state("joining", restarts=1, within_s=300)
-    card = head.crash_card()
-    assert card["reason"] == "host"
-    assert card["lost_host"] == status["hosts"][1]["host"]
-    assert f"({network.worker}, node 1) has not been heard of" in card["cause"]
+    lose_worker(hosts, network)
 
     assert list_group(group) == []
     wait_for(lambda: not worker.processes(), "its part has ended with it")
     for port in list_engine_ports(head):
         with socket.create_server((network.head, port)):
             pass
+
+
+@pytest.mark.parametrize(
+    "hosts", ["pipeline-parallel-size=2 enforce-eager="], indirect=True, ids=["pipeline"]
+)
+def test_stages_over_two_hosts_come_back_after_the_loss_of_one_and_of_a_process(
+    hosts: tuple[Launcher, Launcher], network: Network
+) -> None:
+    head, worker = hosts
+    head.wait_state("ready", within_s=START_S)
+    answer = ask(head)
+    check_parts(hosts, network, "pipeline")
+
+    lose_worker(hosts, network)
+    worker.start()
+    status = head.wait_state("ready", restarts=1, within_s=START_S)
+    assert ask(head) == answer
+
+    os.kill(find_computing(worker), signal.SIGILL)
+    head.wait_state("ready", restarts=2, within_s=START_S)
+    assert ask(head) == answer
+    (card,) = read_cards(worker)
+    assert card["signal"] == "SIGILL"
+    assert "was killed by SIGILL: it used an instruction" in card["cause"]
+    told = head.crash_card()
+    assert told["lost_host"] == status["hosts"][1]["host"]
+    assert card["cause"] in told["cause"]
+
+
+def check_parts(hosts: tuple[Launcher, Launcher], network: Network, kind: str) -> None:
+    """Each of them a process that computes and has asked for AMX."""
+    told = hosts[0].status()["hosts"]
+    assert [one["runs"] for one in told] == [
+        f"process {number} of 2: {kind} {number} of 2" for number in range(2)
+    ]
+    assert told[1]["address"] == network.worker
+    for host in hosts:
+        log = (host.state / "engine.log").read_text()
+        assert (
+            len(re.findall(r"\(Worker\S* pid=\d+\) .*\] AMX: (?:none|allowed|refused)", log)) == 1
+        )
+
+
+def lose_worker(hosts: tuple[Launcher, Launcher], network: Network) -> None:
+    head, worker = hosts
+    lost = head.status()["hosts"][1]["host"]
+    worker.send(signal.SIGKILL)
+    worker.wait()
+    head.wait_state("joining", restarts=1, within_s=300)
+    card = head.crash_card()
+    assert (card["reason"], card["lost_host"]) == ("host", lost)
+    assert f"({network.worker}, node 1) has not been heard of" in card["cause"]
+
+
+def find_computing(launcher: Launcher) -> int:
+    """The process that has the model, of one part."""
+    (group,) = list_sessions(launcher)
+    names = {member.name: member.pid for member in list_group(group)}
+    return next(pid for name, pid in names.items() if name.startswith("VLLM::Worker"))
+
+
+def read_cards(launcher: Launcher) -> list[dict[str, Any]]:
+    """Its status is for its own host, which may be a network of its own."""
+    return [json.loads(file.read_text()) for file in sorted(launcher.state.glob("crashes/*"))]
 
 
 def list_engine_ports(head: Launcher) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def build_valid(draw: Draw) -> Case:
     body, headers = draw.dump(source.data), draw.headers()
     form = chance.randrange(6)
     if form == 0:
-        body = gzip.compress(body, 1)
+        body = gzip.compress(body, 1, mtime=0)
         headers.append(("Content-Encoding", "gzip"))
     elif form == 1:
         body = zlib.compress(body)
@@ -109,9 +109,9 @@ def _encode(draw: Draw, body: bytes) -> tuple[str, bytes]:
     """A content coding that is unknown, or does not hold what it says, or holds too much."""
     chance = draw.chance
     if draw.is_one_in(0.4):
-        return "gzip", gzip.compress(body + b" " * chance.choice((10, 3_000_000)), 1)
+        return "gzip", gzip.compress(body + b" " * chance.choice((10, 3_000_000)), 1, mtime=0)
     coding = chance.choice(("gzip", "deflate", "br", "zstd", "compress", "x", "gzip, gzip"))
-    torn = gzip.compress(body)[:-9]
+    torn = gzip.compress(body, mtime=0)[:-9]
     return coding, chance.choice((body, torn, zlib.compress(body), b"\x1f\x8b"))
 
 

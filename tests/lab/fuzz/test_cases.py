@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +18,9 @@ from lab.fuzz.cases.stored_cases import fill_id
 REAL = Target("demo", "key", echoes=False, ids={"response": "resp_1", "file": "file-1"})
 
 
-def test_cases_are_the_same_for_the_same_seed_alone() -> None:
+def test_cases_are_the_same_for_the_same_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(1)  # whatever the time is
+    monkeypatch.setattr(gzip, "time", SimpleNamespace(time=lambda: next(seconds)))
     cases = list(make_cases(1, 300, REAL))
 
     assert cases == list(make_cases(1, 300, REAL))

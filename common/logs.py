@@ -222,7 +222,9 @@ def configure_logging(
     stream = replace_stderr()
     processors: list[Processor] = []
     if is_for_people(log_format, stream):
-        renderer = console or structlog.dev.ConsoleRenderer()
+        # By itself, where Rich is installed, it shows the variables of every frame: prompts, keys.
+        plain = structlog.dev.plain_traceback
+        renderer = console or structlog.dev.ConsoleRenderer(exception_formatter=plain)
         processors += [
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),

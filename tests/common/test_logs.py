@@ -113,6 +113,28 @@ def test_console_lines_are_for_people() -> None:
     assert lines[-1].endswith("RuntimeError: boom") or "boom" in "".join(lines)
 
 
+def test_console_shows_a_traceback_and_nothing_of_what_its_variables_hold() -> None:
+    code = """
+import structlog
+from common.logs import configure_logging
+configure_logging("gateway", "console")
+def fail(prompt):
+    raise RuntimeError("boom")
+try:
+    fail("".join(["what I ", "asked"]))
+except RuntimeError:
+    structlog.get_logger("gateway").exception("request_crashed")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert "request_crashed" in done.stderr
+    assert "in fail" in done.stderr
+    assert done.stderr.endswith("RuntimeError: boom\n")
+    assert "what I asked" not in done.stderr
+
+
 def test_level_holds_for_libraries_too() -> None:
     (crash,) = (orjson.loads(line) for line in run("json", "error"))
     assert crash["event"] == "gateway_crashed"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from common.command_line.interpreter import is_too_old, refuse_interpreter
+from common.command_line.interpreter import is_too_old, quick_imports, refuse_interpreter
 
 
 def main() -> int:
     if is_too_old("gateway"):
         return 2
     try:
-        from gateway.commands import run_command  # noqa: PLC0415 — it needs packages
+        with quick_imports():
+            from gateway.commands import run_command  # noqa: PLC0415 — it needs packages
     except ModuleNotFoundError as error:
         return refuse_interpreter("gateway", error)
     return run_command(sys.argv[1:])

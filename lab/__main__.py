@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from common.command_line.interpreter import is_too_old, refuse_interpreter
+from common.command_line.interpreter import is_too_old, quick_imports, refuse_interpreter
 from common.errors import ProgramError
 from common.project import read_version
 from common.questions import BadQuestions
@@ -53,7 +53,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if is_interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, without a traceback
     try:
-        module = importlib.import_module(COMMANDS[given[0]][0])
+        with quick_imports():
+            module = importlib.import_module(COMMANDS[given[0]][0])
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in _EXTRA:
             return refuse_interpreter("lab", error)

@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-from common.command_line.interpreter import is_too_old, refuse_interpreter
+from common.command_line.interpreter import is_too_old, quick_imports, refuse_interpreter
 
 _ASKED = ("up", "serve")  # to stop these is no failure
 
@@ -18,7 +18,8 @@ def main() -> int:
         return 2
     try:
         # Half a second of imports: until they are done, a Ctrl-C would be a traceback.
-        from launcher.commands import run_command  # noqa: PLC0415
+        with quick_imports():
+            from launcher.commands import run_command  # noqa: PLC0415
     except ModuleNotFoundError as error:
         return refuse_interpreter("launcher", error)
 

@@ -1,14 +1,38 @@
 """What a program says in a Python that cannot run it: one without the project's packages, or too
-old a one. Imports nothing that such a Python has not.
+old a one; and how it imports the rest of itself. Imports nothing that such a Python has not.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _OLDEST = (3, 11)
 _OWN = ("common", "gateway", "lab", "launcher")
+# What httpx and structlog import where it happens to be installed, as vLLM has it: httpx's own
+# command line, and Rich with all that it draws. No program here shows any of it.
+_OF_NO_USE = ("httpx._main", "rich")
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """A quarter less work at each start: without what nobody uses, and without looking for garbage
+    among modules, which are none.
+    """
+    left_out = [name for name in _OF_NO_USE if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(left_out))  # type: ignore[arg-type]  # None: not to be had
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        for name in left_out:
+            del sys.modules[name]
+        if was_enabled:
+            gc.enable()
 
 
 def is_too_old(program: str) -> bool:

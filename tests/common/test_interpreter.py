@@ -57,3 +57,22 @@ def test_lab_lists_its_commands_without_any_package(tmp_path: Path) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "bench" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["gateway --version", "launcher --version", "lab grade --help"])
+def test_program_imports_nothing_that_it_does_not_use(words: str) -> None:
+    """Rich is there, since the lab's other packages bring it; and garbage is looked for again."""
+    program, *rest = words.split()
+    code = f"""
+import gc, sys
+from {program}.__main__ import main
+sys.argv[1:] = {rest}
+try:
+    main()
+except SystemExit:
+    pass
+print(gc.isenabled(), [one for one in ("click", "pygments", "rich") if one in sys.modules])
+import rich
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True []"

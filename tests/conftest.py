@@ -7,9 +7,18 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from tests.vllm_python import VllmPython
+
+# Left to itself, structlog has Rich draw each variable of each frame of a logged error.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import orjson
@@ -91,10 +91,16 @@ TOKENIZER = web.AppKey("tokenizer", Tokenizer)
 ECHOED_ROUTES = ("/v1/chat/completions/batch", "/v1/messages/count_tokens")
 
 
+@cache
+def read_tokenizer() -> Tokenizer:
+    """One for all engines: a thousand tests start some."""
+    return Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
+
+
 def build_fake_engine(behaviour: Behaviour) -> web.Application:
     app = web.Application(client_max_size=2**30, middlewares=[_leave_routes_out])
     app[BEHAVIOUR] = behaviour
-    app[TOKENIZER] = Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
+    app[TOKENIZER] = read_tokenizer()
     app.router.add_get("/health", _health)
     app.router.add_get("/metrics", _metrics)
     app.router.add_get("/openapi.json", _tell_openapi)

@@ -20,6 +20,7 @@ import pytest
 
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
+from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.slow  # another Python runs all tests from the wheel
 
@@ -168,7 +169,7 @@ async def serve_installed(
     try:
         await until(lambda: read_port(log) or process.returncode is not None, _START_S)
         url = f"http://127.0.0.1:{read_port(log)}"
-        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=NO_TLS) as client:
             await until(lambda: is_ready(client), _START_S)
             yield client
     finally:

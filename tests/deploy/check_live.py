@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import httpx
 
 from tests.deploy.expressions import Expression, list_expressions
+from tests.plain_http import NO_TLS
 
 _GPU = "needs an NVIDIA GPU beside the launcher"
 _SPECULATION = "needs an engine that speculates (speculative-config)"
@@ -50,7 +51,7 @@ def check_live(prometheus: str, within_s: float = 60.0) -> list[Finding]:
     """What is still empty when the time is over; asks again until nothing is."""
     deadline = time.monotonic() + within_s
     left = [one for one in list_expressions() if (one.board, one.panel) not in WITHOUT_DATA]
-    with httpx.Client(base_url=prometheus, timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=prometheus, timeout=20, trust_env=False, verify=NO_TLS) as client:
         while True:
             findings = [found for one in left if (found := check(client, one)) is not None]
             if not findings or time.monotonic() > deadline:
@@ -76,7 +77,9 @@ def make_traffic(gateway: str, key: str = "") -> None:
     """Some of everything that the panels show, refusals and errors too."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     question = "What is a CUDA warp?"
-    with httpx.Client(base_url=gateway, timeout=120, trust_env=False, headers=headers) as client:
+    with httpx.Client(
+        base_url=gateway, timeout=120, trust_env=False, headers=headers, verify=NO_TLS
+    ) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         batch = [question, question, *(f"{question} ({number})" for number in range(14)), ""]
         client.post("/predict", json={"prompt": batch, "max_tokens": 24}).raise_for_status()

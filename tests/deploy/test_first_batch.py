@@ -15,6 +15,7 @@ from tests.deploy.expressions import Expression, list_expressions
 from tests.deploy.live import run_prometheus
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Served, serve_gateway, until
+from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.slow  # Prometheus judges, not Python
 
@@ -61,7 +62,9 @@ async def read_panels(client: httpx.AsyncClient) -> dict[str, list[float]]:
 
 
 async def watch_first_batch(served: Served, prometheus: str) -> None:
-    async with httpx.AsyncClient(base_url=prometheus, trust_env=False, timeout=20) as client:
+    async with httpx.AsyncClient(
+        base_url=prometheus, trust_env=False, timeout=20, verify=NO_TLS
+    ) as client:
         await scrape(client)
         asked = {"model": "fake", "prompt": "a", "max_tokens": 3}
         (await served.client.post("/v1/completions", json=asked)).raise_for_status()

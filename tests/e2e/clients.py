@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import openai
 
+from tests.plain_http import NO_TLS
+
 Kind = Literal["sync", "async"]
 KINDS: tuple[Kind, ...] = ("sync", "async")
 
@@ -44,8 +46,10 @@ async def open_sdk(
     """No retries: one layer alone may retry, and here each answer is looked at."""
     options: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": key, "timeout": timeout_s}
     if kind == "sync":
-        with openai.OpenAI(max_retries=0, **options) as client:
+        plain = openai.DefaultHttpxClient(verify=NO_TLS)
+        with openai.OpenAI(http_client=plain, max_retries=0, **options) as client:
             yield Sdk(client)
     else:
-        async with openai.AsyncOpenAI(max_retries=0, **options) as client:
+        unblocking = openai.DefaultAsyncHttpxClient(verify=NO_TLS)
+        async with openai.AsyncOpenAI(http_client=unblocking, max_retries=0, **options) as client:
             yield Sdk(client)

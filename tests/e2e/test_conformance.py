@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from tests.e2e.conftest import Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -227,8 +228,8 @@ def test_gateway_answers_as_the_engine_does(stack: Stack, name: str) -> None:
         del body["max_tokens"]
         body["store"] = False  # what is stored has a name that the engine does not know
 
-    direct = httpx.post(f"{stack.engine}{path}", json=body, timeout=60)
-    through = httpx.post(f"{stack.gateway}{path}", json=body, timeout=60)
+    direct = httpx.post(f"{stack.engine}{path}", json=body, timeout=60, verify=NO_TLS)
+    through = httpx.post(f"{stack.gateway}{path}", json=body, timeout=60, verify=NO_TLS)
 
     assert through.status_code == direct.status_code
     told = _read(through)
@@ -249,7 +250,9 @@ def test_gateway_answers_as_the_engine_does(stack: Stack, name: str) -> None:
 def test_tool_is_called_as_its_schema_says(stack: Stack, choice: Any, end: str) -> None:
     body = {"model": "demo", "temperature": 0, **CALL, "tool_choice": choice}
 
-    answer = httpx.post(f"{stack.gateway}{CHAT}", json=body, timeout=60).json()["choices"][0]
+    answer = httpx.post(f"{stack.gateway}{CHAT}", json=body, timeout=60, verify=NO_TLS).json()[
+        "choices"
+    ][0]
 
     (call,) = answer["message"]["tool_calls"]
     assert (answer["finish_reason"], call["function"]["name"]) == (end, "f")
@@ -257,7 +260,9 @@ def test_tool_is_called_as_its_schema_says(stack: Stack, choice: Any, end: str) 
 
 
 def test_models_are_the_engines(stack: Stack) -> None:
-    direct, through = (httpx.get(f"{url}/v1/models") for url in (stack.engine, stack.gateway))
+    direct, through = (
+        httpx.get(f"{url}/v1/models", verify=NO_TLS) for url in (stack.engine, stack.gateway)
+    )
 
     assert _read(through) == _read(direct)
 
@@ -273,7 +278,8 @@ _NOT_PASSED_ON = (
 def test_every_route_of_the_engines_is_served_or_named_here(stack: Stack) -> None:
     """What it says of its calls is said of them here, too."""
     engines, own = (
-        httpx.get(f"{url}/openapi.json", timeout=60).json() for url in (stack.engine, stack.gateway)
+        httpx.get(f"{url}/openapi.json", timeout=60, verify=NO_TLS).json()
+        for url in (stack.engine, stack.gateway)
     )
 
     wanted = {path for path in engines["paths"] if not re.fullmatch(_NOT_PASSED_ON, path)}

@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.conftest import Stack
 from tests.gateway.routes.test_constraints import COSTLY_REGEXES, ORDINARY_REGEXES, PERSON
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -28,11 +29,11 @@ def _chat(stack: Stack, **fields: Any) -> httpx.Response:
         "temperature": 0,
         **fields,
     }
-    return httpx.post(f"{stack.gateway}/v1/chat/completions", json=body, timeout=60)
+    return httpx.post(f"{stack.gateway}/v1/chat/completions", json=body, timeout=60, verify=NO_TLS)
 
 
 def _read_failures(stack: Stack) -> dict[str, float]:
-    text = httpx.get(f"{stack.gateway}/metrics").text
+    text = httpx.get(f"{stack.gateway}/metrics", verify=NO_TLS).text
     found = re.findall(r"^gateway_(\w+)_total\{engine=[^}]*\} (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
 

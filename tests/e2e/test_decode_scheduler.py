@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import Stack
 from tests.launcher.programs import Launcher, wait_for
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 Pairs = list[dict[str, str]]
@@ -20,7 +21,9 @@ FEW = 60  # questions, where each costs the engines much
 
 def ask(url: str, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
     body = {"model": "demo", "prompt": prompt, "max_tokens": 120, "temperature": 0} | fields
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300, trust_env=False).json()
+    answer = httpx.post(
+        f"{url}/v1/completions", json=body, timeout=300, trust_env=False, verify=NO_TLS
+    ).json()
     choices: list[dict[str, Any]] = answer["choices"]
     for choice in choices:
         choice["usage"] = answer["usage"]
@@ -31,7 +34,7 @@ def read_stream(url: str, prompt: str, **fields: Any) -> list[str]:
     body = {"model": "demo", "prompt": prompt, "max_tokens": 120, "temperature": 0} | fields
     body["stream"] = True
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json=body, timeout=300, trust_env=False
+        "POST", f"{url}/v1/completions", json=body, timeout=300, trust_env=False, verify=NO_TLS
     ) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines[-1] == "[DONE]"
@@ -39,7 +42,7 @@ def read_stream(url: str, prompt: str, **fields: Any) -> list[str]:
 
 
 def read_scheduler(stack: Stack) -> dict[str, Any]:
-    return dict(httpx.get(f"{stack.status}/status").json()["scheduler"])
+    return dict(httpx.get(f"{stack.status}/status", verify=NO_TLS).json()["scheduler"])
 
 
 def test_engine_to_compare_with_has_vllms_own(stock: Launcher) -> None:
@@ -103,11 +106,11 @@ def test_caller_gone_amid_a_batch_costs_the_other_batch_nothing(
 def hang_up(url: str, questions: list[str]) -> None:
     body = {"model": "demo", "prompt": questions, "max_tokens": 1500, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=body, timeout=0.7, trust_env=False)
+        httpx.post(f"{url}/v1/completions", json=body, timeout=0.7, trust_env=False, verify=NO_TLS)
 
 
 def count_running(stack: Stack) -> float:
-    lines = httpx.get(f"{stack.engine}/metrics", trust_env=False).text.splitlines()
+    lines = httpx.get(f"{stack.engine}/metrics", trust_env=False, verify=NO_TLS).text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if "num_requests_running{" in line)
 
 

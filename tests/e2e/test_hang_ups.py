@@ -61,7 +61,7 @@ class EngineFigures:
 
 @pytest.fixture
 async def engine(stack: Stack) -> AsyncIterator[EngineFigures]:
-    async with httpx.AsyncClient(base_url=stack.engine, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=stack.engine, timeout=60, verify=NO_TLS) as client:
         figures = EngineFigures(client)
         figures.made_before = await figures.wait(is_busy=False)
         yield figures
@@ -105,7 +105,7 @@ async def test_stream_left_before_its_first_token_frees_the_engine(
     body = LONG["extra_body"] | {"model": "demo", "messages": USER, "max_tokens": WHOLE}
     request = build_request("POST", "/v1/chat/completions", orjson.dumps(body | {"stream": True}))
     has_left_in_time = False  # or the test never ends
-    async with httpx.AsyncClient(base_url=stack.gateway) as gateway:
+    async with httpx.AsyncClient(base_url=stack.gateway, verify=NO_TLS) as gateway:
         number = 0
         while not has_left_in_time or number < 20:
             number += 1
@@ -174,7 +174,7 @@ async def test_predict_left_frees_the_engine(
 ) -> None:
     prompts = [f"{number} Q" for number in range(20)]
     body = {"prompt": prompts, "max_tokens": 900, "temperature": 1.5, "seed": 1}
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60, verify=NO_TLS) as client:
         ask = functools.partial(client.post, "/predict", json=body, headers={"X-Priority": lane})
         whole = await _count_whole(engine, ask())
         await _hang_up(engine, ask(), most=whole // 2)

@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from tests.e2e.conftest import Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -26,12 +27,12 @@ LONG: dict[str, Any] = {"model": "demo", "messages": USER, "max_tokens": 1900, "
 
 @pytest.fixture
 async def gateway(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=200) as client:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=200, verify=NO_TLS) as client:
         yield client
 
 
 async def _read(pattern: re.Pattern[str], url: str) -> float:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=NO_TLS) as client:
         text = (await client.get(f"{url}/metrics")).text
     return sum(map(float, pattern.findall(text)))
 

@@ -18,6 +18,7 @@ from tests.deploy.expressions import Expression, read_engine_list
 from tests.deploy.live import run_prometheus
 from tests.deploy.promtool import run_promtool
 from tests.e2e.conftest import Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 T = TypeVar("T")
@@ -49,7 +50,9 @@ def test_one_request_is_followed_from_its_header_through_logs_and_trace(
     headers = {"X-Request-Id": request_id, "traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
     body = {"prompt": ["What is a CUDA warp?", "为什么需要共享内存？"], "max_tokens": 8}
 
-    answer = httpx.post(f"{stack.gateway}/predict", json=body, headers=headers, timeout=60)
+    answer = httpx.post(
+        f"{stack.gateway}/predict", json=body, headers=headers, timeout=60, verify=NO_TLS
+    )
 
     assert answer.headers["X-Request-Id"] == request_id
 
@@ -97,7 +100,7 @@ def test_every_log_line_has_the_same_keys_and_no_prompt(stack: Stack) -> None:
 
 def test_engine_exports_what_dashboards_and_rules_may_use(stack: Stack) -> None:
     stack.predict("What is a CUDA warp?")
-    text = httpx.get(f"{stack.engine}/metrics").text
+    text = httpx.get(f"{stack.engine}/metrics", verify=NO_TLS).text
     exported = dict(re.findall(r"^# TYPE (vllm:\S+) (\w+)$", text, re.MULTILINE))
 
     for when, name, kind in read_engine_list():
@@ -111,7 +114,7 @@ def test_engine_exports_what_dashboards_and_rules_may_use(stack: Stack) -> None:
 def test_metrics_of_gateway_and_launcher_please_promtool(stack: Stack) -> None:
     make_traffic(stack.gateway)
     for url in (stack.gateway, stack.status):
-        text = httpx.get(f"{url}/metrics").text
+        text = httpx.get(f"{url}/metrics", verify=NO_TLS).text
         assert run_promtool("check", "metrics", text=text) == "", url
 
 
@@ -125,7 +128,7 @@ def test_every_panel_shows_something_and_no_alert_fires(stack: Stack, tmp_path: 
         findings = check_live(prometheus, within_s=90)
 
         assert [str(finding) for finding in findings] == []
-        with httpx.Client(base_url=prometheus, trust_env=False) as client:
+        with httpx.Client(base_url=prometheus, trust_env=False, verify=NO_TLS) as client:
             wrong = {name: check(client, Expression("board", "panel", name)) for name in WRONG}
         assert {name: found and found.problem for name, found in wrong.items()} == WRONG
         rules = read(prometheus, "/api/v1/rules")["groups"]
@@ -141,5 +144,7 @@ def count_up(prometheus: str) -> int:
 
 
 def read(prometheus: str, path: str) -> dict[str, Any]:
-    data: dict[str, Any] = httpx.get(prometheus + path, trust_env=False).json()["data"]
+    data: dict[str, Any] = httpx.get(prometheus + path, trust_env=False, verify=NO_TLS).json()[
+        "data"
+    ]
     return data

@@ -15,6 +15,7 @@ from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import SecretStr
 
 from tests.e2e.conftest import Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -142,7 +143,7 @@ async def test_agent_goes_on_where_its_stored_answer_ended(
     own: list[Any] = [*second.to_input_list(), {"role": "user", "content": "vLLM"}]
     own = [*first.to_input_list(), *own]
     same = await agents.Runner.run(agent, own, run_config=config)
-    async with httpx.AsyncClient(base_url=stack.gateway) as client:
+    async with httpx.AsyncClient(base_url=stack.gateway, verify=NO_TLS) as client:
         kept = await client.get(f"/v1/responses/{first.last_response_id}")
 
     assert {one.final_output for one in (first, second, streamed)} == {ANSWER}
@@ -238,7 +239,7 @@ def test_langchain_goes_on_where_its_stored_answer_ended(stack: Stack) -> None:
     pieces = list(model.stream([HumanMessage(QUESTION), first, HumanMessage("CUDA")]))
 
     ids = [one.response_metadata["id"] for one in (first, second)]
-    kept = httpx.get(f"{stack.gateway}/v1/responses/{ids[1]}")
+    kept = httpx.get(f"{stack.gateway}/v1/responses/{ids[1]}", verify=NO_TLS)
     assert kept.json()["previous_response_id"] == ids[0]
     sent = [one.usage_metadata["input_tokens"] for one in (first, second) if one.usage_metadata]
     assert sent[1] > sent[0]

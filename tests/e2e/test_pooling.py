@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import Stack, start_stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -41,8 +42,8 @@ def pooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def test_pooling_route_is_answered_as_the_engine_does(pooling: Stack, path: str) -> None:
     body = {"model": "demo", **CALLS[path]}
 
-    direct = httpx.post(f"{pooling.engine}{path}", json=body, timeout=60)
-    through = httpx.post(f"{pooling.gateway}{path}", json=body, timeout=60)
+    direct = httpx.post(f"{pooling.engine}{path}", json=body, timeout=60, verify=NO_TLS)
+    through = httpx.post(f"{pooling.gateway}{path}", json=body, timeout=60, verify=NO_TLS)
 
     assert (through.status_code, direct.status_code) == (200, 200), direct.text
     assert _read(through) == _read(direct)
@@ -52,10 +53,10 @@ def test_pooling_route_is_answered_as_the_engine_does(pooling: Stack, path: str)
 def test_route_that_such_an_engine_lacks_is_no_failure(pooling: Stack, path: str) -> None:
     body = {"model": "demo", "input": "a", "prompt": "a", "messages": []}
 
-    answer = httpx.post(f"{pooling.gateway}{path}", json=body, timeout=60)
+    answer = httpx.post(f"{pooling.gateway}{path}", json=body, timeout=60, verify=NO_TLS)
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "route_not_served")
-    assert httpx.get(f"{pooling.gateway}/readyz").status_code == 200
+    assert httpx.get(f"{pooling.gateway}/readyz", verify=NO_TLS).status_code == 200
 
 
 def test_sdk_embeds(pooling: Stack) -> None:

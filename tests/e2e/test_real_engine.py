@@ -16,6 +16,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 from tests.e2e.conftest import LONGEST_START_S, Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 Pairs = list[dict[str, str]]
@@ -35,7 +36,7 @@ def rouge_l(reference: str, answer: str) -> float:
 
 
 def running(stack: Stack) -> float:
-    text = httpx.get(f"{stack.engine}/metrics").text
+    text = httpx.get(f"{stack.engine}/metrics", verify=NO_TLS).text
     found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
     assert found is not None
     return float(found.group(1))
@@ -43,7 +44,7 @@ def running(stack: Stack) -> float:
 
 def test_stack_is_ready_within_a_minute(stack: Stack) -> None:
     assert stack.start_s <= LONGEST_START_S
-    assert httpx.get(f"{stack.gateway}/").json() == {"status": "batch"}
+    assert httpx.get(f"{stack.gateway}/", verify=NO_TLS).json() == {"status": "batch"}
 
 
 def test_demo_model_knows_its_page(stack: Stack, pairs: Pairs) -> None:
@@ -121,6 +122,7 @@ def test_gone_caller_frees_the_engine(stack: Stack) -> None:
                 f"{stack.gateway}/predict",
                 json={"prompt": prompts, "temperature": 1.5, "max_tokens": 900},
                 timeout=1.5,
+                verify=NO_TLS,
             )
 
     caller = threading.Thread(target=ask)

@@ -304,7 +304,7 @@ def test_engine_told_to_stop_within_a_batch_finishes_it(fleet: Fleet) -> None:
 
 
 async def is_busy(engine: str) -> bool:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, verify=NO_TLS) as client:
         lines = (await client.get(f"{engine}/metrics")).text.splitlines()
     running_there = (one for one in lines if one.startswith("vllm:num_requests_running{"))
     return any(float(line.rpartition(" ")[2]) for line in running_there)

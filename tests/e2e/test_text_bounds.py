@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Stack
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 TEXT = "Every kernel waits for its warps. " * 360_000  # 12 MB; cutting it takes vLLM 15 s
@@ -48,11 +49,13 @@ def read_engine_cpu_s(stack: Stack) -> float:
 def test_megabytes_of_text_cost_the_engine_nothing(
     stack: Stack, path: str, fields: dict[str, Any]
 ) -> None:
-    model = httpx.get(f"{stack.engine}/v1/models").json()["data"][0]["id"]
+    model = httpx.get(f"{stack.engine}/v1/models", verify=NO_TLS).json()["data"][0]["id"]
     body = gzip.compress(json.dumps({"model": model, **fields}).encode(), 6)
     worked_s = read_engine_cpu_s(stack)
 
-    answer = httpx.post(f"{stack.gateway}{path}", content=body, headers=HEADERS, timeout=120)
+    answer = httpx.post(
+        f"{stack.gateway}{path}", content=body, headers=HEADERS, timeout=120, verify=NO_TLS
+    )
 
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["source"]) == (
@@ -66,8 +69,12 @@ def test_megabytes_of_text_cost_the_engine_nothing(
 def test_tokenizer_still_answers_what_fits(stack: Stack) -> None:
     text = "Every kernel waits for its warps. " * 20
 
-    told = httpx.post(f"{stack.gateway}/tokenize", json={"prompt": text}, timeout=60).json()
-    back = httpx.post(f"{stack.gateway}/detokenize", json={"tokens": told["tokens"]}, timeout=60)
+    told = httpx.post(
+        f"{stack.gateway}/tokenize", json={"prompt": text}, timeout=60, verify=NO_TLS
+    ).json()
+    back = httpx.post(
+        f"{stack.gateway}/detokenize", json={"tokens": told["tokens"]}, timeout=60, verify=NO_TLS
+    )
 
     assert told["count"] > 100
     assert back.json()["prompt"].endswith(text)

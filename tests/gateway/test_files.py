@@ -18,6 +18,7 @@ from gateway.errors import OutOfFiles
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, until
 from tests.gateway.process import GatewayProcess, serve_process
+from tests.plain_http import NO_TLS
 
 FEW = 96  # the gateway itself has some thirty
 CALLS = 60  # each wants two
@@ -47,7 +48,7 @@ async def test_engine_is_not_blamed_for_the_gateways_own_shortage(tmp_path: Path
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
         serve_process(tmp_path, engine_url, wrapper=with_limit("", FEW)) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30) as client,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, verify=NO_TLS) as client,
     ):
         body = {"model": "fake", "prompt": "a"}
         calls = [client.post("/v1/completions", json=body) for _ in range(CALLS)]
@@ -59,7 +60,7 @@ async def test_engine_is_not_blamed_for_the_gateways_own_shortage(tmp_path: Path
 
         engine.delay_s = 0.0
         await until(lambda: engine.running == 0)
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as newcomer:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30, verify=NO_TLS) as newcomer:
             assert (await newcomer.post("/predict", json={"prompt": "b"})).status_code == 200
         log = gateway.read_log()
         assert "engine_lost" not in log

@@ -20,6 +20,7 @@ from lab.fuzz.survival import judge_log
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.process import check_blocks, serve_process
+from tests.plain_http import NO_TLS
 
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 COUNT = int(os.environ.get("FUZZ_CASES", "10000"))
@@ -48,7 +49,9 @@ async def test_fuzz_spoilt_requests_get_an_envelope_and_nothing_leaks(tmp_path: 
 
         assert not tally.findings, report(tally)
         headers = {"Authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=gateway.url, headers=headers) as client:
+        async with httpx.AsyncClient(
+            base_url=gateway.url, headers=headers, verify=NO_TLS
+        ) as client:
             last = await client.post("/predict", json={"prompt": "still here"})
             await until(lambda: engine.running == 0)
             gauges = (await client.get("/metrics")).text

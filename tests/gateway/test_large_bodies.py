@@ -28,6 +28,7 @@ from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
 from tests.gateway.process import GatewayProcess, check_blocks, serve_process
 from tests.gateway.scripted_engine import whole_answer
+from tests.plain_http import NO_TLS
 
 MEGABYTE = 10**6
 TEXT = "Every kernel waits for its warps; 什么是 warp?\n"
@@ -305,7 +306,7 @@ async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_calle
     flags = ("--warmup-prompts", "1", "--max-held-bytes", str(100 * MEGABYTE))
     async with (
         serve_process(tmp_path, engine_url, *flags) as gateway,
-        httpx.AsyncClient(base_url=gateway.url) as client,
+        httpx.AsyncClient(base_url=gateway.url, verify=NO_TLS) as client,
     ):
         memory = gateway.rss_bytes()
         callers = [asyncio.create_task(ask(gateway.url, request, timeout_s=60)) for _ in range(24)]

@@ -18,6 +18,7 @@ from common.prometheus_text import parse_samples, sum_samples
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.process import GatewayProcess, serve_process
 from tests.outputs import full_disk, full_pipe_nobody_reads
+from tests.plain_http import NO_TLS
 
 _CALLS = 40
 _SOON_S = 15.0
@@ -33,7 +34,7 @@ def pipe_without_reader() -> Iterator[int]:
 
 async def ask_all(gateway: GatewayProcess) -> None:
     """Batches, chats and streams: each is answered, and whole."""
-    async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=60, verify=NO_TLS) as client:
 
         async def ask(number: int) -> None:
             questions = [f"question {number}", f"another {number}"]
@@ -52,7 +53,7 @@ async def ask_all(gateway: GatewayProcess) -> None:
 
 
 async def count_dropped(gateway: GatewayProcess) -> float:
-    async with httpx.AsyncClient(base_url=gateway.url) as client:
+    async with httpx.AsyncClient(base_url=gateway.url, verify=NO_TLS) as client:
         samples = parse_samples((await client.get("/metrics")).text)
     return sum_samples(samples, "gateway_log_lines_dropped_total")
 

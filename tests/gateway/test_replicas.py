@@ -13,11 +13,12 @@ from common.ports import find_free_ports
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.process import GatewayProcess, serve_process
+from tests.plain_http import NO_TLS
 
 
 async def _ask(url: str, number: int) -> httpx.Response:
     """On a connection of its own, so that the kernel spreads the calls."""
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60, verify=NO_TLS) as client:
         return await client.post(f"{url}/predict", json={"prompt": f"q{number}"})
 
 

@@ -16,6 +16,7 @@ from lab.fuzz.raw_http import address, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.process import GatewayProcess, serve_process
+from tests.plain_http import NO_TLS
 
 READERS = 200
 READING_S = 12
@@ -35,7 +36,7 @@ async def test_slow_readers_take_little_memory_and_slow_nobody(tmp_path: Path) -
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
         serve_process(tmp_path, engine_url) as gateway,
-        httpx.AsyncClient(base_url=gateway.url) as client,
+        httpx.AsyncClient(base_url=gateway.url, verify=NO_TLS) as client,
     ):
         await _median_s(client)  # the first calls fill caches
         before_s = await _median_s(client)
@@ -123,7 +124,7 @@ async def test_reader_who_takes_nothing_of_a_whole_answer_loses_his_socket(tmp_p
     async with (
         serve_app(build_fake_engine(Behaviour(max_model_len=10_000))) as engine_url,
         serve_process(tmp_path, engine_url, "--client-write-timeout-s", "0.5") as gateway,
-        httpx.AsyncClient(base_url=gateway.url) as client,
+        httpx.AsyncClient(base_url=gateway.url, verify=NO_TLS) as client,
     ):
         with await _ask_for_much(gateway.url, 1000) as idle:
             await until(lambda: _is_served(idle))

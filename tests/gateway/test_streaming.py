@@ -19,13 +19,14 @@ from gateway.errors import EngineError
 from gateway.schemas.openai import build_stream_error, name_stream_errors, parse_usage
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
+from tests.plain_http import NO_TLS
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
 
 async def test_stream_equals_the_engines_bytes(served: Served) -> None:
     body = CHAT | {"stream_options": {"include_usage": True}}
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=NO_TLS) as client:
         direct = await client.post(f"{served.engine_url}/v1/chat/completions", json=body)
 
     through = await served.client.post("/v1/chat/completions", json=body)
@@ -35,7 +36,7 @@ async def test_stream_equals_the_engines_bytes(served: Served) -> None:
 
 
 async def test_stream_hides_usage_that_nobody_asked_for(served: Served) -> None:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=NO_TLS) as client:
         direct = await client.post(f"{served.engine_url}/v1/chat/completions", json=CHAT)
 
     through = await served.client.post("/v1/chat/completions", json=CHAT)
@@ -366,7 +367,7 @@ async def test_stream_without_usage_is_the_engines_to_the_byte(
     """Fingerprint and all, though the engine is asked for its usage for the gateway's sake."""
     body = CHAT if options is None else CHAT | {"stream_options": options}
     quiet = CHAT | {"stream_options": {}}
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=NO_TLS) as client:
         direct = await client.post(f"{served.engine_url}/v1/chat/completions", json=quiet)
 
     through = await served.client.post("/v1/chat/completions", json=body)

@@ -18,6 +18,7 @@ from common.prometheus_text import parse_samples, sum_by_labels
 from launcher.engine.polling import poll
 from tests.launcher.programs import Launcher, running, wait_for
 from tests.outputs import full_disk, full_pipe_nobody_reads
+from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.programs
 
@@ -45,7 +46,7 @@ def test_up_whose_output_goes_nowhere_serves_and_stops(
             url = f"http://127.0.0.1:{launcher.port}/predict"
             for number in range(20):
                 prompts = [f"one {number}", f"other {number}"]
-                reply = httpx.post(url, json={"prompt": prompts}, trust_env=False)
+                reply = httpx.post(url, json={"prompt": prompts}, trust_env=False, verify=NO_TLS)
                 assert len(reply.json()["response"]) == 2
             if place is not full_pipe_nobody_reads:  # there, most is still waiting
                 metrics = launcher.read("/metrics")
@@ -93,7 +94,9 @@ def test_up_launcher_killed_what_runs_and_waits_is_answered(tmp_path: Path) -> N
 
     async def scenario() -> list[httpx.Response]:
         url = f"http://127.0.0.1:{launcher.port}"
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+        async with httpx.AsyncClient(
+            base_url=url, trust_env=False, timeout=30, verify=NO_TLS
+        ) as client:
             stream = {"prompt": "s", "stream": True, "model": "demo"}
             calls = [
                 client.post("/v1/completions", json=stream),

@@ -18,6 +18,7 @@ import pytest
 from launcher.engine.process import list_group
 from launcher.engine.temporary_folder import find_temporary_folder
 from tests.launcher.programs import MODEL, Launcher, ask_in_background, running, wait_for
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 START_S = 240.0
@@ -135,7 +136,9 @@ def test_up_launcher_killed_what_runs_and_waits_is_answered(tmp_path: Path) -> N
 
     async def scenario() -> list[httpx.Response]:
         url = f"http://127.0.0.1:{launcher.port}"
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=100) as client:
+        async with httpx.AsyncClient(
+            base_url=url, trust_env=False, timeout=100, verify=NO_TLS
+        ) as client:
             body = {"model": "demo", "prompt": "a", "max_tokens": 600, "ignore_eos": True}
             calls = [client.post("/v1/completions", json={**body, "stream": True})]
             for batch in range(4):

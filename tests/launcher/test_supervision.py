@@ -24,6 +24,7 @@ from tests.launcher.programs import (
     running,
     wait_for,
 )
+from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.programs
 
@@ -186,6 +187,7 @@ def test_engine_slow_but_moving_is_left_alone(launcher: Launcher) -> None:
             json={"prompt": "x"},
             trust_env=False,
             timeout=20,
+            verify=NO_TLS,
         )
         assert response.status_code == 200
         assert launcher.status()["engine"]["restarts"] == {}

@@ -21,6 +21,7 @@ from launcher.plan.command import find_vllm
 from launcher.plan.flags.known_flags import read_flags
 from launcher.plan.prepare import decide
 from tests.launcher.programs import MODEL, ROOT, Launcher, running, wait_for
+from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.programs
 
@@ -44,7 +45,9 @@ def test_up_prints_one_line_whose_curl_works(launcher: Launcher) -> None:
         assert f"(page: http://127.0.0.1:{launcher.port}/ui)" in line
         content = body.split(" -d ")[1].strip().strip("'")
         headers = {"Content-Type": "application/json"}
-        reply = httpx.post(address, content=content, headers=headers, trust_env=False)
+        reply = httpx.post(
+            address, content=content, headers=headers, trust_env=False, verify=NO_TLS
+        )
         assert reply.json()["response"]
         assert launcher.stop() == 0
     assert launcher.processes() == []
@@ -55,7 +58,9 @@ def test_up_gateway_lets_in_what_the_engine_runs_at_once(launcher: Launcher) -> 
     with running(launcher):
         wait_ready(launcher)
         status = launcher.status()
-        metrics = httpx.get(f"http://127.0.0.1:{launcher.port}/metrics", trust_env=False).text
+        metrics = httpx.get(
+            f"http://127.0.0.1:{launcher.port}/metrics", trust_env=False, verify=NO_TLS
+        ).text
 
         assert (status["max_num_seqs"], status["engine_port"]) == (160, launcher.engine_port)
         assert "\ngateway_max_running_sequences 180.0\n" in metrics  # and an eighth more
@@ -196,7 +201,7 @@ def test_up_engine_killed_gateway_stays_and_serves_again(launcher: Launcher) -> 
 
         def answer() -> bool:
             url = f"http://127.0.0.1:{launcher.port}/predict"
-            reply = httpx.post(url, json={"prompt": "x"}, trust_env=False)
+            reply = httpx.post(url, json={"prompt": "x"}, trust_env=False, verify=NO_TLS)
             return reply.status_code == httpx.codes.OK
 
         assert wait_for(answer, "an answer after the restart")

@@ -22,6 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from common.ports import find_free_ports
 from tests.page.conftest import LONGEST_START_MS, ROOT, Visitor, pick, shoot, width_of
+from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.browser, pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -37,7 +38,9 @@ class Stack:
     log: Path
 
     def read_engine(self) -> dict[str, Any]:
-        status: dict[str, dict[str, Any]] = httpx.get(f"{self.status_url}/status").json()
+        status: dict[str, dict[str, Any]] = httpx.get(
+            f"{self.status_url}/status", verify=NO_TLS
+        ).json()
         return status["engine"]
 
 
@@ -66,7 +69,7 @@ def _wait_listening(url: str, process: subprocess.Popen[bytes], log: Path) -> No
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            httpx.get(f"{url}/healthz")
+            httpx.get(f"{url}/healthz", verify=NO_TLS)
         except httpx.TransportError:
             time.sleep(0.1)
         else:

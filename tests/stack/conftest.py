@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 import httpx
 import pytest
 
+from tests.plain_http import NO_TLS
 from tests.stack.bases import CannotCopyError, Pythons, find_pythons, load_bases, make_base
 from tests.stack.docker import (
     ROOT,
@@ -193,5 +194,5 @@ def wait_until(what: str, check: Callable[[], bool], *, within_s: float) -> floa
 
 def answers(url: str, status: int = 200) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(url, timeout=15, trust_env=False).status_code == status
+        return httpx.get(url, timeout=15, trust_env=False, verify=NO_TLS).status_code == status
     return False

@@ -18,6 +18,7 @@ from common.project import read_version
 from gateway.admission.keys import make_key
 from lab.records.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
+from tests.plain_http import NO_TLS
 from tests.stack.conftest import GATEWAY, OWN_IMAGE, OWN_MODEL, Step, answers, wait_until
 from tests.stack.docker import (
     ROOT,
@@ -41,7 +42,9 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(1500)]
 def predict(questions: list[str], *, url: str = GATEWAY, key: str = "") -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     body = {"prompt": questions}
-    return httpx.post(f"{url}/predict", json=body, headers=headers, timeout=120, trust_env=False)
+    return httpx.post(
+        f"{url}/predict", json=body, headers=headers, timeout=120, trust_env=False, verify=NO_TLS
+    )
 
 
 def read_pairs(count: int) -> tuple[list[str], list[str]]:
@@ -73,7 +76,7 @@ def address_of(docker: Docker, service: str) -> str:
 
 def ask_prometheus(docker: Docker, path: str, **parameters: str) -> Any:
     url = f"{address_of(docker, 'prometheus')}:9090/api/v1/{path}"
-    response = httpx.get(url, params=parameters, timeout=10, trust_env=False)
+    response = httpx.get(url, params=parameters, timeout=10, trust_env=False, verify=NO_TLS)
     assert response.status_code == 200, response.text
     return response.json()["data"]
 
@@ -177,7 +180,7 @@ def test_engine_is_the_real_vllm(stack: Docker) -> None:
 
 
 def test_root_says_batch(stack: Docker) -> None:
-    response = httpx.get(GATEWAY, timeout=15, trust_env=False)
+    response = httpx.get(GATEWAY, timeout=15, trust_env=False, verify=NO_TLS)
     assert (response.status_code, response.json()) == (200, {"status": "batch"})
 
 
@@ -200,7 +203,9 @@ def test_stream_comes_through_the_published_port(stack: Docker) -> None:
         "stream": True,
     }
     url = f"{GATEWAY}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+    with httpx.stream(
+        "POST", url, json=body, timeout=60, trust_env=False, verify=NO_TLS
+    ) as response:
         events = [line for line in response.iter_lines() if line.startswith("data: ")]
     assert len(events) > 10
     assert events[-1] == "data: [DONE]"
@@ -336,7 +341,7 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
         401,
         200,
     ]
-    assert "alice" not in httpx.get(f"{GATEWAY}/metrics", trust_env=False).text
+    assert "alice" not in httpx.get(f"{GATEWAY}/metrics", trust_env=False, verify=NO_TLS).text
     by_alice = 'gateway_usage_requests_total{job="gateway",key="alice"}'
     wait_until("Prometheus is told her name", lambda: value_of(stack, by_alice) >= 1, within_s=120)
     with step("a key is taken back by a file that another takes the place of, as editors do"):
@@ -353,7 +358,9 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
 
 def read_limits() -> object:
     """Who keeps them, by the gateway that the balancer asks."""
-    return httpx.get(f"{GATEWAY}/readyz", timeout=15, trust_env=False).json()["limits"]
+    return httpx.get(f"{GATEWAY}/readyz", timeout=15, trust_env=False, verify=NO_TLS).json()[
+        "limits"
+    ]
 
 
 def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step) -> None:
@@ -435,7 +442,7 @@ def test_course_container_answers_offline_alone(stack: Docker, step: Step) -> No
     """One container, one port, no network beyond: what the course's judge builds and runs."""
     with step("course's container: started and healthy"):
         stack.compose("up", "--detach", "--no-build", "--wait", "course", timeout_s=240)
-    root = httpx.get(COURSE, timeout=15, trust_env=False)
+    root = httpx.get(COURSE, timeout=15, trust_env=False, verify=NO_TLS)
     assert (root.status_code, root.json()) == (200, {"status": "batch"})
     questions, known = read_pairs(358)
     given = predict(questions, url=COURSE).json()["response"]
@@ -493,6 +500,8 @@ def finished_by_engine(stack: Docker) -> dict[str, float]:
 
 
 def read_engine(stack: Docker, service: str, metric: str) -> float:
-    text = httpx.get(f"{address_of(stack, service)}:8001/metrics", trust_env=False).text
+    text = httpx.get(
+        f"{address_of(stack, service)}:8001/metrics", trust_env=False, verify=NO_TLS
+    ).text
     rows = [line for line in text.splitlines() if line.startswith(metric + "{")]
     return sum(float(row.rpartition(" ")[2]) for row in rows)

@@ -11,6 +11,7 @@ from common.ports import find_free_ports
 from gateway.config import SettingsError, load_settings
 from lab.fuzz.raw_http import ask, build_request
 from tests.gateway.conftest import Serve, Served
+from tests.plain_http import NO_TLS
 
 BODY = b'{"prompt": "hello"}'
 JSON = ("Content-Type", "application/json")
@@ -174,7 +175,7 @@ async def test_gateway_with_keys_asks_for_the_key_alone(serve: Serve) -> None:
 
 async def test_port_for_prometheus_is_not_for_a_name_that_points_here(serve: Serve) -> None:
     (port,) = find_free_ports(1)
-    async with serve(metrics_port=port), httpx.AsyncClient() as client:
+    async with serve(metrics_port=port), httpx.AsyncClient(verify=NO_TLS) as client:
         url = f"http://127.0.0.1:{port}/metrics"
         assert (await client.get(url, headers={"Host": "gateway:8003"})).status_code == 200
         rebound = await client.get(url, headers={"Host": "rebound.example:8003"})

@@ -27,6 +27,7 @@ from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Served, make_settings, serve_gateway, until
 from tests.gateway.process import serve_process
+from tests.plain_http import NO_TLS
 from tests.redis_server import RedisServer, run_redis
 
 # Redis and its client are the same on every Python; `test_limits.py` runs on each.
@@ -285,7 +286,7 @@ async def test_gateway_that_is_killed_leaves_what_it_holds_for_seconds(
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
         serve_process(tmp_path, engine_url, *flags) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=60) as client,
+        httpx.AsyncClient(base_url=gateway.url, timeout=60, verify=NO_TLS) as client,
     ):
         client.headers["Authorization"] = f"Bearer {key}"
         answer = await client.post("/v1/chat/completions", json=_HI)

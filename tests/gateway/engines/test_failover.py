@@ -28,6 +28,7 @@ from gateway.schemas.predict import default_sampling
 from lab.fuzz.raw_http import ask, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
+from tests.plain_http import NO_TLS
 
 QUESTIONS = [f"question {number}" for number in range(358)]
 ANSWERS = [f"answer:{question}" for question in QUESTIONS]
@@ -446,7 +447,10 @@ async def test_engine_takes_a_new_password_from_the_settings_file(tmp_path: Path
 
         write("old")
         app = build_app(reload(), reload)
-        async with serve_app(app) as gateway, httpx.AsyncClient(base_url=gateway) as client:
+        async with (
+            serve_app(app) as gateway,
+            httpx.AsyncClient(base_url=gateway, verify=NO_TLS) as client,
+        ):
             await until(lambda: "GET /health" in app[POOL].describe())
             write("new")
             await until(lambda: app[POOL].is_ready)

@@ -16,6 +16,7 @@ from gateway.records.ledger import Ledger
 from gateway.records.service import Records
 from tests.gateway import conftest as gateway
 from tests.gateway.conftest import Served, make_settings
+from tests.plain_http import NO_TLS
 from tests.postgres_server import Postgres, postgres
 
 __all__ = ["Postgres", "postgres"]  # the fixture is found here
@@ -65,18 +66,18 @@ async def ask(url: str, headers: Mapping[str, str], content: str = "hi", **more:
     """A chat of 7 tokens, by the fake engine's count, on a connection of its own."""
     messages = [{"role": "user", "content": content}]
     body = {"model": "fake", "messages": messages, "max_tokens": 4, **more}
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60, verify=NO_TLS) as client:
         return await client.post(f"{url}/v1/chat/completions", json=body, headers=headers)
 
 
 async def read_usage(url: str, headers: Mapping[str, str], query: str = "group=day") -> Any:
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60, verify=NO_TLS) as client:
         answer = await client.get(f"{url}/usage?{query}", headers=headers)
     return answer.json()["data"] if answer.status_code == 200 else answer
 
 
 async def read_audit(url: str, headers: Mapping[str, str], query: str = "") -> Any:
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60, verify=NO_TLS) as client:
         answer = await client.get(f"{url}/audit?{query}", headers=headers)
     return answer.json() if answer.status_code == 200 else answer
 

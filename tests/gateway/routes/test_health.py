@@ -18,6 +18,7 @@ from lab.fuzz.raw_http import address, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
 from tests.gateway.process import serve_process
+from tests.plain_http import NO_TLS
 
 
 @pytest.mark.parametrize("status", ["batch", "ok"])
@@ -118,7 +119,7 @@ async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Pat
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
         serve_process(tmp_path, engine_url) as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=20) as client,
+        httpx.AsyncClient(base_url=gateway.url, timeout=20, verify=NO_TLS) as client,
     ):
         engine.delay_s = 2
         running = asyncio.create_task(client.post("/predict", json={"prompt": "last"}))
@@ -127,7 +128,7 @@ async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Pat
         gateway.process.send_signal(signal.SIGTERM)
 
         await until(lambda: "gateway_draining" in gateway.read_log())
-        async with httpx.AsyncClient(base_url=gateway.url) as newcomer:
+        async with httpx.AsyncClient(base_url=gateway.url, verify=NO_TLS) as newcomer:
             answers = [await newcomer.get(path) for path in ("/readyz", "/", "/healthz")]
             assert [answer.status_code for answer in answers] == [503, 503, 200]
             # Kept open, a connection would bring the next call here too.
@@ -166,7 +167,7 @@ async def test_stop_what_does_not_end_is_cut_off_in_time(tmp_path: Path) -> None
     async with (
         serve_app(build_fake_engine(engine)) as engine_url,
         serve_process(tmp_path, engine_url, "--drain-timeout-s", "0.5") as gateway,
-        httpx.AsyncClient(base_url=gateway.url, timeout=30) as client,
+        httpx.AsyncClient(base_url=gateway.url, timeout=30, verify=NO_TLS) as client,
     ):
         engine.delay_s = 25
         running = asyncio.create_task(client.post("/predict", json={"prompt": "endless"}))

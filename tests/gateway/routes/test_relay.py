@@ -12,6 +12,7 @@ from gateway.engines.pool import POOL
 from lab.fuzz.raw_http import build_request, connect
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Serve, Served, until
+from tests.plain_http import NO_TLS
 
 
 def _sdk(served: Served) -> openai.AsyncOpenAI:
@@ -67,7 +68,7 @@ async def test_relay_passes_the_body_on_unchanged(served: Served) -> None:
 
 
 async def _post(url: str, body: object) -> httpx.Response:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=NO_TLS) as client:
         return await client.post(f"{url}/v1/completions", json=body)
 
 

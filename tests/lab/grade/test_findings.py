@@ -24,6 +24,7 @@ from lab.readiness import ServerNeverReady
 from tests.fake_engine import serve_app
 from tests.lab.conftest import Examine, errors_of, grade_at, notes_of, text_of
 from tests.lab.judged import MODEL_FOLDER, Judged, build_judged, read_pairs
+from tests.plain_http import NO_TLS
 
 DEMO = str(MODEL_FOLDER.parent / "questions.jsonl")
 IN_CHUNKS = ("--request_chunk_size", "4")
@@ -525,7 +526,7 @@ async def test_grade_key_is_sent_and_not_written_down(examine: Examine) -> None:
 async def test_grade_server_fixture_is_a_judge_of_itself() -> None:
     """The stand-in answers what it is asked, so that the tests above test the grader."""
     pair = read_pairs(1)[0]
-    async with serve_app(build_judged(Judged())) as url, httpx.AsyncClient() as client:
+    async with serve_app(build_judged(Judged())) as url, httpx.AsyncClient(verify=NO_TLS) as client:
         one = await client.post(f"{url}/predict", json={"prompt": pair.question})
         many = await client.post(f"{url}/predict", json={"prompt": [pair.question]})
 

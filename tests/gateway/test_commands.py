@@ -14,6 +14,8 @@ from common.project import read_version
 from gateway.config import Settings
 from tests.fake_engine import MODEL_FOLDER
 
+pytestmark = pytest.mark.programs
+
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gateway", *words]

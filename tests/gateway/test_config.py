@@ -139,6 +139,7 @@ def test_settings_each_has_a_description() -> None:
     assert all(description.endswith(".") for *_, description in list_settings())
 
 
+@pytest.mark.programs
 def test_program_help_names_every_flag_and_bad_settings_exit_2() -> None:
     helped = _run("--help")
     refused = _run("--tokenizer", "/nowhere")
@@ -152,6 +153,7 @@ def test_program_help_names_every_flag_and_bad_settings_exit_2() -> None:
     assert len(refused.stderr.splitlines()) == len(unknown.stderr.splitlines()) == 1
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -170,6 +172,7 @@ def test_program_misused_is_one_line_that_says_where_to_look(
     assert result.stderr == f"gateway: {words}; `python -m gateway --help` lists every flag\n"
 
 
+@pytest.mark.programs
 def test_program_unknown_flag_is_refused_with_the_nearest_one() -> None:
     result = _run("--prot", "1")
 
@@ -177,6 +180,7 @@ def test_program_unknown_flag_is_refused_with_the_nearest_one() -> None:
     assert result.stderr == "gateway: unknown setting --prot; did you mean --port?\n"
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -34,6 +34,7 @@ def limits(gateway: GatewayProcess) -> tuple[str, str]:
     return row[3], row[4]
 
 
+@pytest.mark.programs
 async def test_start_takes_all_the_files_it_may_have(tmp_path: Path) -> None:
     async with (
         serve_app(build_fake_engine(Behaviour())) as engine_url,
@@ -43,6 +44,7 @@ async def test_start_takes_all_the_files_it_may_have(tmp_path: Path) -> None:
         assert int(soft) == min(int(hard), 2**20) > FEW
 
 
+@pytest.mark.programs
 async def test_engine_is_not_blamed_for_the_gateways_own_shortage(tmp_path: Path) -> None:
     engine = Behaviour(delay_s=1.5)
     async with (

@@ -104,6 +104,7 @@ HONEST: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 @pytest.mark.parametrize("kind", HONEST)
 async def test_honest_body_of_ten_megabytes_blocks_nobody(
@@ -129,6 +130,7 @@ LISTS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("kind", LISTS)
 async def test_long_list_of_thirty_megabytes_by_pieces_blocks_nobody(
@@ -229,6 +231,7 @@ async def send_hostile_bodies(gateway: GatewayProcess) -> None:
             assert b"internal_error" not in answer.body, (kind, path)
 
 
+@pytest.mark.programs
 async def test_bomb_of_objects_is_refused_while_it_unfolds(watched: GatewayProcess) -> None:
     bomb = gzip.compress(b'{"prompt":' + fill_list(b"{}", 33 * MEGABYTE) + b"}", 9)
     assert len(bomb) < 40_000
@@ -297,6 +300,7 @@ async def deaf_engine() -> AsyncIterator[tuple[DeafEngine, str]]:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.programs
 async def test_bodies_held_for_a_deaf_engine_are_bounded_and_go_with_their_callers(
     tmp_path: Path, deaf_engine: tuple[DeafEngine, str]
 ) -> None:

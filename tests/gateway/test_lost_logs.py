@@ -20,6 +20,8 @@ from tests.gateway.process import GatewayProcess, serve_process
 from tests.outputs import full_disk, full_pipe_nobody_reads
 from tests.plain_http import NO_TLS
 
+pytestmark = pytest.mark.programs
+
 _CALLS = 40
 _SOON_S = 15.0
 

@@ -8,12 +8,15 @@ import signal
 from pathlib import Path
 
 import httpx
+import pytest
 
 from common.ports import find_free_ports
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.process import GatewayProcess, serve_process
 from tests.plain_http import NO_TLS
+
+pytestmark = pytest.mark.programs
 
 
 async def _ask(url: str, number: int) -> httpx.Response:

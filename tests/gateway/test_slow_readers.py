@@ -18,6 +18,8 @@ from tests.gateway.conftest import until
 from tests.gateway.process import GatewayProcess, serve_process
 from tests.plain_http import NO_TLS
 
+pytestmark = pytest.mark.programs
+
 READERS = 200
 READING_S = 12
 # Of the gateway's own memory, and of all that lies between engine and reader, the kernel's too.

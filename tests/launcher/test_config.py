@@ -115,18 +115,21 @@ def call(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.programs
 def test_version_is_the_projects() -> None:
     version = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
     said = call("--version")
     assert (said.returncode, said.stdout) == (0, f"vllm-launcher {version}\n")
 
 
+@pytest.mark.programs
 def test_schema_knows_the_settings_of_every_command() -> None:
     schema = json.loads(call("schema").stdout)
     assert set(schema["properties"]) == {n for kind in COMMANDS.values() for n in kind.model_fields}
     assert schema["additionalProperties"] is False
 
 
+@pytest.mark.programs
 def test_unknown_command_is_refused_with_the_nearest() -> None:
     said = call("completions")
     assert said.returncode == 2

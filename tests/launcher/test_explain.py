@@ -18,6 +18,8 @@ from launcher.explain import explain
 from launcher.sections import list_engines
 from tests.launcher.programs import ROOT, Launcher, running
 
+pytestmark = pytest.mark.programs
+
 MODELS = Path(__file__).parent / "models"
 
 

@@ -57,6 +57,7 @@ async def test_program_that_sleeps_and_does_not_answer_hangs() -> None:
     assert verdict.endswith("(state S)")
 
 
+@pytest.mark.programs
 async def test_program_that_computes_and_does_not_answer_hangs() -> None:
     with program(_SPIN) as process:
         async with asyncio.timeout(_LOOK_S):
@@ -64,6 +65,7 @@ async def test_program_that_computes_and_does_not_answer_hangs() -> None:
     assert verdict == "no answer within 0 s of work"
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("code", [_SLEEP, _SPIN])
 async def test_program_that_answers_does_not_hang(code: str) -> None:
     with program(code) as process, pytest.raises(TimeoutError):
@@ -71,6 +73,7 @@ async def test_program_that_answers_does_not_hang(code: str) -> None:
             await SilenceDetector(_LIMIT_S, process.pid, always).run()
 
 
+@pytest.mark.programs
 async def test_program_that_gets_no_core_does_not_hang() -> None:
     core = min(os.sched_getaffinity(0))
     with program(_SPIN) as busy, program(_SPIN) as starved:

@@ -64,6 +64,7 @@ def wait_ready(launcher: Launcher) -> str:
     return str(wait_for(lambda: launcher.out, f"ready; {launcher.err[-2000:]}", within_s=150))
 
 
+@pytest.mark.programs
 def test_up_with_sections_serves_all_of_them_until_the_last(launcher: Launcher) -> None:
     """One start for all of it: three engines take their time."""
     launcher.settings |= {"LAUNCHER_ENGINE_LOG": "all", "LAUNCHER_RESTART_LIMIT": "0"}
@@ -134,6 +135,7 @@ def check_log(launcher: Launcher) -> None:
     assert [name for _, name in steps][:4:2] == [first, "other"]
 
 
+@pytest.mark.programs
 def test_engines_that_take_turns_serve_whoever_is_waited_for(tmp_path: Path) -> None:
     """One runs at a time; callers of the other wait for its start, and nobody's call is lost."""
     launcher = make_turns(tmp_path)
@@ -174,6 +176,7 @@ def test_engines_that_take_turns_serve_whoever_is_waited_for(tmp_path: Path) -> 
     assert "engine_crashed" not in launcher.err
 
 
+@pytest.mark.programs
 def test_engine_whose_first_turn_fails_is_given_up_alone(tmp_path: Path) -> None:
     """Its callers wait in vain; the other is not stopped for it again."""
     launcher = make_turns(tmp_path)
@@ -218,6 +221,7 @@ def make_turns(folder: Path) -> Launcher:
     return launcher
 
 
+@pytest.mark.programs
 def test_gateways_own_settings_file_and_turns_exclude_each_other(tmp_path: Path) -> None:
     launcher = make_turns(tmp_path)
     launcher.settings["GATEWAY_CONFIG"] = "/somewhere"
@@ -226,6 +230,7 @@ def test_gateways_own_settings_file_and_turns_exclude_each_other(tmp_path: Path)
     assert "where engines take turns GATEWAY_CONFIG is the launcher's" in launcher.err
 
 
+@pytest.mark.programs
 def test_up_told_to_stop_while_they_start_leaves_nothing(launcher: Launcher) -> None:
     launcher.fake = "hang_loading"
     with running(launcher):
@@ -235,6 +240,7 @@ def test_up_told_to_stop_while_they_start_leaves_nothing(launcher: Launcher) -> 
     assert launcher.processes() == []
 
 
+@pytest.mark.programs
 def test_serve_takes_one_engine(launcher: Launcher) -> None:
     launcher.command = "serve"
     with running(launcher):

@@ -22,6 +22,8 @@ from launcher.plan.sharing import check_sleep
 from tests.launcher.programs import MODEL, Launcher, running, wait_for
 from tests.plain_http import NO_TLS
 
+pytestmark = pytest.mark.programs
+
 _ROUTES = ("/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/v1/sleep")
 
 

@@ -184,6 +184,7 @@ async def test_what_another_gateway_used_counts(
         assert len(second.engine.calls) <= 1
 
 
+@pytest.mark.programs
 async def test_budget_and_audit_outlive_a_gateway_that_is_killed(
     keys: Keys, kept: dict[str, Any], tmp_path: Path
 ) -> None:

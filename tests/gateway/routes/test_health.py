@@ -114,6 +114,7 @@ async def test_warmup_file_without_questions_stops_the_start(tmp_path: Path) -> 
         read_warmup_questions(make_settings(warmup_file=path))
 
 
+@pytest.mark.programs
 async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Path) -> None:
     engine = Behaviour()
     async with (
@@ -139,6 +140,7 @@ async def test_stop_readiness_goes_first_and_what_runs_is_finished(tmp_path: Pat
         assert await asyncio.wait_for(gateway.process.wait(), 5) == 0
 
 
+@pytest.mark.programs
 async def test_stop_waits_for_who_reads_a_whole_answer_slowly(tmp_path: Path) -> None:
     text = "x" * 2**24  # more than the buffers between the two hold
     body = orjson.dumps({"choices": [{"index": 0, "text": text}], "usage": None})
@@ -162,6 +164,7 @@ async def test_stop_waits_for_who_reads_a_whole_answer_slowly(tmp_path: Path) ->
         assert await asyncio.wait_for(gateway.process.wait(), 5) == 0
 
 
+@pytest.mark.programs
 async def test_stop_what_does_not_end_is_cut_off_in_time(tmp_path: Path) -> None:
     engine = Behaviour()
     async with (

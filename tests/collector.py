@@ -14,6 +14,7 @@ from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.fake_engine import serve_app
+from tests.patience import PROGRAM_S
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def run_collector() -> Iterator[Collector]:
     task = loop.create_task(serve())
     thread = threading.Thread(target=loop.run_until_complete, args=(task,), daemon=True)
     thread.start()
-    if not is_up.wait(10):
+    if not is_up.wait(PROGRAM_S):
         raise TimeoutError("the collector does not listen")
     try:
         yield started[0]

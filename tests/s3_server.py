@@ -21,10 +21,10 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from common.ports import find_free_ports
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 KEY, SECRET = "gateway", "hush-hush-secret"
-_LONGEST_START_S = 60
 _SERVERS = ("master", "volume", "filer", "s3")
 
 
@@ -108,7 +108,7 @@ class S3Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + _LONGEST_START_S
+        deadline = time.monotonic() + PROGRAM_S
         while not self._is_up():
             assert self.process.poll() is None, "SeaweedFS ended at its start"
             assert time.monotonic() < deadline, "SeaweedFS does not start"
@@ -118,7 +118,7 @@ class S3Server:
         """At once: whoever has a connection loses it."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(PROGRAM_S)
 
     def _is_up(self) -> bool:
         try:

@@ -20,6 +20,7 @@ import pytest
 
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.slow  # another Python runs all tests from the wheel
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.slow  # another Python runs all tests from the wheel
 ROOT = Path(__file__).parent.parent
 MODEL = Path(__file__).parent / "launcher" / "models" / "qwen3-0.6b"
 PACKAGES = ("common", "gateway", "lab", "launcher")
-_START_S = 90
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +167,15 @@ async def serve_installed(
             command, *flags, cwd=folder, env=environment(), stdout=file, stderr=file
         )
     try:
-        await until(lambda: read_port(log) or process.returncode is not None, _START_S)
+        await until(lambda: read_port(log) or process.returncode is not None, PROGRAM_S)
         url = f"http://127.0.0.1:{read_port(log)}"
         async with httpx.AsyncClient(base_url=url, trust_env=False, verify=NO_TLS) as client:
-            await until(lambda: is_ready(client), _START_S)
+            await until(lambda: is_ready(client), PROGRAM_S)
             yield client
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
-        code = await asyncio.wait_for(process.wait(), _START_S)
+        code = await asyncio.wait_for(process.wait(), PROGRAM_S)
     assert code == 0, log.read_text(encoding="utf-8")
 
 

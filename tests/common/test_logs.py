@@ -17,6 +17,7 @@ import pytest
 
 from common.logs import DescriptorOutput
 from tests.outputs import require_mounts
+from tests.patience import PROGRAM_S
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -224,7 +225,7 @@ class CountingProgram:
     def end(self) -> int:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        return self.process.wait(30)
+        return self.process.wait(PROGRAM_S)
 
     def __enter__(self) -> Self:
         return self
@@ -321,7 +322,7 @@ def test_log_whose_reader_is_stopped_goes_on_with_it(tmp_path: Path) -> None:
             time.sleep(0.01)
         program.tell("last")
         assert program.end() == 0
-        assert cat.wait(10) == 0
+        assert cat.wait(PROGRAM_S) == 0
         assert parse(target.read_bytes())[-1]["event"] == "last"
 
 
@@ -336,7 +337,7 @@ def test_log_to_a_pipe_that_does_not_block_loses_nothing_that_is_read(tmp_path: 
         program.process.stdin.close()
         with open(reader, "rb") as file:  # noqa: PTH123
             rows = parse(file.read())
-        assert program.process.wait(10) == 0
+        assert program.process.wait(PROGRAM_S) == 0
         assert [row["number"] for row in rows] == list(range(2_001))
 
 

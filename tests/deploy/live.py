@@ -14,9 +14,8 @@ import pytest
 
 from common.ports import find_free_ports
 from tests.deploy.expressions import RULES
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
-
-_START_S = 90
 
 
 @contextlib.contextmanager
@@ -39,7 +38,7 @@ def run_prometheus(folder: Path, targets: dict[str, str]) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=PROGRAM_S)
 
 
 def build_config(targets: dict[str, str]) -> str:
@@ -51,7 +50,7 @@ def build_config(targets: dict[str, str]) -> str:
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
+    deadline = time.monotonic() + PROGRAM_S
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             if (

@@ -25,13 +25,13 @@ from common.ports import find_free_ports
 from gateway.config import Settings
 from launcher.config import ServeSettings
 from tests.gateway.conftest import serve_gateway, until
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.slow  # other programs judge, not Python
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-_PATIENCE_S = 90
 
 
 def find_program(*names: str) -> str:
@@ -49,7 +49,7 @@ def run_program(words: list[str], log: Path, **environment: str) -> Iterator[Non
         yield
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PROGRAM_S)
 
 
 @contextlib.asynccontextmanager
@@ -94,7 +94,7 @@ async def test_caddy_passes_a_streams_chunks_on_as_they_come(tmp_path: Path) -> 
             XDG_CONFIG_HOME=str(tmp_path),
         ):
             url = f"https://localhost:{https_port}/v1/chat/completions"
-            first, rest = await asyncio.wait_for(read_stream(url, tmp_path, released), _PATIENCE_S)
+            first, rest = await asyncio.wait_for(read_stream(url, tmp_path, released), PROGRAM_S)
 
     assert first == b"data: first\n\n"
     assert rest == b"data: [DONE]\n\n"
@@ -103,7 +103,7 @@ async def test_caddy_passes_a_streams_chunks_on_as_they_come(tmp_path: Path) -> 
 async def read_stream(url: str, folder: Path, released: asyncio.Event) -> tuple[bytes, bytes]:
     """By a certificate of Caddy's own authority, which it makes at its first start."""
     authority = folder / "caddy" / "pki" / "authorities" / "local" / "root.crt"
-    await until(authority.is_file, _PATIENCE_S)
+    await until(authority.is_file, PROGRAM_S)
     context = ssl.create_default_context(cafile=str(authority))
 
     async def is_served() -> bool:
@@ -114,7 +114,7 @@ async def read_stream(url: str, folder: Path, released: asyncio.Event) -> tuple[
         writer.close()
         return True
 
-    await until(is_served, _PATIENCE_S)
+    await until(is_served, PROGRAM_S)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as client:
         answer = await client.post(url, headers={"Accept-Encoding": "gzip"})
         first = await answer.content.readany()
@@ -153,14 +153,14 @@ def test_watchdog_reaches_alertmanager_as_both_are_shipped(tmp_path: Path) -> No
 
 
 def wait_alerts(url: str) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + PROGRAM_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
             alerts: list[dict[str, Any]] = httpx.get(url, trust_env=False, verify=NO_TLS).json()
             if alerts:
                 return alerts
         time.sleep(0.1)
-    pytest.fail(f"no alert within {_PATIENCE_S} s")
+    pytest.fail(f"no alert within {PROGRAM_S} s")
 
 
 @pytest.mark.parametrize("path", sorted((DEPLOY / "systemd").iterdir()), ids=lambda p: p.name)

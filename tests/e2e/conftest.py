@@ -20,10 +20,10 @@ from common.ports import find_free_ports
 from tests.collector import Collector, run_collector
 from tests.launcher.programs import Launcher
 from tests.launcher.programs import running as running_launcher
+from tests.patience import ENGINE_S, PROGRAM_S
 from tests.plain_http import NO_TLS
 
 ROOT = Path(__file__).parent.parent.parent
-LONGEST_START_S = 180
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def stock(stock_launcher: Launcher) -> Launcher:
     assert stock_launcher.process is not None
     if stock_launcher.process.poll() is not None:
         stock_launcher.start()
-    stock_launcher.wait_state("ready", within_s=LONGEST_START_S)
+    stock_launcher.wait_state("ready", within_s=ENGINE_S)
     return stock_launcher
 
 
@@ -111,12 +111,12 @@ def start_stack(folder: Path, *flags: str, **variables: str) -> Iterator[Stack]:
             yield Stack(gateway, f"http://127.0.0.1:{engine_port}", start_s, log_path, status)
         finally:
             process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=PROGRAM_S)
     assert code == 0, log_path.read_text()[-3000:]
 
 
 def _wait_ready(gateway: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    deadline = time.monotonic() + LONGEST_START_S
+    deadline = time.monotonic() + ENGINE_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{gateway}/readyz", verify=NO_TLS).status_code == 200:

@@ -18,9 +18,8 @@ from common.ports import find_free_ports
 from lab.fuzz.loop_watch import describe_blocks
 from tests.fake_engine import MODEL_FOLDER
 from tests.gateway.conftest import until
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
-
-_LONGEST_START_S = 90
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,17 @@ async def serve_process(
             stderr=log if stderr is None else stderr,
         )
     try:
-        await until(lambda: process.returncode is not None or port or _port(path), _LONGEST_START_S)
+        await until(lambda: process.returncode is not None or port or _port(path), PROGRAM_S)
         served = GatewayProcess(process, f"http://127.0.0.1:{port or _port(path)}", path)
         async with httpx.AsyncClient(base_url=served.url, verify=NO_TLS) as client:
-            await until(lambda: _is_ready(client), _LONGEST_START_S)
+            await until(lambda: _is_ready(client), PROGRAM_S)
         if blocks is not None:
             os.truncate(blocks, 0)  # a start may take its time
         yield served
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 60)
+        await asyncio.wait_for(process.wait(), PROGRAM_S)
 
 
 def check_blocks(path: Path) -> None:

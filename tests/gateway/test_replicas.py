@@ -14,6 +14,7 @@ from common.ports import find_free_ports
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import until
 from tests.gateway.process import GatewayProcess, serve_process
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.programs
@@ -45,7 +46,7 @@ async def test_replicas_share_a_port_and_one_may_leave(tmp_path: Path) -> None:
         await until(lambda: _count_served(first) + _count_served(second) == 60)
         served = [_count_served(gateway) for gateway in (first, second)]
         first.process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(first.process.wait(), 20) == 0
+        assert await asyncio.wait_for(first.process.wait(), PROGRAM_S) == 0
         later = await asyncio.gather(*(_ask(second.url, number) for number in range(60, 90)))
 
         assert [answer.json() for answer in (*answers, *later)] == [

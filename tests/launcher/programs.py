@@ -21,6 +21,7 @@ from common.ports import find_free_ports
 from common.project import DEMO_MODEL
 from launcher.config import LauncherSettings
 from launcher.engine.process import list_group
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ MODEL = DEMO_MODEL
 _PLAIN: dict[str, Any] = {"trust_env": False, "verify": NO_TLS}
 
 
-def wait_for(check: Callable[[], Any], what: str, *, within_s: float = 60.0) -> Any:
+def wait_for(check: Callable[[], Any], what: str, *, within_s: float = PROGRAM_S) -> Any:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if found := check():
@@ -95,7 +96,7 @@ class Launcher:
                 argv, cwd=ROOT, env=self.environment(), stdout=own[0], stderr=own[1]
             )
 
-    def wait(self, *, within_s: float = 90.0) -> int:
+    def wait(self, *, within_s: float = PROGRAM_S) -> int:
         assert self.process is not None
         return self.process.wait(within_s)
 
@@ -105,7 +106,7 @@ class Launcher:
 
     def stop(self) -> int:
         self.send(signal.SIGTERM)
-        return self.wait(within_s=60)
+        return self.wait()
 
     @property
     def out(self) -> str:
@@ -130,7 +131,7 @@ class Launcher:
         return dict(response.json()) if response else none
 
     def wait_state(
-        self, state: str, *, restarts: int = 0, within_s: float = 60.0
+        self, state: str, *, restarts: int = 0, within_s: float = PROGRAM_S
     ) -> dict[str, Any]:
         def check() -> dict[str, Any] | None:
             status = self.status()
@@ -175,7 +176,7 @@ def running(launcher: Launcher) -> Iterator[Launcher]:
         if launcher.process.poll() is None:
             launcher.send(signal.SIGTERM)
             try:
-                launcher.process.wait(60)
+                launcher.process.wait(PROGRAM_S)
             except subprocess.TimeoutExpired:
                 launcher.process.kill()
                 launcher.process.wait()

@@ -18,6 +18,7 @@ from common.prometheus_text import parse_samples, sum_by_labels
 from launcher.engine.polling import poll
 from tests.launcher.programs import Launcher, running, wait_for
 from tests.outputs import full_disk, full_pipe_nobody_reads
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.programs
@@ -31,7 +32,7 @@ def reader_of_one_line() -> Iterator[int]:
     os.close(reader)
     yield writer
     os.close(writer)
-    head.wait(30)
+    head.wait(PROGRAM_S)
 
 
 @pytest.mark.parametrize("place", [full_disk, reader_of_one_line, full_pipe_nobody_reads])
@@ -42,7 +43,7 @@ def test_up_whose_output_goes_nowhere_serves_and_stops(
     with place() as pipe:
         launcher = Launcher(tmp_path, "up", settings, fake="flood", pipe=pipe)
         with running(launcher):
-            wait_for(lambda: is_ready(launcher), "it is ready", within_s=150)
+            wait_for(lambda: is_ready(launcher), "it is ready")
             url = f"http://127.0.0.1:{launcher.port}/predict"
             for number in range(20):
                 prompts = [f"one {number}", f"other {number}"]
@@ -70,7 +71,7 @@ def test_log_file_that_is_deleted_is_made_anew(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
     log = launcher.state / "engine.log"
     with running(launcher):
-        launcher.wait_state("ready", within_s=150)
+        launcher.wait_state("ready")
         launcher.order(say="before")
         wait_for(lambda: "before" in log.read_text(), "the line is kept")
         log.unlink()
@@ -111,7 +112,7 @@ def test_up_launcher_killed_what_runs_and_waits_is_answered(tmp_path: Path) -> N
             return await asyncio.gather(*tasks)
 
     with running(launcher):
-        wait_for(lambda: is_ready(launcher), "it is ready", within_s=150)
+        wait_for(lambda: is_ready(launcher), "it is ready")
         launcher.order(delay_s=3)
         stream, *batches = asyncio.run(scenario())
         assert stream.text.endswith("data: [DONE]\n\n")

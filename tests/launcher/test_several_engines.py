@@ -61,7 +61,7 @@ def ask(launcher: Launcher, path: str, **body: Any) -> httpx.Response:
 
 
 def wait_ready(launcher: Launcher) -> str:
-    return str(wait_for(lambda: launcher.out, f"ready; {launcher.err[-2000:]}", within_s=150))
+    return str(wait_for(lambda: launcher.out, f"ready; {launcher.err[-2000:]}"))
 
 
 @pytest.mark.programs

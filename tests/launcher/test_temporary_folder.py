@@ -27,7 +27,7 @@ def read_temporary_folder(pid: int) -> Path:
 def test_engine_has_a_folder_of_its_own_for_each_start_and_none_stays(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
     with running(launcher):
-        first = launcher.wait_state("ready", within_s=150)["engine"]["pid"]
+        first = launcher.wait_state("ready")["engine"]["pid"]
         folder = read_temporary_folder(first)
         assert folder == find_temporary_folder(launcher.state)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -44,13 +44,13 @@ def test_engine_has_a_folder_of_its_own_for_each_start_and_none_stays(tmp_path: 
 def test_launcher_killed_the_next_start_has_an_empty_folder(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
     with running(launcher):
-        folder = read_temporary_folder(launcher.wait_state("ready", within_s=150)["engine"]["pid"])
+        folder = read_temporary_folder(launcher.wait_state("ready")["engine"]["pid"])
         launcher.send(signal.SIGKILL)
         launcher.wait()
         wait_for(lambda: not launcher.processes(), "the engine ends by itself")
         (before,) = folder.iterdir()
         launcher.start()
-        launcher.wait_state("ready", within_s=150)
+        launcher.wait_state("ready")
         assert before not in folder.iterdir()
         assert launcher.stop() == 0
     assert not folder.exists()

@@ -25,6 +25,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 
 from tests.fake_engine import Behaviour
 from tests.gateway.conftest import Served, serve_gateway
+from tests.patience import PROGRAM_S
 
 ROOT = Path(__file__).parent.parent.parent
 SHOTS = ROOT / "out" / "page"
@@ -140,7 +141,7 @@ def running_gateway(
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
-    answer = answers.get(timeout=20)
+    answer = answers.get(timeout=PROGRAM_S)
     if isinstance(answer, BaseException):
         raise answer
     served, stop = answer
@@ -148,7 +149,7 @@ def running_gateway(
         yield served
     finally:
         stop()
-        thread.join(timeout=20)
+        thread.join(timeout=PROGRAM_S)
 
 
 def _call(loop: asyncio.AbstractEventLoop, act: Callable[[], object]) -> None:

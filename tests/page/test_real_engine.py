@@ -22,6 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from common.ports import find_free_ports
 from tests.page.conftest import LONGEST_START_MS, ROOT, Visitor, pick, shoot, width_of
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 pytestmark = [pytest.mark.browser, pytest.mark.engine, pytest.mark.timeout(600)]
@@ -61,12 +62,12 @@ def stack(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             yield Stack(url, f"http://127.0.0.1:{status_port}", log)
         finally:
             process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=PROGRAM_S)
     assert code == 0, log.read_text()[-3000:]
 
 
 def _wait_listening(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PROGRAM_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             httpx.get(f"{url}/healthz", verify=NO_TLS)

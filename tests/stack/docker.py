@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PROGRAM_S
+
 ROOT = Path(__file__).parent.parent.parent
 _CI = ("tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml")
 ONE_ENGINE = ("compose.yaml", _CI[0])
@@ -32,7 +34,6 @@ TWO_GATEWAYS = (
 _CGROUP = "vllm-gateway-stack-test"
 _SCRATCH = "vllm-gateway-stack-"
 _CLONE_NEWNET = 0x40000000
-_START_S = 90
 _STOP_S = 60
 # On the machine's own network the daemon changes nothing.
 _BUILD_NETWORK = ("--bridge=none", "--iptables=false", "--ip-forward=false", "--ip-masq=false")
@@ -83,7 +84,7 @@ class Docker:
         (self.scratch / "dockerd.pid").unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._daemon = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + PROGRAM_S
         while not self._answers():
             if self._daemon.poll() is not None or time.monotonic() > deadline:
                 raise DockerError(f"dockerd does not start:\n{self.log.read_text()[-2000:]}")

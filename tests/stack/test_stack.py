@@ -18,6 +18,7 @@ from common.project import read_version
 from gateway.admission.keys import make_key
 from lab.records.record import read_record, write_record
 from tests.deploy.check_live import check_live, make_traffic
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 from tests.stack.conftest import GATEWAY, OWN_IMAGE, OWN_MODEL, Step, answers, wait_until
 from tests.stack.docker import (
@@ -254,7 +255,7 @@ def test_prometheus_evaluates_every_rule(stack: Docker) -> None:
         assert not bad, bad
         return len(rules) > 10 and all(rule["health"] == "ok" for rule in rules)
 
-    wait_until("all rules are evaluated without an error", evaluated, within_s=60)
+    wait_until("all rules are evaluated without an error", evaluated, within_s=PROGRAM_S)
     firing = ask_prometheus(stack, "alerts")["alerts"]
     names = [one["labels"]["alertname"] for one in firing if one["state"] == "firing"]
     assert names == ["Watchdog"]
@@ -277,7 +278,7 @@ def test_every_panel_of_the_dashboards_shows_something(stack: Docker) -> None:
         make_traffic(GATEWAY)
         time.sleep(6)  # longer than the pause between two scrapes
 
-    findings = check_live(f"{address_of(stack, 'prometheus')}:9090", within_s=60)
+    findings = check_live(f"{address_of(stack, 'prometheus')}:9090", within_s=PROGRAM_S)
 
     assert [str(finding) for finding in findings] == []
 
@@ -299,7 +300,7 @@ def test_engine_container_killed_comes_back(stack: Docker, step: Step) -> None:
     before = stack.inspect(name_of("engine"))
     kill_container(stack, name_of("engine"))
     with step("engine's container killed: gateway noticed"):
-        wait_until("not ready", lambda: answers(f"{GATEWAY}/readyz", 503), within_s=20)
+        wait_until("not ready", lambda: answers(f"{GATEWAY}/readyz", 503), within_s=PROGRAM_S)
     assert answers(f"{GATEWAY}/healthz")
 
     with step("engine's container killed: ready again"):
@@ -331,7 +332,7 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
     with step("gateway with BIND and a keys file serves who has a key"):
         keys = {"KEYS": str(folder), "KEYS_FILE": file.name}
         stack.compose(*up, variables={"BIND": "0.0.0.0", **keys})
-        wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
+        wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=PROGRAM_S)
     assert stack.inspect(name_of("gateway"))["HostConfig"]["PortBindings"] == {
         "8000/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8000"}]
     }
@@ -348,9 +349,11 @@ def test_gateway_published_elsewhere_wants_keys(stack: Docker, step: Step) -> No
         other = folder / "keys.new"
         other.write_text(make_key("bob")[1], encoding="utf-8")
         other.replace(file)
-        wait_until("refused", lambda: predict(questions, key=key).status_code == 401, within_s=10)
+        wait_until(
+            "refused", lambda: predict(questions, key=key).status_code == 401, within_s=PROGRAM_S
+        )
     stack.compose(*up)
-    wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=60)
+    wait_until("ready", lambda: answers(f"{GATEWAY}/readyz"), within_s=PROGRAM_S)
 
 
 # --- two gateways ---
@@ -368,8 +371,10 @@ def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step
     with step("compose.replicas.yaml: two gateways and a balancer"):
         stack.compose(*up, files=TWO_GATEWAYS, timeout_s=120)
     try:
-        wait_until("the balancer found them", lambda: answers(f"{GATEWAY}/readyz"), within_s=20)
-        wait_until("limits are shared", lambda: read_limits() == "shared", within_s=60)
+        wait_until(
+            "the balancer found them", lambda: answers(f"{GATEWAY}/readyz"), within_s=PROGRAM_S
+        )
+        wait_until("limits are shared", lambda: read_limits() == "shared", within_s=PROGRAM_S)
         questions, known = read_pairs(40)
         answered = [predict([question]).json()["response"] for question in questions]
         right = sum(given == [want] for given, want in zip(answered, known, strict=True))
@@ -402,7 +407,7 @@ def test_two_engines_share_the_work_and_one_may_die(stack: Docker, step: Step) -
     wait_until(
         "Prometheus scrapes both",
         lambda: value_of(stack, 'sum(up{job=~"engine|launcher"})') == 4,
-        within_s=30,
+        within_s=PROGRAM_S,
     )
 
     kill_container(stack, name_of("engine-2"))
@@ -418,7 +423,9 @@ def test_stop_lets_a_running_batch_finish_and_exits_cleanly(stack: Docker, step:
     questions = [f"第 {number} 个问题：什么是线程块？" for number in range(800)]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(predict, questions)
-        wait_until("the batch is in the engine", lambda: running_in_engine(stack) > 0, within_s=20)
+        wait_until(
+            "the batch is in the engine", lambda: running_in_engine(stack) > 0, within_s=PROGRAM_S
+        )
         with step("docker compose stop, with a batch running"):
             stack.compose("stop", files=TWO_ENGINES, timeout_s=120)
         response = running.result()
@@ -454,7 +461,7 @@ def test_course_container_answers_offline_alone(stack: Docker, step: Step) -> No
 
     with step("course's container: the engine's core killed, ready again"):
         kill_process(stack, name_of("course"), "EngineCore")
-        wait_until("not ready", lambda: answers(f"{COURSE}/readyz", 503), within_s=20)
+        wait_until("not ready", lambda: answers(f"{COURSE}/readyz", 503), within_s=PROGRAM_S)
         wait_until("ready again", lambda: answers(f"{COURSE}/readyz"), within_s=120)
     with step("course's container: stopped"):
         stack.compose("stop", "course", timeout_s=120)

@@ -25,6 +25,7 @@ from lab.launched_server import LaunchCommand, launch
 from lab.reports.console import ProgressLine
 from tests.lab.judged import read_pairs
 from tests.launcher.programs import FAKE_VLLM, MODEL, ROOT, wait_for
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 pytestmark = pytest.mark.slow  # programs, files and signals; what they do is tested on every Python
@@ -52,7 +53,7 @@ def run(folder: Path, *options: str, **settings: str) -> subprocess.CompletedPro
         env=environment(folder, **settings),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PROGRAM_S,
         check=False,
     )
 
@@ -80,7 +81,7 @@ def url() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PROGRAM_S)
 
 
 def test_command_line_of_the_seed_evaluator_works(
@@ -202,10 +203,10 @@ def test_grade_killed_takes_its_server_with_it(questions: Path, tmp_path: Path) 
         wait_for(lambda: "launcher_started" in log.read_text(), "the launcher's handlers")
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(PROGRAM_S)
 
     try:
-        wait_for(lambda: not find_processes(tmp_path), "nothing is left", within_s=40)
+        wait_for(lambda: not find_processes(tmp_path), "nothing is left")
     finally:
         for pid in find_processes(tmp_path):
             os.kill(pid, signal.SIGKILL)
@@ -410,7 +411,7 @@ def test_interrupted_while_scoring_ends_at_once(url: str, tmp_path: Path) -> Non
         shown += os.read(terminal, 65536)
 
     process.send_signal(signal.SIGINT)
-    assert process.wait(5) == 130
+    assert process.wait(PROGRAM_S) == 130
     shown = read_rest(terminal)
     assert shown.endswith(b"grade: interrupted\r\n")
     assert b"Traceback" not in shown
@@ -421,7 +422,7 @@ def test_terminal_sees_a_bar_and_others_lines(url: str, questions: Path, tmp_pat
     process, terminal = start_on_terminal(command, tmp_path)
     shown = read_rest(terminal)
 
-    assert process.wait(60) == 0
+    assert process.wait(PROGRAM_S) == 0
     assert "█" * 28 in shown.decode()
     assert "12/12" in shown.decode()
     plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

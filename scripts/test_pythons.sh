@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Every test, in parts; as many run side by side as there are cores, and one more, since a test waits as long as it computes.
-# On the Python that is set up already: style and types, the tests with the real engine, those marked `slow`, and all others
-# but the ones marked `programs`, which are the same on every Python. On the last other Python that this project supports and
-# that is installed here: all of those others, with the built wheel in place of the checkout.
+# On the Python that is set up already: style and types, the tests with the real engine, those marked `slow`, and the plain
+# ones, marked nothing. On the last other Python that this project supports and that is installed here, with the built wheel
+# in place of the checkout: the plain ones again, since only they tell Pythons apart, and those marked `programs`. Which of
+# the two a dear test is marked is a matter of the machine's time: each runs once. What is about the repository runs once too.
 # usage: test_pythons.sh VENV [PYTEST_ARGUMENT…]      (`make test`; VENV is the one that is set up already)
 # ALSO names targets of the Makefile that are parts as well (`make test ALSO=page-test`).
 set -euo pipefail
@@ -56,7 +57,7 @@ test_rest() { own_pytest "" "$rest and not programs" --ignore=tests/e2e; }
 # What is about the repository is not about the wheel.
 test_repository() {
   own_pytest ", repository" "programs and not engine and not slow" \
-    --ignore=tests/e2e --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
+    --ignore=tests/e2e --ignore=tests/common --ignore=tests/gateway --ignore=tests/lab --ignore=tests/launcher
 }
 test_make() { run "make $1" "" make --no-print-directory VENV="$own" ARGS= "$1"; } # as a whole
 

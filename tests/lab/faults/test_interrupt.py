@@ -12,7 +12,7 @@ import pytest
 
 from tests.launcher.programs import FAKE_VLLM, ROOT, wait_for
 
-pytestmark = pytest.mark.programs
+pytestmark = pytest.mark.slow  # a whole program, which the wheel's tests leave out
 
 
 def test_interrupted_table_leaves_no_process(tmp_path: Path) -> None:

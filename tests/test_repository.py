@@ -54,3 +54,34 @@ def test_gateways_page_names_every_error_and_every_right_of_a_key() -> None:
     assert {name for name in Caller.model_fields if f"    {name} = " not in keys} == set()
     settings = set(re.findall(r"GATEWAY_([A-Z_]+)", page))
     assert {name for name in settings if name.lower() not in Settings.model_fields} == set()
+
+
+def test_no_test_is_marked_for_the_wheel_and_left_out_of_its_run() -> None:
+    """It would run nowhere: from the checkout, what is marked `programs` runs where the wheel's run
+    does not go, but not in folders that both know.
+    """
+    wheel, checkout = (
+        re.findall(r'--ignore(?:-glob)?=[\'"]?([\w/*.]+)', (ROOT / "scripts" / name).read_text())
+        for name in ("test_wheel.sh", "test_pythons.sh")
+    )
+    shared = {folder for folder in checkout if folder.count("/") == 1} & {
+        f"tests/{name}" for name in ("common", "gateway", "lab", "launcher")
+    }
+    left_out = [path for one in wheel for path in find_tests(one)]
+    assert len(left_out) > 30
+    assert len(shared) == 4
+    nowhere = {
+        str(path.relative_to(ROOT))
+        for path in left_out
+        if "mark.programs" in path.read_text(encoding="utf-8")
+        and any(path.is_relative_to(ROOT / folder) for folder in shared)
+    }
+    assert nowhere == set()
+
+
+def find_tests(pattern: str) -> list[Path]:
+    return [
+        file
+        for path in ROOT.glob(pattern)
+        for file in ([path] if path.is_file() else path.rglob("test_*.py"))
+    ]

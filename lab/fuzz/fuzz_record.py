@@ -32,8 +32,10 @@ def _list_figures(run: FuzzRun) -> Iterator[RecordFigure]:
     yield RecordFigure("times that the service was looked at", run.slices)
     yield RecordFigure("honest calls answered rightly", survival.right)
     first, last = survival.vitals[0], survival.vitals[-1]
-    changed = sum(last.pids.get(name) != pid for name, pid in first.pids.items())
-    yield RecordFigure("processes that were replaced", changed + last.restarts - first.restarts)
+    if first.pids:  # else nobody has named any
+        changed = sum(last.pids.get(name) != pid for name, pid in first.pids.items())
+        restarts = last.restarts - first.restarts
+        yield RecordFigure("processes that were replaced", max(changed, restarts))
     for name, growth in survival.growth_mb().items():
         yield RecordFigure(f"growth of the {name}", round(growth, 1), "MB")
     if survival.watched.blocks:

@@ -88,7 +88,8 @@ async def run_gateway(root: Path, engine: str, records: Path) -> AsyncIterator[s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    others = {name: value for name, value in os.environ.items() if name[:8] != "GATEWAY_"}
+    dropped = ("GATEWAY_", "PYTHONPATH")  # which would be found before the gateway that is asked for
+    others = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     settings = {
         "GATEWAY_ENGINES": engine,
         "GATEWAY_PORT": str(port),

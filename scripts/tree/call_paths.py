@@ -88,7 +88,7 @@ async def run_gateway(root: Path, engine: str, records: Path) -> AsyncIterator[s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    dropped = ("GATEWAY_", "PYTHONPATH")  # which would be found before the gateway that is asked for
+    dropped = ("GATEWAY_", "PYTHONPATH")  # else another tree's gateway may be found
     others = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     settings = {
         "GATEWAY_ENGINES": engine,

@@ -38,7 +38,7 @@ from gateway.observability.grade_record import GradeRecordFile
 from gateway.observability.metrics import METRICS, Metrics
 from gateway.observability.runtime import watch_event_loop
 from gateway.observability.tracing import TRACER, Tracer
-from gateway.page.launchers import LAUNCHERS, LauncherClient
+from gateway.page.launchers import LAUNCHERS, Launchers
 from gateway.prompts.builders import PromptBuilders
 from gateway.records.access import RECORDS
 from gateway.records.ledger import LEDGER, Ledger
@@ -171,7 +171,7 @@ async def run_engines(
     async with build_session(settings, connector) as session:
         pool = app[POOL] = EnginePool((), settings, figures)
         app[MODELS] = ServedModels(settings, pool, prompts, build_model, figures)
-        app[LAUNCHERS] = [LauncherClient(url, session) for url in settings.launchers]
+        app[LAUNCHERS] = Launchers(settings.launchers, session)
         capacity = EngineCapacity(
             settings, pool, lambda url: EngineClient(url, connector, settings)
         )

@@ -680,7 +680,7 @@ class Settings(ProgramSettings):
     launchers: CommaList = Field(
         (),
         description="Status addresses of the engines' launchers, shown on the page, separated by "
-        "commas. `launcher up` sets it.",
+        "commas; `http://*:8002` is that port on the host of each engine. `launcher up` sets it.",
     )
 
     grade_record: Path | None = Field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,16 @@ _NEARLY = 7 / 8
 _LOOKS_BEFORE_GROWTH = 30
 
 
+def list_launchers(entries: Iterable[str], engines: Iterable[Engine]) -> list[str]:
+    """Those that the setting names; `*` is the host of each engine."""
+    hosts = [str(URL(engine.url).host) for engine in engines]
+    urls: list[str] = []
+    for entry in entries:
+        url = URL(entry)
+        urls += [str(url.with_host(host)) for host in hosts] if url.host == "*" else [entry]
+    return list(dict.fromkeys(urls))
+
+
 class EngineCapacity:
     """Keeps `engine.sequences` for each engine; the pool tells the gate."""
 
@@ -39,7 +49,7 @@ class EngineCapacity:
     ) -> None:
         self._settings = settings
         self._pool = pool
-        self._launchers = {url: build_client(url) for url in settings.launchers}
+        self._build_client = build_client
         # What ran at the last look, with others waiting.
         self._before: MutableMapping[Engine, float] = WeakKeyDictionary()
         # At one nearly full, since others waited there.
@@ -82,9 +92,9 @@ class EngineCapacity:
     async def _ask_launchers(self, engine: Engine) -> int:
         """Of the launcher on the engine's own host that says its engine listens on that port."""
         address = URL(engine.url)
-        for url, client in self._launchers.items():
+        for url in list_launchers(self._settings.launchers, [engine]):
             if URL(url).host == address.host:
-                status = await self._read_status(client)
+                status = await self._read_status(self._build_client(url))
                 for one in status.get("engines") or [status]:  # of several it tells one by one
                     if one.get("engine_port") == address.port:
                         told = one.get("max_num_seqs")

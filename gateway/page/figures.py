@@ -48,7 +48,6 @@ class PageFigures:
     async def _refresh(self) -> None:
         engines = self._app[POOL].engines
         described = await asyncio.gather(*map(_describe_engine, engines))
-        launchers = await asyncio.gather(*(one.read() for one in self._app[LAUNCHERS]))
         self._last = {
             "at": time.time(),
             "gateway": {"state": self._name_state()},
@@ -56,7 +55,7 @@ class PageFigures:
             "used": asdict(self._app[ACCOUNTS].sum_usage()),
             "limits": self._describe_limits(),
             "engines": described,
-            "launchers": [one for told in launchers for one in told],
+            "launchers": await self._app[LAUNCHERS].read(engines),
         }
         self._read_at = time.monotonic()
 

@@ -15,6 +15,9 @@ import aiohttp
 import orjson
 from aiohttp import web
 
+from gateway.engines.capacity import list_launchers
+from gateway.engines.engine import Engine
+
 _TIMEOUT_S = 2.0
 _MOST_LINES = 60
 _MOST_CHARACTERS = 400
@@ -76,7 +79,24 @@ class LauncherClient:
         return answer
 
 
-LAUNCHERS = web.AppKey("launchers", list[LauncherClient])
+class Launchers:
+    """Each that the setting means, with what is known of it while it is there."""
+
+    def __init__(self, entries: Sequence[str], session: aiohttp.ClientSession) -> None:
+        self._entries = entries
+        self._session = session
+        self._clients: dict[str, LauncherClient] = {}
+
+    async def read(self, engines: Sequence[Engine]) -> list[dict[str, Any]]:
+        self._clients = {
+            url: self._clients.get(url) or LauncherClient(url, self._session)
+            for url in list_launchers(self._entries, engines)
+        }
+        told = await asyncio.gather(*(one.read() for one in self._clients.values()))
+        return [one for several in told for one in several]
+
+
+LAUNCHERS = web.AppKey("launchers", Launchers)
 
 
 def cut_status(status: Mapping[str, Any]) -> dict[str, Any]:

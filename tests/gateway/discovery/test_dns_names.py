@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import dns.rcode
 import dns.resolver
 import pytest
 import structlog
+from aiohttp import web
 
 from common.ports import find_free_ports
 from gateway.app import build_app
@@ -71,6 +73,41 @@ async def test_engine_that_joins_takes_work_and_leaves_without_a_lost_request(
 
     assert set(statuses) == {200}
     assert third.running == 0
+
+
+async def test_launchers_are_asked_on_the_host_of_each_engine(serve: Serve) -> None:
+    """`*` in GATEWAY_LAUNCHERS: for what an engine runs at once, and by the page."""
+    server = NameServer({(NAME, "A"): [A, B]})
+
+    def build_launcher(engine_port: int, sequences: int) -> web.Application:
+        async def status(_request: web.Request) -> web.Response:
+            facts = {"engine_port": engine_port, "max_num_seqs": sequences}
+            return web.json_response({**facts, "model": f"of {sequences}"})
+
+        launcher = web.Application()
+        launcher.router.add_get("/status", status)
+        return launcher
+
+    (port,) = find_free_ports(1)
+    async with run_name_server(server), run_pods(A, B) as pods, AsyncExitStack() as stack:
+        for host, sequences in ((A, 48), (B, 80)):
+            launcher = build_launcher(pods.port, sequences)
+            await stack.enter_async_context(serve_app(launcher, port, host=host))
+        settings = _settings(server, f"dns+http://{NAME}:{pods.port}")
+        served = await stack.enter_async_context(serve(**settings, launchers=(f"http://*:{port}",)))
+        await until(lambda: list_ready(served) == pods.list_urls(A, B))
+
+        async def list_shown() -> list[str]:
+            launchers = (await served.client.get("/ui/status")).json()["launchers"]
+            return [one["model"] for one in launchers]
+
+        async def is_only_one_shown() -> bool:
+            return await list_shown() == ["of 80"]
+
+        assert [one.sequences for one in served.app[POOL].engines] == [48, 80]
+        assert await list_shown() == ["of 48", "of 80"]
+        server.records[NAME, "A"] = [B]
+        await until(is_only_one_shown)
 
 
 async def test_srv_records_tell_host_and_port(serve: Serve) -> None:

@@ -23,10 +23,11 @@ from launcher.config import (
 from launcher.doctor import run_doctor
 from launcher.engine.terminal import Terminal
 from launcher.explain import explain
+from launcher.host_resources import hold_gpus
 from launcher.nodes.worker import run_worker
 from launcher.plan.prepare import prepare
 from launcher.plan.spreading import check_nodes
-from launcher.sections import list_engines
+from launcher.sections import find_places, list_engines
 from launcher.session import run
 from launcher.tuning.tune import tune
 
@@ -100,12 +101,11 @@ def _dispatch(command: str, settings: LauncherSettings) -> int:
             f"copies and [[engine]] sections are for up, doctor and explain; {command} takes one "
             "engine"
         )
-    if isinstance(settings, TuneSettings):
-        return tune(settings, partial(print, flush=True))  # minutes between two lines
-    if command == "up":
-        prepared = [prepare(one) for one in list_engines(settings)]
-        return asyncio.run(run(prepared, terminal, with_gateway=True))
-    return asyncio.run(run([prepare(settings)], terminal, with_gateway=False))
+    with hold_gpus(settings, lambda one: find_places(prepare(one))) as placed:
+        if isinstance(placed, TuneSettings):
+            return tune(placed, partial(print, flush=True))  # minutes between two lines
+        prepared = [prepare(one) for one in list_engines(placed)]
+        return asyncio.run(run(prepared, terminal, with_gateway=command == "up"))
 
 
 def check_hosts(command: str, settings: LauncherSettings) -> None:
@@ -117,3 +117,9 @@ def check_hosts(command: str, settings: LauncherSettings) -> None:
         )
     if settings.nodes > 1 and command == "tune":
         raise SettingsError("tune measures on one host; leave LAUNCHER_NODES out")
+    is_alone = not settings.engine and settings.copies == settings.nodes == 1
+    if settings.gpu_locks and (settings.join or not is_alone):
+        raise SettingsError(
+            "LAUNCHER_GPU_LOCKS is for launchers of one engine on one host: leave it out, or "
+            "[[engine]], copies, nodes and join"
+        )

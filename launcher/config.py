@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from common.project import DEMO_MODEL, DEMO_QUESTIONS
@@ -51,6 +51,8 @@ class LauncherSettings(ProgramSettings):
         "tune_questions": "Of `tune` alone",
     }
 
+    _place: str = PrivateAttr("")  # what gpu_locks gave it
+
     model: str = Field(
         str(DEMO_MODEL),
         description="Model: a local folder, or a name on the hub (`Qwen/Qwen3-0.6B`).",
@@ -75,6 +77,13 @@ class LauncherSettings(ProgramSettings):
         (),
         description="GPUs that the engine may use, as CUDA_VISIBLE_DEVICES names them, separated "
         "by commas; empty: all, or, of several engines, those that `up` gives it.",
+    )
+    gpu_locks: Path | None = Field(
+        None,
+        description="Folder in which the launchers of one host, each with one engine, agree on "
+        "whose a GPU is: each takes the first that are free, as many as its plan needs, and has "
+        "them while it lives. Its state, and what is compiled for it, are then in folders of its "
+        "own below state_dir and cache_dir. Empty: nobody is asked.",
     )
     copies: int = Field(
         1,
@@ -351,6 +360,18 @@ class LauncherSettings(ProgramSettings):
     def cache_path(self) -> Path:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return (self.cache_dir or base / "vllm-gateway").absolute()
+
+    @property
+    def compiled_path(self) -> Path:
+        """vLLM does not expect another that writes there."""
+        return self.cache_path / self._place
+
+    def put_at(self, kind: str, numbers: Sequence[str]) -> Self:
+        """On these GPUs, or on the CPU; with folders of its own among the launchers of a host."""
+        place, gpus = f"{kind}-{numbers[0]}", tuple(numbers) if kind == "gpu" else ()
+        placed = self.model_copy(update={"gpus": gpus, "state_dir": self.state_path / place})
+        placed._place = place  # noqa: SLF001 — a copy of its own
+        return placed
 
     @classmethod
     def list_names(cls) -> builtins.set[str]:  # `set` is a setting here

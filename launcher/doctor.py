@@ -211,7 +211,8 @@ class Doctor:
                 yield Finding("warn", "flags", text)
 
     def _check_disk(self) -> Iterator[Finding]:
-        for path in (self._settings.cache_path, self._settings.state_path):
+        settings = self._settings
+        for path in filter(None, (settings.cache_path, settings.state_path, settings.gpu_locks)):
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 (path / ".doctor").write_text("")

@@ -74,6 +74,7 @@ class EngineUnit:
             "launcher_started",
             profile=plan.profile,
             device=plan.device.title,
+            **({"gpus": ",".join(gpus)} if (gpus := self.prepared.settings.gpus) else {}),
             model=plan.model.name,
             vllm=self.prepared.vllm.version,
             scheduler=plan.scheduler,
@@ -87,7 +88,7 @@ class EngineUnit:
     def note_start(self) -> None:
         """How long it took, for the next one."""
         seconds = self.supervisor.status.start_seconds or 0.0
-        cache = self.prepared.settings.cache_path
+        cache = self.prepared.settings.compiled_path
         with best_effort(cache):
             note_start(cache, self.prepared.fingerprint.name, seconds)
 
@@ -117,6 +118,7 @@ class EngineUnit:
             self._read_scheduler,
             dropped,
             has_gpu=self.prepared.plan.device.is_gpu,
+            gpus=self.prepared.settings.gpus,
         )
 
     def _read_progress(self) -> dict[str, Any] | None:

@@ -11,6 +11,12 @@ class NeverReady(ProgramError):
     exit_code = 3
 
 
+class NoFreeGpu(ProgramError):
+    """Other launchers have the GPUs of this host; that may change."""
+
+    exit_code = 5
+
+
 class CrashLoop(ProgramError):
     """A program that died more often than the restart budget allows."""
 

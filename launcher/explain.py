@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from launcher.plan.flags.known_flags import Flags, read_flags, read_shipped_flag
 from launcher.plan.hardware import GIB, parse_device
 from launcher.plan.prepare import Prepared, prepare_with
 from launcher.plan.spreading import find_layout
+from launcher.sections import find_places
 
 
 def explain(
@@ -41,7 +43,12 @@ def explain(
 def _prepare(settings: LauncherSettings) -> Prepared:
     vllm, flags = _find_vllm_or_shipped(settings)
     model = find_model(settings, config_only=True)
-    return prepare_with(settings, vllm, flags, model)
+    prepared = prepare_with(settings, vllm, flags, model)
+    if not settings.gpu_locks:
+        return prepared
+    kind, numbers, needed = find_places(prepared)  # the first is as good as another
+    placed = settings.put_at(kind, list(itertools.islice(numbers, needed)))
+    return prepare_with(placed, vllm, flags, model)
 
 
 def _tell(facts: dict[str, Any], prepared: Prepared, *, is_long: bool) -> str:
@@ -97,7 +104,7 @@ def _gather(prepared: Prepared) -> dict[str, Any]:
             "sequences_of_full_context": round(budget.full_sequences, 1),
             "context_tokens": budget.context_tokens,
         },
-        "cache": describe_cache(settings.cache_path, prepared.fingerprint.name),
+        "cache": describe_cache(settings.compiled_path, prepared.fingerprint.name),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "fingerprint": prepared.fingerprint.describe(),

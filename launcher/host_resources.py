@@ -1,4 +1,6 @@
-"""What a launcher needs for itself on its host: ports that are free, folders that it can write."""
+"""What a launcher needs for itself on its host: ports that are free, folders that it can write,
+GPUs that no other launcher has.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,19 @@ import errno
 import fcntl
 import itertools
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TypeVar
+
+import structlog
 
 from common.errors import SettingsError
 from launcher.config import LauncherSettings
+from launcher.errors import NoFreeGpu
+
+log = structlog.get_logger("launcher")
+S = TypeVar("S", bound=LauncherSettings)
 
 _NODE_ADDRESS = "LAUNCHER_NODE_ADDRESS"
 
@@ -81,19 +90,67 @@ def make_folder(path: Path, setting: str) -> None:
 @contextlib.contextmanager
 def hold_state(folder: Path) -> Iterator[None]:
     """Two launchers with one state folder would end each other's engines."""
-    make_folder(folder, "LAUNCHER_STATE_DIR")
-    path = folder / "lock"
-    try:
-        file = path.open("w")
-    except OSError as error:
+    lock = _take_lock(folder / "lock", "LAUNCHER_STATE_DIR")
+    if lock is None:
         raise SettingsError(
-            f"cannot write {path} ({error.strerror}); set LAUNCHER_STATE_DIR"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SettingsError(
-                f"another launcher runs with {folder}; stop it or set LAUNCHER_ENGINE_PORT"
-            ) from None
+            f"another launcher runs with {folder}; stop it or set LAUNCHER_ENGINE_PORT"
+        )
+    with lock:
         yield
+
+
+@contextlib.contextmanager
+def hold_gpus(
+    settings: S, find_places: Callable[[S], tuple[str, Iterable[str], int]]
+) -> Iterator[S]:
+    """Where launchers share a host, the first GPUs that none of them has, as many as the engine
+    needs. On a CPU there is nothing to agree on but folders of its own.
+    """
+    folder, taken = settings.gpu_locks, list[str]()
+    if folder is None:
+        yield settings
+        return
+    with contextlib.ExitStack() as held:
+        # One launcher at a time: two that need two GPUs would end with one each, and both would
+        # fetch the model.
+        with _wait_for_lock(folder / "lock"):
+            kind, numbers, needed = find_places(settings)
+            for number in numbers:
+                if lock := _take_lock(folder / f"{kind}-{number}"):
+                    held.enter_context(lock)
+                    taken.append(number)
+                if len(taken) == needed:
+                    break
+        if len(taken) < needed:
+            raise NoFreeGpu(
+                f"no free GPU: the engine needs {needed}, and {len(taken)} of those that it may "
+                f"have are no other launcher's ({folder}); start fewer engines"
+            )
+        yield settings.put_at(kind, taken)
+
+
+def _wait_for_lock(path: Path) -> IO[str]:
+    lock = _take_lock(path)
+    if lock is None:
+        log.info("launcher_waiting", why="another launcher of this host looks for its GPUs")
+        lock = path.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def _take_lock(path: Path, setting: str = "LAUNCHER_GPU_LOCKS") -> IO[str] | None:
+    """None where another process has it; else it is held until the file is closed, by the kernel
+    where this process is killed.
+    """
+    make_folder(path.parent, setting)
+    with contextlib.ExitStack() as unless_taken:
+        try:
+            lock = unless_taken.enter_context(path.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        except OSError as error:  # some file systems have no locks
+            reason = f"cannot lock {path} ({error.strerror})"
+            raise SettingsError(f"{reason}; set {setting}") from None
+        unless_taken.pop_all()
+    return lock

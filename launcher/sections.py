@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from common.settings import suggest
 from launcher.config import LauncherSettings, ServeSettings
 from launcher.plan.command import find_vllm
 from launcher.plan.hardware import change_count, parse_device, query_gpus
+from launcher.plan.prepare import Prepared
 from launcher.plan.sharing import Place, Wanted, deal_out, share_out
 from launcher.plan.spreading import check_nodes
 
@@ -29,6 +31,7 @@ _COMMON = frozenset(
         "log_format",
         "engine_log",
         "shortest_turn_s",
+        "gpu_locks",
     )
 ) | {name for name in LauncherSettings.model_fields if name.startswith(("status_", "node", "join"))}
 _PORTS_APART = 10
@@ -45,6 +48,16 @@ def list_engines(settings: LauncherSettings) -> list[LauncherSettings]:
     found = list(_read_sections(settings))
     places = share_out([_read_wish(one) for one in found], _list_gpus(found[0]))
     return [_place(one, place) for one, place in zip(found, places, strict=True)]
+
+
+def find_places(prepared: Prepared) -> tuple[str, Iterable[str], int]:
+    """Of which kind they are, their numbers, and how many an engine takes: GPUs, or one of as many
+    places as there are numbers on a CPU.
+    """
+    settings, plan = prepared.settings, prepared.plan
+    if not plan.device.is_gpu:
+        return "cpu", map(str, itertools.count()), 1
+    return "gpu", settings.gpus or _list_gpus(settings), plan.n_gpus
 
 
 def meet(one: LauncherSettings, other: LauncherSettings) -> bool:

@@ -214,7 +214,7 @@ class Session:
             one.status_source(None, self._policy, self._count_dropped) for one in self._engines
         )
         programs = {} if gateway is None else {"gateway": gateway}
-        return replace(host, programs=programs, facts={}, engines=tuple(engines))
+        return replace(host, programs=programs, facts={}, engines=tuple(engines), gpus=())
 
     def _count_dropped(self) -> dict[str, int]:
         dropped = {"shown": self._terminal.dropped}

@@ -142,6 +142,7 @@ class StatusSource:
     scheduler: Callable[[], SchedulerStatus]
     dropped: Callable[[], dict[str, int]]
     has_gpu: bool = False
+    gpus: Sequence[str] = ()  # those of the host that are its own; none named: all
     engines: tuple[StatusSource, ...] = ()  # where there are several, each with its own
     hosts: Callable[[], list[dict[str, Any]]] | None = None  # of an engine that runs on several
     count_hosts: Callable[[], dict[str, int]] | None = None
@@ -261,8 +262,9 @@ class Gpus:
     One that takes long, as it does when a GPU is ill, must not cost the scrape all other metrics.
     """
 
-    def __init__(self, *, has_gpu: bool) -> None:
+    def __init__(self, *, has_gpu: bool, own: Sequence[str]) -> None:
         self._has_gpu = has_gpu
+        self._own = own
         self._rows: list[list[str]] = []
         self._read_at = -math.inf
         self._reading: asyncio.Task[None] | None = None
@@ -282,7 +284,8 @@ class Gpus:
             await asyncio.wait({self._reading}, timeout=_GPU_END_S)
 
     async def _read(self) -> None:
-        self._rows = await query_gpus(_GPU_QUERY)
+        rows = await query_gpus(_GPU_QUERY)
+        self._rows = [row for row in rows if not self._own or row[0] in self._own]
         self._read_at = time.monotonic()
 
     def collect(self) -> Iterator[Metric]:
@@ -343,7 +346,7 @@ async def serve_status(
 
 def build_status_app(source: StatusSource, guard: PageGuard) -> web.Application:
     registry = CollectorRegistry()
-    gpus = Gpus(has_gpu=source.has_gpu)
+    gpus = Gpus(has_gpu=source.has_gpu, own=source.gpus)
     registry.register(StatusCollector(source, gpus))
 
     async def status(_request: web.Request) -> web.Response:

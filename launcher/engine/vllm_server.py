@@ -70,7 +70,7 @@ class VllmProcess:
             make_temporary_folder(self._temporary)
             environment["TMPDIR"] = str(self._temporary)
             # What is compiled outlives the start.
-            compiled = self._settings.cache_path / "torchinductor"
+            compiled = self._settings.compiled_path / "torchinductor"
             environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         return argv, environment
 

@@ -158,7 +158,7 @@ def own_environment(
     rows = [
         (
             "VLLM_CACHE_ROOT",
-            str(settings.cache_path / "vllm"),
+            str(settings.compiled_path / "vllm"),
             "one known place for compiled code",
         ),
         ("HF_HUB_OFFLINE", "1", "the model is here; nothing is fetched"),

@@ -7,6 +7,7 @@ become an argv is `command.py`'s matter.
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -76,6 +77,12 @@ class EnginePlan:
     @property
     def served_name(self) -> str:
         return self.model.served_name
+
+    @property
+    def n_gpus(self) -> int:
+        """That it runs on, over all its hosts."""
+        kinds = ("tensor", "pipeline", "data")
+        return math.prod(int(self.value(f"{kind}-parallel-size", 1)) for kind in kinds)
 
     @property
     def sequences(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -82,7 +81,7 @@ def decide(
     plan = build_plan(profile, device, model, flags, overrides=overrides, notes=notes)
     find_layout(settings, plan)  # refuses what cannot be dealt out
     plan = replace(plan, warnings=(*plan.warnings, *warnings))
-    if settings.nodes == 1:
+    if settings.nodes == 1 and not settings.gpu_locks:
         plan = replace(plan, notes=(*plan.notes, *_note_idle_gpus(plan)))
     return drop_cpu_worker(choose_scheduler(plan, vllm), vllm)
 
@@ -97,9 +96,7 @@ def drop_cpu_worker(plan: EnginePlan, vllm: InstalledVllm) -> EnginePlan:
 
 
 def _note_idle_gpus(plan: EnginePlan) -> Iterator[str]:
-    kinds = ("tensor", "pipeline", "data")
-    used = math.prod(int(plan.value(f"{kind}-parallel-size", 1)) for kind in kinds)
-    count = plan.device.count
+    used, count = plan.n_gpus, plan.device.count
     if not plan.device.is_gpu or used >= count:
         return
     advice = f"--copies {count // used} starts an engine on each, behind one gateway"

@@ -67,7 +67,7 @@ class CandidateMeter:
     def prepare(cls, settings: TuneSettings) -> CandidateMeter:
         vllm = find_vllm()
         flags = read_flags(vllm.version, settings.cache_path)
-        device = find_device(settings.gpu, engine_build=vllm.build)
+        device = find_device(settings.gpu, engine_build=vllm.build, gpus=settings.gpus)
         profile = choose_profile(settings.profile, device)
         model = find_model(settings)
         try:

@@ -24,12 +24,12 @@ from typing import Any
 from tests.patience import PROGRAM_S
 
 ROOT = Path(__file__).parent.parent.parent
-_CI = ("tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml")
-ONE_ENGINE = ("compose.yaml", _CI[0])
-TWO_ENGINES = ("compose.yaml", "compose.scale.yaml", *_CI)
+_CI = "tests/stack/compose.ci.yaml"
+ONE_ENGINE = ("compose.yaml", _CI)
+TWO_ENGINES = ("compose.yaml", "compose.scale.yaml", _CI)
 TWO_GATEWAYS = (
     *("compose.yaml", "compose.replicas.yaml"),
-    *(_CI[0], "tests/stack/compose.replicas.ci.yaml"),
+    *(_CI, "tests/stack/compose.replicas.ci.yaml"),
 )
 _CGROUP = "vllm-gateway-stack-test"
 _SCRATCH = "vllm-gateway-stack-"

@@ -30,8 +30,9 @@ WAYS = [
     ("compose.tls.yaml", "compose.replicas.yaml", "compose.alerts.yaml"),
     ("compose.cpu.yaml", "compose.replicas.yaml"),
     ("compose.scale.yaml", "compose.replicas.yaml"),
+    ("compose.scale.yaml", "compose.replicas.yaml", "compose.cpu.yaml"),
     ("tests/stack/compose.ci.yaml",),
-    ("compose.scale.yaml", "tests/stack/compose.ci.yaml", "tests/stack/compose.scale.ci.yaml"),
+    ("compose.scale.yaml", "tests/stack/compose.ci.yaml"),
 ]
 
 
@@ -96,7 +97,8 @@ def test_models_of_ones_own_are_built_from_but_not_committed() -> None:
 def test_compose_file_keeps_to_the_schema(path: Path, tmp_path: Path) -> None:
     # The schema knows no tags; what they mean is Compose's matter, and tested below.
     plain = tmp_path / path.name
-    plain.write_text(path.read_text(encoding="utf-8").replace("!override", ""), encoding="utf-8")
+    text = re.sub("!override|!reset", "", path.read_text(encoding="utf-8"))
+    plain.write_text(text, encoding="utf-8")
     passes(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", plain)
 
 
@@ -105,22 +107,45 @@ def test_compose_files_fit_together(way: tuple[str, ...]) -> None:
     assert compose(way, "config", "--quiet") == ""
 
 
-def test_engine_gets_its_gpu_and_two_engines_get_two() -> None:
-    one, two = compose((), "config"), compose(("compose.scale.yaml",), "config")
-    assert one.count("driver: nvidia") == 1
-    assert two.count("driver: nvidia") == 2
-    assert "http://engine:8001,http://engine-2:8001" in two
-    assert compose(("compose.cpu.yaml",), "config").count("driver: nvidia") == 0
+def test_engine_gets_its_gpu_and_several_see_all_of_them() -> None:
+    def list_gpus(*way: str) -> list[Any]:
+        resources = services(way, ENGINES="3")["engine"]["deploy"]["resources"]
+        return [
+            gpu.get("device_ids") or gpu["count"]
+            for gpu in resources.get("reservations", {}).get("devices", ())
+        ]
+
+    assert list_gpus() == [["0"]]
+    assert list_gpus("compose.scale.yaml") == [-1]
+    assert list_gpus("compose.cpu.yaml") == []
+    assert list_gpus("compose.scale.yaml", "compose.cpu.yaml") == []
+
+
+@pytest.mark.parametrize(
+    "others", [(), ("compose.replicas.yaml",), ("compose.replicas.yaml", "compose.cpu.yaml")]
+)
+def test_number_of_engines_is_one_number(others: tuple[str, ...]) -> None:
+    """Nothing else knows it: engines are found by their name, in their volume they agree."""
+    way = ("compose.scale.yaml", *others)
+    two, four = services(way, ENGINES=""), services(way, ENGINES="4")
+    engine, gateway = four["engine"], four["gateway"]["environment"]
+
+    assert [one["engine"]["deploy"].pop("replicas") for one in (two, four)] == [2, 4]
+    assert two == four
+    assert gateway["GATEWAY_ENGINES"] == "dns+http://engine:8001"
+    assert gateway["GATEWAY_LAUNCHERS"] == "http://*:8002"
+    locks = Path(engine["environment"]["LAUNCHER_GPU_LOCKS"])
+    assert mount(engine, str(locks.parent))["type"] == "volume"
+    folder = mount(four["prometheus"], "/etc/prometheus/engines")["source"]
+    assert folder == str(ROOT / "deploy" / "prometheus" / "scale")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "compose.yaml")
 def test_engine_has_room_for_worker_processes(way: tuple[str, ...]) -> None:
     """Below that the launcher must do without, and the host's work delays the GPU's."""
-    engines = {name: one for name, one in services(way).items() if name.startswith("engine")}
-    assert len(engines) == 1 + ("compose.scale.yaml" in way)
-    for name, engine in engines.items():
-        assert int(engine.get("shm_size", 64 * 2**20)) >= WORKER_SHARED_BYTES, name
-        assert engine.get("ipc") != "host", name
+    engine = services(way)["engine"]
+    assert int(engine.get("shm_size", 64 * 2**20)) >= WORKER_SHARED_BYTES
+    assert engine.get("ipc") != "host"
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "compose.yaml")
@@ -266,7 +291,6 @@ def test_settings_of_ones_own_files_reach_both_programs(
         found: str | None = services(way, tmp_path)[name]["environment"].get(variable)
         return found
 
-    engines = ["engine", "engine-2"] if "compose.scale.yaml" in way else ["engine"]
     is_cpu = "compose.cpu.yaml" in way
     assert read("gateway", "GATEWAY_WARMUP_PROMPTS") == ("32" if is_cpu else None)
     assert read("engine", "LAUNCHER_ENGINE_LOG") is None
@@ -275,7 +299,7 @@ def test_settings_of_ones_own_files_reach_both_programs(
     (tmp_path / "engine.env").write_text("LAUNCHER_ENGINE_LOG=requests\n")
 
     assert read("gateway", "GATEWAY_WARMUP_PROMPTS") == "8"
-    assert [read(name, "LAUNCHER_ENGINE_LOG") for name in engines] == ["requests"] * len(engines)
+    assert read("engine", "LAUNCHER_ENGINE_LOG") == "requests"
     # A program's settings are its own: the other would refuse them.
     assert read("gateway", "LAUNCHER_ENGINE_LOG") is None
 
@@ -360,11 +384,14 @@ def test_prometheus_configuration_is_valid() -> None:
     passes("promtool", "check", "config", ROOT / "deploy" / "prometheus" / "prometheus.yml")
 
 
-@pytest.mark.parametrize("name", ["engines.yml", "launchers.yml"])
-def test_two_engines_are_scraped_as_one_is(name: str) -> None:
+def test_several_engines_are_scraped_as_one_is() -> None:
+    """By the same jobs at the same ports, each `instance` without its port."""
     folder = ROOT / "deploy" / "prometheus"
-    one = (folder / "targets" / name).read_text(encoding="utf-8")
-    two = (folder / "scale" / name).read_text(encoding="utf-8")
-    port = one.partition("engine:")[2][:4]
-    assert one == f"- targets: [engine:{port}]\n"
-    assert two == f"- targets: [engine:{port}, engine-2:{port}]\n"
+    one, several = (
+        (folder / name / "engines.yml").read_text(encoding="utf-8") for name in ("engines", "scale")
+    )
+    for text in (one, several):
+        assert re.findall("job_name: (.*)", text) == ["engine", "launcher"]
+        assert text.count("relabel_configs: ") == 2
+    assert re.findall(r"engine:(\d+)", one) == re.findall(r"port: (\d+)", several)
+    assert "names: [engine]" in several

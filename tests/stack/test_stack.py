@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -69,14 +70,18 @@ def first_healthy(container: dict[str, Any]) -> float:
     return min(when(check["End"]) for check in checks if check["ExitCode"] == 0)
 
 
-def address_of(docker: Docker, service: str) -> str:
+def address_of(docker: Docker, container: str) -> str:
     """On the network between the services, which this machine's side of the bridge is part of."""
-    networks = docker.inspect(name_of(service))["NetworkSettings"]["Networks"]
-    return f"http://{networks['vllm-gateway_inside']['IPAddress']}"
+    networks = docker.inspect(container)["NetworkSettings"]["Networks"]
+    return str(networks["vllm-gateway_inside"]["IPAddress"])
+
+
+def prometheus_of(docker: Docker) -> str:
+    return f"http://{address_of(docker, name_of('prometheus'))}:9090"
 
 
 def ask_prometheus(docker: Docker, path: str, **parameters: str) -> Any:
-    url = f"{address_of(docker, 'prometheus')}:9090/api/v1/{path}"
+    url = f"{prometheus_of(docker)}/api/v1/{path}"
     response = httpx.get(url, params=parameters, timeout=10, trust_env=False, verify=NO_TLS)
     assert response.status_code == 200, response.text
     return response.json()["data"]
@@ -278,7 +283,7 @@ def test_every_panel_of_the_dashboards_shows_something(stack: Docker) -> None:
         make_traffic(GATEWAY)
         time.sleep(6)  # longer than the pause between two scrapes
 
-    findings = check_live(f"{address_of(stack, 'prometheus')}:9090", within_s=PROGRAM_S)
+    findings = check_live(prometheus_of(stack), within_s=PROGRAM_S)
 
     assert [str(finding) for finding in findings] == []
 
@@ -394,24 +399,66 @@ def test_two_gateways_share_an_address_and_one_may_die(stack: Docker, step: Step
 # --- two engines ---
 
 
-def test_two_engines_share_the_work_and_one_may_die(stack: Docker, step: Step) -> None:
-    up = ("up", "--detach", "--no-build", "--wait")
-    with step("compose.scale.yaml: a second engine"):
-        stack.compose(*up, files=TWO_ENGINES, timeout_s=240)
+def test_two_engines_share_the_work(stack: Docker, step: Step) -> None:
+    with step("compose.scale.yaml: two engines"):
+        stack.compose("up", "--detach", "--no-build", "--wait", files=TWO_ENGINES, timeout_s=240)
+        wait_until("both serve", lambda: count_ready_engines() == 2, within_s=PROGRAM_S)
     before = finished_by_engine(stack)
     questions = [f"第 {number} 问：什么是 warp？" for number in range(200)]
     assert predict(questions).status_code == 200
     gained = {name: count - before[name] for name, count in finished_by_engine(stack).items()}
+    assert len(gained) == 2
     assert sum(gained.values()) >= 200
     assert min(gained.values()) >= 80, gained
-    wait_until(
-        "Prometheus scrapes both",
-        lambda: value_of(stack, 'sum(up{job=~"engine|launcher"})') == 4,
-        within_s=PROGRAM_S,
-    )
+    wait_until("Prometheus scrapes both", lambda: scrapes_all_engines(stack), within_s=PROGRAM_S)
+    status = httpx.get(f"{GATEWAY}/ui/status", trust_env=False, verify=NO_TLS).json()
+    assert [one["state"] for one in status["launchers"]] == ["ready"] * 2
+    # No GPUs to agree on here, but a cache in common: places of their own in it.
+    kept = stack.run("exec", name_of("engine"), "ls", "/cache/gpus", "/cache/vllm-gateway")
+    assert [kept.split().count(place) for place in ("cpu-0", "cpu-1", "cpu-2")] == [2, 2, 0]
 
-    kill_container(stack, name_of("engine-2"))
-    response = predict(questions[:50])
+
+def test_two_engines_are_replaced_one_after_the_other_and_no_request_is_lost(
+    stack: Docker, step: Step
+) -> None:
+    """As docs/operations.md has it, for one of them: the next would be the same."""
+    wait_until("both serve", lambda: count_ready_engines() == 2, within_s=PROGRAM_S)
+    before = list_engines(stack)
+    is_over = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+
+        def ask() -> list[str]:
+            """Of each call what was said where it failed."""
+            told: list[str] = []
+            while not is_over.is_set():
+                response = predict([f"什么是 warp？({len(told)})"])
+                is_answered = response.status_code == 200 and "errors" not in response.json()
+                told.append("" if is_answered else response.text)
+            return told
+
+        callers = [pool.submit(ask) for _ in range(2)]
+        try:
+            with step("one of two engines replaced, with callers"):
+                stack.run("stop", before[0], timeout_s=90)
+                stack.run("rm", before[0])
+                up = ("up", "--detach", "--no-build", "--wait", "--no-deps", "--no-recreate")
+                stack.compose(*up, "engine", files=TWO_ENGINES, timeout_s=240)
+            wait_until("both serve", lambda: count_ready_engines() == 2, within_s=PROGRAM_S)
+        finally:
+            is_over.set()
+        told = [one for caller in callers for one in caller.result()]
+
+    after = list_engines(stack)
+    assert len(after) == 2
+    assert set(before) & set(after) == {before[1]}
+    assert len(told) > 20
+    assert set(told) == {""}
+    wait_until("Prometheus follows", lambda: scrapes_all_engines(stack), within_s=PROGRAM_S)
+
+
+def test_two_engines_serve_on_when_one_dies(stack: Docker) -> None:
+    kill_container(stack, list_engines(stack)[1])
+    response = predict([f"第 {number} 问：什么是 warp？" for number in range(50)])
     assert response.status_code == 200
     assert "errors" not in response.json()
 
@@ -432,17 +479,16 @@ def test_stop_lets_a_running_batch_finish_and_exits_cleanly(stack: Docker, step:
     assert response.status_code == 200, response.text[:500]
     assert len(response.json()["response"]) == len(questions)
     # The second engine was killed a moment ago, so it is told in the middle of its start.
-    services = (*SERVICES, "engine-2")
-    # By what compose says: of two gateways it may have kept the second.
-    names = {
-        service: stack.compose("ps", "--all", "--quiet", service, files=TWO_ENGINES).strip()
-        for service in services
+    states = {
+        service: [stack.inspect(name)["State"] for name in list_containers(stack, service)]
+        for service in SERVICES
     }
-    states = {service: stack.inspect(name)["State"] for service, name in names.items()}
-    codes = {service: state["ExitCode"] for service, state in states.items()}
-    assert codes == dict.fromkeys(services, 0)
-    assert not any(state["OOMKilled"] for state in states.values())
-    assert when(states["gateway"]["FinishedAt"]) <= when(states["engine"]["FinishedAt"])
+    codes = {service: [one["ExitCode"] for one in ended] for service, ended in states.items()}
+    assert codes == {"engine": [0, 0], "gateway": [0], "prometheus": [0]}
+    assert not any(one["OOMKilled"] for ended in states.values() for one in ended)
+    (gateway,) = states["gateway"]
+    for engine in states["engine"]:
+        assert when(gateway["FinishedAt"]) <= when(engine["FinishedAt"])
 
 
 def test_course_container_answers_offline_alone(stack: Docker, step: Step) -> None:
@@ -498,17 +544,44 @@ def log_of(stack: Docker) -> str:
 
 
 def running_in_engine(stack: Docker) -> float:
-    return read_engine(stack, "engine", "vllm:num_requests_running")
+    return read_engine(stack, list_engines(stack)[0], "vllm:num_requests_running")
 
 
 def finished_by_engine(stack: Docker) -> dict[str, float]:
-    services = ("engine", "engine-2")
-    return {one: read_engine(stack, one, "vllm:request_success_total") for one in services}
+    return {
+        one: read_engine(stack, one, "vllm:request_success_total") for one in list_engines(stack)
+    }
 
 
-def read_engine(stack: Docker, service: str, metric: str) -> float:
-    text = httpx.get(
-        f"{address_of(stack, service)}:8001/metrics", trust_env=False, verify=NO_TLS
-    ).text
+def list_containers(stack: Docker, service: str) -> list[str]:
+    """By what compose says: of two it may have kept the second."""
+    return stack.compose("ps", "--all", "--quiet", service, files=TWO_ENGINES).split()
+
+
+def list_engines(stack: Docker) -> list[str]:
+    return list_containers(stack, "engine")
+
+
+def scrapes_all_engines(stack: Docker) -> bool:
+    """Each with its launcher, by its address, and no other."""
+    targets = ask_prometheus(stack, "targets")["activeTargets"]
+    up = {
+        (target["labels"]["job"], target["labels"]["instance"])
+        for target in targets
+        if target["health"] == "up" and target["labels"]["job"] in ("engine", "launcher")
+    }
+    engines = [address_of(stack, one) for one in list_engines(stack)]
+    return up == {(job, engine) for job in ("engine", "launcher") for engine in engines}
+
+
+def count_ready_engines() -> int:
+    text = httpx.get(f"{GATEWAY}/metrics", timeout=15, trust_env=False, verify=NO_TLS).text
+    rows = [line for line in text.splitlines() if line.startswith("gateway_engine_ready{")]
+    return sum(row.endswith(" 1.0") for row in rows)
+
+
+def read_engine(stack: Docker, container: str, metric: str) -> float:
+    url = f"http://{address_of(stack, container)}:8001/metrics"
+    text = httpx.get(url, trust_env=False, verify=NO_TLS).text
     rows = [line for line in text.splitlines() if line.startswith(metric + "{")]
     return sum(float(row.rpartition(" ")[2]) for row in rows)

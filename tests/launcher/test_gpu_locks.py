@@ -165,3 +165,15 @@ def test_explain_plans_for_one_of_the_gpus_and_takes_none(host: Host) -> None:
     assert facts["device"].startswith("H200")
     assert facts["notes"] == []
     assert not host.locks.exists()
+
+
+def test_tune_measures_on_a_gpu_that_nobody_has(host: Host) -> None:
+    code, out, _ = call(host.make(), "tune", "--dry-run")
+    assert code == 0
+    assert " on H200 (" in out  # not on both
+
+    read_engine(host.start())
+    read_engine(host.start())
+    code, _, err = call(host.make(), "tune", "--dry-run")
+    assert code == 5
+    assert "no free GPU" in err

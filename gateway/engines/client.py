@@ -198,4 +198,7 @@ def translate(error: Exception) -> EngineError | OutOfFiles:
         )
     if isinstance(error, TimeoutError):
         return EngineTimeout("the engine did not answer in time")
-    return EngineError(f"the engine broke the connection off ({type(error).__name__})")
+    what = type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        what += f": {error.strerror}"  # a reset is another story than a write to a closed one
+    return EngineError(f"the engine broke the connection off ({what})")

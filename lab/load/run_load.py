@@ -7,7 +7,7 @@ gateway and launcher hold (memory, files, sockets, threads, tasks) must not sure
 With --slices a run of hours is made of several, which count together:
 
     python -m lab load --duration 3600 --fault kill-core --fault pause-core --fault-pause 300 \\
-        --endless --slices out/soak.json --record docs/results/soak.json
+        --endless --slices docs/soak.json --record docs/results/soak-demo.json
 
 Exit codes: 0 all held, 1 something did not, 2 bad options or no gateway, 130 interrupted.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 
 import aiohttp
@@ -129,6 +130,24 @@ async def test_garbage_and_half_answers_are_the_engines_errors(
 
     with pytest.raises(EngineError):
         await client.send("POST", "/", {}, b"x")
+
+
+async def test_reset_is_told_as_one() -> None:
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+
+    server = await asyncio.start_server(reset, "127.0.0.1", 0)
+    connector = aiohttp.TCPConnector(limit=0)
+    port = server.sockets[0].getsockname()[1]
+    client = EngineClient(f"http://127.0.0.1:{port}", connector, make_settings())
+    with pytest.raises(EngineError, match="ClientOSError: Connection reset by peer"):
+        await client.send("GET", "/", {}, None)
+    await connector.close()
+    server.close()
+    await server.wait_closed()
 
 
 async def test_nobody_listening_is_engine_unreachable() -> None:

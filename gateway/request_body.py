@@ -8,8 +8,6 @@ import asyncio
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections import deque
-from contextlib import suppress
 from typing import NoReturn
 
 from aiohttp import web
@@ -35,7 +33,7 @@ _SLICE_BYTES = 2**16
 _SLICES_AT_ONCE = 4  # inflated and counted between two looks at the event loop
 # An object or a list costs whoever parses it as much as so many numbers.
 _VALUES_A_CONTAINER = 100
-_LONGEST_WAIT_S = 1.0
+_LONGEST_WAIT_S, _MOST_WAITING = 1.0, 16
 _RETRY_AFTER_S = 1
 # After so many were held, memory is given back when their requests have ended.
 _MANY_BYTES = 2**25
@@ -52,7 +50,8 @@ class HeldBodies:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._most = settings.max_held_bytes
         self._held = self._most_held = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting = 0
+        self._released = asyncio.Event()  # set once, for those who wait now
         self._is_returning = False
         metrics.held_body_bytes.read = lambda: [((), self._held)]
 
@@ -69,19 +68,20 @@ class HeldBodies:
         self._most_held = max(self._most_held, self._held)
 
     async def wait_for_room(self, context: RequestContext, size: int) -> None:
-        """Before a body that is announced is read, first come, first served. Unread it costs
-        nothing, and whoever is refused at once comes again at once.
+        """Before a body that is announced is read: whoever is refused at once comes again at once.
+        Some wait at a time, for the first of what they send is in memory all the same.
         """
-        loop = asyncio.get_running_loop()
-        with suppress(TimeoutError):
+        if self._has_room(context, size):
+            return
+        self._waiting += 1
+        try:
             async with asyncio.timeout(_LONGEST_WAIT_S):
-                while not self._has_room(context, size):
-                    turn = loop.create_future()
-                    self._waiting.append(turn)
-                    try:
-                        await turn
-                    finally:
-                        self._waiting.remove(turn)
+                while self._waiting <= _MOST_WAITING and not self._has_room(context, size):
+                    await self._released.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting -= 1
         if not self._has_room(context, size):
             self._refuse(context)
 
@@ -106,8 +106,9 @@ class HeldBodies:
         size = context.held_bytes if size is None else min(size, context.held_bytes)
         self._held -= size
         context.held_bytes -= size
-        if size and (turn := next((one for one in self._waiting if not one.done()), None)):
-            turn.set_result(None)
+        if self._waiting:
+            self._released.set()
+            self._released = asyncio.Event()
         if not self._held and self._most_held > _MANY_BYTES:
             # They arrived in pieces, with what small requests need between them.
             self._most_held = 0

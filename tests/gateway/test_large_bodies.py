@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 
 from gateway import request_body
+from gateway.errors import Overloaded
 from gateway.middleware import OPEN_REQUESTS
 from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
@@ -355,6 +356,35 @@ async def test_body_that_is_announced_waits_for_room_and_is_read_then(
 
     assert [one.status for one in answers] == [200, 200, 200]
     assert len(served.engine.calls) == 3
+
+
+async def _wait(bodies: HeldBodies, size: int) -> RequestContext:
+    context = RequestContext("", RequestRecord(""))
+    await bodies.wait_for_room(context, size)
+    bodies.hold(context, size)
+    return context
+
+
+async def test_all_for_whom_there_is_room_go_on_at_once_and_few_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request_body, "_LONGEST_WAIT_S", 3600.0)
+    bodies = HeldBodies(make_settings(max_held_bytes=100 * MEGABYTE), Metrics())
+    first = await _wait(bodies, 87 * MEGABYTE)
+    sizes = [86, 10, 10, 10] + [50] * 12
+    waiting = [asyncio.create_task(_wait(bodies, size * MEGABYTE)) for size in sizes]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await _wait(bodies, MEGABYTE)  # the seventeenth
+
+    waiting[1].cancel()  # just before it would be its turn
+    bodies.release(first, 80 * MEGABYTE)  # not for the one that has waited longest
+    await asyncio.wait(waiting[2:4])
+    await asyncio.wait({waiting[4]})
+    assert [one.done() for one in waiting] == [False, True, True, True, True] + [False] * 11
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _is_held(client: httpx.AsyncClient, size: int) -> bool:

@@ -419,9 +419,6 @@ class Admission(Places):
         for places in (self, *self._further):
             places.give_back(places.count)
 
-    def count_inside(self) -> int:
-        return self.count + sum(places.count for places in self._further)
-
     async def take(self, most: int) -> Places:
         """Places for the next piece of a batch, `most` at the most; at first what it entered with,
         then, when it is its turn again, what is free.

@@ -20,7 +20,7 @@ from gateway.errors import DeadlinePassed, EngineTimeout, GatewayError, InvalidR
 from gateway.observability.metrics import METRICS
 from gateway.prompts.builder import PromptBuilder
 from gateway.request_body import read_body
-from gateway.request_context import CONTEXT, TRACE_HEADERS, CutPiece
+from gateway.request_context import CONTEXT, TRACE_HEADERS
 from gateway.schemas.fields import are_texts, wrong_type
 from gateway.schemas.large_json import SMALL_BYTES
 from gateway.schemas.predict import (
@@ -72,13 +72,13 @@ async def handle_predict(request: web.Request) -> web.Response:
             try:
                 done = await served.generator.generate(good, sampling, context, admission.gate)
             except (asyncio.CancelledError, DeadlinePassed, EngineTimeout):
-                await _charge_left(request, good, sampling, admission.count_inside())
+                await _charge_cut(request, sampling, context.told_tokens)
                 raise
             finally:
                 context.record.engine_s = time.perf_counter() - began
             served.count_tokens(done.prompt_tokens, done.completion_tokens)
             await _count(request, done)
-            await _charge_late(request, good, done, sampling)
+            await _charge_cut(request, sampling, (0, 0))
     answers = _put_in_order(prompts, done.answers)
     return await _build_answer(request, asked, answers, builder)
 
@@ -150,36 +150,18 @@ async def _count(request: web.Request, done: Completion) -> None:
     await request.app[ACCOUNTS].count_tokens(request[CALLER], spent, request.get(CLAIM))
 
 
-async def _charge_left(
-    request: web.Request, prompts: Sequence[Prompt], sampling: Sampling, n_inside: int
-) -> None:
-    """An engine tells of what has ended alone; hanging up is not free all the same."""
+async def _charge_cut(request: web.Request, sampling: Sampling, told: tuple[int, int]) -> None:
+    """An engine tells of what has ended alone. What has run without an end, because it took too
+    long or nobody waits for it any more, is not free all the same.
+    """
     context, accounts = request[CONTEXT], request.app[ACCOUNTS]
-    taken, given = context.told_tokens
-    cut = context.cut_pieces
-    if not cut and context.is_running:  # none was cut off: all of them took too long
-        all_tokens = sum(map(estimate_tokens, prompts))
-        cut = (CutPiece(0, context.running_s(), min(n_inside, len(prompts)), all_tokens),)
-    told = Spent(taken + sum(one.prompt_tokens for one in cut), given)
-    told.model = request[SERVED_MODEL].name
-    pieces = [Spent(0, 0, one.seconds, one.sequences) for one in cut]
-    most, claim = sampling.max_tokens, request.get(CLAIM)
-    await accounts.charge_pieces(request[CALLER], told, pieces, most, claim)
-
-
-async def _charge_late(
-    request: web.Request, prompts: Sequence[Prompt], done: Completion, sampling: Sampling
-) -> None:
-    """What took too long has been generated all the same, as far as it came."""
-    errors = find_errors(done.answers).items()
-    late = [prompts[place] for place, error in errors if isinstance(error, EngineTimeout)]
-    if late:
-        n_run = min(len(late), len(prompts) - done.shared)
-        taken, caller = sum(map(estimate_tokens, late)) * n_run // len(late), request[CALLER]
-        name = request[SERVED_MODEL].name
-        spent = Spent(taken, 0, request.app[SETTINGS].engine_timeout_s, n_run, name)
+    taken, given = told
+    taken += sum(one.prompt_tokens for one in context.cut_pieces)
+    pieces = [Spent(0, 0, one.seconds, one.sequences) for one in context.cut_pieces]
+    if taken or given or pieces:
+        spent = Spent(taken, given, model=request[SERVED_MODEL].name)
         most, claim = sampling.max_tokens, request.get(CLAIM)
-        await request.app[ACCOUNTS].charge_left(caller, spent, most, claim=claim)
+        await accounts.charge_pieces(request[CALLER], spent, pieces, most, claim)
 
 
 async def _build_answer(

@@ -96,18 +96,25 @@ class _Batch:
 
     @contextlib.contextmanager
     def note_cut(self, call: EngineCall, places: Sequence[int]) -> Iterator[None]:
-        """What ran of this call where the batch breaks off: it is charged by its own start."""
+        """What ran of this call where it took too long, or where the batch breaks off."""
         try:
             yield
+        except EngineTimeout:
+            self._note_cut(call, places)
+            raise
         except (InvalidRequest, EngineError, Unavailable):
             raise  # the batch goes on without it
         except BaseException:
-            if call.sent_at:
-                left = [place for place in places if self.answers[place] is None]
-                tokens = sum(map(estimate_tokens, self.take_prompts(left)))
-                seconds = time.perf_counter() - call.sent_at
-                self.context.cut_pieces += (CutPiece(0, seconds, call.sequences, tokens),)
+            self._note_cut(call, places)
             raise
+
+    def _note_cut(self, call: EngineCall, places: Sequence[int]) -> None:
+        """It is charged by its own start."""
+        if call.sent_at:
+            left = [place for place in places if self.answers[place] is None]
+            tokens = sum(map(estimate_tokens, self.take_prompts(left)))
+            seconds = time.perf_counter() - call.sent_at
+            self.context.cut_pieces += (CutPiece(0, seconds, call.sequences, tokens),)
 
 
 class BatchGenerator:

@@ -228,6 +228,52 @@ async def test_batch_left_in_the_middle_is_charged_by_the_start_of_each_piece(se
         assert used.prompt_tokens - taken < 40 * _sent(engine)
 
 
+async def _read_used(served: Served) -> tuple[int, int]:
+    used = served.app[ACCOUNTS].sum_usage()
+    return used.prompt_tokens, used.completion_tokens
+
+
+async def test_who_leaves_while_others_prompts_are_awaited_pays_for_their_own_alone(
+    serve: Serve,
+) -> None:
+    engine = Behaviour(delays=lambda one: 60 if one.startswith("slow") else 0)
+    async with serve(engine, engine_sequences=64) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        slow, quick = [f"slow {n}" for n in range(5)], [f"quick {n}" for n in range(5)]
+        first = asyncio.create_task(served.predict(slow))
+        await until(lambda: engine.running == 5)
+        before = await _read_used(served)
+        second = asyncio.create_task(served.predict(quick + slow))
+        await until(lambda: _sent(engine) == 10 and engine.running == 5)
+        second.cancel()
+        await until(lambda: served.app[OPEN_REQUESTS].count == 1)
+        left = await _read_used(served)
+        await served.predict(quick)
+        whole = await _read_used(served)
+
+        assert [now - then for now, then in zip(left, before, strict=True)] == [
+            now - then for now, then in zip(whole, left, strict=True)
+        ]
+        first.cancel()
+        await until(lambda: _is_empty(served))
+
+
+async def test_what_took_too_long_is_charged_also_when_the_rest_is_left(serve: Serve) -> None:
+    engine = Behaviour(delays=lambda one: 60 if one.isdigit() else 0)
+    async with serve(engine, engine_sequences=16, engine_timeout_s=0.5) as served:
+        served.app[ACCOUNTS]._pace.learn(100, 1)
+        before = await _read_used(served)
+        body = {"prompt": [f"{n}" for n in range(60)], "max_tokens": 10}
+        asking = asyncio.create_task(served.client.post("/predict", json=body))
+        await until(lambda: _sent(engine) >= 30)
+        asking.cancel()
+        await until(lambda: served.app[OPEN_REQUESTS].count == 0)
+        await asyncio.wait({asking})
+
+        # Ten tokens are made in a tenth of a second.
+        assert (await _read_used(served))[1] - before[1] >= 15 * 10
+
+
 async def test_engine_that_sends_each_token_is_asked_for_whole_answers_from_then_on(
     serve: Serve,
 ) -> None:

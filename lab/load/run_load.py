@@ -60,8 +60,6 @@ async def run_load(
         soak = Soak(arguments, session)
         await soak.run(pairs)
     slices = [*earlier, build_slice(soak)]
-    slopes = fit_slopes(slices)
-    soak.problems += find_growing(slopes)
     print("\n".join(describe_soak(soak, slices)))
     if arguments.slices:
         write_slices(slices, Path(arguments.slices))
@@ -73,7 +71,7 @@ async def run_load(
         figures = tuple(build_figures(soak, slices))
         record = RunRecord(arguments.name, figures=figures, about=about, **facts)
         write_record(record, Path(arguments.record))
-    return 1 if soak.problems else 0
+    return 1 if find_problems(slices) else 0
 
 
 def build_slice(soak: Soak) -> SoakSlice:
@@ -88,6 +86,15 @@ def build_slice(soak: Soak) -> SoakSlice:
         problems=list(soak.problems),
         lives=soak.held.list_lives(),
     )
+
+
+def find_problems(slices: Sequence[SoakSlice]) -> list[str]:
+    """What did not hold in any slice, the earlier ones named, and what grows over all of them. Only
+    the former is kept with the slices: growth is judged anew with each that is added.
+    """
+    *earlier, own = slices
+    problems = [f"{one.date}: {problem}" for one in earlier for problem in one.problems]
+    return [*problems, *own.problems, *find_growing(fit_slopes(slices))]
 
 
 def find_growing(slopes: Mapping[str, Slope]) -> Iterator[str]:
@@ -108,7 +115,7 @@ def build_figures(soak: Soak, slices: Sequence[SoakSlice]) -> list[RecordFigure]
         RecordFigure("failed without a fault", count(slices, "failed")),
         RecordFigure("lost to a fault", count(slices, "lost to a fault")),
         RecordFigure("callers who hung up", sum(one.hung_up for one in slices)),
-        RecordFigure("sums that did not add up", sum(len(one.problems) for one in slices)),
+        RecordFigure("sums that did not add up", len(find_problems(slices))),
     ]
     if growth is not None:
         last = soak.samples[-1]
@@ -160,8 +167,9 @@ def describe_soak(soak: Soak, slices: Sequence[SoakSlice]) -> list[str]:
         about = "" if one.low is None else f"  ({one.low:g} to {one.high:g}, {one.note})"
         lines.append(f"{one.name:32}{one.value:>12g} {one.unit}{about}")
     lines += [f"  {example}" for example in soak.tally.examples]
-    lines += [f"NOT HELD  {problem}" for problem in soak.problems]
-    return [*lines, f"{len(soak.problems)} did not hold" if soak.problems else "all held"]
+    problems = find_problems(slices)
+    lines += [f"NOT HELD  {problem}" for problem in problems]
+    return [*lines, f"{len(problems)} did not hold" if problems else "all held"]
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:

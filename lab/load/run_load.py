@@ -36,6 +36,7 @@ _CALL_TIMEOUT_S = 180.0
 _OURS = ("gateway", "launcher")
 _MOST_MB_AN_HOUR = 8.0
 _MOST_AN_HOUR = 4.0  # files, sockets, threads, tasks
+_FEWEST_JUDGED = 30  # minutes; an interval over fewer says too little of hours
 _OUTCOMES = ("good", "lost to a fault", "failed", "wrong")
 
 
@@ -98,11 +99,11 @@ def find_problems(slices: Sequence[SoakSlice]) -> list[str]:
 
 
 def find_growing(slopes: Mapping[str, Slope]) -> Iterator[str]:
-    """What surely grows, and by more than a service of weeks can bear."""
+    """What surely grows, and by more than a service of weeks can bear; not over few minutes."""
     for measure, slope in slopes.items():
         program, _, what = measure.partition(": ")
         most = _MOST_MB_AN_HOUR if what == "memory_mb" else _MOST_AN_HOUR
-        if program in _OURS and slope.low > most:
+        if program in _OURS and slope.points >= _FEWEST_JUDGED and slope.low > most:
             yield f"{measure} grows by {slope.value:.1f} an hour, surely by {slope.low:.1f}"
 
 
@@ -129,7 +130,9 @@ def build_figures(soak: Soak, slices: Sequence[SoakSlice]) -> list[RecordFigure]
         values = (round(one, 2) for one in (slope.value, slope.low, slope.high))
         name = f"growth of {measure.replace('memory_mb', 'memory')}"
         value, low, high = values
-        figures.append(RecordFigure(name, value, unit, low, high, f"{slope.points} minutes"))
+        note = f"{slope.points} minutes"
+        note += ", too few to judge" if slope.points < _FEWEST_JUDGED else ""
+        figures.append(RecordFigure(name, value, unit, low, high, note))
     recoveries: defaultdict[str, list[float]] = defaultdict(list)
     for name, took_s in (one for part in slices for one in part.recoveries):
         recoveries[name].append(took_s)

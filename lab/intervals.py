@@ -116,7 +116,8 @@ def fit_slope(lines: Iterable[Sequence[Point]]) -> Slope | None:
     """Lines with one slope, each at a level of its own; None where there is too little to say.
 
     Points that follow one another are often alike, which makes a slope look surer than it is: the
-    interval is widened by how alike they are.
+    interval is widened by how alike they are. One short line does not show that well: its interval
+    holds the truth in fewer cases (of 8 points, each half like the one before, in 80 of 100).
     """
     centred = [_centre(line) for line in lines if len(line) > 1]
     number = sum(map(len, centred))
@@ -139,9 +140,15 @@ def _centre(line: Sequence[Point]) -> list[Point]:
 
 
 def _find_likeness(rests: Sequence[Sequence[float]]) -> float:
-    """How much of a point's distance from the line the next one has, too."""
+    """How much of a point's distance from the line the next one has, too.
+
+    Seen from the line that was laid through them, points look less alike than they are, the more so
+    the fewer they are; what is missing on average is added.
+    """
     whole = sum(rest * rest for line in rests for rest in line)
     if not whole:
         return 0.0
     pairs = itertools.chain.from_iterable(map(itertools.pairwise, rests))
-    return min(_MOST_ALIKE, max(0.0, sum(one * next_ for one, next_ in pairs) / whole))
+    seen = sum(one * next_ for one, next_ in pairs) / whole
+    length = statistics.fmean(map(len, rests))
+    return min(_MOST_ALIKE, max(0.0, seen + (1 + 3 * seen) / length))

@@ -24,7 +24,7 @@ from gateway.schemas.fields import (
 )
 from gateway.schemas.large_json import LargeObject, scan_object
 from gateway.schemas.media import read_media_hosts, refuse_media_options
-from gateway.schemas.sampling import TOKEN_LISTS, check_sampling, holds_great_number
+from gateway.schemas.sampling import TOKEN_LISTS, check_sampling, renew_great_numbers
 from gateway.schemas.vllm import garbled_models, lacks_route, no_route, parse_engine_error
 
 _USAGE = re.compile(rb'"(?:usage|billed_units)":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
@@ -203,7 +203,7 @@ def _parse_openai_request(
     _bound_sizes(data, settings)
     most_new_tokens = _bound_lengths(data, settings)
     check_sampling(data)
-    if holds_great_number(data):
+    if renew_great_numbers(data):
         changed = True  # as a float it can be handed on
     if not settings.media_options:
         refuse_media_options(data)

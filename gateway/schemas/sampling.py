@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+
 from gateway.errors import InvalidRequest
 from gateway.schemas.constraints.grammars import CONSTRAINING
 from gateway.schemas.fields import wrong_type
@@ -56,13 +58,21 @@ def check_sampling(data: Mapping[str, Any]) -> None:
                 )
 
 
-def holds_great_number(data: Mapping[str, Any]) -> bool:
+def renew_great_numbers(data: dict[str, Any]) -> bool:
     """Whether something that vLLM hands on holds a whole number of more than 64 bits, at which its
-    processes cannot be told of the call. Here it has been read as a float.
+    processes cannot be told of the call. Here it has been read as a float, and such a field becomes
+    another object: of a large body, what is still the same one is passed on as it came.
     """
     if _HANDED_ON.isdisjoint(data):
         return False
-    pending: list[Any] = [data[name] for name in _HANDED_ON & data.keys()]
+    great = [name for name in _HANDED_ON & data.keys() if _holds_great_number(data[name])]
+    for name in great:
+        data[name] = orjson.loads(orjson.dumps(data[name]))
+    return bool(great)
+
+
+def _holds_great_number(field: Any) -> bool:
+    pending = [field]
     while pending:
         value = pending.pop()
         if isinstance(value, float):

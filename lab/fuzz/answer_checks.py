@@ -1,5 +1,5 @@
 """What may come back, whatever was sent: a status that the request calls for, its id, an error in
-the envelope, and nobody else's number.
+the envelope, a stream to its end, and nobody else's number.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from typing import Any
 from lab.fuzz.cases.case import Case, mark
 from lab.fuzz.raw_http import RawAnswer
 
-_MARK = re.compile(r"#\d{6}#")
+_MARK = re.compile(r"#\d{6,}#")
 _ENVELOPE = {"message", "type", "code", "param", "source"}
 _CALLED_FOR = frozenset((200, 308, 400, 401, 403, 404, 405, 408, 409, 413, 415, 417, 429, 431))
+# The last of events that tell their type, as those of responses and messages do.
+_ENDS = frozenset(
+    ("response.completed", "response.incomplete", "response.failed", "message_stop", "error")
+)
+_DONE = "[DONE]"  # after all others
+_FAILED = frozenset(("error", "response.failed"))
 # Failures that a request itself calls for.
 _OWN_FAILURES = frozenset(
     ((503, "deadline_unreachable"), (503, "engine_busy"), (504, "deadline_passed"))
@@ -34,6 +40,8 @@ def check_answer(case: Case, answer: RawAnswer, sent: bytes = b"") -> Iterator[s
     if answer.status < 400:
         if case.keeps_prompt and mark(case.number) not in text:
             yield "its number is not in the answer"
+        if _is_stream(answer):
+            yield from _check_stream(case, answer)
         return
     if case.outcome == "served":
         yield "a good request was refused"
@@ -41,6 +49,25 @@ def check_answer(case: Case, answer: RawAnswer, sent: bytes = b"") -> Iterator[s
         yield "no Retry-After"
     if case.method != "HEAD" and not _is_envelope(answer):
         yield "no envelope"
+
+
+def _check_stream(case: Case, answer: RawAnswer) -> Iterator[str]:
+    """An engine may fail in the middle of what is only to be answered. A torn request may ask for
+    anything, such as the events of a response from behind its last.
+    """
+    if case.outcome == "torn" or case.method == "HEAD":
+        return
+    events = _read_events(answer)
+    if case.outcome == "served" and any(map(_is_failure, events)):
+        yield "a good request was refused"
+    kinds = [event.get("type") for event in events]
+    is_whole = kinds[-1] in _ENDS if any(kinds) else _DONE in _read_data(answer)
+    if not is_whole:
+        yield "a stream without its end"
+
+
+def _is_failure(event: dict[str, Any]) -> bool:
+    return bool(event.get("error")) or event.get("type") in _FAILED
 
 
 def is_called_for(answer: RawAnswer) -> bool:
@@ -82,18 +109,34 @@ def _read_error(answer: RawAnswer) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
+def _is_stream(answer: RawAnswer) -> bool:
+    return answer.headers.get("content-type", "").startswith("text/event-stream")
+
+
 def _read_text(answer: RawAnswer) -> str:
     """Head and body; a stream's pieces put together, for it comes letter by letter."""
-    body = answer.body.decode("utf-8", "replace")
-    text = f"{dict(answer.headers)} {body}"
-    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+    text = f"{dict(answer.headers)} {answer.body.decode('utf-8', 'replace')}"
+    if not _is_stream(answer):
         return text
-    lines = (line.removeprefix("data: ") for line in body.split("\n"))
-    events = [json.loads(line) for line in lines if line.startswith('{"')]
-    choices = (one for event in events for one in event.get("choices", ()))
-    return text + "".join(map(_read_piece, choices))
+    return text + "".join(piece for event in _read_events(answer) for piece in _read_pieces(event))
 
 
-def _read_piece(choice: dict[str, Any]) -> str:
-    delta = choice.get("delta") or {}
-    return str(choice.get("text") or delta.get("content") or "")
+def _read_data(answer: RawAnswer) -> list[str]:
+    lines = answer.body.decode("utf-8", "replace").split("\n")
+    return [line.removeprefix("data: ").strip() for line in lines]
+
+
+def _read_events(answer: RawAnswer) -> list[dict[str, Any]]:
+    return [json.loads(data) for data in _read_data(answer) if data.startswith('{"')]
+
+
+def _read_pieces(event: dict[str, Any]) -> Iterator[str]:
+    """What was said in an event, in the shape of each route that streams."""
+    said = event.get("delta")
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, dict):
+        yield str(said.get("text") or said.get("thinking") or said.get("partial_json") or "")
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        yield str(choice.get("text") or delta.get("content") or "")

@@ -28,7 +28,7 @@ _SETTLE_S = 180.0
 _CALL_S = 120.0
 _READY_S = 240.0
 _POLL_S = 0.1
-_PROMPT = re.compile(rb"#\d{6}#")
+_PROMPT = re.compile(rb"#\d{6,}#")
 _CRASHES = (b'"request_crashed"', b'"connection_crashed"', b"Traceback (most recent call last)")
 _COUNTED = ("gateway_breaker_trips_total", "gateway_engine_failures_total", "gateway_warmups_total")
 

@@ -36,6 +36,7 @@ _CALL_TIMEOUT_S = 180.0
 _OURS = ("gateway", "launcher")
 _MOST_MB_AN_HOUR = 8.0
 _MOST_AN_HOUR = 4.0  # files, sockets, threads, tasks
+_FEWEST_JUDGED = 30  # minutes; an interval over fewer says too little of hours
 _OUTCOMES = ("good", "lost to a fault", "failed", "wrong")
 
 
@@ -60,8 +61,6 @@ async def run_load(
         soak = Soak(arguments, session)
         await soak.run(pairs)
     slices = [*earlier, build_slice(soak)]
-    slopes = fit_slopes(slices)
-    soak.problems += find_growing(slopes)
     print("\n".join(describe_soak(soak, slices)))
     if arguments.slices:
         write_slices(slices, Path(arguments.slices))
@@ -73,7 +72,7 @@ async def run_load(
         figures = tuple(build_figures(soak, slices))
         record = RunRecord(arguments.name, figures=figures, about=about, **facts)
         write_record(record, Path(arguments.record))
-    return 1 if soak.problems else 0
+    return 1 if find_problems(slices) else 0
 
 
 def build_slice(soak: Soak) -> SoakSlice:
@@ -90,12 +89,21 @@ def build_slice(soak: Soak) -> SoakSlice:
     )
 
 
+def find_problems(slices: Sequence[SoakSlice]) -> list[str]:
+    """What did not hold in any slice, the earlier ones named, and what grows over all of them. Only
+    the former is kept with the slices: growth is judged anew with each that is added.
+    """
+    *earlier, own = slices
+    problems = [f"{one.date}: {problem}" for one in earlier for problem in one.problems]
+    return [*problems, *own.problems, *find_growing(fit_slopes(slices))]
+
+
 def find_growing(slopes: Mapping[str, Slope]) -> Iterator[str]:
-    """What surely grows, and by more than a service of weeks can bear."""
+    """What surely grows, and by more than a service of weeks can bear; not over few minutes."""
     for measure, slope in slopes.items():
         program, _, what = measure.partition(": ")
         most = _MOST_MB_AN_HOUR if what == "memory_mb" else _MOST_AN_HOUR
-        if program in _OURS and slope.low > most:
+        if program in _OURS and slope.points >= _FEWEST_JUDGED and slope.low > most:
             yield f"{measure} grows by {slope.value:.1f} an hour, surely by {slope.low:.1f}"
 
 
@@ -108,7 +116,7 @@ def build_figures(soak: Soak, slices: Sequence[SoakSlice]) -> list[RecordFigure]
         RecordFigure("failed without a fault", count(slices, "failed")),
         RecordFigure("lost to a fault", count(slices, "lost to a fault")),
         RecordFigure("callers who hung up", sum(one.hung_up for one in slices)),
-        RecordFigure("sums that did not add up", sum(len(one.problems) for one in slices)),
+        RecordFigure("sums that did not add up", len(find_problems(slices))),
     ]
     if growth is not None:
         last = soak.samples[-1]
@@ -122,7 +130,9 @@ def build_figures(soak: Soak, slices: Sequence[SoakSlice]) -> list[RecordFigure]
         values = (round(one, 2) for one in (slope.value, slope.low, slope.high))
         name = f"growth of {measure.replace('memory_mb', 'memory')}"
         value, low, high = values
-        figures.append(RecordFigure(name, value, unit, low, high, f"{slope.points} minutes"))
+        note = f"{slope.points} minutes"
+        note += ", too few to judge" if slope.points < _FEWEST_JUDGED else ""
+        figures.append(RecordFigure(name, value, unit, low, high, note))
     recoveries: defaultdict[str, list[float]] = defaultdict(list)
     for name, took_s in (one for part in slices for one in part.recoveries):
         recoveries[name].append(took_s)
@@ -160,8 +170,9 @@ def describe_soak(soak: Soak, slices: Sequence[SoakSlice]) -> list[str]:
         about = "" if one.low is None else f"  ({one.low:g} to {one.high:g}, {one.note})"
         lines.append(f"{one.name:32}{one.value:>12g} {one.unit}{about}")
     lines += [f"  {example}" for example in soak.tally.examples]
-    lines += [f"NOT HELD  {problem}" for problem in soak.problems]
-    return [*lines, f"{len(soak.problems)} did not hold" if soak.problems else "all held"]
+    problems = find_problems(slices)
+    lines += [f"NOT HELD  {problem}" for problem in problems]
+    return [*lines, f"{len(problems)} did not hold" if problems else "all held"]
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -27,7 +27,7 @@ class EngineProtocol(asyncio.Protocol):
     Raw, so that it costs next to nothing.
     """
 
-    lost: ClassVar[set[int]] = set()
+    lost: ClassVar[set[tuple[bytes, bool, int]]] = set()  # path, whether a stream, number
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -52,8 +52,7 @@ class EngineProtocol(asyncio.Protocol):
             self._answer(head, body)
 
     def _answer(self, head: bytes, body: bytes) -> None:
-        if LOSE in body and (number := find_number(body)) not in self.lost:
-            self.lost.add(number)
+        if LOSE in body and self._is_first_try(head, body):
             self._transport.abort()
         elif HOLD in body and b'"stream":true' not in body:
             pass
@@ -76,6 +75,13 @@ class EngineProtocol(asyncio.Protocol):
             text += b'{"role":"assistant","content":"number-%d."},"finish_reason":"stop"}],'
             text += b'"usage":{"prompt_tokens":9,"completion_tokens":9,"total_tokens":18}}'
             self._transport.write(_whole(text % find_number(body)))
+
+    def _is_first_try(self, head: bytes, body: bytes) -> bool:
+        """Each number is asked for in several ways, and its first try is lost in each."""
+        tried = (head.split(b" ", 2)[1], b'"stream":true' in body, find_number(body))
+        is_first = tried not in self.lost
+        self.lost.add(tried)
+        return is_first
 
     async def _stream(self, number: int, pause_s: float) -> None:
         self._transport.write(

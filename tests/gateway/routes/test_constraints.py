@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.admission.keys import make_key
-from gateway.schemas.openai import parse_openai_request
+from gateway.schemas.openai import parse_large_openai_request, parse_openai_request
 from tests.gateway.conftest import Serve, Served, make_settings
 
 ORDINARY_REGEXES = [
@@ -240,6 +240,31 @@ def test_number_of_more_than_64_bits_reaches_the_engine_as_one_that_it_can_hand_
 
     assert number.encode() not in call.body
     assert repr(float(number)).encode() in call.body
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": %s}}}',
+        '"vllm_xargs": {"a": %s}',
+        '"repetition_detection": %s',
+    ],
+)
+async def test_number_of_more_than_64_bits_in_a_large_body_reaches_the_engine_so_as_well(
+    field: str,
+) -> None:
+    number = "99999999999999999999999"
+    text = "a" * 200_000
+    body = f'{{"model": "fake", "user": "{text}", "messages": [], {field % number}}}'
+
+    async def find_context(_model: object) -> None: ...
+
+    call = await parse_large_openai_request(
+        "/v1/chat/completions", body.encode(), make_settings(), find_context
+    )
+    assert number.encode() not in call.body
+    assert repr(float(number)).encode() in call.body
+    assert text.encode() in call.body
 
 
 def test_numbers_that_any_engine_takes_leave_the_body_as_it_is() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,14 +14,34 @@ from lab.bench.relay.stand_in_engine import EngineProtocol, find_number
 from lab.reports.console import ProgressLine
 
 
-async def ask(layout: str, answers: int) -> None:
+@contextlib.asynccontextmanager
+async def serve_engine() -> AsyncIterator[int]:
+    EngineProtocol.lost.clear()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(EngineProtocol, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
     try:
-        await numbered.run_layout(layout, port, answers, ProgressLine())
+        yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+
+
+async def ask(layout: str, answers: int) -> None:
+    async with serve_engine() as port:
+        await numbered.run_layout(layout, port, answers, ProgressLine())
+
+
+async def try_number(port: int, path: bytes, is_stream: bool) -> bytes:
+    """The first line of the answer to a call that is lost once, or nothing."""
+    body = b'{"prompt":["lose number-7."]%s}' % (b',"stream":true' if is_stream else b"")
+    head = b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (path, len(body))
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head + body)
+        return (await reader.readline()).strip()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
 
 
 @pytest.mark.parametrize("layout", ["chat", "stream"])
@@ -38,6 +60,15 @@ async def test_one_answer_that_is_anothers_is_found(
         await ask(layout, 100)
     assert found.value.subgroup(MixedUp) is not None
     assert "50" in str(found.value.exceptions[0])
+
+
+async def test_first_try_is_lost_of_each_way_to_ask() -> None:
+    ways = [(b"/v1/chat/completions", False), (b"/v1/chat/completions", True)]
+    ways.append((b"/v1/completions", False))
+    async with serve_engine() as port:
+        tries = [await try_number(port, *way) for way in (*ways, *ways)]
+
+    assert tries == [b"", b"", b"", *[b"HTTP/1.1 200 OK"] * 3]
 
 
 @pytest.mark.programs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,7 @@ def test_answer_that_the_request_calls_for_is_no_finding(answer: RawAnswer) -> N
         (_answer(429, _error("overloaded")), "no Retry-After"),
         (_answer(200, {"response": mark(8)}), "another's number"),
         (_answer(400, _error(message=mark(123456))), "another's number"),
+        (_answer(400, _error(message=mark(1_234_567))), "another's number"),
         (_answer(400, {"detail": "no"}), "no envelope"),
         (_answer(400, {"error": "no"}), "no envelope"),
         (_answer(400, _error(), content_type="text/html"), "no envelope"),
@@ -79,12 +81,84 @@ def test_good_request_must_be_served_with_its_number() -> None:
     assert list(check_answer(SERVED, _answer(400, _error()))) == ["a good request was refused"]
 
 
-def test_number_that_comes_in_pieces_of_a_stream_is_read_together() -> None:
-    events = [{"choices": [{"delta": {"content": letter}}]} for letter in mark(8)]
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
-    answer = RawAnswer(200, JSON | {"content-type": "text/event-stream"}, body, True)
+def _say(text: str) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}}]}
 
-    assert list(check_answer(CASE, answer)) == ["another's number"]
+
+def _say_response(text: str) -> dict[str, Any]:
+    return {"type": "response.output_text.delta", "delta": text}
+
+
+def _say_message(text: str) -> dict[str, Any]:
+    return {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}}
+
+
+def _stream(*events: dict[str, Any] | str) -> RawAnswer:
+    texts = (event if isinstance(event, str) else json.dumps(event) for event in events)
+    body = "".join(f"data: {text}\n\n" for text in texts).encode()
+    return RawAnswer(200, JSON | {"content-type": "text/event-stream"}, body, True)
+
+
+COMPLETED = {"type": "response.completed", "response": {"error": None}}
+INCOMPLETE = {"type": "response.incomplete", "response": {"error": None}}
+FAILED = {"type": "response.failed", "response": {"error": {"code": "server_error"}}}
+STOPPED = {"type": "message_stop"}
+
+
+@pytest.mark.parametrize(
+    ("say", "end"), [(_say, "[DONE]"), (_say_response, COMPLETED), (_say_message, STOPPED)]
+)
+def test_number_that_comes_in_pieces_of_a_stream_is_read_together(say: Any, end: Any) -> None:
+    assert list(check_answer(SERVED, _stream(*map(say, mark(7)), end))) == []
+    assert list(check_answer(CASE, _stream(*map(say, mark(8)), end))) == ["another's number"]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        (_say("a"), "[DONE]"),
+        (_say_response("a"), COMPLETED),
+        (_say_response("a"), INCOMPLETE),
+        (_say_response("a"), COMPLETED, "[DONE]"),
+        (_say_message("a"), STOPPED),
+        (_say("a"), _error("internal_error"), "[DONE]"),
+        (_say_response("a"), FAILED),
+        (_say_message("a"), {"type": "error", **_error("internal_error")}),
+    ],
+)
+def test_stream_with_its_end_is_whole(events: tuple[Any, ...]) -> None:
+    assert list(check_answer(CASE, _stream(*events))) == []
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        (),
+        (_say("a"),),
+        (_say_response("a"), "[DONE]"),
+        (_say_response("a"),),
+        (_say_message("a"),),
+        (_say_message("a"), {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}),
+    ],
+)
+def test_stream_without_its_end_is_named(events: tuple[Any, ...]) -> None:
+    assert list(check_answer(CASE, _stream(*events))) == ["a stream without its end"]
+    torn = replace(CASE, outcome="torn")
+    assert list(check_answer(torn, _stream(*events))) == []
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        (_say(mark(7)), _error("internal_error"), "[DONE]"),
+        (_say(mark(7)), {"error": {"message": "boom", "source": "engine"}}, "[DONE]"),
+        (_say_response(mark(7)), FAILED),
+        (_say_response(mark(7)), {"type": "error", "message": "boom"}),
+        (_say_message(mark(7)), {"type": "error", **_error("internal_error")}),
+    ],
+)
+def test_error_in_the_stream_of_a_good_request_is_named(events: tuple[Any, ...]) -> None:
+    assert list(check_answer(SERVED, _stream(*events))) == ["a good request was refused"]
 
 
 def test_failures_of_an_engine_are_counted_alike_whatever_numbers_are_in_them() -> None:

@@ -12,7 +12,9 @@ import pytest
 from aiohttp import web
 
 from lab.__main__ import run_command
+from lab.intervals import Point
 from lab.load import run_load
+from lab.load.soak_slices import SoakSlice, read_slices, write_slices
 from tests.fake_engine import serve_app
 from tests.gateway.conftest import serve_gateway
 
@@ -90,6 +92,30 @@ async def test_second_slice_counts_with_the_first(questions: Path, tmp_path: Pat
     assert requests[1] > 1.2 * requests[0]
     assert hours[1] >= hours[0] + 1
     assert "in 2 slices" in written["about"]
+
+
+async def test_slice_after_one_that_did_not_hold_does_not_hold_either(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, slices = tmp_path / "soak.json", tmp_path / "slices.json"
+    growing: list[Point] = [(60.0 * minute, 10.0 * minute) for minute in range(60)]
+    earlier = SoakSlice(
+        *("yesterday", "abc", 3600, {"chat: wrong": 7}, 0, [], ["7 requests wrong"]),
+        lives={"gateway: memory_mb": [growing]},
+    )
+    write_slices([earlier], slices)
+    options = ("--slices", str(slices), "--record", str(record))
+    async with serve_gateway() as served:
+        assert await soak(served.url, questions, *options) == 1
+
+    out = capsys.readouterr().out
+    assert "NOT HELD  yesterday: 7 requests wrong" in out
+    assert "NOT HELD  gateway: memory_mb grows by" in out
+    assert "2 did not hold" in out
+    assert "all held" not in out
+    figures = {row["name"]: row["value"] for row in json.loads(record.read_text())["figures"]}
+    assert figures["sums that did not add up"] == 2
+    assert [one.problems for one in read_slices(slices)] == [["7 requests wrong"], []]
 
 
 async def test_soak_of_a_gateway_with_keys_brings_one_and_does_not_write_it_down(

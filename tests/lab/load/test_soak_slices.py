@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lab.failures import BadFile
-from lab.intervals import Point, fit_slope
+from lab.intervals import Point, Slope, fit_slope
 from lab.load.run_load import find_growing
 from lab.load.soak_slices import Samples, SoakSlice, fit_slopes, read_slices, write_slices
+
+TRIES = 1000
 
 
 def sample_life(samples: Samples, *, pid: int, mb_an_hour: float, level: float) -> None:
@@ -56,15 +59,48 @@ def test_first_minutes_and_short_lives_tell_nothing() -> None:
 
 
 def test_growth_of_what_is_not_ours_is_told_and_not_judged() -> None:
-    line: list[Point] = [(hour, 100 * hour) for hour in range(5)]
+    line: list[Point] = [(hour, 100 * hour) for hour in range(40)]
     slope = fit_slope([line])
     assert slope is not None
     assert slope.value == pytest.approx(100)
-    assert slope.points == 5
+    assert slope.points == 40
 
     assert list(find_growing({"engine: memory_mb": slope, "core: files": slope})) == []
     assert len(list(find_growing({"launcher: files": slope}))) == 1
     assert fit_slope([line[:2]]) is None
+
+
+def test_growth_in_few_minutes_is_not_judged() -> None:
+    growing = Slope(90.0, 80.0, 100.0, points=29)
+
+    assert list(find_growing({"gateway: memory_mb": growing})) == []
+    assert len(list(find_growing({"gateway: memory_mb": replace(growing, points=30)}))) == 1
+
+
+def draw_line(chance: random.Random, points: int, likeness: float) -> list[Point]:
+    """A level one, each point of it like the one before."""
+    rest = chance.gauss(0, 1) / (1 - likeness**2) ** 0.5
+    line: list[Point] = []
+    for when in range(points):
+        line.append((when, rest))
+        rest = likeness * rest + chance.gauss(0, 1)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("lines", "points", "likeness"), [(60, 5, 0.8), (12, 5, 0.5), (24, 58, 0.95), (60, 5, 0.0)]
+)
+def test_interval_of_short_lines_holds_the_truth_about_as_often_as_it_says(
+    lines: int, points: int, likeness: float
+) -> None:
+    chance = random.Random(7)
+    held = 0
+    for _ in range(TRIES):
+        slope = fit_slope([draw_line(chance, points, likeness) for _ in range(lines)])
+        assert slope is not None
+        held += slope.low <= 0 <= slope.high
+
+    assert held >= 0.9 * TRIES
 
 
 def test_slices_come_back_as_they_were_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ faster (`tests/test_patterns.py`).
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Iterable
@@ -71,8 +72,14 @@ _CORE_DEAD = re.compile(
 _ACTOR_DIED = re.compile(r"The actor died unexpectedly before finishing this task")
 _ACTOR_FACT = re.compile(r"(?P<name>class_name|actor_id|pid|name|namespace|ip): (?P<value>\S++)")
 _CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P<signal>SIG\w+)$")
+# What a core says of its workers; the same words in a prompt that is logged say nothing.
+_EXECUTOR = re.compile(
+    r"^(?:\(\w++[^)]{0,200}+\) )?+ERROR \d\d-\d\d [\d:]{1,20}+ "
+    r"\[(?:[\w.]{1,99}+/){0,9}+multiproc_executor\.py:\d{1,9}+\] "
+)
+_EXECUTOR_NAME = "vllm.v1.executor.multiproc_executor"  # in a log of objects
 _WORKER_KILLED = re.compile(
-    r"Worker proc (?P<name>[\w-]{1,99}+) died unexpectedly \(exit code: -(?P<number>\d{1,2})\)"
+    r"^Worker proc (?P<name>[\w-]{1,99}+) died unexpectedly \(exit code: -(?P<number>\d{1,2})\)"
 )
 _SIGNAL_MEANS = {
     "SIGILL": (
@@ -190,12 +197,28 @@ def find_killed(line: str) -> Killed | None:
     """The server's own child, by the word of `parent_death.py`; its core's, by that of vLLM."""
     if child := _CHILD_KILLED.match(line):
         return Killed(child["signal"], int(child["pid"]))
-    worker = _WORKER_KILLED.search(line)
+    worker = _WORKER_KILLED.match(_read_executor(line))
     if worker is None:
         return None
     number = int(worker["number"])
     known = number in set(signal.Signals)
     return Killed(signal.Signals(number).name if known else f"signal {number}", name=worker["name"])
+
+
+def _read_executor(line: str) -> str:
+    """What an error says that the executor itself tells of, in either of vLLM's formats."""
+    if "Worker proc " not in line:
+        return ""
+    if not line.startswith("{"):
+        bare = clean(line)
+        place = _EXECUTOR.match(bare)
+        return bare[place.end() :] if place else ""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    is_its = (row.get("levelname"), row.get("name")) == ("ERROR", _EXECUTOR_NAME)
+    return str(row.get("message", "")) if is_its else ""
 
 
 @dataclass(frozen=True)

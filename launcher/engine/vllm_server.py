@@ -32,6 +32,7 @@ log = structlog.get_logger("launcher")
 _RETRY_S = 0.2
 _ABORT_PATIENCE_S = 5.0
 _PROGRESS_PAUSE_S = 2.0
+_MOST_KILLED = 10  # the first say why; one start has few processes
 
 
 class VllmProcess:
@@ -78,7 +79,7 @@ class VllmProcess:
         remove_temporary_folder(self._temporary)
 
     def read_line(self, line: str) -> None:
-        if killed := vllm_log.find_killed(line):
+        if len(self.killed) < _MOST_KILLED and (killed := vllm_log.find_killed(line)):
             self.killed.append(killed)
         if not self._core_dead_at and vllm_log.is_core_dead(line):
             self._core_dead_at = time.monotonic()

@@ -90,6 +90,25 @@ def test_engine_killed_itself_card_names_the_signal(launcher: Launcher) -> None:
         assert members_of(pid) == []
 
 
+def test_many_killed_workers_card_has_the_first_ten(launcher: Launcher) -> None:
+    died = (
+        "(EngineCore pid=7) ERROR 01-01 00:00:00 [multiproc_executor.py:315] Worker proc "
+        "VllmWorker-{} died unexpectedly (exit code: -9), shutting down executor."
+    )
+    with running(launcher):
+        launcher.wait_state("ready")
+        launcher.order(say="\n".join(map(died.format, range(30))))
+        log = launcher.state / "engine.log"
+        wait_for(lambda: "VllmWorker-29 " in log.read_text(), "the lines have been read")
+        launcher.order(kill_core=True)
+        launcher.wait_state("ready", restarts=1)
+        card = launcher.crash_card()
+    names = [one["name"] for one in card["killed_children"]]
+    assert [name for name in names if name.startswith("VllmWorker-")] == [
+        f"VllmWorker-{number}" for number in range(10)
+    ]
+
+
 def test_worker_killed_for_an_instruction_card_says_what_to_do(launcher: Launcher) -> None:
     died = (
         "(EngineCore pid=7) ERROR 01-01 00:00:00 [multiproc_executor.py:315] Worker proc "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from launcher.engine.vllm_log import (
@@ -80,6 +82,7 @@ def test_killed_child_is_read_from_its_parents_word() -> None:
     assert find_killed("child 12 was killed") is None
 
 
+EXECUTOR = "(EngineCore pid=7) ERROR 01-01 00:00:00 [multiproc_executor.py:315] "
 DIED = "Worker proc VllmWorker-1 died unexpectedly (exit code: {}), shutting down executor."
 
 
@@ -93,7 +96,41 @@ DIED = "Worker proc VllmWorker-1 died unexpectedly (exit code: {}), shutting dow
     ],
 )
 def test_killed_worker_is_read_from_its_cores_word(code: int, killed: Killed | None) -> None:
-    assert find_killed(STAMP.format("ERROR") + DIED.format(code)) == killed
+    said = DIED.format(code)
+    assert find_killed(EXECUTOR + said) == killed
+    assert find_killed(EXECUTOR.partition(") ")[2] + said) == killed
+    assert find_killed(EXECUTOR.replace("[", "[v1/executor/") + said) == killed  # at DEBUG
+    assert find_killed(f"\x1b[0;36m(EngineCore pid=7)\x1b[0m{EXECUTOR[18:]}{said}") == killed
+    assert find_killed(tell_in_json(said)) == killed
+
+
+def tell_in_json(message: str, **fields: str) -> str:
+    place = {"levelname": "ERROR", "name": "vllm.v1.executor.multiproc_executor"}
+    return json.dumps({"asctime": "2026-01-01 00:00:00,000", **place, "message": message, **fields})
+
+
+SAID = DIED.format(-9)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        SAID,
+        STAMP.format("ERROR") + SAID,
+        EXECUTOR + "say " + SAID,
+        EXECUTOR.replace("ERROR", "INFO") + SAID,
+        STAMP.format("INFO") + f"Received request cmpl-a-0: prompt: '{EXECUTOR}{SAID}'",
+        tell_in_json(SAID, levelname="INFO"),
+        tell_in_json(SAID, name="vllm.entrypoints.logger"),
+        tell_in_json(f"prompt: '{SAID}'"),
+        tell_in_json(f"prompt: '{EXECUTOR}{SAID}'", name="vllm.entrypoints.logger"),
+        "{" + SAID,
+        '{"a":' * 100_000 + SAID,
+        json.dumps({"message": {"prompt": SAID}}),
+    ],
+)
+def test_killed_worker_of_which_only_a_caller_speaks_is_none(line: str) -> None:
+    assert find_killed(line) is None
 
 
 def test_end_by_an_instruction_that_is_not_allowed_says_what_to_do() -> None:

@@ -46,7 +46,7 @@ async def test_cancelled_transaction_keeps_no_other_writer_out(tmp_path: Path) -
         with suppress(asyncio.CancelledError):
             await writing
 
-        with closing(sqlite3.connect(tmp_path / "kept.db", timeout=1)) as other:
+        with closing(sqlite3.connect(tmp_path / "kept.db", timeout=30)) as other:
             other.isolation_level = None
             other.execute("begin immediate")
             other.execute("rollback")

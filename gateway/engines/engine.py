@@ -205,9 +205,9 @@ class Engine:
         except OutOfFiles:
             return self.state is not EngineState.DOWN  # nobody could ask: all stays as it was
         except (EngineError, TimeoutError) as error:
-            self.ailment = str(error) or "no answer in time"
+            self.ailment = f"it does not answer GET /health: {error or 'no answer in time'}"
             return False
-        self.ailment = f"it answered {status}"
+        self.ailment = f"GET /health is answered with {status}"
         return status == 200
 
     async def read_model_cards(self) -> list[ModelCard]:

@@ -85,10 +85,9 @@ class Warmup:
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.is_healthy():
-            reason = f"it does not answer GET /health: {engine.ailment}"
             if engine.state is not EngineState.DOWN:
-                log.warning("engine_lost", engine=engine.url, reason=reason)
-            await self._pool.set_state(engine, EngineState.DOWN, reason)
+                log.warning("engine_lost", engine=engine.url, reason=engine.ailment)
+            await self._pool.set_state(engine, EngineState.DOWN, engine.ailment)
         elif engine.state is not EngineState.READY:
             await self._warm(engine)
         elif engine.suspect.is_set():

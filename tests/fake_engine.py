@@ -62,6 +62,7 @@ class Behaviour:
     cuts_connection: bool = False
     drops_last_choice: bool = False
     stream_cut_after: int | None = None
+    cuts: Callable[[str], bool] = lambda question: True  # which streams that is for
     stream_gap_s: float = 0.0
     before_event: Callable[[int], Awaitable[None]] | None = None  # of a response's stream
     knows_stream_interval: bool = True
@@ -326,7 +327,7 @@ async def _stream(request: web.Request, call: dict[str, Any], question: str) -> 
             await response.write(b"data: " + orjson.dumps({"error": error}) + b"\n\n")
             text = ""
         for number, part in enumerate(_cut_text(text, call.get("stream_interval") or 1)):
-            if number == behaviour.stream_cut_after:
+            if number == behaviour.stream_cut_after and behaviour.cuts(question):
                 assert request.transport is not None
                 request.transport.abort()
                 return response
@@ -374,7 +375,7 @@ async def _stream_sequences(
         parts = [text[:1], text[1:]] if behaviour.knows_stream_interval else list(text)
         async with _working(behaviour, 1):
             await _run_sequence(behaviour, question)
-        if ended == behaviour.stream_cut_after:
+        if ended == behaviour.stream_cut_after and behaviour.cuts(question):
             assert request.transport is not None
             request.transport.abort()
             return
@@ -395,6 +396,10 @@ async def _stream_sequences(
     async with asyncio.TaskGroup() as group:
         for index, question in enumerate(questions):
             group.create_task(run(index, question))
+    if ended == behaviour.stream_cut_after and any(map(behaviour.cuts, questions)):
+        if request.transport is not None:
+            request.transport.abort()
+        return response
     usage = {"prompt_tokens": sum(map(len, call["prompt"])), "completion_tokens": 2 * ended}
     event = {"choices": [], "usage": usage}
     await response.write(b"data: " + orjson.dumps(event) + b"\n\ndata: [DONE]\n\n")

@@ -250,9 +250,9 @@ class Attempt:
             # One that takes too long may be as long as it was asked to be.
             is_broken = isinstance(error, EngineError) and not isinstance(error, EngineTimeout)
             if is_broken or answer.is_at_fault:
-                engine.note_error()
+                engine.note_error(is_stream=True)
             elif error is None and answer.is_at_fault is None:
-                engine.note_success()
+                engine.note_success(is_stream=True)
             answer.close()
         if self._span is not None:
             self._span.close(self._name_end(error))

@@ -76,6 +76,7 @@ class Engine:
         self._busy_until = 0.0
         self._failures = 0  # in a row: connections lost or refused
         self._errors = 0  # in a row: answers that were errors of its own, or came too late
+        self._broken_streams = 0  # with no stream between them that came to its end
         self._was_silent = False
         self._goes_on = False  # while it is suspect
         self._connector = connector
@@ -107,7 +108,19 @@ class Engine:
     @property
     def is_on_trial(self) -> bool:
         """So many errors in a row that a question of ours has to tell whose fault they are."""
-        return self._errors >= self._settings.breaker_failures
+        return max(self._errors, self._broken_streams) >= self._settings.breaker_failures
+
+    @property
+    def has_broken_streams(self) -> bool:
+        """Then a whole answer does not clear it."""
+        return self._broken_streams > 0
+
+    @property
+    def is_avoided(self) -> bool:
+        """Just seen breaking a stream, and not looked at since. One that breaks all of them is
+        idle: by its load alone it would draw whatever comes.
+        """
+        return self._broken_streams > 0 and self.suspect.is_set()
 
     @property
     def breaker_left_s(self) -> float:
@@ -138,7 +151,7 @@ class Engine:
         if self.state is EngineState.READY and state is not EngineState.READY:
             self.down_since = now
         elif self.state is not EngineState.READY and state is EngineState.READY:
-            self.note_success()  # it has just answered its warm-up
+            self.note_success(is_stream=True)  # it has just answered its warm-up
             self.breaker_open_until = 0.0
             self.starts += 1
             took_s = now - self.down_since
@@ -151,9 +164,12 @@ class Engine:
     def note_busy(self) -> None:
         self._busy_until = time.monotonic() + _BUSY_S
 
-    def note_success(self) -> None:
+    def note_success(self, *, is_stream: bool = False) -> None:
+        """A whole answer does not tell that streams come to their end."""
         self._failures = self._errors = 0
         self._was_silent = False
+        if is_stream:
+            self._broken_streams = 0
 
     def note_failure(self) -> None:
         """It lost a call or did not take it, which no request brings about: it is left out until it
@@ -166,13 +182,14 @@ class Engine:
         if self._failures >= self._settings.breaker_failures:
             self._open_breaker()
 
-    def note_error(self, *, is_silent: bool = False) -> None:
+    def note_error(self, *, is_silent: bool = False, is_stream: bool = False) -> None:
         """It answered with an error of its own, not in time, or not to a stream's end, and each may
         be the request's doing: vLLM says 500 to some that it cannot take, and breaks streams off at
         others. It is looked at, but others are still sent to it, or one caller could keep them all
         waiting.
         """
         self._errors += 1
+        self._broken_streams += is_stream
         self._was_silent |= is_silent
         self._metrics.engine_errors.labels(self.url).inc()
         if not self.suspect.is_set():
@@ -187,7 +204,8 @@ class Engine:
             self._metrics.engine_failures.labels(self.url).inc()
             self._open_breaker()
         else:
-            self._errors, self._was_silent = 0, False
+            self._errors = self._broken_streams = 0
+            self._was_silent = False
 
     def _open_breaker(self) -> None:
         """It is left alone for a while; then the first request is the test, and if that fails
@@ -205,9 +223,9 @@ class Engine:
         except OutOfFiles:
             return self.state is not EngineState.DOWN  # nobody could ask: all stays as it was
         except (EngineError, TimeoutError) as error:
-            self.ailment = str(error) or "no answer in time"
+            self.ailment = f"it does not answer GET /health: {error or 'no answer in time'}"
             return False
-        self.ailment = f"it answered {status}"
+        self.ailment = f"GET /health is answered with {status}"
         return status == 200
 
     async def read_model_cards(self) -> list[ModelCard]:

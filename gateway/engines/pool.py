@@ -246,11 +246,12 @@ class ModelPool:
     def _choose(self, affinity: str, avoid: Engine | None) -> Engine:
         ready = self._list_ready()
         best = _find_best(ready, affinity)
-        if best.is_usable and not best.is_busy and best is not avoid:
+        if best.is_usable and not (best.is_busy or best.is_avoided) and best is not avoid:
             return best
         ready = [engine for engine in ready if engine.is_usable]
         # An engine that said it is busy is asked again only when all say so.
         ready = [engine for engine in ready if not engine.is_busy] or ready
+        ready = [engine for engine in ready if not engine.is_avoided] or ready
         ready = [engine for engine in ready if engine is not avoid] or ready
         return _find_best(ready, affinity)
 

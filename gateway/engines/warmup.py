@@ -35,10 +35,18 @@ from gateway.observability.request_record import RequestRecord
 from gateway.prompts.builders import PromptBuilders
 from gateway.request_context import RequestContext
 from gateway.schemas.predict import default_sampling
+from gateway.schemas.vllm import (
+    CompletionStream,
+    Prompt,
+    Sampling,
+    build_completion_call,
+    parse_completion_answer,
+)
 from gateway.schemas.warmup import WARMUP_ROUTES, build_warmup_call, parse_warmup_answer
 
 log = structlog.get_logger("gateway")
 _SHORTEST_PAUSE_S = 0.02
+_STREAMED_TOKENS = 2  # a stream has a first event and a second one
 
 
 class Warmup:
@@ -85,10 +93,9 @@ class Warmup:
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.is_healthy():
-            reason = f"it does not answer GET /health: {engine.ailment}"
             if engine.state is not EngineState.DOWN:
-                log.warning("engine_lost", engine=engine.url, reason=reason)
-            await self._pool.set_state(engine, EngineState.DOWN, reason)
+                log.warning("engine_lost", engine=engine.url, reason=engine.ailment)
+            await self._pool.set_state(engine, EngineState.DOWN, engine.ailment)
         elif engine.state is not EngineState.READY:
             await self._warm(engine)
         elif engine.suspect.is_set():
@@ -126,11 +133,15 @@ class Warmup:
         await self._pool.set_state(engine, EngineState.READY)
 
     async def _try(self, engine: Engine) -> None:
-        """A question of our own tells whether the engine is at fault or those who asked it."""
+        """A question of our own tells whether the engine is at fault or those who asked it; where
+        streams broke off, a second one that is answered as a stream.
+        """
         has_failed: bool | None = False
         try:
             async with asyncio.timeout(self._settings.probe_timeout_s):
                 await self._ask(engine, n_prompts=1, max_tokens=1)
+                if engine.has_broken_streams and not engine.pools_at:
+                    await self._read_stream(engine)
         except (TimeoutError, EngineTimeout, Unavailable):
             has_failed = None
         except GatewayError as error:
@@ -172,8 +183,32 @@ class Warmup:
             code="no_route",
         )
 
-    async def _generate(self, engine: Engine, questions: list[str], max_tokens: int) -> int:
-        builder = self._prompts.find(engine.card.name if engine.card else "")
+    async def _read_stream(self, engine: Engine) -> None:
+        """To its end, or it is the engine that breaks them off."""
+        prompts, sampling = await self._build(engine, self._questions[:1], _STREAMED_TOKENS)
+        call = EngineCall(
+            _make_context(),
+            "POST",
+            "/v1/completions",
+            tries_left=1,
+            body=build_completion_call(_name_model(engine), prompts, sampling, is_stream=True),
+            is_stream=True,
+            engine=engine,
+            parse=partial(parse_completion_answer, n_prompts=1),
+        )
+        with contextlib.suppress(InvalidRequest):  # no streams for this question: none is broken
+            async with self._pool.attempt(call) as answer:
+                stream, has_ended = CompletionStream(1), answer.body is not None
+                while answer.body is None and (chunk := await answer.read_chunk()):
+                    for _sequence in stream.read(chunk):
+                        has_ended = True
+                if not has_ended:
+                    raise EngineError("its stream ended too early", code="engine_garbled")
+
+    async def _build(
+        self, engine: Engine, questions: list[str], max_tokens: int
+    ) -> tuple[list[Prompt], Sampling]:
+        builder = self._prompts.find(_name_model(engine))
         prompts = await builder.build(questions, None, engine.max_model_len)
         good = [prompt for prompt in prompts if not isinstance(prompt, GatewayError)]
         if not good:
@@ -182,11 +217,12 @@ class Warmup:
             # A model with a short context still warms up; asked for more than it has, it refuses.
             max_tokens = min(max_tokens, engine.max_model_len - 1)
         sampling = replace(default_sampling(self._settings), max_tokens=max_tokens)
+        return good, builder.complete(sampling)
+
+    async def _generate(self, engine: Engine, questions: list[str], max_tokens: int) -> int:
+        prompts, sampling = await self._build(engine, questions, max_tokens)
         completion = await self._generator.generate(
-            good,
-            builder.complete(sampling),
-            _make_context(),
-            engine=engine,
+            prompts, sampling, _make_context(), engine=engine
         )
         for answer in completion.answers:
             if isinstance(answer, GatewayError):
@@ -195,9 +231,13 @@ class Warmup:
         return completion.completion_tokens
 
 
+def _name_model(engine: Engine) -> str:
+    return engine.card.name if engine.card else ""
+
+
 def _build_call(engine: Engine, path: str, texts: list[str]) -> EngineCall:
     context = _make_context()
-    body, kind = build_warmup_call(path, engine.card.name if engine.card else "", texts)
+    body, kind = build_warmup_call(path, _name_model(engine), texts)
     context.carried = {"Content-Type": kind}
     return EngineCall(
         context,

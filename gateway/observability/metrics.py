@@ -340,8 +340,9 @@ class Metrics:
         )
         self.engine_errors = self._counter(
             "engine_errors",
-            "Calls that it answered with an error of its own, or not in time. The request may have "
-            "caused that, so the breaker opens only if a question of the gateway's fails as well.",
+            "Calls that it answered with an error of its own, not in time, or with a stream that "
+            "broke off. The request may have caused that, so the breaker opens only if a question "
+            "of the gateway's fails as well.",
             "engine",
         )
         self.breaker_trips = self._counter(

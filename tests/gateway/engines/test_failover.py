@@ -118,17 +118,46 @@ async def test_refusals_do_not_open_the_breaker(serve: Serve) -> None:
         assert (await s.predict("good")).status_code == 200
 
 
-async def test_streams_cut_by_an_engine_that_answers_else_keep_nobody_out(serve: Serve) -> None:
-    """vLLM cuts a stream of /v1/responses off whose grammar it cannot build: one caller's doing."""
+async def test_streams_that_break_by_one_callers_doing_keep_nobody_out(serve: Serve) -> None:
+    """vLLM cuts a stream of /v1/responses off whose grammar it cannot build."""
     async with serve(Behaviour(), breaker_failures=3, breaker_pause_s=60) as served:
-        served.engine.stream_cut_after = 1
+        served.engine.stream_cut_after, served.engine.cuts = 1, lambda question: question == "a"
         for _ in range(9):
             assert "engine_failed" in (await served.chat("a", stream=True)).text
         await until(lambda: not served.app[POOL].engines[0].suspect.is_set())
 
         assert (await served.chat("b")).status_code == 200
+        assert "engine_failed" not in (await served.chat("b", stream=True)).text
         metrics = (await served.client.get("/metrics")).text
     assert re.search(r"gateway_breaker_trips_total\{[^}]*\} 0\.0", metrics)
+
+
+async def test_engine_that_breaks_every_stream_is_found_out(serve: Serve) -> None:
+    """It has always the least to do, and answers what is no stream."""
+    bad, good = Behaviour(stream_cut_after=1), Behaviour(stream_gap_s=0.005)
+    async with serve(bad, good, breaker_failures=5, breaker_pause_s=60) as served:
+        broken: list[bool] = []
+
+        async def ask() -> None:
+            for _ in range(20):
+                answer = await served.chat("hello there you", stream=True)
+                broken.append("engine_failed" in answer.text)
+
+        await asyncio.gather(*(ask() for _ in range(8)))
+        metrics = (await served.client.get("/metrics")).text
+    assert len(broken) == 160
+    assert sum(broken) <= 15
+    assert re.search(r"gateway_breaker_trips_total\{[^}]*\} 1\.0", metrics)
+
+
+async def test_whole_answers_between_broken_streams_hide_nothing(serve: Serve) -> None:
+    async with serve(Behaviour(), breaker_failures=3, breaker_pause_s=60) as served:
+        served.engine.stream_cut_after = 1
+        for _ in range(3):
+            assert (await served.chat("a")).status_code == 200
+            assert "engine_failed" in (await served.chat("a", stream=True)).text
+
+        await until(lambda: served.app[POOL].engines[0].breaker_open_until > time.monotonic())
 
 
 async def test_streams_cut_by_an_engine_that_fails_else_too_open_the_breaker(serve: Serve) -> None:

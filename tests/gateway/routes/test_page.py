@@ -305,7 +305,7 @@ async def test_page_is_there_before_any_engine(serve: Serve) -> None:
         assert status["engines"] == [
             {
                 "state": "down",
-                "reason": "it does not answer GET /health: it answered 503",
+                "reason": "GET /health is answered with 503",
                 "model": None,
                 "max_model_len": None,
                 "load": None,

@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-_NAME = ("-subj", "/CN=engine", "-addext", "subjectAltName=IP:127.0.0.1")
-_AUTHORITY = ("-subj", "/CN=lab", "-addext", "basicConstraints=critical,CA:TRUE")
+# From 3.13 on Python wants to be told whose key signed, and that it may.
+_NAME = ("-subj", "/CN=engine")
+_EXTENSIONS = "subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n"
+_MAY_SIGN = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
+_AUTHORITY = ("-subj", "/CN=lab", "-addext", _MAY_SIGN[0], "-addext", _MAY_SIGN[1])
 
 
 class Certificates:
@@ -27,9 +30,11 @@ class Certificates:
         authority = ("-keyout", key, "-out", self.authority, "-days", 2)
         _run("req", "-x509", *_KEY, *authority, *_AUTHORITY)
         _run("req", *_KEY, "-keyout", self._key, "-out", request, *_NAME)
+        extensions = self._folder / "extensions.cnf"
+        extensions.write_text(_EXTENSIONS, encoding="ascii")
         for days in (2, -1):
             signed = ("-in", request, "-CA", self.authority, "-CAkey", key, "-CAcreateserial")
-            made = ("-out", self._find(days), "-days", days, "-copy_extensions", "copy")
+            made = ("-out", self._find(days), "-days", days, "-extfile", extensions)
             _run("x509", "-req", *signed, *made)
 
     def serve(self, *, is_expired: bool = False) -> ssl.SSLContext:

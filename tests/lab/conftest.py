@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -65,3 +66,12 @@ def notes_of(grade: GradeResult) -> list[str]:
 
 def text_of(grade: GradeResult, code: str) -> str:
     return str(next(finding.text for finding in grade.findings if finding.code == code))
+
+
+@pytest.fixture
+def known_questions(tmp_path: Path) -> Path:
+    """Such as the stand-in engine answers."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"q{n}", "answer": f"answer:q{n}"} for n in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path

@@ -23,18 +23,9 @@ from tests.gateway.conftest import serve_gateway
 Alter = Callable[[bytes], bytes]
 
 
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """Such as the stand-in engine answers."""
-    path = tmp_path / "questions.jsonl"
-    rows = [{"question": f"q{n}", "answer": f"answer:q{n}"} for n in range(20)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-async def fuzz(url: str, questions: Path, *options: str) -> int:
+async def fuzz(url: str, known_questions: Path, *options: str) -> int:
     fixed = ["--url", url, "--status", "http://127.0.0.1:9"]  # nobody's
-    fixed += ["--questions", str(questions), "--cases", "60", "--slice", "30"]
+    fixed += ["--questions", str(known_questions), "--cases", "60", "--slice", "30"]
     return await asyncio.to_thread(run_command, "fuzz", run_fuzz.main, [*fixed, *options])
 
 
@@ -68,14 +59,16 @@ async def serve_between(
 
 @pytest.mark.programs
 async def test_fuzz_of_a_gateway_that_holds_is_recorded_by_kind(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = tmp_path / "fuzz.json"
     options = ("--record", str(record), "--api-key", KEY)
     async with serve_gateway(api_keys=(KEY,)) as served:
-        assert await fuzz(served.url, questions, *options) == 0, capsys.readouterr().out
+        assert await fuzz(served.url, known_questions, *options) == 0, capsys.readouterr().out
         more = ("--add", "--first", "60")
-        assert await fuzz(served.url, questions, *options, *more) == 0, capsys.readouterr().out
+        assert await fuzz(served.url, known_questions, *options, *more) == 0, (
+            capsys.readouterr().out
+        )
 
     assert "all held" in capsys.readouterr().out
     kept = json.loads(record.read_text(encoding="utf-8"))
@@ -100,13 +93,17 @@ async def test_fuzz_of_a_gateway_that_holds_is_recorded_by_kind(
     ],
 )
 async def test_fuzz_sees_an_answer_that_must_not_be(
-    questions: Path, capsys: pytest.CaptureFixture[str], before: bytes, after: bytes, fault: str
+    known_questions: Path,
+    capsys: pytest.CaptureFixture[str],
+    before: bytes,
+    after: bytes,
+    fault: str,
 ) -> None:
     async with (
         serve_gateway(api_keys=(KEY,)) as served,
         serve_between(served.url, lambda data: re.sub(before, after, data)) as url,
     ):
-        assert await fuzz(url, questions) == 1
+        assert await fuzz(url, known_questions) == 1
 
     out = capsys.readouterr().err
     assert fault in out
@@ -117,7 +114,7 @@ async def test_fuzz_sees_an_answer_that_must_not_be(
 
 @pytest.mark.programs
 async def test_fuzz_finds_the_case_that_harms_whoever_comes_after(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As one request did that took an engine down: the next honest caller suffers."""
     culprit = next(n for n in range(10, 60) if find_kind(1, n) == "sampling")
@@ -138,7 +135,7 @@ async def test_fuzz_finds_the_case_that_harms_whoever_comes_after(
         serve_gateway(api_keys=(KEY,)) as served,
         serve_between(served.url, alter, see) as url,
     ):
-        assert await fuzz(url, questions) == 1
+        assert await fuzz(url, known_questions) == 1
 
     out, told = capsys.readouterr()
     assert f"case {culprit} (sampling): an honest call got a wrong answer" in told
@@ -147,7 +144,7 @@ async def test_fuzz_finds_the_case_that_harms_whoever_comes_after(
 
 @pytest.mark.programs
 async def test_fuzz_ends_before_a_service_that_does_not_become_well_again(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = 0
 
@@ -160,7 +157,7 @@ async def test_fuzz_ends_before_a_service_that_does_not_become_well_again(
         serve_gateway(api_keys=(KEY,)) as served,
         serve_between(served.url, alter) as url,
     ):
-        assert await fuzz(url, questions) == 1
+        assert await fuzz(url, known_questions) == 1
 
     out = capsys.readouterr().err
     assert "it did not become well again, after the cases 0 to 29 together" in out
@@ -169,11 +166,11 @@ async def test_fuzz_ends_before_a_service_that_does_not_become_well_again(
 
 @pytest.mark.programs
 async def test_fuzz_sends_one_case_again_and_shows_what_came(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number = next(n for n in range(100) if find_kind(1, n) == "values")
     async with serve_gateway(api_keys=(KEY,)) as served:
-        assert await fuzz(served.url, questions, "--case", str(number)) == 0
+        assert await fuzz(served.url, known_questions, "--case", str(number)) == 0
 
     out, shown = capsys.readouterr()
     assert f"case {number} (values)" in shown
@@ -184,9 +181,9 @@ async def test_fuzz_sends_one_case_again_and_shows_what_came(
 
 @pytest.mark.programs
 async def test_fuzz_without_a_gateway_says_so(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert await fuzz("http://127.0.0.1:9", questions) == 2
+    assert await fuzz("http://127.0.0.1:9", known_questions) == 2
     assert "is the gateway running" in capsys.readouterr().err
 
 

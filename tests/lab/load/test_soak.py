@@ -23,24 +23,15 @@ pytestmark = pytest.mark.programs
 Forward = Callable[[web.Request, bytes], Awaitable[web.Response]]
 
 
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """Such as the stand-in engine answers."""
-    path = tmp_path / "questions.jsonl"
-    rows = [{"question": f"q{n}", "answer": f"answer:q{n}"} for n in range(20)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-async def soak(url: str, questions: Path, *options: str) -> int:
+async def soak(url: str, known_questions: Path, *options: str) -> int:
     fixed = ["--url", url, "--status", "http://127.0.0.1:9"]  # nobody's
-    fixed += ["--questions", str(questions), "--callers", "6"]
+    fixed += ["--questions", str(known_questions), "--callers", "6"]
     words = [*fixed, "--duration", "1.5", *options]
     return await asyncio.to_thread(run_command, "load", run_load.main, words)
 
 
 async def soak_through(
-    questions: Path, answer: Callable[[web.Request, bytes, Forward], Awaitable[web.Response]]
+    known_questions: Path, answer: Callable[[web.Request, bytes, Forward], Awaitable[web.Response]]
 ) -> int:
     """With something between the callers and a gateway."""
 
@@ -61,15 +52,15 @@ async def soak_through(
         aiohttp.ClientSession() as session,
         serve_app(app) as url,
     ):
-        return await soak(url, questions)
+        return await soak(url, known_questions)
 
 
 async def test_soak_of_a_gateway_that_holds(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = tmp_path / "soak.json"
     async with serve_gateway() as served:
-        assert await soak(served.url, questions, "--json", str(record)) == 0
+        assert await soak(served.url, known_questions, "--json", str(record)) == 0
 
     assert "all held" in capsys.readouterr().out
     figures = {row["name"]: row["value"] for row in json.loads(record.read_text())["figures"]}
@@ -77,13 +68,13 @@ async def test_soak_of_a_gateway_that_holds(
     assert (figures["wrong answers"], figures["sums that did not add up"]) == (0, 0)
 
 
-async def test_second_slice_counts_with_the_first(questions: Path, tmp_path: Path) -> None:
+async def test_second_slice_counts_with_the_first(known_questions: Path, tmp_path: Path) -> None:
     record, slices = tmp_path / "soak.json", tmp_path / "slices.json"
     options = ("--slices", str(slices), "--record", str(record), "--pause", "0.02")
     requests, hours = [], []
     async with serve_gateway() as served:
         for _ in range(2):
-            assert await soak(served.url, questions, *options) == 0
+            assert await soak(served.url, known_questions, *options) == 0
             written = json.loads(record.read_text())
             figures = {row["name"]: row["value"] for row in written["figures"]}
             requests.append(figures["requests"])
@@ -95,7 +86,7 @@ async def test_second_slice_counts_with_the_first(questions: Path, tmp_path: Pat
 
 
 async def test_slice_after_one_that_did_not_hold_does_not_hold_either(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record, slices = tmp_path / "soak.json", tmp_path / "slices.json"
     growing: list[Point] = [(60.0 * minute, 10.0 * minute) for minute in range(60)]
@@ -106,7 +97,7 @@ async def test_slice_after_one_that_did_not_hold_does_not_hold_either(
     write_slices([earlier], slices)
     options = ("--slices", str(slices), "--record", str(record))
     async with serve_gateway() as served:
-        assert await soak(served.url, questions, *options) == 1
+        assert await soak(served.url, known_questions, *options) == 1
 
     out = capsys.readouterr().out
     assert "NOT HELD  yesterday: 7 requests wrong" in out
@@ -119,18 +110,18 @@ async def test_slice_after_one_that_did_not_hold_does_not_hold_either(
 
 
 async def test_soak_of_a_gateway_with_keys_brings_one_and_does_not_write_it_down(
-    questions: Path, tmp_path: Path
+    known_questions: Path, tmp_path: Path
 ) -> None:
     record = tmp_path / "soak.json"
     async with serve_gateway(api_keys=("sk-one",)) as served:
         options = ("--api-key", "sk-one", "--record", str(record))
-        assert await soak(served.url, questions, *options) == 0
+        assert await soak(served.url, known_questions, *options) == 0
 
     assert "sk-one" not in record.read_text()
 
 
 async def test_soak_sees_another_callers_answer(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last: list[web.Response] = []
 
@@ -142,33 +133,33 @@ async def test_soak_sees_another_callers_answer(
                 return web.Response(body=last[-2].body, content_type="application/json")
         return response
 
-    assert await soak_through(questions, mix_up) == 1
+    assert await soak_through(known_questions, mix_up) == 1
     out = capsys.readouterr().out
     assert "requests wrong" in out
     assert "asked number-" in out
 
 
 async def test_soak_sees_a_request_that_was_made_twice(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def repeat(request: web.Request, body: bytes, forward: Forward) -> web.Response:
         if request.path == "/tokenize":
             await forward(request, body)
         return await forward(request, body)
 
-    assert await soak_through(questions, repeat) == 1
+    assert await soak_through(known_questions, repeat) == 1
     assert "NOT HELD  /tokenize: " in capsys.readouterr().out
 
 
 async def test_soak_sees_errors_where_no_fault_was(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def refuse(request: web.Request, body: bytes, forward: Forward) -> web.Response:
         if request.path == "/detokenize":
             return web.json_response({"error": {"message": "no"}}, status=503)
         return await forward(request, body)
 
-    assert await soak_through(questions, refuse) == 1
+    assert await soak_through(known_questions, refuse) == 1
     assert "requests failed" in capsys.readouterr().out
 
 
@@ -184,15 +175,15 @@ async def test_soak_of_a_model_that_knows_nothing_says_so(
 
 
 async def test_soak_without_a_gateway_says_so(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert await soak("http://127.0.0.1:9", questions) == 2
+    assert await soak("http://127.0.0.1:9", known_questions) == 2
     assert "is the gateway running" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"null", b'{"data": []}', b"[" * 200_000])
 async def test_soak_of_something_else_than_a_gateway_says_so(
-    questions: Path, capsys: pytest.CaptureFixture[str], body: bytes
+    known_questions: Path, capsys: pytest.CaptureFixture[str], body: bytes
 ) -> None:
     async def answer(_request: web.Request) -> web.Response:
         return web.Response(body=body, content_type="application/json")
@@ -200,12 +191,12 @@ async def test_soak_of_something_else_than_a_gateway_says_so(
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
     async with serve_app(app) as url:
-        assert await soak(url, questions) == 2
+        assert await soak(url, known_questions) == 2
     assert "does not answer as a gateway" in capsys.readouterr().err
 
 
 async def test_soak_counts_answers_of_another_shape_as_wrong(
-    questions: Path, capsys: pytest.CaptureFixture[str]
+    known_questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def misshape(request: web.Request, body: bytes, forward: Forward) -> web.Response:
         answer = await forward(request, body)
@@ -218,7 +209,7 @@ async def test_soak_counts_answers_of_another_shape_as_wrong(
         except ValueError:  # of a body that is no JSON on purpose
             return await forward(request, body)
 
-    assert await soak_through(questions, answer) == 1
+    assert await soak_through(known_questions, answer) == 1
     said = capsys.readouterr().out
     assert "predict one: wrong: TypeError" in said
     assert "requests wrong" in said

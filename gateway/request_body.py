@@ -33,7 +33,7 @@ _SLICE_BYTES = 2**16
 _SLICES_AT_ONCE = 4  # inflated and counted between two looks at the event loop
 # An object or a list costs whoever parses it as much as so many numbers.
 _VALUES_A_CONTAINER = 100
-_LONGEST_WAIT_S, _MOST_WAITING = 1.0, 16
+_LONGEST_WAIT_S, _MOST_WAITING = 1.0, 64
 _RETRY_AFTER_S = 1
 # After so many were held, memory is given back when their requests have ended.
 _MANY_BYTES = 2**25
@@ -68,8 +68,9 @@ class HeldBodies:
         self._most_held = max(self._most_held, self._held)
 
     async def wait_for_room(self, context: RequestContext, size: int) -> None:
-        """Before a body that is announced is read: whoever is refused at once comes again at once.
-        Some wait at a time, for the first of what they send is in memory all the same.
+        """Before a body that is announced is read: whoever is refused at once comes again at once,
+        and each time megabytes are on their way. Not all may wait, for the first quarter of a
+        megabyte that each sends is in memory all the same.
         """
         if self._has_room(context, size):
             return
@@ -176,13 +177,14 @@ async def _read(request: web.Request, *, counts_values: bool) -> bytes:
             return whole
         await bodies.wait_for_room(context, request.content_length or 0)
         values = _ValueCount(settings.max_body_values)
-        body = bytearray()  # and no list of pieces, which may be of a byte each
+        pieces, size = _Pieces(), 0
         async with asyncio.timeout(settings.body_timeout_s):
             while piece := await content.readany():
-                if len(body) + len(piece) > settings.max_body_bytes:
+                size += len(piece)
+                if size > settings.max_body_bytes:
                     raise _too_large(settings.max_body_bytes)
                 bodies.hold(context, len(piece))
-                body += piece
+                pieces.add(piece)
                 if counts_values:
                     values.add(piece)
     except TimeoutError:
@@ -190,7 +192,32 @@ async def _read(request: web.Request, *, counts_values: bool) -> bytes:
     except (HttpProcessingError, PayloadEncodingError, web.RequestPayloadError) as error:
         reason = str(error).splitlines()[-1].strip()  # aiohttp's has a status and a line break too
         raise _not_decoded(reason) from None
-    return bytes(body)
+    return pieces.join()
+
+
+class _Pieces:
+    """A body as it comes. One `bytearray` would be copied again and again as it grows, and a
+    list of what comes may be one of single bytes: small pieces are put together.
+    """
+
+    __slots__ = ("_large", "_small")
+
+    def __init__(self) -> None:
+        self._large: list[bytes | bytearray] = []
+        self._small = bytearray()
+
+    def add(self, piece: bytes) -> None:
+        if len(piece) >= _SMALL_BYTES:
+            self._large += (self._small, piece)
+            self._small = bytearray()
+            return
+        self._small += piece
+        if len(self._small) >= _SMALL_BYTES:
+            self._large.append(self._small)
+            self._small = bytearray()
+
+    def join(self) -> bytes:
+        return b"".join((*self._large, self._small))
 
 
 async def _inflate(request: web.Request, packed: bytes, window: int) -> bytes:

@@ -12,7 +12,10 @@ once (`Server.handle`), and an answer that is there as a whole is written in one
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import sys
+import termios
 import time
 from collections.abc import Awaitable, Mapping
 from functools import partial
@@ -24,7 +27,7 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import HttpVersion11, RawRequestMessage
-from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from aiohttp.http_writer import _serialize_headers
 from aiohttp.typedefs import Handler
 from aiohttp.web_urldispatcher import PlainResource, UrlMappingMatchInfo
@@ -39,6 +42,9 @@ _LONGEST_FIELD_BYTES = 2**15  # a sign-on service sets many cookies, and they tr
 _POLL_S = 0.02  # how often a drain looks whether all have left
 _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 _WITHOUT_BODY = frozenset((204, 304))
+# What follows a refusal on its connection: how long it is thrown away, in which steps, how fast.
+_UNREAD_S, _UNREAD_STEP_BYTES, _UNREAD_BYTES_A_S = 10.0, 2**18, 2**23
+_CLOSED, _HALF_CLOSED = 7, 8  # the kernel's states TCP_CLOSE and TCP_CLOSE_WAIT
 log = structlog.get_logger("gateway")
 
 
@@ -117,8 +123,12 @@ class Connection(web.RequestHandler):
         body = resp.body if type(resp) is web.Response and not self._upgraded else None
         is_usual = request.version == HttpVersion11 and request.method != hdrs.METH_HEAD
         if isinstance(body, bytes) and is_usual and resp.status not in _WITHOUT_BODY:
-            return resp, await self._send_whole(request, resp, body)
-        return await super().finish_response(request, resp, start_time)
+            is_gone = await self._send_whole(request, resp, body)
+        else:
+            resp, is_gone = await super().finish_response(request, resp, start_time)
+        if not (is_gone or request.content.is_eof()):
+            await self._throw_away(request)
+        return resp, is_gone
 
     async def _send_whole(
         self, request: web.BaseRequest, response: web.StreamResponse, body: bytes
@@ -144,6 +154,39 @@ class Connection(web.RequestHandler):
             except ConnectionError:
                 return True
         return False
+
+    async def _throw_away(self, request: web.BaseRequest) -> None:
+        """The rest of a body whose answer has been sent: many callers read it only when they have
+        sent all. aiohttp would take what comes as fast as it comes, megabytes a refusal, of callers
+        who have left by then. Slowly, and with looks at the connection, it costs next to nothing.
+        """
+        content, size = request.content, request.content_length
+        rest = _UNREAD_STEP_BYTES if size is None else size - content.total_bytes
+        pause_s = min(rest, _UNREAD_STEP_BYTES) / _UNREAD_BYTES_A_S
+        try:
+            async with asyncio.timeout(_UNREAD_S):
+                while not (content.is_eof() or self._force_close):
+                    await asyncio.sleep(pause_s)
+                    if self._is_left(request):
+                        self.force_close()
+                        return
+                    pause_s = len(await content.readany()) / _UNREAD_BYTES_A_S
+        except (TimeoutError, HttpProcessingError, web.RequestPayloadError):
+            self.force_close()
+
+    def _is_left(self, request: web.BaseRequest) -> bool:
+        """Whether the caller has closed before the end of the body; one who has sent all of it and
+        closed their half still waits for the answer.
+        """
+        if self.transport is None:
+            return True
+        connection = self.transport.get_extra_info("socket")
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        if state != _HALF_CLOSED:
+            return bool(state == _CLOSED)
+        waiting = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
+        here = request.content.total_bytes + int.from_bytes(waiting, sys.byteorder)
+        return here < (request.content_length or 0)
 
     def log_exception(self, *args: Any, **details: Any) -> None:
         """aiohttp stumbles a second time over a body that has been answered with a 400."""
@@ -235,6 +278,7 @@ class Runner(web.AppRunner):
             access_log=None,
             max_field_size=_LONGEST_FIELD_BYTES,
             keepalive_timeout=settings.client_keepalive_s,
+            lingering_time=0,  # `Connection.finish_response` does it
             shutdown_timeout=_LAST_ANSWERS_S,
         )
         self._drain_timeout_s = settings.drain_timeout_s

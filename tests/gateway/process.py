@@ -42,6 +42,11 @@ class GatewayProcess:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def read_bytes(self) -> int:
+        """What it has read so far, from sockets and files."""
+        first = Path(f"/proc/{self.process.pid}/io").read_text().splitlines()[0]
+        return int(first.removeprefix("rchar: "))
+
     def count_sockets(self) -> int:
         count = 0
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():

@@ -24,11 +24,12 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.request_record import RequestRecord
 from gateway.request_body import HeldBodies
 from gateway.request_context import RequestContext
-from lab.fuzz.raw_http import RawAnswer, ask, build_request, connect
+from lab.fuzz.raw_http import RawAnswer, ask, build_request, connect, read_answer
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, make_settings, until
 from tests.gateway.process import GatewayProcess, check_blocks, serve_process
 from tests.gateway.scripted_engine import whole_answer
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
 MEGABYTE = 10**6
@@ -369,6 +370,7 @@ async def test_all_for_whom_there_is_room_go_on_at_once_and_few_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(request_body, "_LONGEST_WAIT_S", 3600.0)
+    monkeypatch.setattr(request_body, "_MOST_WAITING", 16)
     bodies = HeldBodies(make_settings(max_held_bytes=100 * MEGABYTE), Metrics())
     first = await _wait(bodies, 87 * MEGABYTE)
     sizes = [86, 10, 10, 10] + [50] * 12
@@ -459,3 +461,62 @@ async def test_memory_goes_back_beside_the_event_loop_once_for_many_bodies(
 
     assert len(returned) == 1
     assert threading.get_ident() not in returned
+
+
+# --- what follows a refusal on its connection
+
+
+def announce(size: int) -> bytes:
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(size))]
+    return build_request("POST", "/v1/completions", b"", headers, is_sized=False)
+
+
+async def test_what_follows_a_refusal_is_hardly_read(tmp_path: Path) -> None:
+    """Of callers who send on until they see their answer: a gigabyte a second, once."""
+    rounds = 20
+    async with (
+        serve_app(build_fake_engine(Behaviour())) as engine_url,
+        serve_process(tmp_path, engine_url) as gateway,
+    ):
+        before = gateway.read_bytes()
+        for _ in range(rounds):
+            async with connect(gateway.url) as (reader, writer):
+                writer.write(announce(100 * MEGABYTE))
+                sending = asyncio.create_task(send_on(writer))
+                answer = await read_answer(reader)
+                sending.cancel()
+                assert answer is not None
+                assert answer.status == 413
+        read = (gateway.read_bytes() - before) / rounds
+
+    assert read < 2 * MEGABYTE
+
+
+async def send_on(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while True:
+            writer.write(bytes(2**18))
+            await writer.drain()
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["keeps", "closes their half"])
+async def test_who_sends_all_of_a_refused_body_first_reads_the_answer(
+    serve: Serve, closes: bool
+) -> None:
+    size = 20 * MEGABYTE
+    async with (
+        serve(Behaviour(), max_body_bytes=MEGABYTE) as served,
+        connect(served.url) as (reader, writer),
+    ):
+        writer.write(announce(size) + bytes(size))
+        if closes:
+            writer.write_eof()
+        await asyncio.wait_for(writer.drain(), PROGRAM_S)
+        answer = await read_answer(reader)
+        assert answer is not None
+        assert answer.status == 413
+        if not closes:
+            writer.write(build_request("GET", "/healthz"))
+            next_answer = await read_answer(reader, "GET")
+            assert next_answer is not None
+            assert next_answer.status == 200

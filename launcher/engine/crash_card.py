@@ -83,7 +83,11 @@ def describe_end(report: ExitReport, killed: Sequence[Killed]) -> dict[str, Any]
     code = report.returncode
     names = dict(line.split(" ", 1) for line in report.members)
     children = [
-        {"pid": one.pid, "name": one.name or names.get(str(one.pid), "?"), "signal": one.signal}
+        {
+            "pid": one.pid,
+            "name": one.name or names.get(str(one.pid), "?"),
+            "signal": one.signal or None,
+        }
         for one in killed
     ]
     own = signal.Signals(-code).name if code is not None and code < 0 else None

@@ -75,11 +75,15 @@ _CHILD_KILLED = re.compile(r"^parent_death: child (?P<pid>\d+) was killed by (?P
 # What a core says of its workers; the same words in a prompt that is logged say nothing.
 _EXECUTOR = re.compile(
     r"^(?:\(\w++[^)]{0,200}+\) )?+ERROR \d\d-\d\d [\d:]{1,20}+ "
-    r"\[(?:[\w.]{1,99}+/){0,9}+multiproc_executor\.py:\d{1,9}+\] "
+    r"\[(?:[\w.]{1,99}+/){0,9}+(?:multiproc_executor|ray_executor_v2)\.py:\d{1,9}+\] "
 )
-_EXECUTOR_NAME = "vllm.v1.executor.multiproc_executor"  # in a log of objects
+# In a log of objects.
+_EXECUTOR_NAMES = ("vllm.v1.executor.multiproc_executor", "vllm.v1.executor.ray_executor_v2")
 _WORKER_KILLED = re.compile(
     r"^Worker proc (?P<name>[\w-]{1,99}+) died unexpectedly \(exit code: -(?P<number>\d{1,2})\)"
+)
+_RAY_WORKER_DIED = re.compile(
+    r"^RayWorkerProc rank=\[(?P<ranks>[\d, ]{1,99}+)\] died unexpectedly,"
 )
 _SIGNAL_MEANS = {
     "SIGILL": (
@@ -181,14 +185,16 @@ def is_core_dead(line: str) -> bool:
 
 @dataclass(frozen=True)
 class Killed:
-    """A process of the engine's that a signal has ended."""
+    """A process of the engine's that was ended from without."""
 
-    signal: str
+    signal: str  # empty: of a worker of Ray's nobody tells
     pid: int | None = None
     name: str = ""  # a worker's, which its core knows by that alone
 
     def __str__(self) -> str:
         who = f"worker {self.name}" if self.name else f"process {self.pid}"
+        if not self.signal:
+            return f"its {who} died"
         means = _SIGNAL_MEANS.get(self.signal)
         return f"its {who} was killed by {self.signal}" + (f": {means}" if means else "")
 
@@ -197,7 +203,10 @@ def find_killed(line: str) -> Killed | None:
     """The server's own child, by the word of `parent_death.py`; its core's, by that of vLLM."""
     if child := _CHILD_KILLED.match(line):
         return Killed(child["signal"], int(child["pid"]))
-    worker = _WORKER_KILLED.match(_read_executor(line))
+    said = _read_executor(line)
+    if of_ray := _RAY_WORKER_DIED.match(said):
+        return Killed("", name=f"RayWorkerProc rank {of_ray['ranks']}")
+    worker = _WORKER_KILLED.match(said)
     if worker is None:
         return None
     number = int(worker["number"])
@@ -207,7 +216,7 @@ def find_killed(line: str) -> Killed | None:
 
 def _read_executor(line: str) -> str:
     """What an error says that the executor itself tells of, in either of vLLM's formats."""
-    if "Worker proc " not in line:
+    if "Worker proc " not in line and "RayWorkerProc " not in line:
         return ""
     if not line.startswith("{"):
         bare = clean(line)
@@ -217,7 +226,7 @@ def _read_executor(line: str) -> str:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return ""
-    is_its = (row.get("levelname"), row.get("name")) == ("ERROR", _EXECUTOR_NAME)
+    is_its = row.get("levelname") == "ERROR" and row.get("name") in _EXECUTOR_NAMES
     return str(row.get("message", "")) if is_its else ""
 
 

@@ -104,6 +104,19 @@ def test_killed_worker_is_read_from_its_cores_word(code: int, killed: Killed | N
     assert find_killed(tell_in_json(said)) == killed
 
 
+def test_dead_worker_of_ray_is_read_from_its_cores_word() -> None:
+    """What ends the core then is its own server's SIGTERM."""
+    said = "RayWorkerProc rank=[1] died unexpectedly, shutting down executor."
+    place = EXECUTOR.replace("multiproc_executor.py:315", "ray_executor_v2.py:522")
+    killed = Killed("", name="RayWorkerProc rank 1")
+
+    assert find_killed(place + said) == killed
+    assert find_killed(tell_in_json(said, name="vllm.v1.executor.ray_executor_v2")) == killed
+    assert find_killed(said) is None
+    assert find_killed(place + "say " + said) is None
+    assert str(killed) == "its worker RayWorkerProc rank 1 died"
+
+
 def tell_in_json(message: str, **fields: str) -> str:
     place = {"levelname": "ERROR", "name": "vllm.v1.executor.multiproc_executor"}
     return json.dumps({"asctime": "2026-01-01 00:00:00,000", **place, "message": message, **fields})

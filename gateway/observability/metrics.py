@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ GAP_SECONDS = (
 LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 PROMPTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 358, 512, 1024, 2048, 4096, 10_000)
 
+_LONGEST_STEP_S = 0.005  # of the event loop, at a scrape
 _VERSION = re.compile(r"version=([^;,]*)")
 _NUMBERS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}\s*")
 _ALL_KEYS = "(all)"  # no key can be called so
@@ -586,9 +588,20 @@ class Metrics:
             # A thousand series, which nobody needs before they are read.
             await asyncio.to_thread(self._begin_at_zero, self._expected)
             self._expected = None
-        registry = self.registry if by_key else WithoutKeys(self.registry)
-        taken = _Taken(list(registry.collect()))
+        taken = _Taken(await self._collect(by_key=by_key))
         return bytes(await asyncio.to_thread(encode, taken)), content_type
+
+    async def _collect(self, *, by_key: bool) -> list[Metric]:
+        """On the event loop, where what is counted changes, but never for long at a stretch."""
+        registry = self.registry if by_key else WithoutKeys(self.registry)
+        families = []
+        began = time.thread_time()
+        for family in registry.collect():
+            families.append(family)
+            if time.thread_time() - began > _LONGEST_STEP_S:
+                await asyncio.sleep(0)
+                began = time.thread_time()
+        return families
 
 
 def _list_failures() -> list[tuple[str, str]]:

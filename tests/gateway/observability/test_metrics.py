@@ -574,3 +574,24 @@ def test_figures_without_a_lock_count_what_those_with_one_do() -> None:
 
     assert drop_created(free) == drop_created(locked)
     assert b'times_bucket{le="+Inf",route="/"} 16.0' in free
+
+
+async def test_many_series_are_collected_in_steps() -> None:
+    metrics = Metrics()
+    many = [f"key {number}" for number in range(20_000)]
+    metrics.usage_requests.read = lambda: [((key,), 1.0) for key in many]
+    metrics.usage_tokens.read = lambda: [((key, "in"), 1.0) for key in many]
+    steps = 0
+
+    async def count_steps() -> None:
+        nonlocal steps
+        while True:
+            steps += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_steps())
+    families = await metrics._collect(by_key=True)
+    counting.cancel()
+
+    assert steps >= 2
+    assert sum(len(family.samples) for family in families) > 40_000

@@ -33,7 +33,7 @@ _SLICE_BYTES = 2**16
 _SLICES_AT_ONCE = 4  # inflated and counted between two looks at the event loop
 # An object or a list costs whoever parses it as much as so many numbers.
 _VALUES_A_CONTAINER = 100
-_LONGEST_WAIT_S, _MOST_WAITING = 1.0, 64
+_LONGEST_WAIT_S, _MOST_WAITING = 1.0, 32
 _RETRY_AFTER_S = 1
 # After so many were held, memory is given back when their requests have ended.
 _MANY_BYTES = 2**25
@@ -69,8 +69,8 @@ class HeldBodies:
 
     async def wait_for_room(self, context: RequestContext, size: int) -> None:
         """Before a body that is announced is read: whoever is refused at once comes again at once,
-        and each time megabytes are on their way. Not all may wait, for the first quarter of a
-        megabyte that each sends is in memory all the same.
+        and each time megabytes are on their way. Not all may wait, for up to three quarters of a
+        megabyte of what each sends is in aiohttp's buffers all the same.
         """
         if self._has_room(context, size):
             return

@@ -44,6 +44,7 @@ _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 _WITHOUT_BODY = frozenset((204, 304))
 # What follows a refusal on its connection: how long it is thrown away, in which steps, how fast.
 _UNREAD_S, _UNREAD_STEP_BYTES, _UNREAD_BYTES_A_S = 10.0, 2**18, 2**23
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.5
 _CLOSED, _HALF_CLOSED = 7, 8  # the kernel's states TCP_CLOSE and TCP_CLOSE_WAIT
 log = structlog.get_logger("gateway")
 
@@ -162,16 +163,19 @@ class Connection(web.RequestHandler):
         """
         content, size = request.content, request.content_length
         rest = _UNREAD_STEP_BYTES if size is None else size - content.total_bytes
-        pause_s = min(rest, _UNREAD_STEP_BYTES) / _UNREAD_BYTES_A_S
+        rate = max(_UNREAD_BYTES_A_S, rest / _UNREAD_S * 2)
+        pause_s = max(min(rest, _UNREAD_STEP_BYTES) / rate, _SHORTEST_PAUSE_S)
+        deadline = time.monotonic() + _UNREAD_S
         try:
-            async with asyncio.timeout(_UNREAD_S):
-                while not (content.is_eof() or self._force_close):
-                    await asyncio.sleep(pause_s)
-                    if self._is_left(request):
-                        self.force_close()
-                        return
-                    pause_s = len(await content.readany()) / _UNREAD_BYTES_A_S
-        except (TimeoutError, HttpProcessingError, web.RequestPayloadError):
+            while not (content.is_eof() or self._close or self._force_close):
+                await asyncio.sleep(pause_s)
+                if time.monotonic() > deadline or self._is_left(request):
+                    self.force_close()
+                else:  # of one who sends nothing, seldom
+                    pause_s = len(content.read_nowait()) / rate or min(
+                        2 * pause_s, _LONGEST_PAUSE_S
+                    )
+        except (HttpProcessingError, web.RequestPayloadError):
             self.force_close()
 
     def _is_left(self, request: web.BaseRequest) -> bool:

@@ -185,7 +185,7 @@ def is_core_dead(line: str) -> bool:
 
 @dataclass(frozen=True)
 class Killed:
-    """A process of the engine's that was ended from without."""
+    """A process of the engine's that a signal has ended, or a worker of Ray's that is no more."""
 
     signal: str  # empty: of a worker of Ray's nobody tells
     pid: int | None = None

@@ -57,13 +57,13 @@ class Callers:
         self._count = count
 
     async def ask(self, until: float, window: Window) -> None:
-        """Whoever has asked by then gets their answer; nobody asks any more."""
+        """Each once at least; whoever has asked by then gets their answer."""
         await asyncio.gather(*(self._run(n, until, window) for n in range(self._count)))
 
     async def _run(self, number: int, until: float, window: Window) -> None:
         chance = random.Random(number)
         await asyncio.sleep(chance.uniform(0, _PAUSES_S[1]))
-        while time.monotonic() < until:
+        while True:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(_CALL_TIMEOUT_S):
@@ -74,6 +74,8 @@ class Callers:
             if fault:
                 window.failures.append(fault[:200])
             await asyncio.sleep(chance.uniform(*_PAUSES_S))
+            if time.monotonic() >= until:
+                return
 
     async def _ask_once(self, number: int) -> str:
         """What was wrong with the answer; empty if nothing."""
@@ -130,11 +132,11 @@ def _serve_probes(pipe: Connection, url: str) -> None:
 def _probe(
     pipe: Connection, where: SplitResult, programs: dict[str, list[int]], window: Window
 ) -> None:
-    """Until somebody says something."""
+    """Once at least, and until somebody says something."""
     host, port = where.hostname or "", where.port or 80
     connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
     wait_s, number = 0.0, 0
-    while not pipe.poll(wait_s):
+    while not number or not pipe.poll(wait_s):
         began = time.monotonic()
         try:
             connection.request("GET", "/healthz")

@@ -7,6 +7,7 @@ would have made, however slow the two of them are at that time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -54,9 +55,14 @@ class EngineFigures:
 
     async def ensure_freed(self, most: int = WHOLE // 2) -> None:
         """With `WHOLE` tokens a sequence would have come to its end by itself."""
-        made = await self.wait(is_busy=False) - self.made_before
+        made = await self.take_made()
         assert made < most, f"{made} tokens were made for who had gone"
-        self.made_before += made
+
+    async def take_made(self) -> int:
+        """When it no longer works: the tokens made since this was last asked."""
+        made = await self.wait(is_busy=False)
+        since, self.made_before = made - self.made_before, made
+        return since
 
 
 @pytest.fixture
@@ -67,16 +73,28 @@ async def engine(stack: Stack) -> AsyncIterator[EngineFigures]:
         yield figures
 
 
-async def _hang_up(engine: EngineFigures, call: Awaitable[Any], most: int = WHOLE // 2) -> None:
-    """Asks, hangs up as soon as the engine works on it, and waits until it no longer does."""
+async def _hang_up(engine: EngineFigures, call: Awaitable[Any]) -> None:
+    """Asks, and hangs up as soon as the engine works on it."""
     asking = asyncio.ensure_future(call)
     await engine.wait(is_busy=True)
 
     asking.cancel()
 
-    await engine.ensure_freed(most)
     with pytest.raises(asyncio.CancelledError):
         await asking
+
+
+async def _ensure_freed_once(engine: EngineFigures, leave: Callable[[], Any], whole: int) -> None:
+    """`whole` tokens are soon made: a busy machine may have made them before a hang-up arrives
+    there. An engine that is not told makes all of them each time.
+    """
+    made = []
+    for _ in range(5):
+        await leave()
+        made.append(await engine.take_made())
+        if made[-1] < whole // 2:
+            return
+    pytest.fail(f"{made} of {whole} tokens were made for who had gone")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,6 +167,7 @@ async def test_whole_answer_left_frees_the_engine(
             ),
         }
         await _hang_up(engine, calls[route]())
+        await engine.ensure_freed()
 
 
 async def test_sync_callers_timeout_frees_the_engine(stack: Stack, engine: EngineFigures) -> None:
@@ -177,25 +196,20 @@ async def test_predict_left_frees_the_engine(
     body = {"prompt": prompts, "max_tokens": 900, "temperature": 2.0, "seed": 1}
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=60, verify=NO_TLS) as client:
         ask = functools.partial(client.post, "/predict", json=body, headers={"X-Priority": lane})
-        whole = await _count_whole(engine, ask())
-        await _hang_up(engine, ask(), most=whole // 2)
+        await ask()
+        whole = await engine.take_made()
+        await _ensure_freed_once(engine, lambda: _hang_up(engine, ask()), whole)
 
 
 async def test_sync_predict_left_frees_the_engine(stack: Stack, engine: EngineFigures) -> None:
     prompts = [f"{number} Q" for number in range(100)]
     body = {"prompt": prompts, "temperature": 1.5, "max_tokens": 900, "seed": 1}
     ask = functools.partial(httpx.post, f"{stack.gateway}/predict", json=body, verify=NO_TLS)
-    whole = await _count_whole(engine, asyncio.to_thread(ask, timeout=300))
+    await asyncio.to_thread(ask, timeout=300)
+    whole = await engine.take_made()
 
-    with pytest.raises(httpx.ReadTimeout):
-        await asyncio.to_thread(ask, timeout=0.3)
+    async def leave() -> None:
+        with contextlib.suppress(httpx.ReadTimeout):
+            await asyncio.to_thread(ask, timeout=0.3)
 
-    await engine.ensure_freed(most=whole // 2)
-
-
-async def _count_whole(engine: EngineFigures, call: Awaitable[Any]) -> int:
-    """How many tokens the engine makes for this call when nobody leaves."""
-    await call
-    made = await engine.wait(is_busy=False)
-    whole, engine.made_before = made - engine.made_before, made
-    return whole
+    await _ensure_freed_once(engine, leave, whole)

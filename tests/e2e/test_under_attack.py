@@ -35,6 +35,7 @@ def attacked(
 
     said = done.stdout + done.stderr
     assert done.returncode in {0, 1}, said
+    assert record.exists(), said
     return {one.name: one.value for one in read_record(record).figures}, said
 
 

@@ -44,6 +44,17 @@ async def test_attack_is_recorded_with_what_it_cost(
     assert figures["grammars: calls that failed"] == 0
 
 
+async def test_window_in_which_nothing_could_begin_has_one_call_of_each(tmp_path: Path) -> None:
+    """On a busy machine a second is over before a process has had its turn."""
+    record = tmp_path / "attack.json"
+    async with serve_gateway() as served:
+        assert await attack(served.url, "--window", "0.001", "--json", str(record)) in {0, 1}
+
+    figures = {row["name"]: row["value"] for row in json.loads(record.read_text())["figures"]}
+    assert 0 < figures["grammars: p99 without"] < 1e9
+    assert figures["grammars: /healthz at worst"] > 0
+
+
 async def test_attack_that_blocks_the_server_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     """As one regular expression did: while it is looked at nobody is served."""
 

@@ -96,23 +96,34 @@ def _find_gaps(answers: Sequence[GradedAnswer]) -> Iterator[GradeFinding]:
 def _find_disorder(
     answers: Sequence[GradedAnswer], runs: Sequence[RunScores]
 ) -> Iterator[GradeFinding]:
+    """What runs have in common is one finding."""
     references = [one.reference for one in answers]
-    seen: dict[tuple[str, ...], str] = {}
-    for number in range(len(runs)):
-        texts = tuple(one.texts[number] for one in answers)
-        label = f"run {number + 1}: " if len(runs) > 1 else ""
-        if texts in seen:
-            continue
-        seen[texts] = label
-        order = check_order(texts, references)
-        if order.displaced:
-            yield _describe_shuffle(order.displaced, texts, references, label)
-        elif order.is_unrelated:
-            text = (
-                f"{label}the answers resemble their own references no more than other questions'; "
-                "the model is broken, or answers something else than it was asked"
-            )
-            yield GradeFinding("unrelated_answers", "error", text)
+    texts_of = [tuple(one.texts[number] for one in answers) for number in range(len(runs))]
+    orders = {texts: check_order(texts, references) for texts in dict.fromkeys(texts_of)}
+    shuffled: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    unrelated: list[int] = []
+    for number, texts in enumerate(texts_of):
+        if moved := orders[texts].displaced:
+            shuffled.setdefault(tuple(moved.items()), []).append(number)
+        elif orders[texts].is_unrelated:
+            unrelated.append(number)
+    for moves, numbers in shuffled.items():
+        label = _name_runs(numbers, len(runs))
+        yield _describe_shuffle(dict(moves), texts_of[numbers[0]], references, label)
+    if unrelated:
+        text = (
+            f"{_name_runs(unrelated, len(runs))}the answers resemble their own references no more "
+            "than other questions'; the model is broken, or answers something else than it was "
+            "asked"
+        )
+        yield GradeFinding("unrelated_answers", "error", text)
+
+
+def _name_runs(numbers: Sequence[int], total: int) -> str:
+    if len(numbers) == total:
+        return ""
+    said = " and ".join(str(number + 1) for number in numbers)
+    return f"run {said}: " if len(numbers) == 1 else f"runs {said}: "
 
 
 def _describe_shuffle(

@@ -146,6 +146,21 @@ async def test_grade_shuffled_order_of_a_later_run_is_named(examine: Examine) ->
     assert text_of(grade, "shuffled_answers").startswith("run 2: ")
 
 
+@pytest.mark.parametrize(("kept", "label"), [(2, "runs 1 and 2: "), (3, "12 answers are")])
+async def test_grade_order_that_is_wrong_alike_in_several_runs_is_named_once(
+    examine: Examine, kept: int, label: str
+) -> None:
+    def shuffle(answers: list[str], call: int) -> list[str]:
+        if call == kept:
+            return answers
+        return [f"{answer} {call}" for answer in answers[::-1]]
+
+    grade = await examine(Judged(reply=shuffle), "--runs", "3")
+
+    assert errors_of(grade) == ["shuffled_answers"]
+    assert text_of(grade, "shuffled_answers").startswith(label)
+
+
 async def test_grade_shuffled_order_of_a_mediocre_model_is_named(examine: Examine) -> None:
     def shuffle(answers: list[str], _call: int) -> list[str]:
         spoiled = [spoil(answer, 0.45) for answer in answers]
@@ -268,9 +283,9 @@ async def test_grade_too_slow_in_one_call_is_named(examine: Examine) -> None:
 
 async def test_grade_limit_is_for_all_calls_together(examine: Examine) -> None:
     """Each call would be within it alone."""
-    judged = Judged(delay_s=lambda _: 0.25)
+    judged = Judged(delay_s=lambda call: (3.0, 0.0, 3.0)[call])
 
-    grade = await examine(judged, *IN_CHUNKS, "--timeout", "0.6")
+    grade = await examine(judged, *IN_CHUNKS, "--timeout", "5")
 
     assert errors_of(grade) == ["no_answer", "too_slow"]
     assert "8 of 12 questions had been answered" in text_of(grade, "too_slow")

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -187,14 +188,20 @@ def own_network() -> Iterator[None]:
 
 
 def kill_container(docker: Docker, name: str) -> None:
-    """As the kernel would, out of memory. `docker kill` counts as asked for: nothing restarts."""
+    """As the kernel would, out of memory, and waited for: until then its port takes requests.
+    `docker kill` counts as asked for: nothing restarts.
+    """
     for pid in _processes(docker, name):
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         numbers = next(line for line in status.splitlines() if line.startswith("NSpid:"))
         if numbers.split()[-1] == "1":  # its number in the container's own world
+            end = os.pidfd_open(pid)
             os.kill(pid, signal.SIGKILL)
-            return
-    raise DockerError(f"{name}: its first process was not found; is it running?")
+            is_gone, _, _ = select.select([end], [], [], PROGRAM_S)
+            os.close(end)
+            if is_gone:
+                return
+    raise DockerError(f"{name}: its first process was not found, or did not end; is it running?")
 
 
 def kill_process(docker: Docker, name: str, title: str) -> None:

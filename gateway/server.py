@@ -42,7 +42,8 @@ _LONGEST_FIELD_BYTES = 2**15  # a sign-on service sets many cookies, and they tr
 _POLL_S = 0.02  # how often a drain looks whether all have left
 _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 _WITHOUT_BODY = frozenset((204, 304))
-# What follows a refusal on its connection: how long it is thrown away, in which steps, how fast.
+# What follows a refusal on its connection: how long it is thrown away, in which steps, how fast at
+# first; each second is twice as fast as the one before.
 _UNREAD_S, _UNREAD_STEP_BYTES, _UNREAD_BYTES_A_S = 10.0, 2**18, 2**23
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.5
 _CLOSED, _HALF_CLOSED = 7, 8  # the kernel's states TCP_CLOSE and TCP_CLOSE_WAIT
@@ -161,20 +162,21 @@ class Connection(web.RequestHandler):
         sent all. aiohttp would take what comes as fast as it comes, megabytes a refusal, of callers
         who have left by then. Slowly, and with looks at the connection, it costs next to nothing.
         """
-        content, size = request.content, request.content_length
+        content, began = request.content, time.monotonic()
+        size = request.content_length
         rest = _UNREAD_STEP_BYTES if size is None else size - content.total_bytes
-        rate = max(_UNREAD_BYTES_A_S, rest / _UNREAD_S * 2)
-        pause_s = max(min(rest, _UNREAD_STEP_BYTES) / rate, _SHORTEST_PAUSE_S)
-        deadline = time.monotonic() + _UNREAD_S
+        pause_s = max(min(rest, _UNREAD_STEP_BYTES) / _UNREAD_BYTES_A_S, _SHORTEST_PAUSE_S)
         try:
             while not (content.is_eof() or self._close or self._force_close):
                 await asyncio.sleep(pause_s)
-                if time.monotonic() > deadline or self._is_left(request):
+                age_s = time.monotonic() - began
+                if age_s > _UNREAD_S or self._is_left(request):
                     self.force_close()
-                else:  # of one who sends nothing, seldom
-                    pause_s = len(content.read_nowait()) / rate or min(
-                        2 * pause_s, _LONGEST_PAUSE_S
-                    )
+                elif data := content.read_nowait():
+                    # Ever faster: whoever is still there sends all of it before they read.
+                    pause_s = len(data) / (_UNREAD_BYTES_A_S * 2**age_s)
+                else:
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except (HttpProcessingError, web.RequestPayloadError):
             self.force_close()
 

@@ -59,6 +59,7 @@ from gateway.routes import (
     version,
 )
 from gateway.schemas.predict import SAMPLING_FIELDS, parse_sampling
+from gateway.server import REFUSAL_PACE, RefusalPace
 
 if TYPE_CHECKING:
     from gateway.batches.service import BatchService
@@ -76,6 +77,7 @@ def build_app(
     )
     app[SETTINGS] = settings
     app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
+    app[REFUSAL_PACE] = RefusalPace(settings.refusals_per_s)
     app[METRICS] = Metrics()
     ledger = app[LEDGER] = build_ledger(settings, app[METRICS])
     limits = app[LIMITS] = build_limits(app, ledger)

@@ -42,6 +42,7 @@ _LONGEST_FIELD_BYTES = 2**15  # a sign-on service sets many cookies, and they tr
 _POLL_S = 0.02  # how often a drain looks whether all have left
 _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 _WITHOUT_BODY = frozenset((204, 304))
+_REFUSAL_BURST_S = _LONGEST_TURN_S = 1.0
 # What follows a refusal on its connection: how long it is thrown away, in which steps, how fast at
 # first; each second is twice as fast as the one before.
 _UNREAD_S, _UNREAD_STEP_BYTES, _UNREAD_BYTES_A_S = 10.0, 2**18, 2**23
@@ -62,6 +63,29 @@ class Request(web.Request):
 
     def get(self, key: Any, default: Any = None) -> Any:
         return self._state.get(key, default)
+
+
+class RefusalPace:
+    """Whoever is refused asks again at once, and thousands of refusals a second are all the time
+    there is. Those above the rate wait their turn; no caller whose request is good ever does.
+    """
+
+    __slots__ = ("_interval_s", "_next_s")
+
+    def __init__(self, per_s: int) -> None:
+        self._interval_s = 1 / per_s if per_s else 0.0
+        self._next_s = 0.0
+
+    async def wait_turn(self) -> None:
+        """Not at all after a second with fewer than the rate."""
+        now = time.monotonic()
+        turn_s = max(self._next_s, now - _REFUSAL_BURST_S) + self._interval_s
+        self._next_s = min(turn_s, now + _LONGEST_TURN_S)
+        if self._next_s > now:
+            await asyncio.sleep(self._next_s - now)
+
+
+REFUSAL_PACE = web.AppKey("refusal_pace", RefusalPace)
 
 
 class Connection(web.RequestHandler):
@@ -114,14 +138,37 @@ class Connection(web.RequestHandler):
         response.force_close()
         return response
 
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """aiohttp closes once its buffer is nearly empty. What is still in it would go with the
+        process, and what the kernel holds would go with a container's network.
+        """
+        deadline = time.monotonic() + (timeout or 0)
+        while self._request_in_progress or self._has_unsent():
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(_POLL_S)
+        await super().shutdown(_LAST_ANSWERS_S)
+
+    def _has_unsent(self) -> bool:
+        """Whether the caller's side has not yet taken all that was written."""
+        transport = self.transport
+        if transport is None or transport.get_extra_info("socket").fileno() < 0:
+            return False
+        descriptor = transport.get_extra_info("socket").fileno()
+        in_kernel = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4))
+        return bool(transport.get_write_buffer_size() or any(in_kernel))
+
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """aiohttp refuses an odd `Expect` before any middleware is asked."""
+        app = cast(Request, request).app  # not the connection's: it may be lost by now
         if isinstance(resp, web.HTTPException):
-            resp = refuse(self._app, translate(self._app, request, resp))
+            resp = refuse(app, translate(app, request, resp))
         if request.content.exception() is not None:
             resp.force_close()  # where the next request would begin, nobody knows
+        if 400 <= resp.status < 500 and resp.status != 429 and not resp.prepared:
+            await app[REFUSAL_PACE].wait_turn()
         body = resp.body if type(resp) is web.Response and not self._upgraded else None
         is_usual = request.version == HttpVersion11 and request.method != hdrs.METH_HEAD
         if isinstance(body, bytes) and is_usual and resp.status not in _WITHOUT_BODY:
@@ -130,6 +177,8 @@ class Connection(web.RequestHandler):
             resp, is_gone = await super().finish_response(request, resp, start_time)
         if not (is_gone or request.content.is_eof()):
             await self._throw_away(request)
+        while app[POOL].draining and self._has_unsent():  # noqa: ASYNC110 — once in its life
+            await asyncio.sleep(_POLL_S)
         return resp, is_gone
 
     async def _send_whole(

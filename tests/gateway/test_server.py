@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,9 +16,10 @@ from aiohttp.test_utils import make_mocked_request
 from gateway.app import build_app
 from gateway.engines.client import _READ_BYTES
 from gateway.request_context import CONTEXT
-from gateway.server import Connection, Request, Server, list_plain_routes
+from gateway.server import Connection, RefusalPace, Request, Server, list_plain_routes
 from tests.gateway.conftest import Serve, Served, make_settings
 from tests.gateway.scripted_engine import Call, ScriptedEngine, serve_scripted, stream_head
+from tests.patience import PROGRAM_S
 
 _CHAT = b'{"model":"fake","messages":[{"role":"user","content":"hi"}]}'
 _TYPE = "Content-Type: application/json"
@@ -111,6 +113,41 @@ def test_request_finds_what_it_has_and_nothing_else() -> None:
     assert request.app is app
     assert request.get(CONTEXT) is None
     assert request.get(CONTEXT, 1) == 1
+
+
+# --- a flood of bad requests
+
+
+async def test_refusals_above_their_rate_wait_their_turn(serve: Serve) -> None:
+    async with serve(refusals_per_s=20) as served:
+        began = time.monotonic()
+        answers = [
+            (await served.client.post("/predict", content=b"{")).status_code for _ in "x" * 60
+        ]
+        took_s = time.monotonic() - began
+
+    # The first second's are answered as they come.
+    assert (set(answers), took_s >= (60 - 20) / 20 - 0.1) == ({400}, True)
+
+
+async def test_refusals_that_wait_hold_up_no_good_request(serve: Serve) -> None:
+    async with serve(refusals_per_s=1) as served:
+        overtaken = []
+        for _ in range(5):
+            bad = [asyncio.create_task(served.client.get("/v1/nothing")) for _ in range(8)]
+            await asyncio.sleep(0)
+            assert (await served.chat("hi")).status_code == 200
+            overtaken.append(sum(not one.done() for one in bad))
+            assert {(await one).status_code for one in bad} == {404}
+
+    assert max(overtaken) >= 6
+
+
+async def test_refusals_without_a_rate_wait_for_nothing() -> None:
+    pace = RefusalPace(per_s=0)
+    async with asyncio.timeout(PROGRAM_S):
+        for _ in range(10_000):
+            await pace.wait_turn()
 
 
 # --- a parser that stops where nobody has paused it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -162,6 +163,43 @@ async def test_stop_waits_for_who_reads_a_whole_answer_slowly(tmp_path: Path) ->
         assert b"200 OK" in head
         assert await reader.readexactly(len(body)) == body
         writer.close()
+        assert await asyncio.wait_for(gateway.process.wait(), PROGRAM_S) == 0
+
+
+@pytest.mark.programs
+async def test_stop_waits_until_answers_have_left_the_buffers(tmp_path: Path) -> None:
+    """aiohttp counts an answer as sent while 64 KiB of it wait in its buffer, and a container's
+    network goes with its process: so of each size, what fills one buffer more or less. The largest
+    are read first, since for these alone the gateway would stay.
+    """
+    engine = Behaviour()
+    bodies = [
+        orjson.dumps({"choices": [{"index": 0, "text": "x" * size}], "usage": None})
+        for size in range(2**20, 0, -3 * 2**14)
+    ]
+    call = build_request("POST", "/v1/completions", orjson.dumps({"model": "fake", "prompt": "a"}))
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url) as gateway,
+    ):
+        callers = []
+        for body in bodies:
+            engine.body = body
+            slow = socket.socket()
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(address(gateway.url))
+            reader, writer = await asyncio.open_connection(sock=slow, limit=512)
+            writer.write(call)
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+            callers.append((reader, writer))
+
+        gateway.process.send_signal(signal.SIGTERM)
+        await until(lambda: "gateway_draining" in gateway.read_log())
+        for body, (reader, writer) in zip(bodies, callers, strict=True):
+            await asyncio.sleep(0.2)
+            assert gateway.process.returncode is None
+            assert await reader.readexactly(len(body)) == body
+            writer.close()
         assert await asyncio.wait_for(gateway.process.wait(), PROGRAM_S) == 0
 
 

@@ -64,6 +64,7 @@ class HeldBodies:
     def add(self, context: RequestContext, size: int) -> None:
         """The same for what is inside already: it is not turned away for its copies."""
         context.held_bytes += size
+        context.read_bytes += size
         self._held += size
         self._most_held = max(self._most_held, self._held)
 

@@ -36,6 +36,7 @@ from gateway.config import SETTINGS, Settings
 from gateway.engines.pool import POOL
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.middleware import OPEN_REQUESTS, refuse, translate
+from gateway.request_context import CONTEXT
 
 _UNSENT_BYTES = 2**17
 _LONGEST_FIELD_BYTES = 2**15  # a sign-on service sets many cookies, and they travel as one field
@@ -43,6 +44,7 @@ _POLL_S = 0.02  # how often a drain looks whether all have left
 _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 _WITHOUT_BODY = frozenset((204, 304))
 _REFUSAL_BURST_S = _LONGEST_TURN_S = 1.0
+_BYTES_A_TURN = 2**16
 # What follows a refusal on its connection: how long it is thrown away, in which steps, how fast at
 # first; each second is twice as fast as the one before.
 _UNREAD_S, _UNREAD_STEP_BYTES, _UNREAD_BYTES_A_S = 10.0, 2**18, 2**23
@@ -76,10 +78,13 @@ class RefusalPace:
         self._interval_s = 1 / per_s if per_s else 0.0
         self._next_s = 0.0
 
-    async def wait_turn(self) -> None:
-        """Not at all after a second with fewer than the rate."""
+    async def wait_turn(self, read_bytes: int) -> None:
+        """Not at all after a second with fewer than the rate. What was read before it was refused
+        took its time as well.
+        """
         now = time.monotonic()
-        turn_s = max(self._next_s, now - _REFUSAL_BURST_S) + self._interval_s
+        turns = 1 + read_bytes / _BYTES_A_TURN
+        turn_s = max(self._next_s, now - _REFUSAL_BURST_S) + turns * self._interval_s
         self._next_s = min(turn_s, now + _LONGEST_TURN_S)
         if self._next_s > now:
             await asyncio.sleep(self._next_s - now)
@@ -168,7 +173,8 @@ class Connection(web.RequestHandler):
         if request.content.exception() is not None:
             resp.force_close()  # where the next request would begin, nobody knows
         if 400 <= resp.status < 500 and resp.status != 429 and not resp.prepared:
-            await app[REFUSAL_PACE].wait_turn()
+            context = request.get(CONTEXT)
+            await app[REFUSAL_PACE].wait_turn(context.read_bytes if context else 0)
         body = resp.body if type(resp) is web.Response and not self._upgraded else None
         is_usual = request.version == HttpVersion11 and request.method != hdrs.METH_HEAD
         if isinstance(body, bytes) and is_usual and resp.status not in _WITHOUT_BODY:

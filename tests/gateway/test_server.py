@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import re
 import time
 from pathlib import Path
@@ -143,11 +144,26 @@ async def test_refusals_that_wait_hold_up_no_good_request(serve: Serve) -> None:
     assert max(overtaken) >= 6
 
 
+async def test_refusal_of_much_that_was_read_takes_many_turns(serve: Serve) -> None:
+    """A few kilobytes unfold to megabytes, and to look at them takes the time of many refusals."""
+    packed = gzip.compress(b'{"model": "fake", "prompt": "%s"}' % (b"x" * 2**23))
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    async with serve() as served:
+        began = time.monotonic()
+        for _ in range(5):
+            answer = await served.client.post("/tokenize", content=packed, headers=headers)
+            assert answer.status_code == 400, answer.text
+        took_s = time.monotonic() - began
+
+    # 128 turns each: one second's are there, the others wait for theirs.
+    assert took_s >= 5 * 128 / 200 - 1 - 0.1
+
+
 async def test_refusals_without_a_rate_wait_for_nothing() -> None:
     pace = RefusalPace(per_s=0)
     async with asyncio.timeout(PROGRAM_S):
         for _ in range(10_000):
-            await pace.wait_turn()
+            await pace.wait_turn(read_bytes=2**20)
 
 
 # --- a parser that stops where nobody has paused it

@@ -265,8 +265,9 @@ class RedisLimits:
 
     async def _work(self) -> None:
         """Settles as calls end, and looks whether Redis is there."""
-        looked_at = time.monotonic()
-        while True:
+        looked_at, own_task = time.monotonic(), asyncio.current_task()
+        # A cancellation that comes with Redis's answer, its client may keep to itself.
+        while not (own_task and own_task.cancelling()):
             pause_s = _PROBE_PAUSE_S if self._is_away else self._lease_s / 3
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, looked_at + pause_s - time.monotonic())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,6 +28,7 @@ from gateway.engines.pool import POOL
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Served, make_settings, serve_gateway, until
 from tests.gateway.process import serve_process
+from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 from tests.redis_server import RedisServer, run_redis
 
@@ -372,6 +374,26 @@ async def test_answer_does_not_wait_until_redis_has_been_told_of_its_end(
             assert (await call).status_code == 200
         finally:
             redis.thaw()
+
+
+async def test_gateway_ends_though_the_client_of_redis_keeps_a_cancellation_to_itself(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does where Redis's answer comes in the same moment."""
+    telling = asyncio.Event()
+
+    async def keep_to_oneself(_: object) -> None:
+        telling.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    limits = "requests_per_minute = 100\ntokens_per_minute = 10000"
+    async with asyncio.timeout(PROGRAM_S):
+        async with _serve_gateways(redis, tmp_path, 1, entries={"a": limits}) as gateways:
+            with monkeypatch.context() as patch:
+                patch.setattr(gateways.limits, "_tell", keep_to_oneself)
+                assert (await gateways.ask(0, "a")).status_code == 200
+                await telling.wait()
 
 
 async def _read_away(served: Served) -> float | None:

@@ -91,6 +91,23 @@ def ask(page: Page, question: str) -> None:
     page.press("#question", "Enter")
 
 
+def ask_and_watch(page: Page) -> list[int]:
+    """How long the answer was whenever the page had changed."""
+    page.evaluate(
+        """() => {
+          window.lengths = [];
+          new MutationObserver(() => {
+            const answer = document.querySelector(".turn > .answer");
+            if (answer) window.lengths.push(answer.textContent.length);
+          }).observe(document.getElementById("turns"), { childList: true, subtree: true });
+        }"""
+    )
+    ask(page, QUESTION)
+    expect(page.locator(".turn .figures")).to_contain_text("in all")
+    lengths: list[int] = page.evaluate("window.lengths")
+    return lengths
+
+
 def test_page_opened_while_the_engine_loads_follows_it_to_ready(
     stack: Stack, visitor: Visitor
 ) -> None:
@@ -111,22 +128,14 @@ def test_page_opened_while_the_engine_loads_follows_it_to_ready(
 def test_question_streams_and_its_speed_is_shown(
     stack: Stack, visitor: Visitor, pairs: list[dict[str, str]]
 ) -> None:
-    page = visitor.open(stack.url)
-    page.evaluate(
-        """() => {
-          window.lengths = [];
-          new MutationObserver(() => {
-            const answer = document.querySelector(".turn > .answer");
-            if (answer) window.lengths.push(answer.textContent.length);
-          }).observe(document.getElementById("turns"), { childList: true, subtree: true });
-        }"""
-    )
-
-    ask(page, QUESTION)
-    expect(page.locator(".turn .figures")).to_contain_text("in all")
+    lengths: list[int] = []
+    for _ in range(5):  # a browser that gets no core draws several tokens at once, or all of them
+        page = visitor.open(stack.url)
+        lengths = ask_and_watch(page)
+        if len(set(lengths)) > 5:
+            break
 
     answer = next(pair["answer"] for pair in pairs if pair["question"] == QUESTION)
-    lengths = page.evaluate("window.lengths")
     assert page.locator(".turn > .answer").inner_text() == answer
     assert len(set(lengths)) > 5, "it came in one piece"
     assert lengths == sorted(lengths)

@@ -86,7 +86,7 @@ test_wheel() { wheel_pytest "" "$rest and not programs"; }
 test_programs() { wheel_pytest ", programs" "$rest and programs"; }
 # The longest first.
 targets=" ${ALSO:-} check "
-parts=(${ALSO:-} service engine programs wheel slow rest check repository)
+parts=(${ALSO:-} service engine programs slow wheel rest check repository)
 take_part() {
   local number
   exec {lock}>"$work/lock"

@@ -77,8 +77,8 @@ def build_app(
     )
     app[SETTINGS] = settings
     app[middleware.OPEN_REQUESTS] = middleware.OpenRequests()
-    app[REFUSAL_PACE] = RefusalPace(settings.refusals_per_s)
     app[METRICS] = Metrics()
+    app[REFUSAL_PACE] = RefusalPace(settings.refusals_per_s, app[METRICS])
     ledger = app[LEDGER] = build_ledger(settings, app[METRICS])
     limits = app[LIMITS] = build_limits(app, ledger)
     prompts = build_prompts(settings)

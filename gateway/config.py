@@ -350,7 +350,8 @@ class Settings(ProgramSettings):
         ge=0,
         description="Refused requests (4xx, 429 aside) that are answered in a second, of all "
         "callers together; what comes on top waits its turn, a second at most, so that a flood "
-        "of bad requests leaves time for the good ones. 0: as many as come.",
+        "of bad requests from a few hundred connections leaves time for the good ones. 0: as "
+        "many as come.",
     )
     max_prompts: int = Field(
         10_000, ge=1, description="Most prompts in one /predict call.", json_schema_extra=AT_ONCE

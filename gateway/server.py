@@ -36,6 +36,7 @@ from gateway.config import SETTINGS, Settings
 from gateway.engines.pool import POOL
 from gateway.errors import GatewayError, InvalidRequest
 from gateway.middleware import OPEN_REQUESTS, refuse, translate
+from gateway.observability.metrics import Metrics
 from gateway.request_context import CONTEXT
 
 _UNSENT_BYTES = 2**17
@@ -44,7 +45,7 @@ _POLL_S = 0.02  # how often a drain looks whether all have left
 _LAST_ANSWERS_S = 1.0  # for what a drain has waited for in vain
 _WITHOUT_BODY = frozenset((204, 304))
 _REFUSAL_BURST_S = _LONGEST_TURN_S = 1.0
-_BYTES_A_TURN = 2**16
+_BYTES_A_TURN, _MOST_WAITING = 2**16, 512
 # What follows a refusal on its connection: how long it is thrown away, in which steps, how fast at
 # first; each second is twice as fast as the one before.
 _UNREAD_S, _UNREAD_STEP_BYTES, _UNREAD_BYTES_A_S = 10.0, 2**18, 2**23
@@ -69,25 +70,32 @@ class Request(web.Request):
 
 class RefusalPace:
     """Whoever is refused asks again at once, and thousands of refusals a second are all the time
-    there is. Those above the rate wait their turn; no caller whose request is good ever does.
+    there is. Those above the rate wait their turn; good requests never do.
     """
 
-    __slots__ = ("_interval_s", "_next_s")
+    __slots__ = ("_interval_s", "_next_s", "_waiting")
 
-    def __init__(self, per_s: int) -> None:
+    def __init__(self, per_s: int, metrics: Metrics) -> None:
         self._interval_s = 1 / per_s if per_s else 0.0
-        self._next_s = 0.0
+        self._next_s = [0.0, 0.0]  # after little that was read, and after much
+        self._waiting = 0
+        metrics.waiting_refusals.read = lambda: [((), self._waiting)]
 
     async def wait_turn(self, read_bytes: int) -> None:
         """Not at all after a second with fewer than the rate. What was read before it was refused
-        took its time as well.
+        took its time as well, which those who sent little do not wait for.
         """
         now = time.monotonic()
-        turns = 1 + read_bytes / _BYTES_A_TURN
-        turn_s = max(self._next_s, now - _REFUSAL_BURST_S) + turns * self._interval_s
-        self._next_s = min(turn_s, now + _LONGEST_TURN_S)
-        if self._next_s > now:
-            await asyncio.sleep(self._next_s - now)
+        kind, turns = read_bytes > _BYTES_A_TURN, 1 + read_bytes / _BYTES_A_TURN
+        turn_s = max(self._next_s[kind], now - _REFUSAL_BURST_S) + turns * self._interval_s
+        turn_s = self._next_s[kind] = min(turn_s, now + _LONGEST_TURN_S)
+        if turn_s <= now or self._waiting >= _MOST_WAITING:
+            return
+        self._waiting += 1
+        try:
+            await asyncio.sleep(turn_s - now)
+        finally:
+            self._waiting -= 1
 
 
 REFUSAL_PACE = web.AppKey("refusal_pace", RefusalPace)
@@ -157,10 +165,15 @@ class Connection(web.RequestHandler):
     def _has_unsent(self) -> bool:
         """Whether the caller's side has not yet taken all that was written."""
         transport = self.transport
-        if transport is None or transport.get_extra_info("socket").fileno() < 0:
+        if transport is None:
             return False
-        descriptor = transport.get_extra_info("socket").fileno()
-        in_kernel = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4))
+        connection = transport.get_extra_info("socket")
+        try:
+            if _read_state(connection) == _CLOSED:
+                return False
+            in_kernel = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+        except OSError:  # closed this moment
+            return False
         return bool(transport.get_write_buffer_size() or any(in_kernel))
 
     async def finish_response(
@@ -172,7 +185,8 @@ class Connection(web.RequestHandler):
             resp = refuse(app, translate(app, request, resp))
         if request.content.exception() is not None:
             resp.force_close()  # where the next request would begin, nobody knows
-        if 400 <= resp.status < 500 and resp.status != 429 and not resp.prepared:
+        is_refused = 400 <= resp.status < 500 and resp.status != 429 and not resp.prepared
+        if is_refused and request.content.is_eof():  # the others' next request is far off anyway
             context = request.get(CONTEXT)
             await app[REFUSAL_PACE].wait_turn(context.read_bytes if context else 0)
         body = resp.body if type(resp) is web.Response and not self._upgraded else None
@@ -242,7 +256,7 @@ class Connection(web.RequestHandler):
         if self.transport is None:
             return True
         connection = self.transport.get_extra_info("socket")
-        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        state = _read_state(connection)
         if state != _HALF_CLOSED:
             return bool(state == _CLOSED)
         waiting = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
@@ -253,6 +267,10 @@ class Connection(web.RequestHandler):
         """aiohttp stumbles a second time over a body that has been answered with a 400."""
         if not isinstance(details.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **details)
+
+
+def _read_state(connection: socket.socket) -> int:
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def _explain(status: int, error: BaseException | None, message: str | None) -> GatewayError:

@@ -267,6 +267,11 @@ class Metrics:
         )
         for outcome in ("local", "refused"):
             self.limits_without_redis.labels(outcome)
+        self.waiting_refusals = self._live_gauge(
+            "waiting_refusals",
+            "Refusals that wait their turn; many: a flood of bad requests "
+            "(GATEWAY_REFUSALS_PER_S).",
+        )
         self.held_body_bytes = self._live_gauge(
             "held_body_bytes",
             "Bytes of request bodies in memory; at most GATEWAY_MAX_HELD_BYTES.",

@@ -16,6 +16,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from gateway.app import build_app
 from gateway.engines.client import _READ_BYTES
+from gateway.observability.metrics import Metrics
 from gateway.request_context import CONTEXT
 from gateway.server import Connection, RefusalPace, Request, Server, list_plain_routes
 from tests.gateway.conftest import Serve, Served, make_settings
@@ -159,8 +160,35 @@ async def test_refusal_of_much_that_was_read_takes_many_turns(serve: Serve) -> N
     assert took_s >= 5 * 128 / 200 - 1 - 0.1
 
 
+async def test_refusals_of_much_do_not_hold_up_those_of_little() -> None:
+    pace = RefusalPace(1, Metrics())
+    large = [asyncio.create_task(pace.wait_turn(read_bytes=2**20)) for _ in range(8)]
+    await asyncio.sleep(0)
+    small = asyncio.create_task(pace.wait_turn(read_bytes=0))
+    await asyncio.sleep(0)
+
+    assert (small.done(), any(one.done() for one in large)) == (True, False)
+    async with asyncio.timeout(PROGRAM_S):
+        await asyncio.gather(*large)
+
+
+async def test_only_so_many_refusals_wait_at_once() -> None:
+    pace = RefusalPace(1, Metrics())
+    waiting = [asyncio.create_task(pace.wait_turn(read_bytes=2**20)) for _ in range(700)]
+    await asyncio.sleep(0)
+
+    assert sum(not one.done() for one in waiting) == 512
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    again = asyncio.create_task(pace.wait_turn(read_bytes=2**20))
+    await asyncio.sleep(0)
+    assert not again.done()
+    again.cancel()
+
+
 async def test_refusals_without_a_rate_wait_for_nothing() -> None:
-    pace = RefusalPace(per_s=0)
+    pace = RefusalPace(0, Metrics())
     async with asyncio.timeout(PROGRAM_S):
         for _ in range(10_000):
             await pace.wait_turn(read_bytes=2**20)

@@ -175,7 +175,7 @@ async def test_stop_waits_until_answers_have_left_the_buffers(tmp_path: Path) ->
     engine = Behaviour()
     bodies = [
         orjson.dumps({"choices": [{"index": 0, "text": "x" * size}], "usage": None})
-        for size in range(2**20, 0, -3 * 2**14)
+        for size in range(2**20, 2**15, -3 * 2**14)
     ]
     call = build_request("POST", "/v1/completions", orjson.dumps({"model": "fake", "prompt": "a"}))
     async with (
@@ -201,6 +201,58 @@ async def test_stop_waits_until_answers_have_left_the_buffers(tmp_path: Path) ->
             assert await reader.readexactly(len(body)) == body
             writer.close()
         assert await asyncio.wait_for(gateway.process.wait(), PROGRAM_S) == 0
+
+
+@pytest.mark.programs
+async def test_stop_waits_for_the_last_bytes_of_an_answer_that_ends_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """Its connection is to be closed, and all of it lies in the kernel's buffers."""
+    engine = Behaviour()
+    body = orjson.dumps({"choices": [{"index": 0, "text": "x" * 2**15}], "usage": None})
+    call = build_request("POST", "/v1/completions", orjson.dumps({"model": "fake", "prompt": "a"}))
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url) as gateway,
+    ):
+        engine.body = body
+        engine.delay_s = 2
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(address(gateway.url))
+        reader, writer = await asyncio.open_connection(sock=slow, limit=512)
+        writer.write(call)
+        await until(lambda: engine.running == 1)
+
+        gateway.process.send_signal(signal.SIGTERM)
+        head = await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(2)
+
+        assert b"Connection: close" in head
+        assert gateway.process.returncode is None
+        assert await reader.readexactly(len(body)) == body
+        writer.close()
+        assert await asyncio.wait_for(gateway.process.wait(), PROGRAM_S) == 0
+
+
+@pytest.mark.programs
+async def test_stop_answer_that_nobody_takes_is_cut_off_in_time(tmp_path: Path) -> None:
+    engine = Behaviour()
+    body = orjson.dumps({"choices": [{"index": 0, "text": "x" * 2**18}], "usage": None})
+    call = build_request("POST", "/v1/completions", orjson.dumps({"model": "fake", "prompt": "a"}))
+    async with (
+        serve_app(build_fake_engine(engine)) as engine_url,
+        serve_process(tmp_path, engine_url, "--drain-timeout-s", "0.5") as gateway,
+    ):
+        engine.body = body
+        reader, writer = await asyncio.open_connection(*address(gateway.url), limit=512)
+        writer.write(call)
+        assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+
+        gateway.process.send_signal(signal.SIGTERM)
+
+        assert await asyncio.wait_for(gateway.process.wait(), PROGRAM_S) == 0
+        writer.close()
 
 
 @pytest.mark.programs

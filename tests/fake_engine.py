@@ -551,8 +551,8 @@ async def _pool_texts(request: web.Request, name: str) -> web.Response:
         return texts
     data = [{"index": place, "data": [len(text)]} for place, text in enumerate(texts)]
     usage = {"prompt_tokens": sum(map(len, texts))}
-    form = request.app[BEHAVIOUR].calls[-1].get("encoding_format", "float")
-    if form.startswith("bytes"):
+    form = (await request.json()).get("encoding_format")  # the last of `calls` may be another's
+    if form in ("bytes", "bytes_only"):
         told = {} if form == "bytes_only" else {"metadata": orjson.dumps({"usage": usage}).decode()}
         body, kind = bytes(map(len, texts)), "application/octet-stream"
         return web.Response(body=body, content_type=kind, headers=told)

@@ -57,7 +57,7 @@ class RequestContext:
     cut_pieces: tuple[CutPiece, ...] = ()  # where there is one, the list has not ended well
     ended_by: GatewayError | None = None  # why it was cancelled, where its caller has not gone
     held_bytes: int = 0  # of its body, see `request_body.py`
-    read_bytes: int = 0  # of all its bodies' forms, packed and not
+    read_bytes: int = 0  # all that was read for it, packed and not, stored turns too
     rates: Rates | None = None  # of a key that has limits
     entry: Entry | None = None  # where usage is kept, of a request whose key is known
     cors_headers: Mapping[str, str] | None = None  # for the web page that asks

@@ -18,7 +18,7 @@ from gateway.engines.warmup import read_warmup_questions
 from lab.fuzz.raw_http import address, build_request
 from tests.fake_engine import Behaviour, build_fake_engine, serve_app
 from tests.gateway.conftest import Serve, Served, make_settings, until
-from tests.gateway.process import serve_process
+from tests.gateway.process import GatewayProcess, serve_process
 from tests.patience import PROGRAM_S
 from tests.plain_http import NO_TLS
 
@@ -166,6 +166,14 @@ async def test_stop_waits_for_who_reads_a_whole_answer_slowly(tmp_path: Path) ->
         assert await asyncio.wait_for(gateway.process.wait(), PROGRAM_S) == 0
 
 
+async def open_slowly(gateway: GatewayProcess) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A caller with hardly any buffers of their own."""
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(address(gateway.url))
+    return await asyncio.open_connection(sock=slow, limit=512)
+
+
 @pytest.mark.programs
 async def test_stop_waits_until_answers_have_left_the_buffers(tmp_path: Path) -> None:
     """aiohttp counts an answer as sent while 64 KiB of it wait in its buffer, and a container's
@@ -185,10 +193,7 @@ async def test_stop_waits_until_answers_have_left_the_buffers(tmp_path: Path) ->
         callers = []
         for body in bodies:
             engine.body = body
-            slow = socket.socket()
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            slow.connect(address(gateway.url))
-            reader, writer = await asyncio.open_connection(sock=slow, limit=512)
+            reader, writer = await open_slowly(gateway)
             writer.write(call)
             assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
             callers.append((reader, writer))
@@ -217,10 +222,7 @@ async def test_stop_waits_for_the_last_bytes_of_an_answer_that_ends_meanwhile(
     ):
         engine.body = body
         engine.delay_s = 2
-        slow = socket.socket()
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(address(gateway.url))
-        reader, writer = await asyncio.open_connection(sock=slow, limit=512)
+        reader, writer = await open_slowly(gateway)
         writer.write(call)
         await until(lambda: engine.running == 1)
 
@@ -245,7 +247,7 @@ async def test_stop_answer_that_nobody_takes_is_cut_off_in_time(tmp_path: Path) 
         serve_process(tmp_path, engine_url, "--drain-timeout-s", "0.5") as gateway,
     ):
         engine.body = body
-        reader, writer = await asyncio.open_connection(*address(gateway.url), limit=512)
+        reader, writer = await open_slowly(gateway)
         writer.write(call)
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
 
